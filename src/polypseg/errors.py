@@ -1,0 +1,23 @@
+"""The two errors that users see: one line of English that names the file and the remedy, and an exit code."""
+
+
+class PolypSegError(Exception):
+    """Something failed while working: a broken file, no space, a server that refuses. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(PolypSegError):
+    """The request itself cannot be met: an unknown name, a typo in a recipe, a missing path. Exit code 2."""
+
+    exit_code = 2
+
+
+def unknown_name(kind: str, name: str, known: object) -> UsageError:
+    """The error for ``name`` that is none of ``known`` (any iterable of strings), with the closest match."""
+    import difflib
+
+    names = sorted(str(item) for item in known)  # type: ignore[attr-defined]
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return UsageError(f"unknown {kind} {name!r}.{hint} Choose from: {', '.join(names)}")
