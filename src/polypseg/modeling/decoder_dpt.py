@@ -1,0 +1,79 @@
+"""The DPT decoder (Ranftl et al. 2021, arXiv 2103.13413) in the variant of the reference study.
+
+Class token ignored, BatchNorm in the fusion blocks, and no skip unit in the deepest fusion block: it receives
+nothing coarser, and the reference skips the unit there, so here it does not exist.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResidualConvUnit(nn.Module):
+    """x + BN(conv(ReLU(BN(conv(ReLU(x)))))): (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class Fusion(nn.Module):
+    """Add the level to the coarser path, refine, upsample, project: (B, C, h, w) -> (B, C, *size)."""
+
+    def __init__(self, channels: int, *, has_coarser: bool):
+        super().__init__()
+        self.skip = ResidualConvUnit(channels) if has_coarser else nn.Identity()
+        self.refine = ResidualConvUnit(channels)
+        self.project = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, level: Tensor, coarser: Tensor | None, size: tuple[int, int]) -> Tensor:
+        x = self.skip(level)
+        if coarser is not None:
+            x = x + coarser
+        x = F.interpolate(self.refine(x), size=size, mode="bilinear", align_corners=True)
+        return self.project(x)
+
+
+class DPTDecoder(nn.Module):
+    """Tokens of four blocks, all on the patch grid (h, w) -> one logit map of the image's size."""
+
+    def __init__(self, width: int, *, channels: int, dropout: float):
+        super().__init__()
+        widths = [max(1, width // 8), max(1, width // 4), max(1, width // 2), width]  # (96, 192, 384, 768) for ViT-B
+        resample = [
+            nn.ConvTranspose2d(widths[0], widths[0], 4, stride=4),
+            nn.ConvTranspose2d(widths[1], widths[1], 2, stride=2),
+            nn.Identity(),
+            nn.Conv2d(widths[3], widths[3], 3, stride=2, padding=1),
+        ]
+        self.reassemble = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, w, 1), resize, nn.Conv2d(w, channels, 3, padding=1, bias=False))
+            for w, resize in zip(widths, resample, strict=True)
+        )
+        self.fusion = nn.ModuleList(Fusion(channels, has_coarser=level < 3) for level in range(4))
+        self.head = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Conv2d(channels, 1, 1),
+        )
+
+    def forward(self, features: list[Tensor], image_size: tuple[int, int]) -> Tensor:
+        """Four (B, D, h, w) and (H, W) -> (B, 1, H, W)."""
+        levels = [reassemble(x) for reassemble, x in zip(self.reassemble, features, strict=True)]
+        finest = levels[0].shape[2:]
+        sizes = [(2 * finest[0], 2 * finest[1]), *(level.shape[2:] for level in levels[:3])]
+        path = None
+        for level, fusion, size in zip(levels[::-1], self.fusion[::-1], sizes[::-1], strict=True):
+            path = fusion(level, path, size)
+        return F.interpolate(self.head(path), size=image_size, mode="bilinear", align_corners=True)

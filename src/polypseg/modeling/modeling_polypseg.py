@@ -1,0 +1,119 @@
+"""Encoder -> decoder -> logits: the one model sentence of this package."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_outputs import SemanticSegmenterOutput
+from transformers.modeling_utils import PreTrainedModel
+
+from .configuration_polypseg import PolypSegConfig
+from .decoder_deeplabv3plus import DeepLabV3PlusDecoder
+from .decoder_dpt import DPTDecoder
+from .encoders_polypseg import build_cnn_encoder, build_vit_encoder, vit_block_indices
+
+SMALLEST_SIDE = 32  # pixels; below, DeepLabV3+'s deepest map is a single cell
+
+
+class PolypSegForSemanticSegmentation(PreTrainedModel):
+    """A timm encoder with a DeepLabV3+ or DPT decoder that marks polyps."""
+
+    config_class = PolypSegConfig
+    config: PolypSegConfig
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: PolypSegConfig):
+        super().__init__(config)
+        sizes = {"channels": config.decoder_channels, "dropout": config.decoder_dropout}
+        if config.decoder == "dpt":
+            self.encoder = build_vit_encoder(
+                config.encoder,
+                position_embedding=config.position_embedding,
+                position_embedding_trainable=config.position_embedding_trainable,
+            )
+            self.decoder = DPTDecoder(self.encoder.embed_dim, **sizes)
+        else:
+            self.encoder = build_cnn_encoder(config.encoder)
+            levels = self.encoder.feature_info
+            self.skip_level = levels.reduction().index(4)
+            self.decoder = DeepLabV3PlusDecoder(
+                levels.channels()[self.skip_level], levels.channels()[-1], **sizes
+            )
+        self.post_init()
+
+    def extract_features(self, pixel_values: Tensor) -> list[Tensor]:
+        """pixel_values (B, 3, H, W) -> the feature maps that the decoder reads.
+
+        Raises ValueError when the image size does not fit the encoder.
+        """
+        height, width = pixel_values.shape[-2:]
+        if min(height, width) < SMALLEST_SIDE:
+            raise ValueError(f"images of {height}x{width} are too small: each side needs {SMALLEST_SIDE} pixels")
+        if self.config.decoder == "dpt":
+            rows, columns = self.encoder.patch_embed.patch_size
+            if height % rows or width % columns:
+                raise ValueError(
+                    f"{self.config.encoder} takes sides that are multiples of {rows} pixels, not {height}x{width}"
+                )
+            return self.encoder.forward_intermediates(
+                pixel_values, indices=vit_block_indices(self.encoder), norm=False, intermediates_only=True
+            )
+        pyramid = self.encoder(pixel_values)
+        return [pyramid[self.skip_level], pyramid[-1]]
+
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **_: Any
+    ) -> SemanticSegmenterOutput:
+        """pixel_values (B, 3, H, W), labels (B, H, W) in [0, 1] -> logits (B, 2, H, W) and the soft Dice loss.
+
+        The logits are [0, z]: softmax of the polyp channel is sigmoid(z) and argmax is z > 0. Labels may be soft.
+        """
+        image_size = (pixel_values.shape[-2], pixel_values.shape[-1])
+        polyp = self.decoder(self.extract_features(pixel_values), image_size)  # (B, 1, H, W)
+        logits = torch.cat([torch.zeros_like(polyp), polyp], dim=1)
+        loss = None if labels is None else soft_dice_loss(polyp[:, 0], labels)
+        return SemanticSegmenterOutput(loss=loss, logits=logits)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether the encoder recomputes its blocks in the backward pass; transformers sets this."""
+        return bool(getattr(self.encoder, "grad_checkpointing", False))
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        self.encoder.set_grad_checkpointing(enable)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The reference's initialisation, for decoders only: timm has initialised the encoder already.
+
+        DeepLabV3+: Kaiming uniform (fan in) convolutions, Xavier uniform head. DPT: PyTorch's defaults, which for
+        convolutions are Kaiming uniform with a = sqrt(5).
+        """
+        if isinstance(module, DeepLabV3PlusDecoder):
+            for layer in module.modules():
+                if isinstance(layer, nn.Conv2d):
+                    init.kaiming_uniform_(layer.weight, mode="fan_in", nonlinearity="relu")
+            init.xavier_uniform_(module.head.weight)
+            init.zeros_(module.head.bias)
+        elif isinstance(module, DPTDecoder):
+            for layer in module.modules():
+                if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+                    init.kaiming_uniform_(layer.weight, a=5**0.5)
+                    if layer.bias is not None:
+                        bound = nn.init._calculate_fan_in_and_fan_out(layer.weight)[0] ** -0.5
+                        init.uniform_(layer.bias, -bound, bound)
+
+
+def soft_dice_loss(logits: Tensor, labels: Tensor, *, smooth: float = 1e-8) -> Tensor:
+    """Mean over images of 1 - 2(I + s) / (sum p^2 + sum y^2 + s), squared denominators: (B, H, W) twice -> ().
+
+    logits are polyp logits, labels in [0, 1] may be soft; computed in float32. With an empty label the loss is close to
+    1 unless the prediction is empty too. Raises ValueError when the shapes differ.
+    """
+    if logits.shape != labels.shape:
+        raise ValueError(f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}")
+    p, y = logits.float().sigmoid(), labels.float()
+    overlap = (p * y).sum((1, 2))
+    return (1 - 2 * (overlap + smooth) / (p.square().sum((1, 2)) + y.square().sum((1, 2)) + smooth)).mean()

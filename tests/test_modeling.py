@@ -1,0 +1,189 @@
+"""What a user relies on in the model class: shapes, loss, initialisation, save and load, sizes, errors."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSemanticSegmentation
+
+from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation, soft_dice_loss
+from polypseg.modeling.encoders_polypseg import sincos_position_embedding
+
+SMALL = {
+    "resnet18": PolypSegConfig(encoder="resnet18", decoder="deeplabv3plus", decoder_channels=32),
+    "tf_efficientnet_lite0": PolypSegConfig(encoder="tf_efficientnet_lite0", decoder_channels=32),
+    "vit_tiny": PolypSegConfig(encoder="vit_tiny_patch16_224", decoder="dpt", decoder_channels=32),
+    "vit_frozen": PolypSegConfig(
+        encoder="vit_tiny_patch16_224",
+        decoder="dpt",
+        decoder_channels=32,
+        position_embedding="sincos_mae",
+        position_embedding_trainable=False,
+    ),
+}
+
+
+@pytest.fixture(params=SMALL)
+def model(request: pytest.FixtureRequest) -> PolypSegForSemanticSegmentation:
+    torch.manual_seed(0)
+    return PolypSegForSemanticSegmentation(SMALL[request.param])
+
+
+def image(height: int = 64, width: int = 96, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def test_logits_are_zero_and_z(model):
+    logits = model(image()).logits
+    assert logits.shape == (2, 2, 64, 96)
+    assert (logits[:, 0] == 0).all() and logits[:, 1].std() > 0
+
+
+def test_every_trainable_parameter_receives_a_gradient(model):
+    model(image(), labels=torch.rand(2, 64, 96)).loss.backward()
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == ([] if model.config.position_embedding_trainable else ["encoder.pos_embed"])
+
+
+def test_saved_model_loads_through_auto_classes_with_equal_logits(model, tmp_path):
+    model.eval().save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).encoder == model.config.encoder
+    loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path).eval()
+    assert isinstance(loaded, PolypSegForSemanticSegmentation)
+    torch.testing.assert_close(loaded(image()).logits, model(image()).logits, rtol=0, atol=0)
+    assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("size", [(224, 224), (352, 352), (512, 512), (224, 352), (240, 336)])
+def test_other_sizes_work(model, size):
+    with torch.no_grad():
+        assert model.eval()(image(*size, batch=1)).logits.shape == (1, 2, *size)
+
+
+def test_convolutional_models_take_any_size():
+    model = PolypSegForSemanticSegmentation(SMALL["resnet18"]).eval()
+    assert model(image(101, 67)).logits.shape == (2, 2, 101, 67)
+
+
+def test_impossible_sizes_are_refused_in_english():
+    vit = PolypSegForSemanticSegmentation(SMALL["vit_tiny"])
+    with pytest.raises(ValueError, match=r"multiples of 16 pixels, not 100x64"):
+        vit(image(100, 64))
+    with pytest.raises(ValueError, match="too small"):
+        vit(image(16, 64))
+    with pytest.raises(ValueError, match="batch of one"):
+        PolypSegForSemanticSegmentation(SMALL["resnet18"]).train()(image(batch=1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"encoder": "resnet5000"}, "timm knows no encoder 'resnet5000'"),
+        ({"encoder": "resnet18", "decoder": "dpt"}, "no plain ViT"),
+        ({"encoder": "vit_tiny_patch16_224", "decoder": "deeplabv3plus"}, "strided features|features of stride"),
+        ({"decoder": "unet"}, "unknown decoder 'unet'"),
+        ({"position_embedding": "rotary"}, "unknown position_embedding"),
+    ],
+)
+def test_impossible_configurations_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PolypSegForSemanticSegmentation(PolypSegConfig(**arguments))
+
+
+def test_gradient_checkpointing_changes_no_gradient(model):
+    model.eval()  # no dropout, no BatchNorm update between the two passes
+    gradients = []
+    for enable in (False, True):
+        model.zero_grad()
+        if enable:
+            model.gradient_checkpointing_enable()
+            assert model.is_gradient_checkpointing and model.encoder.grad_checkpointing
+        model(image(), labels=torch.rand(2, 64, 96, generator=torch.Generator().manual_seed(2))).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-6)
+    model.gradient_checkpointing_disable()
+    assert not model.encoder.grad_checkpointing
+
+
+def test_input_statistics_follow_the_encoder():
+    assert PolypSegConfig(encoder="resnet50").image_mean == [0.485, 0.456, 0.406]
+    assert PolypSegConfig(encoder="tf_efficientnet_lite0").image_std == [0.5, 0.5, 0.5]
+    assert PolypSegConfig(encoder="resnet50", image_mean=[0.1, 0.2, 0.3]).image_mean == [0.1, 0.2, 0.3]
+
+
+class TestInitialisation:
+    """The reference's standard deviations, not transformers' N(0, 0.02)."""
+
+    def test_deeplabv3plus_is_kaiming_uniform_with_a_xavier_head(self):
+        torch.manual_seed(0)
+        decoder = PolypSegForSemanticSegmentation(PolypSegConfig(encoder="resnet18")).decoder
+        for layer in (decoder.aspp.branches[0][0], decoder.aspp.project[0], decoder.fuse[1], decoder.aspp.branches[1][0]):
+            fan_in = layer.weight[0].numel()
+            assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=0.05)
+            assert layer.weight.abs().max() <= math.sqrt(6 / fan_in)
+        assert decoder.head.weight.std().item() == pytest.approx(math.sqrt(2 / 257), rel=0.15)
+        assert decoder.head.bias.item() == 0
+
+    def test_dpt_is_pytorch_default(self):
+        torch.manual_seed(0)
+        decoder = PolypSegForSemanticSegmentation(
+            PolypSegConfig(encoder="vit_tiny_patch16_224", decoder="dpt")
+        ).decoder
+        for layer in (decoder.fusion[0].refine.body[1], decoder.reassemble[3][0], decoder.fusion[0].project):
+            fan_in = layer.weight[0].numel()
+            assert layer.weight.std().item() == pytest.approx(1 / math.sqrt(3 * fan_in), rel=0.05)
+        assert 0 < decoder.fusion[0].project.bias.abs().max() <= 1 / math.sqrt(256)
+
+    def test_resnet_is_torchvision_default(self):
+        torch.manual_seed(0)
+        encoder = PolypSegForSemanticSegmentation(PolypSegConfig(encoder="resnet18")).encoder
+        weight = encoder.layer3[0].conv1.weight  # (256, 128, 3, 3): Kaiming normal, fan out
+        assert weight.std().item() == pytest.approx(math.sqrt(2 / (256 * 9)), rel=0.02)
+        gains = [m.weight for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert all((gain == 1).all() for gain in gains)
+
+    def test_vit_is_timm_default(self):
+        torch.manual_seed(0)
+        encoder = PolypSegForSemanticSegmentation(SMALL["vit_tiny"]).encoder
+        assert encoder.blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert encoder.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
+        assert encoder.blocks[0].attn.qkv.bias.abs().max() == 0
+
+
+def test_sincos_tables_follow_their_definition():
+    rows, columns, width = 3, 5, 16
+    frequencies = [10000 ** (-4 * j / width) for j in range(width // 4)]
+    table = sincos_position_embedding("sincos_moco_v3", grid=(rows, columns), width=width)[0]
+    swapped = sincos_position_embedding("sincos_mae", grid=(rows, columns), width=width)[0]
+    for r in range(rows):
+        for c in range(columns):
+            halves = [[f(x * w) for f in (math.sin, math.cos) for w in frequencies] for x in (r, c)]
+            expected = torch.tensor(halves)
+            torch.testing.assert_close(table[r * columns + c], expected.flatten(), rtol=0, atol=1e-5)
+            torch.testing.assert_close(swapped[r * columns + c], expected.flip(0).flatten(), rtol=0, atol=1e-5)
+
+
+def test_frozen_table_is_in_the_model():
+    model = PolypSegForSemanticSegmentation(SMALL["vit_frozen"])
+    table = sincos_position_embedding("sincos_mae", grid=(14, 14), width=192)
+    torch.testing.assert_close(model.encoder.pos_embed[:, 1:], table)
+    assert (model.encoder.pos_embed[:, 0] == 0).all()
+
+
+class TestSoftDiceLoss:
+    def test_equals_the_formula_computed_by_hand(self):
+        logits = torch.tensor([[[0.0, 0.0]], [[math.log(3), -math.log(3)]]])  # p = 1/2, 1/2 and 3/4, 1/4
+        labels = torch.tensor([[[1.0, 0.0]], [[0.5, 1.0]]])
+        first = 1 - 2 * 0.5 / (0.5 + 1)
+        second = 1 - 2 * (0.375 + 0.25) / (0.5625 + 0.0625 + 0.25 + 1)
+        assert soft_dice_loss(logits, labels).item() == pytest.approx((first + second) / 2, abs=1e-6)
+
+    def test_refuses_other_shapes(self):
+        with pytest.raises(ValueError, match="do not fit"):
+            soft_dice_loss(torch.zeros(1, 4, 4), torch.zeros(1, 2, 2))
+
+    def test_empty_label_is_finite(self):
+        assert torch.isfinite(soft_dice_loss(torch.full((1, 4, 4), -50.0), torch.zeros(1, 4, 4)))

@@ -1,0 +1,111 @@
+"""Our decoders against segmentation_models_pytorch, in outputs: float64, randomised BatchNorm, <= 1e-10."""
+
+import pytest
+import torch
+from torch import nn
+
+from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation
+
+smp = pytest.importorskip("segmentation_models_pytorch")
+TOLERANCE = 1e-10  # observed: exactly 0 or a few 1e-14
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Random weights of sensible size and random BatchNorm statistics, so that no term can hide."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+            elif tensor.ndim == 1 and tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1 + ("norm" in name or "bn" in name))
+    return model.double().eval()
+
+
+def copy_in_order(source: nn.Module, target: nn.Module) -> None:
+    """Copy parameters and buffers in order of definition; shapes must agree one by one."""
+    theirs, ours = list(source.state_dict().values()), target.state_dict()
+    assert len(theirs) == len(ours)
+    for (name, tensor), value in zip(ours.items(), theirs, strict=True):
+        assert tensor.shape == value.shape, name
+        tensor.copy_(value)
+
+
+@pytest.mark.parametrize("encoder", ["resnet50", "resnet18"])
+def test_deeplabv3plus_matches_smp(encoder):
+    torch.manual_seed(0)
+    reference = randomise(smp.DeepLabV3Plus(encoder, encoder_weights=None))
+    ours = PolypSegForSemanticSegmentation(PolypSegConfig(encoder=encoder)).double().eval()
+    ours.encoder.load_state_dict(reference.encoder.state_dict(), strict=True)
+    with torch.no_grad():
+        theirs = reference.decoder
+        copy_in_order(theirs.aspp[0], ours.decoder.aspp)
+        copy_in_order(theirs.aspp[1:], ours.decoder.refine)
+        copy_in_order(theirs.block1, ours.decoder.skip)
+        copy_in_order(theirs.block2, ours.decoder.fuse)
+        copy_in_order(reference.segmentation_head, ours.decoder.head)
+        x = torch.randn(2, 3, 96, 128, dtype=torch.float64)
+        expected, logits = reference(x), ours(x).logits
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(logits[:, 1:], expected, rtol=0, atol=TOLERANCE)
+
+
+def test_without_the_dilation_correction_the_outputs_differ():
+    """The guard of the guard: timm's own layer4 has the same keys and other outputs."""
+    ours = randomise(PolypSegForSemanticSegmentation(PolypSegConfig(encoder="resnet18")))
+    x = torch.randn(1, 3, 96, 96, dtype=torch.float64)
+    with torch.no_grad():
+        right = ours(x).logits
+        ours.encoder.layer4[0].conv1.dilation = ours.encoder.layer4[0].conv1.padding = (1, 1)
+        assert (ours(x).logits - right).abs().max() > 1e-4
+
+
+def smp_dpt(encoder: str, width: int) -> nn.Module:
+    model = smp.DPT(
+        f"tu-{encoder}",
+        encoder_weights=None,
+        encoder_output_indices=[2, 5, 8, 11],
+        decoder_readout="ignore",
+        decoder_intermediate_channels=(width // 8, width // 4, width // 2, width),
+        decoder_fusion_channels=256,
+        dynamic_img_size=True,
+    )
+    model.decoder.fusion_blocks[0].residual_conv_block1 = nn.Identity()  # the reference skips this unit
+    return model
+
+
+def copy_dpt(reference: nn.Module, ours: PolypSegForSemanticSegmentation) -> None:
+    unexpected = ours.encoder.load_state_dict(reference.encoder.model.state_dict(), strict=False).unexpected_keys
+    assert set(unexpected) <= {"norm.weight", "norm.bias"}
+    with torch.no_grad():
+        copy_in_order(reference.decoder.reassemble_blocks, ours.decoder.reassemble)
+        for theirs, fusion in zip(reference.decoder.fusion_blocks, ours.decoder.fusion[::-1], strict=True):
+            copy_in_order(theirs, fusion)
+        copy_in_order(reference.segmentation_head, ours.decoder.head)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (352, 352), (224, 352)])
+def test_dpt_matches_smp(size):
+    torch.manual_seed(0)
+    reference = randomise(smp_dpt("vit_tiny_patch16_224", 192))
+    ours = PolypSegForSemanticSegmentation(PolypSegConfig(encoder="vit_tiny_patch16_224", decoder="dpt"))
+    ours = ours.double().eval()
+    copy_dpt(reference, ours)
+    x = torch.randn(1, 3, *size, dtype=torch.float64)
+    with torch.no_grad():
+        expected, logits = reference(x), ours(x).logits
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(logits[:, 1:], expected, rtol=0, atol=TOLERANCE)
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_parameter_counts_are_the_references():
+    resnet = PolypSegForSemanticSegmentation(PolypSegConfig(encoder="resnet50", decoder="deeplabv3plus"))
+    assert parameter_count(resnet) == 26_677_585
+    assert parameter_count(resnet.encoder) == 23_508_032
+    vit = PolypSegForSemanticSegmentation(PolypSegConfig(encoder="vit_base_patch16_224", decoder="dpt"))
+    dead_unit, unused_norm = 1_180_672, 1_536  # the deepest fusion's first unit; the ViT's final norm
+    assert parameter_count(vit) == 85_798_656 - unused_norm + 20_328_641 - dead_unit
