@@ -54,11 +54,14 @@ def _reset_residual_gains(encoder: nn.Module) -> None:
 def build_vit_encoder(name: str, *, position_embedding: str, position_embedding_trainable: bool) -> VisionTransformer:
     """A plain timm ViT without head and final norm (DPT reads blocks before it), for any grid of patches.
 
-    Raises ValueError when ``name`` is not a timm ``VisionTransformer`` with a class token or at least 4 blocks.
+    Raises ValueError when ``name`` is not a timm ``VisionTransformer`` of at least 4 blocks with position embeddings.
     """
     if not timm.is_model(name):
         raise ValueError(f"timm knows no encoder {name!r}; see timm.list_models()")
-    encoder = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
+    try:
+        encoder = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
+    except TypeError:  # the architecture does not know dynamic_img_size
+        encoder = None
     if type(encoder) is not VisionTransformer or encoder.pos_embed is None or len(encoder.blocks) < 4:
         raise ValueError(f"encoder {name!r} is no plain ViT with position embeddings; DPT needs one")
     encoder.prune_intermediate_layers(vit_block_indices(encoder), prune_norm=True, prune_head=True)
@@ -69,7 +72,10 @@ def build_vit_encoder(name: str, *, position_embedding: str, position_embedding_
         prefix = encoder.pos_embed.shape[1] - table.shape[1]
         with torch.no_grad():
             encoder.pos_embed.copy_(torch.cat([torch.zeros(1, prefix, table.shape[2]), table], dim=1))
-    encoder.pos_embed.requires_grad_(position_embedding_trainable)
+    if not position_embedding_trainable:  # a buffer keeps the key and stays frozen through from_pretrained
+        table = encoder.pos_embed.detach()
+        del encoder.pos_embed
+        encoder.register_buffer("pos_embed", table)
     return encoder
 
 

@@ -91,19 +91,19 @@ class PolypSegForSemanticSegmentation(PreTrainedModel):
         DeepLabV3+: Kaiming uniform (fan in) convolutions, Xavier uniform head. DPT: PyTorch's defaults, which for
         convolutions are Kaiming uniform with a = sqrt(5).
         """
-        if isinstance(module, DeepLabV3PlusDecoder):
-            for layer in module.modules():
-                if isinstance(layer, nn.Conv2d):
-                    init.kaiming_uniform_(layer.weight, mode="fan_in", nonlinearity="relu")
-            init.xavier_uniform_(module.head.weight)
-            init.zeros_(module.head.bias)
-        elif isinstance(module, DPTDecoder):
-            for layer in module.modules():
-                if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-                    init.kaiming_uniform_(layer.weight, a=5**0.5)
-                    if layer.bias is not None:
-                        bound = nn.init._calculate_fan_in_and_fan_out(layer.weight)[0] ** -0.5
-                        init.uniform_(layer.bias, -bound, bound)
+        in_decoder = any(module is layer for layer in self.decoder.modules())
+        if not in_decoder or not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            return
+        if self.config.decoder == "dpt":
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                bound = nn.init._calculate_fan_in_and_fan_out(module.weight)[0] ** -0.5
+                init.uniform_(module.bias, -bound, bound)
+        elif module is self.decoder.head:
+            init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+        else:
+            init.kaiming_uniform_(module.weight, mode="fan_in", nonlinearity="relu")
 
 
 def soft_dice_loss(logits: Tensor, labels: Tensor, *, smooth: float = 1e-8) -> Tensor:
