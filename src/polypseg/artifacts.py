@@ -1,0 +1,115 @@
+"""Files that a run leaves behind: written whole or not at all, with a record of how they came to be."""
+
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from polypseg.errors import PolypSegError
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space or choose another --output",
+    errno.EDQUOT: "the disk quota is used up: free some space or choose another --output",
+    errno.EROFS: "the file system is read-only: choose another --output",
+    errno.EACCES: "permission denied: choose a folder that you may write to",
+    errno.EPERM: "permission denied: choose a folder that you may write to",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another --output",
+}
+PACKAGES = ("polypseg", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "numpy", "pillow")
+
+
+@contextmanager
+def explain_write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError while writing ``path`` into a PolypSegError that names the file and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0, error.strerror or str(error))
+        raise PolypSegError(f"cannot write {path}: {remedy}") from error
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary file or folder name beside ``path`` that is renamed to ``path`` only when the block succeeds.
+
+    An existing file is replaced; an existing folder is kept and the new one discarded. Raises PolypSegError for a full
+    disk, a read-only file system or missing permission; nothing half-written stays behind.
+    """
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        workspace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield workspace / path.name
+            if path.is_dir():
+                return
+            os.replace(workspace / path.name, path)
+        finally:
+            shutil.rmtree(workspace, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write ``text`` to ``path`` in one step and return the path."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write ``content`` as indented JSON in one step; NaN is refused."""
+    return write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises PolypSegError when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise PolypSegError(f"cannot read {path}: {error}. Delete it and run the command again.") from error
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout that this package runs from, with ``-dirty`` for local changes; None outside one."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        inside = subprocess.run(["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True)
+        if inside.returncode:
+            return None  # installed into somebody else's repository
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def environment_record() -> dict[str, Any]:
+    """What must be known to repeat a run: versions, git revision, platform, threads, command and time (UTC)."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git_revision": git_revision(),
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def cache_folder() -> Path:
+    """Where decoded data is cached: $POLYPSEG_CACHE, else ``polypseg`` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("POLYPSEG_CACHE") or Path(base) / "polypseg")

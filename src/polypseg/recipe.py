@@ -1,0 +1,197 @@
+"""Recipes: the numbers of an experiment, in YAML, checked on loading.
+
+Unknown and missing keys are errors before any work starts. Code holds no number of an experiment; YAML holds no logic.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from polypseg.errors import UsageError, unknown_name
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataRecipe(_Section):
+    """What the model sees before augmentation."""
+
+    image_size: int = Field(ge=32)
+    """Side in pixels to which image and mask are resized (bicubic, antialiased)."""
+
+
+class AugmentationRecipe(_Section):
+    """Ranges of the paired augmentation; the values of the reference are in finetune.yaml."""
+
+    brightness: float = Field(ge=0, lt=1)
+    """Factor drawn from [1 - b, 1 + b]."""
+    contrast: float = Field(ge=0, lt=1)
+    saturation: float = Field(ge=0, lt=1)
+    hue: float = Field(ge=0, le=0.5)
+    """Shift drawn from [-h, h], in turns of the colour wheel."""
+    blur_kernel: int = Field(ge=0)
+    """Side of the Gaussian kernel in pixels; odd, or 0 for no blur."""
+    blur_sigma: tuple[float, float]
+    """Standard deviation in pixels, drawn uniformly."""
+    horizontal_flip: float = Field(ge=0, le=1)
+    """Probability."""
+    vertical_flip: float = Field(ge=0, le=1)
+    rotation: float = Field(ge=0)
+    """Angle drawn from [-r, r] degrees."""
+    translation: float = Field(ge=0, lt=1)
+    """Shift of each axis drawn from [-t, t], as a share of the side."""
+    scale: tuple[float, float]
+    """Zoom factor, drawn uniformly."""
+    shear: float = Field(ge=0, lt=90)
+    """Horizontal shear drawn from [-s, s] degrees."""
+    interpolation: Literal["nearest", "bilinear"]
+    """Of the affine warp; the reference's is nearest."""
+    fill: float
+    """Value outside the warped image, in normalised units; the reference's is -1."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "AugmentationRecipe":
+        if self.blur_kernel and self.blur_kernel % 2 == 0:
+            raise ValueError("blur_kernel must be odd")
+        for low, high in (self.blur_sigma, self.scale):
+            if not 0 < low <= high:
+                raise ValueError("a range needs 0 < low <= high")
+        return self
+
+
+class TrainingRecipe(_Section):
+    """The optimisation."""
+
+    epochs: int = Field(ge=1)
+    """Passes over the training split."""
+    total_batch_size: int = Field(ge=2)
+    """Images per optimiser step, over all processes; the last short batch is dropped."""
+    learning_rate: float = Field(gt=0)
+    """AdamW step size: the start of ``plateau``, the peak of ``one_cycle``."""
+    weight_decay: float = Field(ge=0)
+    """On every parameter, as in the reference."""
+    precision: Literal["no", "bf16", "fp16"]
+    """Autocast type of forward and loss."""
+    dice_weight: float = Field(ge=0)
+    bce_weight: float = Field(ge=0)
+    """Loss = dice_weight * soft Dice + bce_weight * binary cross-entropy."""
+    ema_decay: float = Field(ge=0, lt=1)
+    """Decay per step of the averaged weights that are validated and kept; 0 for none, as in the reference."""
+    max_steps: int | None = Field(ge=1)
+    """Stop after so many optimiser steps; null for all epochs."""
+    checkpoint_steps: int | None = Field(ge=1)
+    """Save a resumable checkpoint every so many steps, besides the one at each epoch's end."""
+
+
+class ScheduleRecipe(_Section):
+    """The learning rate over time."""
+
+    kind: Literal["plateau", "one_cycle"]
+    """``plateau`` halves on a stalled global validation Dice; ``one_cycle`` warms up and anneals over all steps."""
+    factor: float = Field(gt=0, lt=1)
+    """plateau: multiplier."""
+    patience: int = Field(ge=0)
+    """plateau: epochs without improvement before the multiplier."""
+    min_learning_rate: float = Field(ge=0)
+    """plateau: floor."""
+    warmup: float = Field(ge=0, lt=1)
+    """one_cycle: share of all steps that warm up."""
+
+
+class ModelRecipe(_Section):
+    """What differs from the row's configuration; null keeps the row's value."""
+
+    encoder: str | None
+    """timm name of another encoder, for small-scale runs."""
+    decoder_channels: int | None = Field(ge=1)
+    decoder_dropout: float | None = Field(ge=0, lt=1)
+
+
+class Recipe(_Section):
+    """One experiment, apart from the model's row, the data and the place of the output."""
+
+    name: str
+    seed: int = Field(ge=0)
+    model: ModelRecipe
+    data: DataRecipe
+    augmentation: AugmentationRecipe
+    training: TrainingRecipe
+    schedule: ScheduleRecipe
+
+
+def recipe_folder() -> Path:
+    """The folder of the recipes that come with the package: in the wheel, else in the checkout."""
+    packaged = Path(__file__).parent / "_hub_configs" / "recipes"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "hub_configs" / "recipes"
+
+
+def find_recipe(name_or_path: str | Path) -> Path:
+    """A recipe file by path, or by the name of one that comes with the package. Raises UsageError for neither."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    bundled = recipe_folder() / f"{name_or_path}.yaml"
+    if bundled.is_file():
+        return bundled
+    if path.suffix in (".yaml", ".yml"):
+        raise UsageError(f"recipe file {path} does not exist")
+    raise unknown_name("recipe", str(name_or_path), [p.stem for p in recipe_folder().glob("*.yaml")])
+
+
+def load_recipe(name_or_path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides such as ``training.epochs=2``.
+
+    Raises UsageError naming the file and every unknown, missing or impossible key.
+    """
+    path = find_recipe(name_or_path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"recipe {path} is empty or not a mapping")
+    for override in overrides:
+        _apply(content, override)
+    return parse_recipe(content, source=str(path))
+
+
+def parse_recipe(content: dict[str, Any], *, source: str) -> Recipe:
+    """A Recipe from plain values, such as a run's record. Raises UsageError that names ``source``."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        problems = [_problem(detail) for detail in error.errors()]
+        raise UsageError(f"recipe {source}: " + "; ".join(problems)) from error
+
+
+def _problem(detail: Any) -> str:
+    """One pydantic finding as a phrase with the dotted key."""
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        section = Recipe
+        for part in detail["loc"][:-1]:
+            section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
+        return str(unknown_name(f"key {key!r}: no such setting", str(detail["loc"][-1]), section.model_fields))
+    if detail["type"] == "missing":
+        return f"key {key!r} is missing"
+    return f"key {key!r}: {detail['msg']} (got {detail['input']!r})" if key else str(detail["msg"])
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    """Set one dotted key in place; the value is read as YAML, so ``1e-3`` needs its dot: ``1.0e-3``."""
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UsageError(f"--set {override!r} must look like training.epochs=2")
+    *sections, name = key.split(".")
+    target = content
+    for section in sections:
+        if not isinstance(target.get(section), dict):
+            raise UsageError(f"--set {override!r}: the recipe has no section {section!r}")
+        target = target[section]
+    if name not in target:
+        raise unknown_name(f"recipe key in --set {override!r}", name, target)
+    target[name] = yaml.safe_load(value)
