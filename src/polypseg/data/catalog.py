@@ -1,0 +1,205 @@
+"""The table of datasets: what each is, where it is published, how its files are laid out, what may be done with it."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from polypseg.errors import unknown_name
+
+_CLIP_ENDS = (
+    25, 50, 67, 78, 103, 126, 151, 177, 199, 205, 227, 252, 277, 297, 317,
+    342, 363, 383, 408, 428, 447, 466, 478, 503, 528, 546, 571, 591, 612,
+)  # fmt: skip
+"""Last frame of each of CVC-ClinicDB's 29 video clips."""
+
+
+def clinicdb_sequence(frame_id: str, path: str) -> str:
+    """The clip, 1 to 29, of a CVC-ClinicDB frame; the frames 1 to 612 are numbered through."""
+    frame = int(frame_id)
+    return str(next((clip for clip, end in enumerate(_CLIP_ENDS, start=1) if frame <= end), "unknown"))
+
+
+def polypgen_centre(frame_id: str, path: str) -> str:
+    """The centre C1 to C6 from the folder (``images_C3``) or the file name (``C3_...``); else ``unknown``."""
+    match = re.search(r"(?:^|[_/])(C[1-6])(?=[_/]|$)", path)
+    return match.group(1) if match else "unknown"
+
+
+def parent_folder(frame_id: str, path: str) -> str:
+    """The name of the folder that holds the file: HyperKvasir's class."""
+    return path.split("/")[-2] if "/" in path else "unknown"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """One dataset. Folder patterns are regular expressions for a whole folder name, case-insensitive."""
+
+    name: str
+    title: str
+    license: str
+    """Terms in a line, as the publisher states them."""
+    citation: str
+    homepage: str
+    count: int | None
+    """Images of the complete set; None where any number is right."""
+    image_folder: str = ".*"
+    mask_folder: str | None = None
+    """None for sets without masks."""
+    mask_stem: str = r"(?P<id>.+)"
+    """How a mask's file name (without suffix) contains the image's."""
+    groups: dict[str, Callable[[str, str], str]] = field(default_factory=dict)
+    """Extra columns: name -> function of (id, path)."""
+    locations: tuple[str, ...] = ()
+    """Names under which the set is looked for in the data folder."""
+    url: str | None = None
+    """Published archive; None where the set must be requested."""
+    archive_size: int | None = None
+    archive_sha256: str | None = None
+    request: str = ""
+    """How to get a set that has no public address."""
+    may_be_republished: bool = False
+
+
+_SIMULA = "https://datasets.simula.no/downloads"
+_RESEARCH_ONLY = "research and education only; commercial use needs the owners' written permission"
+
+DATASETS: dict[str, DatasetSpec] = {
+    spec.name: spec
+    for spec in (
+        DatasetSpec(
+            name="kvasir_seg",
+            title="Kvasir-SEG",
+            license=_RESEARCH_ONLY,
+            citation="Jha et al., Kvasir-SEG: A Segmented Polyp Dataset, MMM 2020",
+            homepage="https://datasets.simula.no/kvasir-seg/",
+            count=1000,
+            image_folder="images",
+            mask_folder="masks",
+            locations=("Kvasir-SEG", "kvasir-seg", "kvasir_seg", "kvasir-seg.zip"),
+            url=f"{_SIMULA}/kvasir-seg.zip",
+        ),
+        DatasetSpec(
+            name="cvc_clinicdb",
+            title="CVC-ClinicDB",
+            license=_RESEARCH_ONLY,
+            citation="Bernal et al., WM-DOVA maps for accurate polyp highlighting in colonoscopy, CMIG 43, 2015",
+            homepage="https://polyp.grand-challenge.org/CVCClinicDB/",
+            count=612,
+            image_folder="Original",
+            mask_folder="Ground Truth",
+            groups={"sequence_id": clinicdb_sequence},
+            locations=("CVC-ClinicDB", "CVC-ClinicDB.zip", "cvc_clinicdb"),
+            request=(
+                "Register at https://polyp.grand-challenge.org/CVCClinicDB/ and follow the download link there; "
+                "extract the archive so that it holds the folders 'Original' and 'Ground Truth'."
+            ),
+        ),
+        DatasetSpec(
+            name="hyperkvasir_labelled",
+            title="HyperKvasir labelled images",
+            license="CC BY 4.0",
+            citation="Borgli et al., HyperKvasir, Scientific Data 7:283, 2020",
+            homepage="https://datasets.simula.no/hyper-kvasir/",
+            count=10_662,
+            groups={"class": parent_folder},
+            locations=("labeled-images", "hyper-kvasir-labeled-images", "hyper-kvasir-labeled-images.zip"),
+            url=f"{_SIMULA}/hyper-kvasir/hyper-kvasir-labeled-images.zip",
+            may_be_republished=True,
+        ),
+        DatasetSpec(
+            name="hyperkvasir_unlabelled",
+            title="HyperKvasir unlabelled images",
+            license="CC BY 4.0",
+            citation="Borgli et al., HyperKvasir, Scientific Data 7:283, 2020",
+            homepage="https://datasets.simula.no/hyper-kvasir/",
+            count=99_417,
+            image_folder=".*",
+            locations=("unlabeled-images", "hyper-kvasir-unlabeled-images", "hyper-kvasir-unlabeled-images.zip"),
+            url=f"{_SIMULA}/hyper-kvasir/hyper-kvasir-unlabeled-images.zip",
+            may_be_republished=True,
+        ),
+        DatasetSpec(
+            name="hyperkvasir_segmented",
+            title="HyperKvasir segmented images",
+            license="CC BY 4.0 (the same images as Kvasir-SEG, whose terms are narrower)",
+            citation="Borgli et al., HyperKvasir, Scientific Data 7:283, 2020",
+            homepage="https://datasets.simula.no/hyper-kvasir/",
+            count=1000,
+            image_folder="images",
+            mask_folder="masks",
+            locations=("segmented-images", "hyper-kvasir-segmented-images", "hyper-kvasir-segmented-images.zip"),
+            url=f"{_SIMULA}/hyper-kvasir/hyper-kvasir-segmented-images.zip",
+        ),
+        DatasetSpec(
+            name="polypgen",
+            title="PolypGen (single frames)",
+            license="CC BY 4.0",
+            citation="Ali et al., A multi-centre polyp detection and segmentation dataset, Scientific Data, 2023",
+            homepage="https://www.synapse.org/Synapse:syn26376615",
+            count=1537,
+            image_folder=r"images(_C[1-6])?",
+            mask_folder=r"masks(_C[1-6])?",
+            mask_stem=r"(?P<id>.+?)(_mask)?",
+            groups={"centre": polypgen_centre},
+            locations=("PolypGen", "PolypGen2021_MultiCenterData_v3", "PolypGen2021_MultiCenterData_v3.zip"),
+            request="Create a Synapse account, accept the terms at https://www.synapse.org/Synapse:syn26376615 and download.",
+            may_be_republished=True,
+        ),
+        DatasetSpec(
+            name="etis_larib",
+            title="ETIS-LaribPolypDB",
+            license=_RESEARCH_ONLY,
+            citation="Silva et al., Toward embedded detection of polyps in WCE images, IJCARS 9, 2014",
+            homepage="https://polyp.grand-challenge.org/EtisLarib/",
+            count=196,
+            image_folder="Original|ETIS-LaribPolypDB|images",
+            mask_folder="Ground ?Truth|masks",
+            mask_stem=r"p?(?P<id>\d+)",
+            locations=("ETIS-LaribPolypDB", "ETIS-LaribPolypDB.zip"),
+            request="Register at https://polyp.grand-challenge.org/EtisLarib/ and follow the download link there.",
+        ),
+        DatasetSpec(
+            name="cvc_colondb",
+            title="CVC-ColonDB",
+            license=_RESEARCH_ONLY,
+            citation="Bernal et al., Towards automatic polyp detection with a polyp appearance model, PR 45, 2012",
+            homepage="http://vi.cvc.uab.es/colon-qa/cvccolondb/",
+            count=380,
+            image_folder="Original|CVC-ColonDB|images",
+            mask_folder="Ground ?Truth|masks",
+            mask_stem=r"p?(?P<id>\d+)",
+            locations=("CVC-ColonDB", "CVC-ColonDB.zip"),
+            request="Request the set at http://vi.cvc.uab.es/colon-qa/cvccolondb/ (research use, by agreement).",
+        ),
+        DatasetSpec(
+            name="folder",
+            title="a folder of images and masks",
+            license="yours to state",
+            citation="",
+            homepage="",
+            count=None,
+            image_folder=r"images?|imgs?|original|frames",
+            mask_folder=r"masks?|ground[ _]?truth|gt|labels?|annotations?",
+            mask_stem=r"(?P<id>.+?)(_mask|_segmentation|_gt)?",
+        ),
+        *(
+            DatasetSpec(
+                name=f"synthetic_{camera}",
+                title=f"synthetic frames, camera {camera.upper()}",
+                license="Apache-2.0 (procedural images of this package; no patient data)",
+                citation="",
+                homepage="",
+                count=None,
+                mask_folder="masks",
+            )
+            for camera in ("a", "b")
+        ),
+    )
+}
+
+
+def get_spec(name: str) -> DatasetSpec:
+    """The row of a dataset. Raises UsageError for another name, with the closest one."""
+    if name not in DATASETS:
+        raise unknown_name("dataset", name, DATASETS)
+    return DATASETS[name]

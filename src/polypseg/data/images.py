@@ -1,0 +1,76 @@
+"""Decoding of frames and masks, the same way everywhere: RGB frames, masks 0/1 after grey > 127."""
+
+import io
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from polypseg.errors import PolypSegError
+
+MASK_THRESHOLD = 127  # JPEG and resampled masks are not binary; nonzero would grow them by up to 9 % Dice
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+    """A decoded PIL image. TIFFs go through tifffile: the official CVC-ClinicDB ones are mis-tagged for Pillow."""
+    try:
+        if name.lower().endswith((".tif", ".tiff")):
+            pixels = tifffile.imread(io.BytesIO(data))
+            if pixels.dtype == bool:
+                pixels = pixels.astype(np.uint8) * 255
+            if pixels.dtype != np.uint8:
+                raise PolypSegError(f"{name} has {pixels.dtype} pixels: convert it to 8 bits per channel")
+            if pixels.ndim == 3 and pixels.shape[2] > 3:
+                pixels = pixels[:, :, :3]
+            return Image.fromarray(pixels)
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, tifffile.TiffFileError, EOFError) as error:
+        raise PolypSegError(f"{name} is truncated or not an image ({error}): download it again or remove it") from error
+    return image
+
+
+def decode_frame(data: bytes, *, name: str) -> Image.Image:
+    """Bytes of an image file -> RGB image. Raises PolypSegError naming the file when they cannot be decoded."""
+    return _open(data, name).convert("RGB")
+
+
+def decode_mask(data: bytes, *, name: str) -> NDArray[np.uint8]:
+    """Bytes of a mask file -> (H, W) uint8 in {0, 1}, 1 where the grey value exceeds 127.
+
+    Raises PolypSegError for a file that cannot be decoded, a colour-coded mask, or one coded with small class numbers.
+    """
+    image = _open(data, name)
+    lossless = image.format != "JPEG"
+    if image.mode in ("P", "RGBA", "PA", "CMYK"):
+        image = image.convert("RGB")
+    if image.mode == "RGB":
+        channels = np.asarray(image).astype(np.int16)
+        spread = channels.max(axis=2) - channels.min(axis=2)
+        if (spread > 64).mean() > 1e-3:
+            raise PolypSegError(f"{name} is a colour-coded mask: convert the polyp's colour to white, the rest to black")
+    grey = np.asarray(image.convert("L"))
+    values = np.unique(grey)
+    if lossless and 0 < values[-1] <= MASK_THRESHOLD and len(values) <= 4:
+        raise PolypSegError(
+            f"{name} is coded with the values {values.tolist()}: masks need 0 (background) and 255 (polyp)"
+        )
+    return (grey > MASK_THRESHOLD).astype(np.uint8)
+
+
+def check_same_size(frame: Image.Image, mask: NDArray[np.uint8], *, frame_name: str, mask_name: str) -> None:
+    """Raise PolypSegError unless the mask has the frame's size."""
+    if frame.size != (mask.shape[1], mask.shape[0]):
+        raise PolypSegError(
+            f"{mask_name} is {mask.shape[1]}x{mask.shape[0]} but {frame_name} is {frame.width}x{frame.height}: "
+            "give the mask in the image's size"
+        )
+
+
+def encode_png(pixels: NDArray[np.uint8] | Image.Image) -> bytes:
+    """A lossless PNG of an image or of (H, W[, 3]) uint8 pixels."""
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()

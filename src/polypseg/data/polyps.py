@@ -1,0 +1,333 @@
+"""Datasets of frames and polyp masks: found, indexed, paired by name, checked, and given as HF datasets."""
+
+import hashlib
+import inspect
+import io
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from polypseg.artifacts import cache_folder, explain_write_errors
+from polypseg.data import images, synthetic
+from polypseg.data.catalog import DatasetSpec, get_spec
+from polypseg.data.sources import IMAGE_SUFFIXES, Source, open_source
+from polypseg.data.splits import Split, make_split
+from polypseg.errors import PolypSegError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One frame of a dataset, by the names of its files."""
+
+    id: str
+    image: str
+    mask: str | None = None
+    groups: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticOptions:
+    """How much of a synthetic camera to draw."""
+
+    count: int = 300
+    """Frames."""
+    seed: int = 0
+    size: tuple[int, int] | None = (256, 256)
+    """(height, width) in pixels; None for the camera's own sizes."""
+
+
+class SyntheticSource:
+    """Procedural frames as if they were files: ``images/00000.png`` and ``masks/00000.png``."""
+
+    def __init__(self, camera: str, options: SyntheticOptions):
+        self.path = Path(f"synthetic_{camera}")
+        self.camera, self.options = camera, options
+
+    def names(self) -> list[str]:
+        return [f"{folder}/{i:05d}.png" for folder in ("images", "masks") for i in range(self.options.count)]
+
+    def read(self, name: str) -> bytes:
+        frame, mask = _drawn(self.camera, self.options, int(PurePosixPath(name).stem))
+        return images.encode_png(frame if name.startswith("images") else mask * np.uint8(255))
+
+    def content_id(self) -> str:
+        """Follows the options and the code that draws."""
+        key = f"{self.camera} {self.options} {inspect.getsource(synthetic)}"
+        return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=4)
+def _drawn(camera: str, options: SyntheticOptions, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    style = synthetic.CAMERAS[camera]
+    return synthetic.synthesise_frame(style, seed=options.seed, index=index, size=options.size)
+
+
+@dataclass(frozen=True)
+class PolypDataset:
+    """An opened dataset: its row of the table, its files, and one record per frame, sorted by file name."""
+
+    spec: DatasetSpec
+    source: Source
+    records: tuple[Record, ...]
+
+    @cached_property
+    def content_id(self) -> str:
+        """Identity of the content, by which caches are kept: 16 hex digits."""
+        return self.source.content_id()
+
+    @cached_property
+    def by_id(self) -> dict[str, Record]:
+        """id -> record."""
+        return {record.id: record for record in self.records}
+
+    @property
+    def ids(self) -> list[str]:
+        """All ids, sorted by file name as strings (the reference's order)."""
+        return [record.id for record in self.records]
+
+    def split(self, name: str = "reference") -> Split:
+        """The parts of a named split as id lists. Raises UsageError when the dataset has no such split."""
+        sequences = {r.id: r.groups["sequence_id"] for r in self.records if "sequence_id" in r.groups}
+        return make_split(self.spec.name, name, ids=self.ids, sequences=sequences)
+
+    def frame(self, record: Record) -> Image.Image:
+        """The decoded RGB frame. Raises PolypSegError naming the file when it is broken."""
+        return images.decode_frame(self.source.read(record.image), name=self.locate(record.image))
+
+    def mask(self, record: Record) -> NDArray[np.uint8]:
+        """The mask (H, W) uint8 in {0, 1}. Raises PolypSegError for a broken, missing or colour-coded mask."""
+        if record.mask is None:
+            raise UsageError(f"{self.spec.title} has no masks")
+        return images.decode_mask(self.source.read(record.mask), name=self.locate(record.mask))
+
+    def pair(self, record: Record) -> tuple[Image.Image, NDArray[np.uint8]]:
+        """Frame and mask, of equal size. Raises PolypSegError otherwise."""
+        frame, mask = self.frame(record), self.mask(record)
+        names = {"frame_name": self.locate(record.image), "mask_name": self.locate(record.mask or "")}
+        images.check_same_size(frame, mask, **names)
+        return frame, mask
+
+    def locate(self, name: str) -> str:
+        """A file's place for messages."""
+        return str(self.source.path / name)
+
+    def load(self, *, split: str = "reference", streaming: bool = False) -> Any:
+        """The parts of a split as a ``DatasetDict`` (or ``IterableDatasetDict`` with ``streaming``).
+
+        Columns: ``id``, ``image``, ``mask`` (0/1) and the dataset's groups. Raises PolypSegError for a broken file.
+        """
+        with explain_write_errors(cache_folder() / "datasets"):
+            builder = PolypSegBuilder(
+                cache_dir=str(cache_folder() / "datasets"),
+                config_name=f"{self.spec.name}-{split}",
+                content=self.content_id,
+                hash=hashlib.sha256(f"{self.content_id} {split} {sorted(self.ids)}".encode()).hexdigest()[:16],
+                opened=_Unhashed(self),
+                split_name=split,
+            )
+            if streaming:
+                return builder.as_streaming_dataset()
+            try:
+                builder.download_and_prepare()
+            except datasets.exceptions.DatasetGenerationError as error:
+                if isinstance(error.__cause__, PolypSegError | OSError):
+                    raise error.__cause__ from None
+                raise
+            return builder.as_dataset()
+
+
+class _Unhashed:
+    """Carries the opened dataset into a builder without taking part in the cache's identity."""
+
+    def __init__(self, opened: PolypDataset):
+        self.opened = opened
+
+    def __repr__(self) -> str:
+        return "opened"
+
+
+@dataclass
+class PolypSegBuilderConfig(datasets.BuilderConfig):  # type: ignore[misc]
+    """What identifies a prepared dataset: the content, not the path."""
+
+    content: str = ""
+    split_name: str = "reference"
+    opened: _Unhashed | None = None
+
+    def create_config_id(self, config_kwargs: dict[str, Any], custom_features: Any = None) -> str:
+        return super().create_config_id(  # type: ignore[no-any-return]
+            {k: v for k, v in config_kwargs.items() if k != "opened"}, custom_features
+        )
+
+
+class PolypSegBuilder(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
+    """The HF ``datasets`` builder behind every dataset of this package."""
+
+    VERSION = datasets.Version("1.0.0")
+    BUILDER_CONFIG_CLASS = PolypSegBuilderConfig
+
+    @property
+    def _dataset(self) -> PolypDataset:
+        carrier: _Unhashed = self.config.opened
+        return carrier.opened
+
+    def _info(self) -> datasets.DatasetInfo:
+        spec, records = self._dataset.spec, self._dataset.records
+        columns: dict[str, Any] = {"id": datasets.Value("string"), "image": datasets.Image(mode="RGB")}
+        if spec.mask_folder is not None:
+            columns["mask"] = datasets.Image(mode="L")
+        columns |= {name: datasets.Value("string") for name in (records[0].groups if records else {})}
+        return datasets.DatasetInfo(
+            features=datasets.Features(columns),
+            description=f"{spec.title} (content {self._dataset.content_id})",
+            license=spec.license,
+            citation=spec.citation,
+            homepage=spec.homepage,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        parts = self._dataset.split(self.config.split_name)
+        return [datasets.SplitGenerator(name=part, gen_kwargs={"ids": ids}) for part, ids in parts.items()]
+
+    def _generate_examples(self, ids: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        opened = self._dataset
+        for record_id in ids:
+            record = opened.by_id[record_id]
+            data = opened.source.read(record.image)
+            example: dict[str, Any] = {"id": record.id, **record.groups}
+            if record.mask is not None:
+                frame, mask = opened.pair(record)  # decodes both, so a broken file is found here and named
+                example["mask"] = {"bytes": images.encode_png(mask), "path": None}
+                if record.image.lower().endswith((".tif", ".tiff")):
+                    data = images.encode_png(frame)
+            example["image"] = {"bytes": data, "path": Path(record.image).name}
+            yield record.id, example
+
+
+def index_records(spec: DatasetSpec, source: Source) -> tuple[Record, ...]:
+    """Find frames and masks by folder and pair them by name. Raises PolypSegError naming what has no partner."""
+    names = [n for n in source.names() if n.lower().endswith(IMAGE_SUFFIXES)]
+    frames = _in_folder(names, spec.image_folder)
+    if spec.mask_folder is None:
+        return tuple(_with_groups(spec, Record(id=PurePosixPath(n).stem, image=n)) for n in _by_file_name(frames))
+    masks = _in_folder(names, spec.mask_folder)
+    frames = [n for n in frames if n not in set(masks)]
+    frames, masks = _one_form(frames), _one_form(masks)
+    if not frames:
+        raise UsageError(
+            f"no images in {source.path}: expected a folder {spec.image_folder!r} with images and a folder "
+            f"{spec.mask_folder!r} with masks"
+        )
+    partner = {}
+    for name in masks:
+        match = re.fullmatch(spec.mask_stem, PurePosixPath(name).stem)
+        partner[match["id"] if match else PurePosixPath(name).stem] = name
+    missing = [n for n in frames if PurePosixPath(n).stem not in partner]
+    if missing:
+        raise PolypSegError(
+            f"{source.path}: {len(missing)} image(s) have no mask, first {missing[0]}: add the mask or remove the image"
+        )
+    stems = {PurePosixPath(n).stem for n in frames}
+    orphans = [name for stem, name in partner.items() if stem not in stems]
+    if orphans:
+        raise PolypSegError(
+            f"{source.path}: {len(orphans)} mask(s) have no image, first {orphans[0]}: add the image or remove the mask"
+        )
+    if len(stems) < len(frames):
+        raise PolypSegError(f"{source.path}: two images have the same name in different folders; rename one")
+    return tuple(
+        _with_groups(spec, Record(id=PurePosixPath(n).stem, image=n, mask=partner[PurePosixPath(n).stem]))
+        for n in _by_file_name(frames)
+    )
+
+
+def _in_folder(names: list[str], pattern: str) -> list[str]:
+    return [n for n in names if re.fullmatch(pattern, PurePosixPath(n).parent.name, re.IGNORECASE)]
+
+
+def _one_form(names: list[str]) -> list[str]:
+    """CVC-ClinicDB is also published with PNG and TIF side by side, equal in pixels: keep the PNGs."""
+    png = [n for n in names if n.lower().endswith(".png")]
+    tif = {PurePosixPath(n).stem for n in names if n.lower().endswith((".tif", ".tiff"))}
+    return png if png and tif == {PurePosixPath(n).stem for n in png} else names
+
+
+def _by_file_name(names: list[str]) -> list[str]:
+    return sorted(names, key=lambda name: (PurePosixPath(name).name, name))
+
+
+def _with_groups(spec: DatasetSpec, record: Record) -> Record:
+    try:
+        groups = {name: group(record.id, record.image) for name, group in spec.groups.items()}
+    except ValueError as error:
+        raise PolypSegError(f"{record.image} is not named as in {spec.title}: {error}") from error
+    return Record(id=record.id, image=record.image, mask=record.mask, groups=groups)
+
+
+def find_source(spec: DatasetSpec, *, data_dir: Path | None = None) -> Path:
+    """Where a dataset lies in the data folder: --data-dir, $POLYPSEG_DATA or ./data. Raises UsageError if nowhere."""
+    root = data_dir or Path(os.environ.get("POLYPSEG_DATA") or "data")
+    for location in spec.locations:
+        if (root / location).exists():
+            return root / location
+    if not spec.locations:
+        raise UsageError(f"dataset {spec.name!r} has no usual place: give its path")
+    remedy = f"run `polypseg data get {spec.name}`" if spec.url else spec.request
+    raise UsageError(
+        f"{spec.title} is not in {root} (looked for {', '.join(spec.locations)}). Give its path, set POLYPSEG_DATA, or: "
+        f"{remedy}"
+    )
+
+
+def open_dataset(
+    name: str,
+    *,
+    source: Path | None = None,
+    data_dir: Path | None = None,
+    allow_partial: bool = False,
+    synthetic_options: SyntheticOptions | None = None,
+) -> PolypDataset:
+    """Open a dataset of the table from a folder or archive; without ``source`` it is looked for in the data folder.
+
+    Raises UsageError for an unknown name, a missing source or, unless ``allow_partial``, a count that is not the
+    published one; PolypSegError for files without partner.
+    """
+    spec = get_spec(name)
+    if name.startswith("synthetic_"):
+        options = synthetic_options or SyntheticOptions()
+        found: Source = SyntheticSource(name.removeprefix("synthetic_"), options)
+    else:
+        found = open_source(Path(source) if source else find_source(spec, data_dir=data_dir))
+    records = index_records(spec, found)
+    if not records:
+        raise UsageError(f"no images in {found.path}: {spec.title} was expected there")
+    if spec.count is not None and len(records) != spec.count and not allow_partial:
+        raise UsageError(
+            f"{found.path} holds {len(records)} images but {spec.title} has {spec.count}: complete it, or say that a "
+            "part is meant (--allow-partial)"
+        )
+    return PolypDataset(spec=spec, source=found, records=records)
+
+
+def load_polyps(name: str, *, split: str = "reference", streaming: bool = False, **where: Any) -> Any:
+    """A dataset as HF ``DatasetDict``: ``load_polyps("kvasir_seg", source="kvasir-seg.zip")["train"][0]``.
+
+    ``where`` are the arguments of ``open_dataset``. Examples are ``{"id", "image", "mask"}`` plus the set's groups.
+    """
+    return open_dataset(name, **where).load(split=split, streaming=streaming)
+
+
+def mask_pixels(mask: Image.Image | dict[str, Any]) -> NDArray[np.uint8]:
+    """The mask column of an example as (H, W) uint8 in {0, 1}."""
+    if isinstance(mask, dict):
+        mask = Image.open(io.BytesIO(mask["bytes"]))
+    return np.asarray(mask, dtype=np.uint8)

@@ -1,0 +1,76 @@
+"""Named splits: the function that derives each, and the id lists that pin what it gave on the complete sets."""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+
+import numpy as np
+
+from polypseg.errors import UsageError
+
+SPLIT_SEED = 42
+
+DESCRIPTIONS = {
+    "full": "every image, in one part named 'full'",
+    "reference": "the study's 80/10/10 by frame, seed 42, on names sorted as strings",
+    "official": "Kvasir-SEG's published 880/120 (upstream calls the 120 'val')",
+    "sequence_disjoint": "CVC-ClinicDB by video clip: no clip lies in two parts",
+}
+
+Split = dict[str, list[str]]
+
+
+def reference_split(ids: Sequence[str]) -> Split:
+    """The reference's split of ids that are sorted by file name: scikit-learn's train_test_split, twice, seed 42.
+
+    The first tenth (rounded) of a seeded permutation is the test part; the same on the rest gives the validation part.
+    """
+    size = round(0.1 * len(ids))
+    rest, test = _cut(list(ids), size)
+    train, validation = _cut(rest, size)
+    return {"train": train, "validation": validation, "test": test}
+
+
+def _cut(ids: list[str], size: int) -> tuple[list[str], list[str]]:
+    order = np.random.RandomState(SPLIT_SEED).permutation(len(ids))
+    return [ids[i] for i in order[size:]], [ids[i] for i in order[:size]]
+
+
+def sequence_disjoint_split(groups: Mapping[str, str]) -> Split:
+    """Split ids by their group (id -> sequence): whole sequences, in seeded order, until each part has a tenth."""
+    sequences = sorted(set(groups.values()), key=lambda name: (len(name), name))
+    order = [sequences[i] for i in np.random.RandomState(SPLIT_SEED).permutation(len(sequences))]
+    members = {name: [i for i, group in groups.items() if group == name] for name in order}
+    parts: Split = {"test": [], "validation": [], "train": []}
+    for name in order:
+        part = next((p for p in ("test", "validation") if len(parts[p]) < 0.1 * len(groups)), "train")
+        parts[part] += members[name]
+    return {part: sorted(parts[part]) for part in ("train", "validation", "test")}
+
+
+def pinned_split(dataset: str, name: str) -> Split | None:
+    """The committed id lists of a split, or None where none are pinned."""
+    file = resources.files("polypseg.data") / "split_lists" / f"{dataset}.{name}.json"
+    if not file.is_file():
+        return None
+    content: Split = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+def make_split(dataset: str, name: str, *, ids: Sequence[str], sequences: Mapping[str, str] | None = None) -> Split:
+    """The parts of split ``name`` over ``ids`` (sorted by file name); parts keep only ids that are present.
+
+    Raises UsageError when the dataset has no such split.
+    """
+    if name == "full":
+        return {"full": list(ids)}
+    pinned = pinned_split(dataset, name)
+    if pinned is not None:
+        present = set(ids)
+        return {part: [i for i in members if i in present] for part, members in pinned.items()}
+    if name == "reference":
+        return reference_split(ids)
+    if name == "sequence_disjoint" and sequences:
+        return sequence_disjoint_split(sequences)
+    known = sorted({"full", "reference", *(["sequence_disjoint"] if sequences else [])})
+    raise UsageError(f"dataset {dataset!r} has no split {name!r}; choose from {', '.join(known)}")
