@@ -42,8 +42,8 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary file or folder name beside ``path`` that is renamed to ``path`` only when the block succeeds.
 
-    An existing file is replaced; an existing folder is kept and the new one discarded. Raises PolypSegError for a full
-    disk, a read-only file system or missing permission; nothing half-written stays behind.
+    Whatever stood at ``path`` is replaced. Raises PolypSegError for a full disk, a read-only file system or missing
+    permission; nothing half-written stays behind.
     """
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         try:
             yield workspace / path.name
             if path.is_dir():
-                return
+                os.replace(path, workspace / "replaced")
             os.replace(workspace / path.name, path)
         finally:
             shutil.rmtree(workspace, ignore_errors=True)

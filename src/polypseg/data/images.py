@@ -37,7 +37,12 @@ def decode_frame(data: bytes, *, name: str) -> Image.Image:
 
 
 def decode_mask(data: bytes, *, name: str) -> NDArray[np.uint8]:
-    """Bytes of a mask file -> (H, W) uint8 in {0, 1}, 1 where the grey value exceeds 127.
+    """Bytes of a mask file -> (H, W) uint8 in {0, 1}, 1 where the grey value exceeds 127; errors as decode_grey_mask."""
+    return (decode_grey_mask(data, name=name) > MASK_THRESHOLD).astype(np.uint8)
+
+
+def decode_grey_mask(data: bytes, *, name: str) -> NDArray[np.uint8]:
+    """Bytes of a mask file -> (H, W) uint8 grey values as stored, 0 to 255: the reference trains on these.
 
     Raises PolypSegError for a file that cannot be decoded, a colour-coded mask, or one coded with small class numbers.
     """
@@ -56,7 +61,7 @@ def decode_mask(data: bytes, *, name: str) -> NDArray[np.uint8]:
         raise PolypSegError(
             f"{name} is coded with the values {values.tolist()}: masks need 0 (background) and 255 (polyp)"
         )
-    return (grey > MASK_THRESHOLD).astype(np.uint8)
+    return grey
 
 
 def check_same_size(frame: Image.Image, mask: NDArray[np.uint8], *, frame_name: str, mask_name: str) -> None:

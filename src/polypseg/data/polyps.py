@@ -105,9 +105,13 @@ class PolypDataset:
 
     def mask(self, record: Record) -> NDArray[np.uint8]:
         """The mask (H, W) uint8 in {0, 1}. Raises PolypSegError for a broken, missing or colour-coded mask."""
+        return (self.grey_mask(record) > images.MASK_THRESHOLD).astype(np.uint8)
+
+    def grey_mask(self, record: Record) -> NDArray[np.uint8]:
+        """The mask (H, W) uint8 as stored, 0 to 255; errors as ``mask``."""
         if record.mask is None:
             raise UsageError(f"{self.spec.title} has no masks")
-        return images.decode_mask(self.source.read(record.mask), name=self.locate(record.mask))
+        return images.decode_grey_mask(self.source.read(record.mask), name=self.locate(record.mask))
 
     def pair(self, record: Record) -> tuple[Image.Image, NDArray[np.uint8]]:
         """Frame and mask, of equal size. Raises PolypSegError otherwise."""

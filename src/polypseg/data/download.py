@@ -1,0 +1,245 @@
+"""Download one file so that an interruption costs seconds and a wrong byte never reaches its place.
+
+Bytes gather in ``NAME.part``; ``NAME.part.json`` remembers their origin (URL and ETag or Last-Modified), so
+that any later call resumes them. ``NAME`` itself appears only once size and SHA-256 are right.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import requests
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+from tqdm import tqdm
+from urllib3.exceptions import InvalidHeader
+from urllib3.util import Retry
+
+from polypseg.errors import PolypSegError, UsageError
+
+log = logging.getLogger(__name__)
+
+CHUNK = 1 << 16  # bytes; also the most that a cut connection or a kill loses
+LONGEST_WAIT = 120.0  # seconds; a server that asks for more is not waited for
+CONNECT_TIMEOUT = 5.0  # seconds; without a network all attempts together then fail within a minute
+
+
+class _TransientError(Exception):
+    """A failure that waiting may cure; ``retry_after`` is the wait in seconds that the server asks for."""
+
+    def __init__(self, reason: str, *, retry_after: float | None = None):
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+def download(
+    url: str,
+    *,
+    destination: Path,
+    sha256: str | None = None,
+    size: int | None = None,
+    timeout: float = 30.0,
+    attempts: int = 5,
+    backoff: float = 1.0,
+) -> Path:
+    """Download ``url`` to the file ``destination`` and return it; a file already right costs no request.
+
+    ``size`` is in bytes, ``timeout`` and ``backoff`` in seconds. ``attempts`` counts failures in a row that
+    brought no new bytes; the wait between them doubles from ``backoff`` on, unless the server names one. An
+    existing file counts as right if neither size nor hash is known; a wrong one stays until its successor is
+    complete. Raises UsageError for anything but http and https, PolypSegError if the server refuses or stays
+    away, the bytes are wrong, or the disk does not take them. All but wrong bytes are kept for the next call.
+    """
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise UsageError(f"cannot download {url!r}: the address must start with http:// or https://")
+    if destination.is_dir():
+        raise UsageError(f"cannot download to {destination}: it is a folder; add a file name")
+    part, by_hand = _part(destination), _by_hand(destination)
+    retrying = Retrying(
+        retry=retry_if_exception_type(_TransientError),
+        stop=stop_after_attempt(attempts),
+        wait=lambda state: _wait(state, backoff=backoff),
+        reraise=True,
+    )
+    try:
+        if destination.exists():
+            if not (defect := _defect(destination, sha256=sha256, size=size)):
+                return destination
+            log.warning("%s has %s: downloading it again", destination, defect)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        while not retrying(_receive, url, destination, size=size, timeout=timeout):
+            log.info("%s: resuming at byte %d", url, _length(part))
+        if defect := _defect(part, sha256=sha256, size=size):
+            _discard(part)
+            raise PolypSegError(f"{url} arrived with {defect} and was deleted; try again, or {by_hand}.")
+        if sha256 is None:
+            log.info("%s has SHA-256 %s (nothing to compare it with)", url, _sha256(part))
+        os.replace(part, destination)
+        _discard(part)
+    except _TransientError as error:
+        raise PolypSegError(
+            f"cannot download {url}: {error}. Check the network and try again (it resumes), or {by_hand}."
+        ) from error
+    except OSError as error:
+        raise PolypSegError(_explain(error, destination)) from error
+    return destination
+
+
+def _receive(url: str, destination: Path, *, size: int | None, timeout: float) -> bool:
+    """One request and its body; False if another should follow at once, because new bytes have arrived."""
+    part, by_hand = _part(destination), _by_hand(destination)
+    have = _length(part)
+    headers = {"Accept-Encoding": "identity"}
+    if have and (validator := _validator_of(part, url)):
+        headers |= {"Range": f"bytes={have}-", "If-Range": validator}
+    try:
+        limits = (min(timeout, CONNECT_TIMEOUT), timeout)
+        with requests.get(url, headers=headers, stream=True, timeout=limits) as response:
+            status = f"the server answered {response.status_code} {response.reason}"
+            if response.status_code == 416 and "Range" in headers:
+                if response.headers.get("Content-Range") == f"bytes */{have}":
+                    return True  # the last run was killed between the last byte and the rename
+                _discard(part)
+                return False
+            if response.status_code in (408, 429) or response.status_code >= 500:
+                if (wait := _retry_after(response) or 0) > LONGEST_WAIT:
+                    raise PolypSegError(
+                        f"cannot download {url}: {status}. Try again in {wait:.0f} s; it resumes."
+                    )
+                raise _TransientError(status, retry_after=wait or None)
+            if response.status_code not in (200, 206):
+                raise PolypSegError(f"cannot download {url}: {status}. Open it in a browser, and {by_hand}.")
+            _store(response, url, destination, size=size)
+    except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise PolypSegError(f"cannot verify the certificate of {url}; {by_hand}.") from error
+        if _length(part) >= have + CHUNK:
+            return False
+        raise _TransientError(f"the connection failed ({type(error).__name__})") from error
+    except requests.RequestException as error:
+        raise PolypSegError(f"cannot download {url}: {error}. Check the address, or {by_hand}.") from error
+    return True
+
+
+def _store(response: requests.Response, url: str, destination: Path, *, size: int | None) -> None:
+    """Write the body: behind the bytes that a 206 continues, else from zero."""
+    part, have = _part(destination), _length(_part(destination))
+    if response.status_code == 206:
+        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+        if not found or int(found[1]) != have:
+            _discard(part)
+            raise _TransientError("the server continued at the wrong byte")
+        start, announced = have, found[2]
+    else:
+        start, announced = 0, response.headers.get("Content-Length", "*")
+    encoded = "Content-Encoding" in response.headers  # then lengths and offsets are those of other bytes
+    total = int(announced) if announced.isdigit() and not encoded else None
+    if size is not None and total not in (None, size):
+        raise PolypSegError(
+            f"{url} announces {total} bytes instead of {size}: the server has another file. "
+            f"Find the right one and place it at {destination}."
+        )
+    total = size if total is None else total
+    if total is not None and total - have > (free := shutil.disk_usage(part.parent).free):
+        raise PolypSegError(
+            f"{destination} needs {total - have:,} more bytes and its folder has {free:,} left. "
+            "Free some space or choose another folder; what has arrived is kept."
+        )
+    bar = tqdm(
+        total=total,
+        initial=start,
+        desc=destination.name,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        disable=None,
+    )
+    with part.open("ab" if start else "wb") as file, bar:
+        if not start:  # only after the truncation: old bytes must never stand beside a new validator
+            etag, modified = response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
+            validator = etag if etag and not etag.startswith("W/") else modified
+            origin = {"url": url, "validator": "" if encoded else validator}
+            _origin(part).write_text(json.dumps(origin), encoding="utf-8")
+        for chunk in response.iter_content(CHUNK):
+            file.write(chunk)
+            bar.update(len(chunk))
+        file.flush()
+        os.fsync(file.fileno())
+    if total is not None and _length(part) < total and not encoded:
+        raise requests.ConnectionError("the body ended early")
+
+
+def _part(destination: Path) -> Path:
+    return destination.with_name(destination.name + ".part")
+
+
+def _origin(part: Path) -> Path:
+    return part.with_name(part.name + ".json")
+
+
+def _length(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def _discard(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _origin(part).unlink(missing_ok=True)
+
+
+def _validator_of(part: Path, url: str) -> str:
+    """The ETag or date under which ``part`` began; empty if unknown or if it began from another address."""
+    try:
+        origin = json.loads(_origin(part).read_text(encoding="utf-8"))
+        return str(origin["validator"]) if origin["url"] == url else ""
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _defect(path: Path, *, sha256: str | None, size: int | None) -> str:
+    """What is wrong with the bytes of ``path``; empty if nothing."""
+    if size is not None and (found := path.stat().st_size) != size:
+        return f"{found} bytes instead of {size}"
+    if sha256 is not None and (digest := _sha256(path)) != sha256.lower():
+        return f"SHA-256 {digest} instead of {sha256.lower()}"
+    return ""
+
+
+def _retry_after(response: requests.Response) -> float | None:
+    """What the server asks to wait, in seconds."""
+    try:
+        return Retry().get_retry_after(response.raw)
+    except InvalidHeader:
+        return None
+
+
+def _wait(state: RetryCallState, *, backoff: float) -> float:
+    """Seconds until the next attempt."""
+    error = state.outcome.exception() if state.outcome else None
+    if isinstance(error, _TransientError) and error.retry_after is not None:
+        return error.retry_after
+    return wait_exponential(multiplier=backoff, max=LONGEST_WAIT)(state)
+
+
+def _by_hand(destination: Path) -> str:
+    return f"download it by hand and place it at {destination}"
+
+
+def _explain(error: OSError, destination: Path) -> str:
+    """One sentence for an error of the file system."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left for {destination}: free some and run this again; it resumes where it stopped."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (
+            f"cannot write to {destination.parent} ({error.strerror}): choose a folder that you may write to."
+        )
+    return f"cannot write {destination}: {error.strerror or error}."

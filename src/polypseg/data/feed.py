@@ -1,0 +1,142 @@
+"""The input pipeline of training: frames decoded and resized once, kept as memory-mapped bytes, augmented on the fly.
+
+Order and augmentation are functions of (seed, epoch, position), so they do not depend on the number of processes or
+workers, and a resumed run sees what an uninterrupted one would have seen.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from polypseg.artifacts import atomic_path, cache_folder
+from polypseg.data.augmentation import Normalisation, PairedAugmentation
+from polypseg.data.polyps import PolypDataset
+from polypseg.errors import UsageError
+
+Example = dict[str, torch.Tensor]
+
+
+class CachedPairs:
+    """Frames (N, S, S, 3) and masks (N, S, S) as uint8 on disk, in the order of ``ids``; masks are soft, 0 to 255."""
+
+    def __init__(self, folder: Path, ids: Sequence[str]):
+        self.ids = list(ids)
+        self.images: NDArray[np.uint8] = np.load(folder / "images.npy", mmap_mode="r")
+        self.masks: NDArray[np.uint8] = np.load(folder / "masks.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def cache_pairs(dataset: PolypDataset, ids: Sequence[str], *, image_size: int) -> CachedPairs:
+    """Decode and resize (bicubic, antialiased: Pillow's, as in the reference) once; later calls only map the files.
+
+    The cache follows the dataset's content. Raises PolypSegError naming a broken file or a full disk.
+    """
+    if not ids:
+        raise UsageError(f"{dataset.spec.title}: this split is empty")
+    key = hashlib.sha256("\n".join([dataset.content_id, str(image_size), *ids]).encode()).hexdigest()[:16]
+    folder = cache_folder() / "feed" / f"{dataset.spec.name}-{image_size}-{key}"
+    if not folder.is_dir():
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            _write_pairs(dataset, ids, image_size=image_size, folder=temporary)
+    return CachedPairs(folder, ids)
+
+
+def _write_pairs(dataset: PolypDataset, ids: Sequence[str], *, image_size: int, folder: Path) -> None:
+    shape = (len(ids), image_size, image_size)
+    frames = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=(*shape, 3))
+    masks = np.lib.format.open_memmap(folder / "masks.npy", mode="w+", dtype=np.uint8, shape=shape)
+    for index, record_id in enumerate(tqdm(ids, desc=f"reading {dataset.spec.title}", unit="image", leave=False)):
+        record = dataset.by_id[record_id]
+        frame, _ = dataset.pair(record)
+        grey = Image.fromarray(dataset.grey_mask(record))
+        frames[index] = np.asarray(frame.resize((image_size, image_size)))
+        masks[index] = np.asarray(grey.resize((image_size, image_size), Image.Resampling.BICUBIC))
+    frames.flush()
+    masks.flush()
+
+
+def to_example(pixels: NDArray[np.float32], mask: NDArray[np.float32]) -> Example:
+    """(S, S, 3) and (S, S) -> ``pixel_values`` (3, S, S) and ``labels`` (S, S)."""
+    return {
+        "pixel_values": torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))),
+        "labels": torch.from_numpy(np.ascontiguousarray(mask)),
+    }
+
+
+class TrainingFeed(Dataset[Example]):
+    """Augmented examples; indexed by (epoch, position)."""
+
+    def __init__(self, pairs: CachedPairs, augmentation: PairedAugmentation, *, seed: int):
+        self.pairs, self.augmentation, self.seed = pairs, augmentation, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Example:
+        epoch, index = key
+        cv2.setNumThreads(1)  # OpenCV's own threads would compete with torch's
+        rng = np.random.default_rng([self.seed, epoch, index])
+        return to_example(*self.augmentation(self.pairs.images[index], self.pairs.masks[index], rng))
+
+
+class ValidationFeed(Dataset[Example]):
+    """Examples as they are: normalised frames, masks in [0, 1]."""
+
+    def __init__(self, pairs: CachedPairs, *, mean: list[float], std: list[float]):
+        self.pairs, self.normalise = pairs, Normalisation(mean=mean, std=std)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Example:
+        return to_example(
+            self.normalise(self.pairs.images[index]), self.pairs.masks[index].astype(np.float32) / 255
+        )
+
+
+class GlobalBatches(Sampler[list[tuple[int, int]]]):
+    """This process's share of each global batch of one epoch, as (epoch, position) keys.
+
+    The global batches are the same for any number of processes; the last short one is dropped.
+    """
+
+    def __init__(self, length: int, *, total_batch_size: int, seed: int, process: int = 0, processes: int = 1):
+        if total_batch_size % processes:
+            raise UsageError(f"a total batch of {total_batch_size} cannot be shared by {processes} processes")
+        if total_batch_size > length:
+            raise UsageError(
+                f"the total batch of {total_batch_size} is larger than the training split of {length} images: "
+                "use --set training.total_batch_size=..."
+            )
+        self.length, self.total_batch_size, self.seed = length, total_batch_size, seed
+        self.process, self.processes = process, processes
+        self.epoch, self.first_step = 0, 0
+
+    def start(self, *, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch, and the step at which it begins after a resume."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def __len__(self) -> int:
+        return self.length // self.total_batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        share = self.total_batch_size // self.processes
+        for step in range(self.first_step, len(self)):
+            begin = step * self.total_batch_size + self.process * share
+            yield [(self.epoch, int(index)) for index in order[begin : begin + share]]
+
+
+def training_loader(
+    feed: TrainingFeed, batches: GlobalBatches, *, workers: int, pin_memory: bool
+) -> "DataLoader[Example]":
+    """A loader whose order ``batches`` decides."""
+    return DataLoader(feed, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory)  # type: ignore[arg-type]
