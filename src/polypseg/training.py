@@ -1,0 +1,443 @@
+"""Fine-tuning: the loop of the reference study (paper section 3.2), on one process or many, interruptible.
+
+What is drawn depends on (seed, epoch, position) only, so a resumed run ends with the weights of an uninterrupted one.
+"""
+
+import csv
+import io
+import json
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from polypseg.artifacts import atomic_path, environment_record, read_json, write_json, write_text
+from polypseg.checkpoints import load_encoder_weights
+from polypseg.data.augmentation import PairedAugmentation
+from polypseg.data.feed import (
+    CachedPairs,
+    Example,
+    GlobalBatches,
+    TrainingFeed,
+    ValidationFeed,
+    cache_pairs,
+    training_loader,
+)
+from polypseg.data.polyps import PolypDataset
+from polypseg.distributed import synchronise_batchnorm
+from polypseg.errors import PolypSegError, UsageError
+from polypseg.metrics import standard_scores
+from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
+from polypseg.processing import build_image_processor
+from polypseg.recipe import Recipe, ScheduleRecipe
+from polypseg.zoo import ZooEntry
+
+RANDOM = "random"
+
+
+class Interrupted(PolypSegError):
+    """A run was asked to stop and has saved a checkpoint; exit code 130 as for any Ctrl-C."""
+
+    exit_code = 130
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved with each checkpoint."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    best: float = -1.0
+    losses: list[float] = field(default_factory=list)
+    """Of every optimiser step, averaged over processes."""
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    """One row a finished epoch: epoch, step, learning_rate, loss, validation_dice, images_per_second."""
+
+
+def build_model(
+    entry: ZooEntry, recipe: Recipe, *, encoder_weights: str | None = None
+) -> PolypSegForSemanticSegmentation:
+    """The model of a row with the recipe's changes, decoders freshly initialised from the recipe's seed.
+
+    ``encoder_weights`` as in ``load_encoder_weights``; None or "random" for random initialisation. What was loaded is
+    recorded in ``config.weights_origin``; a model whose encoder differs from the row's is marked as small scale.
+    """
+    fields = entry.config_fields() | {"image_size": recipe.data.image_size}
+    changes = recipe.model.model_dump(exclude_none=True)
+    if changes.get("encoder", fields["encoder"]) != fields["encoder"]:
+        fields |= {"image_mean": None, "image_std": None}  # another encoder brings its own statistics
+    torch.manual_seed(recipe.seed)
+    try:
+        config = PolypSegConfig(**(fields | changes))
+        model = PolypSegForSemanticSegmentation(config)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    loaded = RANDOM
+    if encoder_weights not in (None, RANDOM):
+        loaded = load_encoder_weights(model, str(encoder_weights))
+    config.weights_origin = {
+        "model_id": entry.model_id,
+        "encoder_initialisation": loaded,
+        "scale": "full" if config.encoder == entry.config_fields()["encoder"] else "small",
+    }
+    return model
+
+
+def finetune(
+    model: PolypSegForSemanticSegmentation,
+    dataset: PolypDataset,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    *,
+    run_dir: Path,
+    split: str = "reference",
+    resume: bool = False,
+    workers: int = 0,
+) -> Progress:
+    """Train on the ``train`` part, select on ``validation``; leave the best model in ``run_dir/best``.
+
+    With ``resume`` continues from the newest checkpoint, if there is one. Raises UsageError when ``run_dir`` holds
+    another run, PolypSegError for a non-finite loss (the last checkpoint stays), Interrupted after SIGINT or SIGTERM.
+    """
+    run = _Run(model, dataset, recipe, accelerator, run_dir=run_dir, split=split, workers=workers)
+    run.start(resume=resume)
+    with _stop_requests() as stop, accelerator.autocast():
+        run.train(stop)
+    return run.progress
+
+
+class _Run:
+    """The pieces of one run that belong together: model, data, optimiser, schedule, progress, folder."""
+
+    def __init__(
+        self,
+        model: PolypSegForSemanticSegmentation,
+        dataset: PolypDataset,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        *,
+        run_dir: Path,
+        split: str,
+        workers: int,
+    ):
+        self.recipe, self.accelerator, self.run_dir = recipe, accelerator, run_dir
+        self.progress = Progress()
+        parts = dataset.split(split)
+        if not {"train", "validation"} <= set(parts):
+            raise UsageError(
+                f"split {split!r} has the parts {', '.join(parts)}: training needs 'train' and 'validation'"
+            )
+        with accelerator.main_process_first():
+            train = cache_pairs(dataset, parts["train"], image_size=recipe.data.image_size)
+            validation = cache_pairs(dataset, parts["validation"], image_size=recipe.data.image_size)
+        self.config = model.config
+        self.config.weights_origin = (self.config.weights_origin or {}) | {
+            "recipe": recipe.name,
+            "finetuned_on": f"{dataset.spec.name} {split}/train",
+            "n": len(train),
+        }
+        self.record = {
+            "model": self.config.to_dict(),
+            "recipe": recipe.model_dump(mode="json"),
+            "data": {
+                "dataset": dataset.spec.name,
+                "content_id": dataset.content_id,
+                "split": split,
+                "train": len(train),
+                "validation": len(validation),
+            },
+        }
+        self._build_loaders(train, validation, workers=workers)
+        self._build_optimisation(model)
+
+    def _build_loaders(self, train: CachedPairs, validation: CachedPairs, *, workers: int) -> None:
+        recipe, accelerator = self.recipe, self.accelerator
+        statistics = {"mean": self.config.image_mean, "std": self.config.image_std}
+        self.batches = GlobalBatches(
+            len(train),
+            total_batch_size=recipe.training.total_batch_size,
+            seed=recipe.seed,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+        )
+        feed = TrainingFeed(train, PairedAugmentation(recipe.augmentation, **statistics), seed=recipe.seed)
+        pin = accelerator.device.type == "cuda"
+        self.train_loader = training_loader(feed, self.batches, workers=workers, pin_memory=pin)
+        mine = list(range(accelerator.process_index, len(validation), accelerator.num_processes))
+        self.validation_loader: DataLoader[Example] = DataLoader(
+            torch.utils.data.Subset(ValidationFeed(validation, **statistics), mine),
+            batch_size=max(1, recipe.training.total_batch_size // accelerator.num_processes),
+        )
+
+    def _build_optimisation(self, model: PolypSegForSemanticSegmentation) -> None:
+        recipe = self.recipe.training
+        self.total_steps = min(recipe.epochs * len(self.batches), recipe.max_steps or recipe.epochs * len(self.batches))
+        model = synchronise_batchnorm(model, self.accelerator)
+        optimizer = AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.average = None
+        if recipe.ema_decay:
+            average = get_ema_multi_avg_fn(recipe.ema_decay)
+            self.average = AveragedModel(self._bare_model(), multi_avg_fn=average, use_buffers=True)
+            self.accelerator.register_for_checkpointing(self.average)
+        self.schedule = Schedule(self.optimizer, self.recipe.schedule, self.total_steps, recipe.learning_rate)
+
+    def _bare_model(self) -> PolypSegForSemanticSegmentation:
+        bare: PolypSegForSemanticSegmentation = self.accelerator.unwrap_model(self.model)
+        return bare
+
+    def _kept_model(self) -> PolypSegForSemanticSegmentation:
+        """The model that is validated and kept: the averaged one where the recipe averages."""
+        kept: PolypSegForSemanticSegmentation = self.average.module if self.average else self._bare_model()
+        return kept
+
+    # -- starting, saving, resuming -------------------------------------------------------------------------------
+
+    def start(self, *, resume: bool) -> None:
+        """Claim the run's folder, or continue the run that is in it."""
+        path = self.run_dir / "run.json"
+        if path.is_file():
+            before = read_json(path)
+            if not resume:
+                raise UsageError(f"{self.run_dir} already holds a run: continue it with --resume or choose another --output")
+            changed = [key for key in self.record if before.get(key) != json.loads(json.dumps(self.record[key]))]
+            if changed:
+                raise UsageError(f"{self.run_dir} holds a run with another {', '.join(changed)}: choose another --output")
+            self._load_newest_checkpoint()
+        elif self.accelerator.is_main_process:
+            write_json(path, self.record | {"environment": environment_record()})
+        self.accelerator.wait_for_everyone()
+
+    def _load_newest_checkpoint(self) -> None:
+        checkpoints = sorted((self.run_dir / "checkpoints").glob("step-*"))
+        if not checkpoints:
+            return
+        self.progress = Progress(**read_json(checkpoints[-1] / "progress.json"))
+        self.schedule.replay(self.progress)
+        self.accelerator.load_state(str(checkpoints[-1]))
+
+    def save_checkpoint(self) -> None:
+        """Save everything that resuming needs, then drop the older checkpoint."""
+        self.accelerator.wait_for_everyone()
+        path = self.run_dir / "checkpoints" / f"step-{self.progress.step:08d}"
+        if self.accelerator.num_processes == 1:
+            with atomic_path(path) as temporary:
+                self._write_checkpoint(temporary)
+        else:  # each process writes its random state: they need one agreed folder
+            temporary = path.with_name(f".{path.name}.partial")
+            self._write_checkpoint(temporary)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                shutil.rmtree(path, ignore_errors=True)
+                temporary.rename(path)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            for older in sorted(path.parent.glob("step-*")):
+                if older != path:
+                    shutil.rmtree(older)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))
+        if self.accelerator.is_main_process:
+            write_json(folder / "progress.json", asdict(self.progress))
+
+    def save_best(self) -> None:
+        """Keep the current model as the best by validation."""
+        if self.accelerator.is_main_process:
+            with atomic_path(self.run_dir / "best") as temporary:
+                self._kept_model().save_pretrained(temporary)
+                build_image_processor(self.config).save_pretrained(temporary)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def train(self, stop: "_StopFlag") -> None:
+        """All remaining epochs."""
+        self.accelerator.init_trackers("tensorboard")
+        steps_done = self.progress.step
+        with tqdm(
+            total=self.total_steps, initial=steps_done, unit="step", disable=not self.accelerator.is_local_main_process
+        ) as bar:
+            while self.progress.epoch < self.recipe.training.epochs and self.progress.step < self.total_steps:
+                self._train_epoch(bar, stop)
+                self._finish_epoch(bar)
+        self.accelerator.end_training()
+
+    def _train_epoch(self, bar: "tqdm[Any]", stop: "_StopFlag") -> None:
+        progress = self.progress
+        self.model.train()
+        self.batches.start(epoch=progress.epoch, first_step=progress.step_in_epoch)
+        self.epoch_started, self.epoch_first_step = time.perf_counter(), progress.step
+        for batch in self.train_loader:
+            loss = self._train_step({k: v.to(self.accelerator.device) for k, v in batch.items()})
+            progress.step += 1
+            progress.step_in_epoch += 1
+            progress.losses.append(loss)
+            bar.update()
+            bar.set_postfix(epoch=progress.epoch + 1, loss=f"{loss:.3f}", best=f"{max(progress.best, 0):.3f}")
+            self.accelerator.log({"loss": loss, "learning_rate": self.schedule.learning_rate}, step=progress.step)
+            if progress.step >= self.total_steps:
+                break
+            self._save_if_due(stop)
+
+    def _train_step(self, batch: Example) -> float:
+        """One optimiser step; returns the loss over the global batch. Raises PolypSegError if it is not finite."""
+        recipe = self.recipe.training
+        output = self.model(**batch)
+        loss = recipe.dice_weight * output.loss
+        if recipe.bce_weight:
+            loss = loss + recipe.bce_weight * F.binary_cross_entropy_with_logits(
+                output.logits[:, 1].float(), batch["labels"]
+            )
+        value = float(self.accelerator.reduce(loss.detach(), reduction="mean"))
+        if not torch.isfinite(torch.tensor(value)):
+            raise PolypSegError(
+                f"the loss is {value} at step {self.progress.step + 1}: lower --set training.learning_rate or use "
+                f"--set training.precision=no; the last good checkpoint is in {self.run_dir / 'checkpoints'}"
+            )
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.after_step()
+        if self.average:
+            self.average.update_parameters(self._bare_model())
+        return value
+
+    def _save_if_due(self, stop: "_StopFlag") -> None:
+        every = self.recipe.training.checkpoint_steps
+        asked = torch.tensor(float(stop.requested), device=self.accelerator.device)
+        stopping = bool(self.accelerator.reduce(asked, reduction="sum"))
+        if stopping or (every and self.progress.step % every == 0):
+            self.save_checkpoint()
+        if stopping:
+            raise Interrupted(f"interrupted at step {self.progress.step}; continue with --resume")
+
+    def _finish_epoch(self, bar: "tqdm[Any]") -> None:
+        """Validate, keep the best model, move the schedule, save."""
+        progress = self.progress
+        steps = progress.step - self.epoch_first_step
+        seconds = time.perf_counter() - self.epoch_started
+        dice = self.validation_dice()
+        if dice > progress.best:
+            progress.best = dice
+            self.save_best()
+        row = {
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
+            "learning_rate": self.schedule.learning_rate,
+            "loss": sum(progress.losses[-steps:]) / max(steps, 1),
+            "validation_dice": dice,
+            "images_per_second": steps * self.recipe.training.total_batch_size / seconds,
+        }
+        self.schedule.after_epoch(dice)
+        progress.epochs.append(row)
+        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+        self.accelerator.log({"validation_dice": dice}, step=progress.step)
+        bar.write(f"epoch {row['epoch']:3d}  loss {row['loss']:.4f}  validation Dice {dice:.4f}")
+        self.save_checkpoint()
+        if self.accelerator.is_main_process:
+            write_text(self.run_dir / "epochs.csv", _csv(progress.epochs))
+            write_text(self.run_dir / "losses.csv", _csv([{"step": i + 1, "loss": x} for i, x in enumerate(progress.losses)]))
+
+    @torch.no_grad()
+    def validation_dice(self) -> float:
+        """Mean over all processes' images of the Dice at the model's size, threshold 0.5."""
+        model = self._kept_model().eval()
+        total = torch.zeros(2, device=self.accelerator.device)
+        for batch in self.validation_loader:
+            logits = model(batch["pixel_values"].to(self.accelerator.device)).logits
+            total += _dice_sum(logits[:, 1].float(), batch["labels"].to(self.accelerator.device))
+        overall = self.accelerator.reduce(total, reduction="sum")
+        return float(overall[0] / overall[1])
+
+
+def _dice_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, H, W) twice -> (sum of Dice, number of images)."""
+    prediction, target = logits > 0, labels > 0.5
+    counts = [(x.sum((1, 2))).cpu().numpy() for x in (prediction & target, prediction, target)]
+    return torch.tensor([standard_scores(*counts)["dice"].sum(), len(logits)], device=logits.device, dtype=torch.float32)
+
+
+class Schedule:
+    """The learning rate as a function of steps (one_cycle) or of the validation scores so far (plateau)."""
+
+    def __init__(self, optimizer: Any, recipe: ScheduleRecipe, total_steps: int, learning_rate: float):
+        self.optimizer = optimizer
+        inner = getattr(optimizer, "optimizer", optimizer)
+        self.one_cycle = self.plateau = None
+        if recipe.kind == "one_cycle":
+            self.one_cycle = OneCycleLR(
+                inner, learning_rate, total_steps=total_steps + 1, pct_start=recipe.warmup, cycle_momentum=False
+            )
+        else:
+            self.plateau = ReduceLROnPlateau(
+                inner, mode="max", factor=recipe.factor, patience=recipe.patience, min_lr=recipe.min_learning_rate
+            )
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def after_step(self) -> None:
+        """Advance a schedule that moves every step."""
+        if self.one_cycle:
+            self.one_cycle.step()
+
+    def after_epoch(self, validation_dice: float) -> None:
+        """Advance a schedule that follows the global validation score."""
+        if self.plateau:
+            self.plateau.step(validation_dice)
+
+    def replay(self, progress: Progress) -> None:
+        """Bring a new schedule to where a resumed run left it."""
+        if self.one_cycle:
+            self.one_cycle.last_epoch = progress.step
+        for row in progress.epochs:
+            self.after_epoch(row["validation_dice"])
+
+
+@dataclass
+class _StopFlag:
+    requested: bool = False
+
+
+@contextmanager
+def _stop_requests() -> Iterator[_StopFlag]:
+    """Turn the first SIGINT or SIGTERM into a request; a second one acts at once."""
+    flag = _StopFlag()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: Any) -> None:
+        flag.requested = True
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _csv(rows: list[dict[str, float]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
