@@ -56,12 +56,10 @@ def _write_pairs(dataset: PolypDataset, ids: Sequence[str], *, image_size: int, 
     shape = (len(ids), image_size, image_size)
     frames = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=(*shape, 3))
     masks = np.lib.format.open_memmap(folder / "masks.npy", mode="w+", dtype=np.uint8, shape=shape)
-    for index, record_id in enumerate(tqdm(ids, desc=f"reading {dataset.spec.title}", unit="image", leave=False)):
-        record = dataset.by_id[record_id]
-        frame, _ = dataset.pair(record)
-        grey = Image.fromarray(dataset.grey_mask(record))
-        frames[index] = np.asarray(frame.resize((image_size, image_size)))
-        masks[index] = np.asarray(grey.resize((image_size, image_size), Image.Resampling.BICUBIC))
+    for index, record_id in enumerate(tqdm(ids, desc=f"reading {dataset.spec.title}", unit="image", leave=False, disable=None)):
+        frame, mask = dataset.grey_pair(dataset.by_id[record_id])
+        frames[index] = np.asarray(frame.resize((image_size, image_size), Image.Resampling.BICUBIC))
+        masks[index] = np.asarray(Image.fromarray(mask).resize((image_size, image_size), Image.Resampling.BICUBIC))
     frames.flush()
     masks.flush()
 
@@ -69,8 +67,8 @@ def _write_pairs(dataset: PolypDataset, ids: Sequence[str], *, image_size: int, 
 def to_example(pixels: NDArray[np.float32], mask: NDArray[np.float32]) -> Example:
     """(S, S, 3) and (S, S) -> ``pixel_values`` (3, S, S) and ``labels`` (S, S)."""
     return {
-        "pixel_values": torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))),
-        "labels": torch.from_numpy(np.ascontiguousarray(mask)),
+        "pixel_values": torch.from_numpy(pixels).permute(2, 0, 1),
+        "labels": torch.from_numpy(mask),
     }
 
 

@@ -51,12 +51,12 @@ def decode_grey_mask(data: bytes, *, name: str) -> NDArray[np.uint8]:
     if image.mode in ("P", "RGBA", "PA", "CMYK"):
         image = image.convert("RGB")
     if image.mode == "RGB":
-        channels = np.asarray(image).astype(np.int16)
-        spread = channels.max(axis=2) - channels.min(axis=2)
+        red, green, blue = (np.asarray(channel) for channel in image.split())
+        spread = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
         if (spread > 64).mean() > 1e-3:
             raise PolypSegError(f"{name} is a colour-coded mask: convert the polyp's colour to white, the rest to black")
     grey = np.asarray(image.convert("L"))
-    values = np.unique(grey)
+    values = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
     if lossless and 0 < values[-1] <= MASK_THRESHOLD and len(values) <= 4:
         raise PolypSegError(
             f"{name} is coded with the values {values.tolist()}: masks need 0 (background) and 255 (polyp)"

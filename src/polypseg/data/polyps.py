@@ -114,8 +114,13 @@ class PolypDataset:
         return images.decode_grey_mask(self.source.read(record.mask), name=self.locate(record.mask))
 
     def pair(self, record: Record) -> tuple[Image.Image, NDArray[np.uint8]]:
-        """Frame and mask, of equal size. Raises PolypSegError otherwise."""
-        frame, mask = self.frame(record), self.mask(record)
+        """Frame and 0/1 mask, of equal size. Raises PolypSegError otherwise."""
+        frame, grey = self.grey_pair(record)
+        return frame, (grey > images.MASK_THRESHOLD).astype(np.uint8)
+
+    def grey_pair(self, record: Record) -> tuple[Image.Image, NDArray[np.uint8]]:
+        """Frame and mask as stored, 0 to 255, of equal size. Raises PolypSegError otherwise."""
+        frame, mask = self.frame(record), self.grey_mask(record)
         names = {"frame_name": self.locate(record.image), "mask_name": self.locate(record.mask or "")}
         images.check_same_size(frame, mask, **names)
         return frame, mask
