@@ -38,6 +38,118 @@ def run_script(function: Callable[..., Any]) -> None:
     run_app(script)
 
 
+@app.command()
+def models() -> None:
+    """List the twelve models: id, weights' licence, where the pretraining weights come from."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from polypseg.zoo import CORPORA, METHODS, ZOO
+
+    table = Table("short", "model id", "pretraining", "corpus", "licence", title="The twelve models")
+    for entry in ZOO:
+        table.add_row(
+            entry.short_name, entry.model_id, METHODS[entry.method], CORPORA[entry.corpus], entry.license
+        )
+    Console().print(table)
+
+
+@data_app.command("list")
+def list_datasets() -> None:
+    """List the datasets: size, terms, and whether they can be fetched or must be requested."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from polypseg.data.catalog import DATASETS
+
+    table = Table("name", "dataset", "images", "terms", "how to get it", title="Datasets")
+    for spec in DATASETS.values():
+        built_in = spec.name.startswith("synthetic_")
+        how = spec.url or spec.request or ("built in" if built_in else "your own files")
+        table.add_row(spec.name, spec.title, str(spec.count or "any"), spec.license, how)
+    Console().print(table)
+
+
+@data_app.command("get")
+def get_dataset(
+    name: Annotated[str, Argument(help="Dataset of the table; see `polypseg data list`.")],
+    to: Annotated[Path, Option(help="Folder that receives the archive.")] = Path("data"),
+) -> None:
+    """Download a published archive, resumable and verified; or say where a set must be requested."""
+    from polypseg.data.catalog import get_spec
+    from polypseg.data.download import download
+    from polypseg.errors import UsageError
+
+    spec = get_spec(name)
+    if spec.url is None:
+        raise UsageError(f"{spec.title} cannot be downloaded by a program. {spec.request or 'It needs no download.'}")
+    destination = to / Path(spec.url).name
+    print(f"{spec.title}: {spec.license}. Cite {spec.citation}.")
+    if spec.archive_sha256 is None:
+        print("No checksum of this archive has been published; only the transfer itself is verified.")
+    path = download(
+        spec.url, destination=destination, sha256=spec.archive_sha256, size=spec.archive_size
+    )
+    print(f"{path} is complete; it is read as it is, no extraction needed. Next: polypseg data check {name} {path}")
+
+
+@data_app.command("check")
+def check(
+    name: Annotated[str, Argument(help="Dataset of the table.")],
+    path: Annotated[Path, Argument(help="Extracted folder or archive.")],
+    report: Annotated[Path, Option(help="Folder that receives the report.")] = Path("reports"),
+) -> None:
+    """Verify files, counts, pairing, sizes and masks; find duplicates inside and across splits; write a report."""
+    from polypseg.data.check import check_dataset
+    from polypseg.errors import PolypSegError
+
+    result = check_dataset(name, path)
+    written = result.write(report)
+    print(result.to_markdown())
+    print(f"report: {written}")
+    if not result.ok:
+        raise PolypSegError(f"{path} has {len(result.problems)} problem(s), first: {result.problems[0]}")
+
+
+@app.command()
+def study(
+    output: Annotated[Path, Option(help="Folder of the study; a second call continues it.")],
+    scale: Annotated[str, Option(help="full, small (small encoders) or smoke (minutes on a laptop).")] = "smoke",
+    models: Annotated[list[str] | None, Option("--model", help="A row; repeat for several. Default: all.")] = None,
+    in_distribution: Annotated[str, Option(help="Dataset to train and test on.")] = "synthetic_a",
+    out_of_distribution: Annotated[str, Option(help="Dataset to test on only.")] = "synthetic_b",
+    in_source: Annotated[Path | None, Option(help="Folder or archive of the first dataset.")] = None,
+    out_source: Annotated[Path | None, Option(help="Folder or archive of the second dataset.")] = None,
+    split: Annotated[str, Option(help="Split of the first dataset.")] = "reference",
+    set_: Annotated[list[str] | None, Option("--set", help="Recipe override, e.g. training.epochs=2.")] = None,
+    encoder_weights: Annotated[
+        list[str] | None, Option(help="MODEL=WEIGHTS for a row; weights as in finetune.py. Repeat for several.")
+    ] = None,
+    start_from_available: Annotated[
+        bool, Option("--start-from-available", help="At full scale, start rows without weights at random.")
+    ] = False,
+    limit: Annotated[int | None, Option(help="Test on the first N images of each set only.")] = None,
+) -> None:
+    """Train and evaluate rows of the table on two datasets and write the paper's comparison."""
+    from polypseg.study import StudyPlan, run_study
+
+    plan = StudyPlan(
+        output=output,
+        scale=scale,
+        models=tuple(models or ()),
+        in_distribution=in_distribution,
+        out_of_distribution=out_of_distribution,
+        in_source=in_source,
+        out_source=out_source,
+        split=split,
+        overrides=tuple(set_ or ()),
+        encoder_weights=tuple(encoder_weights or ()),
+        start_from_available=start_from_available,
+        limit=limit,
+    )
+    run_study(plan)
+
+
 def main() -> None:
     """Entry point."""
     run_app(app)

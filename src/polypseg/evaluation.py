@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -145,6 +146,16 @@ def evaluate_model(
         convention=convention,
         origin=getattr(model.config, "weights_origin", None) or {},
     )
+
+
+@torch.inference_mode()
+def predict_masks(model: Any, processor: Any, frames: Sequence[Image.Image]) -> list[NDArray[np.bool_]]:
+    """RGB frames of any size -> boolean masks (H, W) of their sizes."""
+    masks = []
+    for frame in frames:
+        logits = model.eval()(**processor(images=[frame], return_tensors="pt")).logits
+        masks.append(predicted_mask(polyp_logits(logits.float(), model.config)[0], (frame.height, frame.width)))
+    return masks
 
 
 def predicted_mask(logits: Tensor, size: tuple[int, ...]) -> NDArray[np.bool_]:

