@@ -1,0 +1,43 @@
+# Two set-up commands: `make demo` and `make test`. Both need only Python >= 3.11 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Waiting threads sleep rather than spin: two processes on few cores would otherwise stall each other.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test check fast-test format hub-configs clean
+
+demo: $(INSTALLED)  ## all twelve rows at smoke scale on synthetic frames
+	@echo "== Training and testing the twelve rows at smoke scale on synthetic frames (results in runs/demo)"
+	$(BIN)/polypseg study --scale smoke --output runs/demo
+
+test: $(INSTALLED)  ## every test; those on real data run where ../shared/data or $$POLYPSEG_DATA is present
+	@echo "== Running all tests"
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## format, lint, types, fast tests
+	@echo "== Checking format, lint and types, then the fast tests"
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) fast-test
+
+fast-test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow and not real_data"
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+hub-configs: $(INSTALLED)  ## render hub_configs/models from the table
+	$(BIN)/python training_scripts/render_hub_configs.py
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "== Installing polypseg and its tested dependencies into $(VENV) (once; several GB with torch)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
