@@ -273,9 +273,7 @@ def test_weak_etag_is_no_validator_but_last_modified_is(server, get):
     assert server.requests[1]["If-Range"] == date
 
 
-@pytest.mark.parametrize(
-    "origin", ['{"url": "http://other/", "validator": "\\"one\\""}', "{broken", "[]", None]
-)
+@pytest.mark.parametrize("origin", ['{"url": "http://other/", "validator": "\\"one\\""}', "{broken", "[]", None])
 def test_part_of_unknown_origin_is_not_continued(server, get, tmp_path, origin):
     (tmp_path / "data.zip.part").write_bytes(b"x" * CHUNK)
     if origin is not None:
@@ -302,9 +300,7 @@ def test_no_connection_fails_in_seconds_with_the_remedy(tmp_path):
     with pytest.raises(PolypSegError) as raised:
         download(url, destination=tmp_path / "data.zip", backoff=0.05)
     assert 0.05 * (1 + 2 + 4 + 8) <= time.monotonic() - begin < 5
-    assert f"by hand and place it at {tmp_path / 'data.zip'}" in str(raised.value) and url in str(
-        raised.value
-    )
+    assert f"by hand and place it at {tmp_path / 'data.zip'}" in str(raised.value) and url in str(raised.value)
 
 
 def test_bad_certificate_is_not_retried(get, tmp_path, monkeypatch):
@@ -424,9 +420,7 @@ def test_kill_in_the_middle_is_resumed_by_another_process(server, get, tmp_path)
     code += "download(sys.argv[1], destination=Path(sys.argv[2]))"
     environment = os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[2])}
     server.faults = [{"pause": 0.3}]
-    killed = subprocess.Popen(
-        [sys.executable, "-c", code, server.url, str(tmp_path / "data.zip")], env=environment
-    )
+    killed = subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path / "data.zip")], env=environment)
     while killed.poll() is None and not (part.exists() and part.stat().st_size >= 2 * CHUNK):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)

@@ -84,7 +84,10 @@ def test_impossible_sizes_are_refused_in_english():
     [
         ({"encoder": "resnet5000"}, "timm knows no encoder 'resnet5000'"),
         ({"encoder": "resnet18", "decoder": "dpt"}, "no plain ViT"),
-        ({"encoder": "vit_tiny_patch16_224", "decoder": "deeplabv3plus"}, "strided features|features of stride"),
+        (
+            {"encoder": "vit_tiny_patch16_224", "decoder": "deeplabv3plus"},
+            "strided features|features of stride",
+        ),
         ({"decoder": "unet"}, "unknown decoder 'unet'"),
         ({"position_embedding": "rotary"}, "unknown position_embedding"),
     ],
@@ -122,7 +125,12 @@ class TestInitialisation:
     def test_deeplabv3plus_is_kaiming_uniform_with_a_xavier_head(self):
         torch.manual_seed(0)
         decoder = PolypSegForSemanticSegmentation(PolypSegConfig(encoder="resnet18")).decoder
-        for layer in (decoder.aspp.branches[0][0], decoder.aspp.project[0], decoder.fuse[1], decoder.aspp.branches[1][0]):
+        for layer in (
+            decoder.aspp.branches[0][0],
+            decoder.aspp.project[0],
+            decoder.fuse[1],
+            decoder.aspp.branches[1][0],
+        ):
             fan_in = layer.weight[0].numel()
             assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=0.05)
             assert layer.weight.abs().max() <= math.sqrt(6 / fan_in)
@@ -131,9 +139,7 @@ class TestInitialisation:
 
     def test_dpt_is_pytorch_default(self):
         torch.manual_seed(0)
-        decoder = PolypSegForSemanticSegmentation(
-            PolypSegConfig(encoder="vit_tiny_patch16_224", decoder="dpt")
-        ).decoder
+        decoder = PolypSegForSemanticSegmentation(PolypSegConfig(encoder="vit_tiny_patch16_224", decoder="dpt")).decoder
         for layer in (decoder.fusion[0].refine.body[1], decoder.reassemble[3][0], decoder.fusion[0].project):
             fan_in = layer.weight[0].numel()
             assert layer.weight.std().item() == pytest.approx(1 / math.sqrt(3 * fan_in), rel=0.05)

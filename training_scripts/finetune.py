@@ -10,7 +10,6 @@ On CPU with several processes: ACCELERATE_USE_CPU=true accelerate launch --multi
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from accelerate import Accelerator
 from typer import Option
 
@@ -29,9 +28,7 @@ def main(
     split: Annotated[str, Option(help="Named split.")] = "reference",
     recipe: Annotated[str, Option(help="Recipe file, or the name of a bundled one.")] = "finetune",
     set_: Annotated[list[str] | None, Option("--set", help="Override, e.g. training.epochs=2.")] = None,
-    encoder_weights: Annotated[
-        str, Option(help="Weights file, timm:<name>.<tag>, starter, or random.")
-    ] = "random",
+    encoder_weights: Annotated[str, Option(help="Weights file, timm:<name>.<tag>, starter, or random.")] = "random",
     resume: Annotated[bool, Option("--resume", help="Continue the run in --output.")] = False,
     workers: Annotated[int, Option(help="Worker processes that augment; 0 augments in the main process.")] = 0,
     num_processes: Annotated[int | None, Option(help="Fail unless so many processes run.")] = None,
@@ -40,9 +37,7 @@ def main(
     """Fine-tune one model of the study on one dataset."""
     entry, settings = zoo.get(model), load_recipe(recipe, overrides=set_ or [])
     data = open_dataset(dataset, source=source, allow_partial=allow_partial)
-    accelerator = Accelerator(
-        mixed_precision=settings.training.precision, log_with="tensorboard", project_dir=output
-    )
+    accelerator = Accelerator(mixed_precision=settings.training.precision, log_with="tensorboard", project_dir=output)
     check_processes(accelerator, expected=num_processes)
     network = build_model(entry, settings, encoder_weights=encoder_weights)
     progress = finetune(

@@ -25,7 +25,17 @@ _REMEDIES = {
     errno.EPERM: "permission denied: choose a folder that you may write to",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another --output",
 }
-PACKAGES = ("polypseg", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "numpy", "pillow")
+PACKAGES = (
+    "polypseg",
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "numpy",
+    "pillow",
+)
 
 
 @contextmanager
@@ -82,7 +92,9 @@ def git_revision() -> str | None:
     folder = Path(__file__).resolve().parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        inside = subprocess.run(["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True)
+        inside = subprocess.run(
+            ["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True
+        )
         if inside.returncode:
             return None  # installed into somebody else's repository
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

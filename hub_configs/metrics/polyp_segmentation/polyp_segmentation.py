@@ -3,11 +3,10 @@
 from typing import Any
 
 import datasets
-import evaluate
 import numpy as np
-from polypseg.metrics import METRICS
-from polypseg.metrics import pixel_counts
-from polypseg.metrics import score
+
+import evaluate
+from polypseg.metrics import METRICS, pixel_counts, score
 
 _DESCRIPTION = "Dice, IoU, precision and recall of polyp masks: per image, then the mean over images."
 _INPUTS = """

@@ -110,7 +110,8 @@ class PairedAugmentation:
         sigma = rng.uniform(*recipe.blur_sigma)
         if recipe.blur_kernel:
             image = gaussian_blur(image, kernel=recipe.blur_kernel, sigma=sigma)
-        pixels, target = self.normalise(image), mask.astype(np.float32) / 255
+        pixels = self.normalise(image)
+        target: NDArray[np.float32] = mask.astype(np.float32) / np.float32(255)
         if rng.random() < recipe.horizontal_flip:
             pixels, target = pixels[:, ::-1], target[:, ::-1]
         if rng.random() < recipe.vertical_flip:

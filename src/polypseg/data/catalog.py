@@ -118,7 +118,11 @@ DATASETS: dict[str, DatasetSpec] = {
             homepage="https://datasets.simula.no/hyper-kvasir/",
             count=99_417,
             image_folder=".*",
-            locations=("unlabeled-images", "hyper-kvasir-unlabeled-images", "hyper-kvasir-unlabeled-images.zip"),
+            locations=(
+                "unlabeled-images",
+                "hyper-kvasir-unlabeled-images",
+                "hyper-kvasir-unlabeled-images.zip",
+            ),
             url=f"{_SIMULA}/hyper-kvasir/hyper-kvasir-unlabeled-images.zip",
             may_be_republished=True,
         ),
@@ -131,7 +135,11 @@ DATASETS: dict[str, DatasetSpec] = {
             count=1000,
             image_folder="images",
             mask_folder="masks",
-            locations=("segmented-images", "hyper-kvasir-segmented-images", "hyper-kvasir-segmented-images.zip"),
+            locations=(
+                "segmented-images",
+                "hyper-kvasir-segmented-images",
+                "hyper-kvasir-segmented-images.zip",
+            ),
             url=f"{_SIMULA}/hyper-kvasir/hyper-kvasir-segmented-images.zip",
         ),
         DatasetSpec(

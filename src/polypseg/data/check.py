@@ -99,7 +99,9 @@ def check_dataset(name: str, path: Path) -> CheckReport:
         return report
     report.content_id, report.images = dataset.content_id, len(dataset.records)
     if spec.count not in (None, report.images):
-        report.problems.append(f"{report.images} images instead of {spec.count}: the set is incomplete or has extra files")
+        report.problems.append(
+            f"{report.images} images instead of {spec.count}: the set is incomplete or has extra files"
+        )
     prints = _read_all(dataset, report)
     report.near_duplicates = near_duplicates(prints)
     report.exact_duplicates = [(a, b) for a, b in report.near_duplicates if prints[a].digest == prints[b].digest]
@@ -155,7 +157,11 @@ def _read_all(dataset: PolypDataset, report: CheckReport) -> dict[str, Fingerpri
         report.sizes[size] = report.sizes.get(size, 0) + 1
         prints[record.id] = fingerprint(frame)
     if shares:
-        report.polyp_share = {"least": min(shares), "mean": sum(shares) / len(shares), "greatest": max(shares)}
+        report.polyp_share = {
+            "least": min(shares),
+            "mean": sum(shares) / len(shares),
+            "greatest": max(shares),
+        }
     return prints
 
 

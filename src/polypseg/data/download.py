@@ -108,9 +108,7 @@ def _receive(url: str, destination: Path, *, size: int | None, timeout: float) -
                 return False
             if response.status_code in (408, 429) or response.status_code >= 500:
                 if (wait := _retry_after(response) or 0) > LONGEST_WAIT:
-                    raise PolypSegError(
-                        f"cannot download {url}: {status}. Try again in {wait:.0f} s; it resumes."
-                    )
+                    raise PolypSegError(f"cannot download {url}: {status}. Try again in {wait:.0f} s; it resumes.")
                 raise _TransientError(status, retry_after=wait or None)
             if response.status_code not in (200, 206):
                 raise PolypSegError(f"cannot download {url}: {status}. Open it in a browser, and {by_hand}.")
@@ -239,7 +237,5 @@ def _explain(error: OSError, destination: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left for {destination}: free some and run this again; it resumes where it stopped."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return (
-            f"cannot write to {destination.parent} ({error.strerror}): choose a folder that you may write to."
-        )
+        return f"cannot write to {destination.parent} ({error.strerror}): choose a folder that you may write to."
     return f"cannot write {destination}: {error.strerror or error}."

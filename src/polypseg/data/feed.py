@@ -56,7 +56,9 @@ def _write_pairs(dataset: PolypDataset, ids: Sequence[str], *, image_size: int, 
     shape = (len(ids), image_size, image_size)
     frames = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=(*shape, 3))
     masks = np.lib.format.open_memmap(folder / "masks.npy", mode="w+", dtype=np.uint8, shape=shape)
-    for index, record_id in enumerate(tqdm(ids, desc=f"reading {dataset.spec.title}", unit="image", leave=False, disable=None)):
+    for index, record_id in enumerate(
+        tqdm(ids, desc=f"reading {dataset.spec.title}", unit="image", leave=False, disable=None)
+    ):
         frame, mask = dataset.grey_pair(dataset.by_id[record_id])
         frames[index] = np.asarray(frame.resize((image_size, image_size), Image.Resampling.BICUBIC))
         masks[index] = np.asarray(Image.fromarray(mask).resize((image_size, image_size), Image.Resampling.BICUBIC))
@@ -95,9 +97,7 @@ class ValidationFeed(Dataset[Example]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Example:
-        return to_example(
-            self.normalise(self.pairs.images[index]), self.pairs.masks[index].astype(np.float32) / 255
-        )
+        return to_example(self.normalise(self.pairs.images[index]), self.pairs.masks[index].astype(np.float32) / 255)
 
 
 class GlobalBatches(Sampler[list[tuple[int, int]]]):

@@ -26,7 +26,14 @@ def _open(data: bytes, name: str) -> Image.Image:
             return Image.fromarray(pixels)
         image = Image.open(io.BytesIO(data))
         image.load()
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, tifffile.TiffFileError, EOFError) as error:
+    except (
+        OSError,
+        UnidentifiedImageError,
+        ValueError,
+        SyntaxError,
+        tifffile.TiffFileError,
+        EOFError,
+    ) as error:
         raise PolypSegError(f"{name} is truncated or not an image ({error}): download it again or remove it") from error
     return image
 
@@ -54,7 +61,9 @@ def decode_grey_mask(data: bytes, *, name: str) -> NDArray[np.uint8]:
         red, green, blue = (np.asarray(channel) for channel in image.split())
         spread = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
         if (spread > 64).mean() > 1e-3:
-            raise PolypSegError(f"{name} is a colour-coded mask: convert the polyp's colour to white, the rest to black")
+            raise PolypSegError(
+                f"{name} is a colour-coded mask: convert the polyp's colour to white, the rest to black"
+            )
     grey = np.asarray(image.convert("L"))
     values = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
     if lossless and 0 < values[-1] <= MASK_THRESHOLD and len(values) <= 4:

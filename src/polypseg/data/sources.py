@@ -77,7 +77,9 @@ class ZipSource:
             try:
                 self._archive = zipfile.ZipFile(self.path)
             except (zipfile.BadZipFile, OSError) as error:
-                raise PolypSegError(f"{self.path} is not a readable zip archive: {error}. Download it again.") from error
+                raise PolypSegError(
+                    f"{self.path} is not a readable zip archive: {error}. Download it again."
+                ) from error
         return self._archive
 
     def __getstate__(self) -> dict[str, object]:

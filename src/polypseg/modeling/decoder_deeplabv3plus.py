@@ -13,9 +13,7 @@ SKIP_CHANNELS = 48  # section 4.1 of the paper
 
 def conv_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:
     """1x1 convolution, BatchNorm, ReLU: (B, Ci, H, W) -> (B, Co, H, W)."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()
-    )
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU())
 
 
 def separable_bn_relu(in_channels: int, out_channels: int, *, dilation: int = 1) -> nn.Sequential:

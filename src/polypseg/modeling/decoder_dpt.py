@@ -48,7 +48,12 @@ class DPTDecoder(nn.Module):
 
     def __init__(self, width: int, *, channels: int, dropout: float):
         super().__init__()
-        widths = [max(1, width // 8), max(1, width // 4), max(1, width // 2), width]  # (96, 192, 384, 768) for ViT-B
+        widths = [
+            max(1, width // 8),
+            max(1, width // 4),
+            max(1, width // 2),
+            width,
+        ]  # (96, 192, 384, 768) for ViT-B
         resample = [
             nn.ConvTranspose2d(widths[0], widths[0], 4, stride=4),
             nn.ConvTranspose2d(widths[1], widths[1], 2, stride=2),

@@ -39,7 +39,7 @@ def _dilate_whole_last_stage(encoder: nn.Module) -> None:
 
     timm leaves that one at dilation 1 while the reference's encoder dilates the whole stage: same keys, other output.
     """
-    for module in encoder.layer4.modules():
+    for module in encoder.get_submodule("layer4").modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
             module.dilation = module.padding = (2, 2)
 

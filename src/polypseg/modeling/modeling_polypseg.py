@@ -26,21 +26,19 @@ class PolypSegForSemanticSegmentation(PreTrainedModel):
 
     def __init__(self, config: PolypSegConfig):
         super().__init__(config)
-        sizes = {"channels": config.decoder_channels, "dropout": config.decoder_dropout}
+        sizes: dict[str, Any] = {"channels": config.decoder_channels, "dropout": config.decoder_dropout}
         if config.decoder == "dpt":
             self.encoder = build_vit_encoder(
                 config.encoder,
                 position_embedding=config.position_embedding,
                 position_embedding_trainable=config.position_embedding_trainable,
             )
-            self.decoder = DPTDecoder(self.encoder.embed_dim, **sizes)
+            self.decoder: nn.Module = DPTDecoder(self.encoder.embed_dim, **sizes)
         else:
             self.encoder = build_cnn_encoder(config.encoder)
             levels = self.encoder.feature_info
             self.skip_level = levels.reduction().index(4)
-            self.decoder = DeepLabV3PlusDecoder(
-                levels.channels()[self.skip_level], levels.channels()[-1], **sizes
-            )
+            self.decoder = DeepLabV3PlusDecoder(levels.channels()[self.skip_level], levels.channels()[-1], **sizes)
         self.post_init()
 
     def extract_features(self, pixel_values: Tensor) -> list[Tensor]:
@@ -99,7 +97,7 @@ class PolypSegForSemanticSegmentation(PreTrainedModel):
             if module.bias is not None:
                 bound = nn.init._calculate_fan_in_and_fan_out(module.weight)[0] ** -0.5
                 init.uniform_(module.bias, -bound, bound)
-        elif module is self.decoder.head:
+        elif module is self.decoder.get_submodule("head"):
             init.xavier_uniform_(module.weight)
             init.zeros_(module.bias)
         else:

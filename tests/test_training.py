@@ -1,0 +1,241 @@
+"""Fine-tuning: learns, is deterministic, resumes to the same weights, is the same on two processes, refuses nonsense."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from polypseg import zoo
+from polypseg.data import SyntheticOptions, open_dataset
+from polypseg.errors import PolypSegError, UsageError
+from polypseg.recipe import load_recipe
+from polypseg.training import build_model, check_processes, finetune
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TINY = [
+    "data.image_size=64",
+    "model.encoder=resnet18",
+    "model.decoder_channels=16",
+    "training.total_batch_size=8",
+    "training.epochs=2",
+]
+
+
+def tiny_data(count: int = 40):
+    return open_dataset("synthetic_a", synthetic_options=SyntheticOptions(count=count, size=(64, 64)))
+
+
+def train(run_dir: Path, *overrides: str, model: str = "RN-NA-NA", resume: bool = False):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe = load_recipe("smoke", overrides=[*TINY, *overrides])
+    network = build_model(zoo.get(model), recipe)
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=run_dir)
+    return finetune(network, tiny_data(), recipe, accelerator, run_dir=run_dir, resume=resume)
+
+
+def best_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "best" / "model.safetensors")
+
+
+def newest_checkpoint(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted((run_dir / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
+
+
+def test_run_leaves_everything_that_explains_it(tmp_path):
+    progress = train(tmp_path)
+    assert progress.step == 8 and len(progress.losses) == 8 and all(map(lambda x: 0 < x < 3, progress.losses))
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["recipe"]["seed"] == 42 and record["recipe"]["training"]["epochs"] == 2
+    assert record["data"]["train"] == 32 and record["data"]["content_id"]
+    assert record["environment"]["versions"]["torch"] and "git_revision" in record["environment"]
+    rows = list(csv.DictReader((tmp_path / "epochs.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert max(float(row["validation_dice"]) for row in rows) == pytest.approx(progress.best)
+    assert (tmp_path / "best" / "preprocessor_config.json").is_file() and list(
+        (tmp_path / "tensorboard").rglob("events*")
+    )
+    config = json.loads((tmp_path / "best" / "config.json").read_text())
+    assert (
+        config["weights_origin"]["scale"] == "small" and config["weights_origin"]["encoder_initialisation"] == "random"
+    )
+
+
+def test_training_is_deterministic_and_a_seed_matters(tmp_path):
+    for name, overrides in {"a": [], "b": [], "c": ["seed=43"]}.items():
+        train(tmp_path / name, "training.epochs=1", *overrides)
+    a, b, c = (newest_checkpoint(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert any(not torch.equal(a[key], c[key]) for key in a)
+
+
+def test_overfits_a_few_images(tmp_path):
+    """No augmentation, no dropout, small set: the loss must fall far, or something does not learn."""
+    still = ["brightness=0", "contrast=0", "saturation=0", "hue=0", "blur_kernel=0", "horizontal_flip=0"]
+    still += ["vertical_flip=0", "rotation=0", "translation=0", "scale=[1.0,1.0]", "shear=0"]
+    overrides = [f"augmentation.{s}" for s in still]
+    progress = train(
+        tmp_path,
+        *overrides,
+        "training.epochs=25",
+        "model.decoder_dropout=0.0",
+        "training.learning_rate=0.003",
+    )
+    first, last = sum(progress.losses[:4]) / 4, sum(progress.losses[-4:]) / 4
+    assert last < 0.35 * first, (first, last)
+
+
+def test_frozen_position_table_does_not_move_and_the_rest_does(tmp_path):
+    progress = train(tmp_path, "model.encoder=vit_tiny_patch16_224", "training.max_steps=2", model="VT-IN-MA")
+    assert progress.step == 2
+    recipe = load_recipe("smoke", overrides=[*TINY, "model.encoder=vit_tiny_patch16_224"])
+    before = build_model(zoo.get("VT-IN-MA"), recipe).state_dict()
+    after = newest_checkpoint(tmp_path)
+    assert torch.equal(before["encoder.pos_embed"], after["encoder.pos_embed"])
+    still = [k for k, v in before.items() if k in after and v.is_floating_point() and torch.equal(v, after[k])]
+    assert still == ["encoder.pos_embed"]
+
+
+def test_resume_after_sigint_continues_to_the_same_weights(tmp_path):
+    """In process: ask for a stop during step 3, then resume; compare with an uninterrupted run, bit by bit."""
+    overrides = ("schedule.kind=plateau", "training.ema_decay=0.9")
+    train(tmp_path / "whole", *overrides)
+    from polypseg import training
+
+    original, calls = training._Run._train_step, []
+
+    def step_then_signal(self, batch):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batch)
+
+    training._Run._train_step = step_then_signal
+    try:
+        with pytest.raises(training.Interrupted, match="continue with --resume"):
+            train(tmp_path / "cut", *overrides)
+    finally:
+        training._Run._train_step = original
+    train(tmp_path / "cut", *overrides, resume=True)
+    for read in (newest_checkpoint, best_weights):
+        whole, cut = read(tmp_path / "whole"), read(tmp_path / "cut")
+        assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert (tmp_path / "whole" / "losses.csv").read_text() == (tmp_path / "cut" / "losses.csv").read_text()
+
+
+def script_command(run_dir: Path, *arguments: str) -> list[str]:
+    overrides = [part for setting in TINY for part in ("--set", setting)]
+    return [
+        str(REPOSITORY / "training_scripts" / "finetune.py"),
+        *("--model", "RN-NA-NA", "--dataset", "synthetic_a", "--recipe", "smoke", "--output", str(run_dir)),
+        *overrides,
+        *arguments,
+    ]
+
+
+def script_environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
+    """SIGKILL between checkpoints, on the script itself, as a user's machine would do it."""
+    more = ("--set", "training.epochs=1", "--set", "training.checkpoint_steps=7")
+    environment = script_environment()
+    subprocess.run([sys.executable, *script_command(tmp_path / "whole", *more)], env=environment, check=True)
+    process = subprocess.Popen(
+        [sys.executable, *script_command(tmp_path / "killed", *more)], env=environment, start_new_session=True
+    )
+    deadline = time.time() + 300
+    while not list((tmp_path / "killed" / "checkpoints").glob("step-*")):
+        assert process.poll() is None and time.time() < deadline, "ended before the first checkpoint"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "epochs.csv").exists(), "it had finished: nothing was tested"
+    resumed = [sys.executable, *script_command(tmp_path / "killed", *more, "--resume")]
+    subprocess.run(resumed, env=environment, check=True)
+    whole, killed = newest_checkpoint(tmp_path / "whole"), newest_checkpoint(tmp_path / "killed")
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [float(row["loss"]) for row in csv.DictReader((run_dir / "losses.csv").open())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "encoder"), [("RN-NA-NA", "resnet18"), ("VT-NA-NA", "vit_tiny_patch16_224")])
+def test_two_processes_give_the_loss_curve_of_one(tmp_path, model, encoder):
+    """Same global batches, BatchNorm over all processes. Dropout is off: its masks are drawn per process."""
+    more = ["--set", "training.max_steps=6", "--set", "model.decoder_dropout=0.0", "--model", model]
+    more += ["--set", f"model.encoder={encoder}"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    for name, start in {
+        "one": ["--cpu", "--num_processes", "1"],
+        "two": ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+    }.items():
+        count = start[start.index("--num_processes") + 1]
+        command = [*launcher, *start, *script_command(tmp_path / name, *more, "--num-processes", count)]
+        result = subprocess.run(command, env=script_environment(), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-3000:]
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 6 and one[0] != one[1]
+    # observed: 1e-7 at the first step, growing to about 1e-4 as rounding is amplified by AdamW
+    assert one[0] == pytest.approx(two[0], abs=2e-6)
+    assert one == pytest.approx(two, abs=2e-3)
+
+
+def test_process_count_is_asserted(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(UsageError, match="1 process.* instead of 2"):
+        check_processes(Accelerator(cpu=True), expected=2)
+
+
+def test_a_run_folder_is_not_overwritten(tmp_path):
+    train(tmp_path, "training.epochs=1")
+    with pytest.raises(UsageError, match="already holds a run"):
+        train(tmp_path, "training.epochs=1")
+    with pytest.raises(UsageError, match="another recipe"):
+        train(tmp_path, "training.epochs=3", resume=True)
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path):
+    with pytest.raises(PolypSegError, match="the loss is nan at step .*learning_rate"):
+        train(tmp_path, "training.learning_rate=1.0e+30", "schedule.kind=plateau", "training.checkpoint_steps=1")
+    state = newest_checkpoint(tmp_path)
+    assert state
+
+
+def test_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    import errno
+
+    from polypseg import training
+
+    def full(self, folder):
+        (folder / "model.safetensors").parent.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(training._Run, "_write_checkpoint", full)
+    with pytest.raises(PolypSegError, match="the disk is full: free some space"):
+        train(tmp_path, "training.epochs=1")
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_batchnorm_of_the_model_is_plain_with_one_process(tmp_path):
+    from polypseg.distributed import synchronise_batchnorm
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = build_model(zoo.get("RN-NA-NA"), load_recipe("smoke", overrides=TINY))
+    kinds = [type(module) for module in model.modules()]
+    synchronise_batchnorm(model, Accelerator(cpu=True))
+    assert [type(module) for module in model.modules()] == kinds
