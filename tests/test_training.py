@@ -1,4 +1,4 @@
-"""Fine-tuning: learns, is deterministic, resumes to the same weights, is the same on two processes, refuses nonsense."""
+"""Fine-tuning: learns, is deterministic, resumes exactly, is the same on two processes, refuses nonsense."""
 
 import csv
 import json
@@ -53,7 +53,7 @@ def newest_checkpoint(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def test_run_leaves_everything_that_explains_it(tmp_path):
     progress = train(tmp_path)
-    assert progress.step == 8 and len(progress.losses) == 8 and all(map(lambda x: 0 < x < 3, progress.losses))
+    assert progress.step == 8 and len(progress.losses) == 8 and all(0 < loss < 3 for loss in progress.losses)
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["recipe"]["seed"] == 42 and record["recipe"]["training"]["epochs"] == 2
     assert record["data"]["train"] == 32 and record["data"]["content_id"]
@@ -121,7 +121,7 @@ def test_resume_after_sigint_continues_to_the_same_weights(tmp_path):
 
     training._Run._train_step = step_then_signal
     try:
-        with pytest.raises(training.Interrupted, match="continue with --resume"):
+        with pytest.raises(training.InterruptedRunError, match="continue with --resume"):
             train(tmp_path / "cut", *overrides)
     finally:
         training._Run._train_step = original
@@ -196,7 +196,7 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path, model, encoder):
 
 def test_process_count_is_asserted(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(UsageError, match="1 process.* instead of 2"):
+    with pytest.raises(UsageError, match=r"1 process.* instead of 2"):
         check_processes(Accelerator(cpu=True), expected=2)
 
 
@@ -209,7 +209,7 @@ def test_a_run_folder_is_not_overwritten(tmp_path):
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path):
-    with pytest.raises(PolypSegError, match="the loss is nan at step .*learning_rate"):
+    with pytest.raises(PolypSegError, match=r"the loss is nan at step .*learning_rate"):
         train(tmp_path, "training.learning_rate=1.0e+30", "schedule.kind=plateau", "training.checkpoint_steps=1")
     state = newest_checkpoint(tmp_path)
     assert state

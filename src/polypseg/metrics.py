@@ -21,8 +21,7 @@ def pixel_counts(prediction: NDArray[np.bool_], target: NDArray[np.bool_]) -> tu
     """Intersection, predicted and true pixels of two boolean masks (H, W). Raises ValueError when the shapes differ."""
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {prediction.shape} and target {target.shape} differ in shape")
-    intersection = np.count_nonzero(prediction & target)
-    return intersection, np.count_nonzero(prediction), np.count_nonzero(target)
+    return tuple(int(np.count_nonzero(mask)) for mask in (prediction & target, prediction, target))  # type: ignore[return-value]
 
 
 def standard_scores(intersection: ArrayLike, predicted: ArrayLike, true: ArrayLike) -> Scores:
@@ -68,7 +67,7 @@ CONVENTIONS: dict[str, Callable[[ArrayLike, ArrayLike, ArrayLike], Scores]] = {
 
 
 def score(counts: ArrayLike, *, convention: str = "standard") -> Scores:
-    """Counts (N, 3) of intersection, predicted, true -> the four scores (N,). Raises UsageError for another convention."""
+    """Counts (N, 3): intersection, predicted, true -> four scores (N,). Raises UsageError for another convention."""
     if convention not in CONVENTIONS:
         raise unknown_name("metric convention", convention, CONVENTIONS)
     intersection, predicted, true = np.asarray(counts).reshape(-1, 3).T
@@ -76,7 +75,7 @@ def score(counts: ArrayLike, *, convention: str = "standard") -> Scores:
 
 
 def mean_with_interval(values: ArrayLike, *, resamples: int = 5000, seed: int = 0) -> dict[str, Any]:
-    """Mean and its 95 % percentile bootstrap interval over images: {"mean", "low", "high"}; no interval for one image."""
+    """{"mean", "low", "high"}: 95 % percentile bootstrap interval over images; no interval for one image."""
     sample = np.asarray(values, dtype=np.float64)
     mean = float(sample.mean())
     if len(sample) < 2:

@@ -14,7 +14,7 @@ from polypseg.modeling import PolypSegConfig
 
 
 def build_image_processor(config: PolypSegConfig) -> Any:
-    """The native DPTImageProcessor (Pillow backend) with the encoder's size and statistics; bicubic, as the reference."""
+    """The native DPTImageProcessor (Pillow backend) with the model's size and statistics; bicubic as the reference."""
     return DPTImageProcessorPil(
         size={"height": config.image_size, "width": config.image_size},
         resample=Image.Resampling.BICUBIC,

@@ -123,7 +123,7 @@ def plan_jobs(plan: StudyPlan) -> list[Job]:
     missing = [job.entry.model_id for job in jobs if not job.start.as_published]
     if plan.scale == "full" and missing and not plan.start_from_available:
         raise UsageError(
-            f"no pretraining weights for {', '.join(missing)}: give each with --encoder-weights MODEL=FILE, or accept a "
+            f"no pretraining weights for {', '.join(missing)}: give each by --encoder-weights MODEL=FILE, or accept a "
             "random start, which the tables will state, with --start-from-available"
         )
     return jobs

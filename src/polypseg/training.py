@@ -50,7 +50,7 @@ from polypseg.zoo import ZooEntry
 RANDOM = "random"
 
 
-class Interrupted(PolypSegError):
+class InterruptedRunError(PolypSegError):
     """A run was asked to stop and has saved a checkpoint; exit code 130 as for any Ctrl-C."""
 
     exit_code = 130
@@ -113,7 +113,7 @@ def finetune(
     """Train on the ``train`` part, select on ``validation``; leave the best model in ``run_dir/best``.
 
     With ``resume`` continues from the newest checkpoint, if there is one. Raises UsageError when ``run_dir`` holds
-    another run, PolypSegError for a non-finite loss (the last checkpoint stays), Interrupted after SIGINT or SIGTERM.
+    another run, PolypSegError for a non-finite loss (the last checkpoint stays), InterruptedRunError after SIGINT or SIGTERM.
     """
     run = _Run(model, dataset, recipe, accelerator, run_dir=run_dir, split=split, workers=workers)
     run.start(resume=resume)
@@ -338,7 +338,7 @@ class _Run:
         if stopping or (every and self.progress.step % every == 0):
             self.save_checkpoint()
         if stopping:
-            raise Interrupted(f"interrupted at step {self.progress.step}; continue with --resume")
+            raise InterruptedRunError(f"interrupted at step {self.progress.step}; continue with --resume")
 
     def _finish_epoch(self, bar: "tqdm[Any]") -> None:
         """Validate, keep the best model, move the schedule, save."""

@@ -112,7 +112,7 @@ BARLOW  = Upstream(location=f"{_FB}/barlowtwins/ljng/resnet50.pth", file_format=
 MAE_VT  = Upstream(location=f"{_FB}/mae/pretrain/mae_pretrain_vit_base.pth", file_format="mae: model, timm ViT keys", license=_NC, license_source=_MAE_LICENSE)  # noqa: E501
 SUP_RN  = Upstream(location="https://download.pytorch.org/models/resnet50-0676ba61.pth", file_format="torchvision ResNet50 keys with fc (timm resnet50.tv_in1k)", license="bsd-3-clause", license_source="https://github.com/pytorch/vision/blob/main/LICENSE")  # noqa: E501
 SUP_VT  = Upstream(location="timm/vit_base_patch16_224.augreg_in21k_ft_in1k", file_format="timm safetensors (augreg npz upstream)", license="apache-2.0", license_source="https://huggingface.co/timm/vit_base_patch16_224.augreg_in21k_ft_in1k")  # noqa: E501
-HK_MOCO = Upstream(location=_DRIVE, file_format="encoder state dict, strict", license=_NC, license_source=_STUDY_LICENSE)
+HK_MOCO = Upstream(location=_DRIVE, file_format="encoder state dict, strict", license=_NC, license_source=_STUDY_LICENSE)  # noqa: E501
 HK_BT   = Upstream(location=_DRIVE, file_format="torchvision ResNet50 keys, bare", license=_NC, license_source=_STUDY_LICENSE)  # noqa: E501
 HK_MAE  = Upstream(location=_DRIVE, file_format="mae: model, timm ViT keys", license=_NC, license_source=_STUDY_LICENSE)
 

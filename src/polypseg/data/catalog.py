@@ -154,7 +154,7 @@ DATASETS: dict[str, DatasetSpec] = {
             mask_stem=r"(?P<id>.+?)(_mask)?",
             groups={"centre": polypgen_centre},
             locations=("PolypGen", "PolypGen2021_MultiCenterData_v3", "PolypGen2021_MultiCenterData_v3.zip"),
-            request="Create a Synapse account, accept the terms at https://www.synapse.org/Synapse:syn26376615 and download.",
+            request="Create an account, accept the terms at https://www.synapse.org/Synapse:syn26376615 and download.",
             may_be_republished=True,
         ),
         DatasetSpec(

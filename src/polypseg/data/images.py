@@ -44,7 +44,7 @@ def decode_frame(data: bytes, *, name: str) -> Image.Image:
 
 
 def decode_mask(data: bytes, *, name: str) -> NDArray[np.uint8]:
-    """Bytes of a mask file -> (H, W) uint8 in {0, 1}, 1 where the grey value exceeds 127; errors as decode_grey_mask."""
+    """Bytes of a mask file -> (H, W) uint8, 1 where the grey value exceeds 127, else 0; errors as decode_grey_mask."""
     return (decode_grey_mask(data, name=name) > MASK_THRESHOLD).astype(np.uint8)
 
 

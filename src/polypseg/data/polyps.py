@@ -292,7 +292,7 @@ def find_source(spec: DatasetSpec, *, data_dir: Path | None = None) -> Path:
         raise UsageError(f"dataset {spec.name!r} has no usual place: give its path")
     remedy = f"run `polypseg data get {spec.name}`" if spec.url else spec.request
     raise UsageError(
-        f"{spec.title} is not in {root} (looked for {', '.join(spec.locations)}). Give its path, set POLYPSEG_DATA, or: "
+        f"{spec.title} is not in {root} (looked for {', '.join(spec.locations)}). Give its path, set POLYPSEG_DATA, or "
         f"{remedy}"
     )
 

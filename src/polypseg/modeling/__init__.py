@@ -1,4 +1,4 @@
-"""The model classes. All other files of this folder are copied to the Hub as they are: they import no sibling package."""
+"""The model classes. The other files here are copied to the Hub as they are: they import no sibling package."""
 
 from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
