@@ -155,13 +155,13 @@ def equal_share(affine: Affine, *, fill: float) -> float:
 @pytest.mark.parametrize("fill", [-1.0, 0.0])
 @pytest.mark.parametrize("affine", WARPS, ids=str)
 def test_affine_nearest_takes_the_pixels_that_torchvision_takes(affine, fill):
-    assert equal_share(affine, fill=fill) > 0.999  # observed: 1.0000 for each of these
+    assert equal_share(affine, fill=fill) > 0.999  # observed: at least 0.99998
 
 
 def test_affine_nearest_takes_torchvisions_pixels_over_the_whole_range_of_the_recipe():
     augment, rng = paired(), np.random.default_rng(2)
     shares = [equal_share(augment._draw_affine(side=224, rng=rng), fill=-1.0) for _ in range(40)]
-    assert min(shares) > 0.99  # observed: see the assertion above; a pixel may differ where two are equally near
+    assert min(shares) > 0.999  # observed over 300 draws: at least 0.99986
 
 
 def test_affine_nearest_differs_from_torchvision_only_in_ties():
@@ -170,7 +170,7 @@ def test_affine_nearest_differs_from_torchvision_only_in_ties():
     assert equal_share(affine, fill=-1.0) > 0.92
     ours = affine.warp(SMOOTH, interpolation="nearest", fill=-1.0)
     theirs = torchvision_warp(affine, SMOOTH, interpolation="nearest", fill=-1.0)
-    assert np.abs(ours - theirs).max() < 0.06  # a step of one pixel of the smooth image
+    assert np.abs(ours - theirs).max() < 0.06  # observed 0.045: a step of one pixel of the smooth image
 
 
 @pytest.mark.parametrize("fill", [-1.0, 0.0])

@@ -1,7 +1,6 @@
 """Encoder weights: from a file, from timm, or from the starter package, into a model, exactly or not at all."""
 
 import importlib.util
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from polypseg.errors import PolypSegError, UsageError
+from polypseg.errors import PolypSegError, UsageError, first_line
 from polypseg.modeling import PolypSegForSemanticSegmentation
 
 STARTER_ENCODER = "tf_efficientnet_lite0"
@@ -24,13 +23,19 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises UsageError for a missing file, PolypSegError for one that is damaged or holds anything else.
     """
     if not path.is_file():
-        raise UsageError(f"encoder weights {path} do not exist")
-    try:
-        if path.suffix == ".safetensors":
+        raise UsageError(f"encoder weights {path} {'are a folder' if path.is_dir() else 'do not exist'}: give a file")
+    if path.suffix == ".safetensors":
+        try:
             return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise PolypSegError(f"{path} is damaged ({error}): download it again") from error
+    try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise PolypSegError(f"{path} is damaged or not a file of tensors: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # damaged pickles fail in a dozen ways, and torch's text advises unsafe loading
+        raise PolypSegError(
+            f"{path} is damaged or holds more than tensors, so it is not loaded: download it again, or export the "
+            "encoder's state dict as safetensors"
+        ) from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise PolypSegError(f"{path} is not a plain state dict of tensors: export the encoder's weights first")
     return content
@@ -64,7 +69,7 @@ def _load_exactly(model: PolypSegForSemanticSegmentation, state: dict[str, Tenso
     if found:
         raise PolypSegError(
             f"{source} does not fit encoder {model.config.encoder!r}: {', '.join(found)}. "
-            "Give weights of this architecture under timm's key names"
+            "Give weights of this architecture under the key names of timm's feature extractor"
         )
     model.encoder.load_state_dict({key: state[key] for key in expected}, strict=True)
 
@@ -80,7 +85,7 @@ def _timm_state(model: PolypSegForSemanticSegmentation, name: str) -> dict[str, 
         pretrained: Any = timm.create_model(name, pretrained=True)
     except Exception as error:
         raise PolypSegError(
-            f"cannot get timm:{name}: {str(error).splitlines()[0]}. Check the name and the network, or download the "
+            f"cannot get timm:{name}: {first_line(error)}. Check the name and the network, or download the "
             "weights elsewhere and give the file"
         ) from error
     return dict(pretrained.state_dict())

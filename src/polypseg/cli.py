@@ -38,10 +38,20 @@ def run_script(function: Callable[..., Any]) -> None:
     run_app(script)
 
 
+def _print_whole(table: Any) -> None:
+    """Print a table without cutting any cell: names and addresses are there to be copied."""
+    from rich.console import Console
+
+    for column in table.columns:
+        column.no_wrap = True
+    console = Console()
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
+    console.print(table, soft_wrap=True)
+
+
 @app.command()
 def models() -> None:
     """List the twelve models: id, weights' licence, where the pretraining weights come from."""
-    from rich.console import Console
     from rich.table import Table
 
     from polypseg.zoo import CORPORA, METHODS, ZOO
@@ -49,13 +59,12 @@ def models() -> None:
     table = Table("short", "model id", "pretraining", "corpus", "licence", title="The twelve models")
     for entry in ZOO:
         table.add_row(entry.short_name, entry.model_id, METHODS[entry.method], CORPORA[entry.corpus], entry.license)
-    Console().print(table)
+    _print_whole(table)
 
 
 @data_app.command("list")
 def list_datasets() -> None:
     """List the datasets: size, terms, and whether they can be fetched or must be requested."""
-    from rich.console import Console
     from rich.table import Table
 
     from polypseg.data.catalog import DATASETS
@@ -65,7 +74,7 @@ def list_datasets() -> None:
         built_in = spec.name.startswith("synthetic_")
         how = spec.url or spec.request or ("built in" if built_in else "your own files")
         table.add_row(spec.name, spec.title, str(spec.count or "any"), spec.license, how)
-    Console().print(table)
+    _print_whole(table)
 
 
 @data_app.command("get")

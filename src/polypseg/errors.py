@@ -13,6 +13,11 @@ class UsageError(PolypSegError):
     exit_code = 2
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def unknown_name(kind: str, name: str, known: object) -> UsageError:
     """The error for ``name`` that is none of ``known`` (any iterable of strings), with the closest match."""
     import difflib

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 
-from polypseg.errors import UsageError
+from polypseg.errors import UsageError, first_line
 from polypseg.modeling import PolypSegConfig
 
 
@@ -36,8 +36,9 @@ def load_model(name_or_path: str, *, trust_remote_code: bool = False) -> tuple[A
         processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", **options)
     except (OSError, ValueError) as error:
         place = "folder" if Path(name_or_path).exists() else "folder or Hub id"
-        first = str(error).strip().splitlines()[0]
-        raise UsageError(f"cannot load a segmentation model from {place} {name_or_path!r}: {first}") from error
+        raise UsageError(
+            f"cannot load a segmentation model from {place} {name_or_path!r}: {first_line(error)}"
+        ) from error
     return model.eval(), processor
 
 

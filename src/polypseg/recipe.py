@@ -151,7 +151,7 @@ def load_recipe(name_or_path: str | Path, *, overrides: Sequence[str] = ()) -> R
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe {path} is not valid YAML: {error}") from error
+        raise UsageError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UsageError(f"recipe {path} is empty or not a mapping")
     for override in overrides:
@@ -193,5 +193,8 @@ def _apply(content: dict[str, Any], override: str) -> None:
             raise UsageError(f"--set {override!r}: the recipe has no section {section!r}")
         target = target[section]
     if name not in target:
-        raise unknown_name(f"recipe key in --set {override!r}", name, target)
-    target[name] = yaml.safe_load(value)
+        raise unknown_name("recipe key", key, [".".join([*sections, known]) for known in target])
+    try:
+        target[name] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {override!r}: the value is not valid YAML") from error

@@ -10,7 +10,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from accelerate import Accelerator
@@ -34,6 +34,10 @@ from polypseg.zoo import ZooEntry
 
 SAMPLES = 3
 """Frames of each dataset that the overlay figure shows."""
+
+
+Test: TypeAlias = tuple[PolypDataset, str, str]
+"""Dataset, split and part on which models are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,14 +168,15 @@ def run_study(plan: StudyPlan) -> Path:
     options = SCALES[plan.scale].synthetic
     inside = open_dataset(plan.in_distribution, source=plan.in_source, synthetic_options=options)
     outside = open_dataset(plan.out_of_distribution, source=plan.out_source, synthetic_options=options)
+    tests = _tests(plan, inside, outside)  # a wrong split fails here, before any work
     console = Console()
     for number, job in enumerate(jobs, start=1):
         console.print(
             f"[bold]{number}/{len(jobs)} {job.entry.model_id}[/bold]  start: {job.start.label}",
             highlight=False,
         )
-        _run_job(job, plan, inside, outside)
-    report = write_report(plan, jobs, inside, outside, console=console)
+        _run_job(job, plan, tests)
+    report = write_report(plan, jobs, tests, console=console)
     console.print(
         f"\nreport: {report}\nfigures: {plan.output / 'figures'}\nmodels: {plan.output / 'runs'}",
         soft_wrap=True,
@@ -179,13 +184,17 @@ def run_study(plan: StudyPlan) -> Path:
     return report
 
 
-def _tests(plan: StudyPlan, inside: PolypDataset, outside: PolypDataset) -> list[tuple[PolypDataset, str, str]]:
-    """(dataset, split, part) of the in- and the out-of-distribution test."""
-    part = "test" if "test" in inside.split(plan.split) else "validation"
-    return [(inside, plan.split, part), (outside, "full", "full")]
+def _tests(plan: StudyPlan, inside: PolypDataset, outside: PolypDataset) -> list[Test]:
+    """The in- and the out-of-distribution test."""
+    parts = inside.split(plan.split)
+    if not {"train", "validation", "test"} <= set(parts):
+        raise UsageError(
+            f"split {plan.split!r} has the parts {', '.join(parts)}: a study needs train, validation and test"
+        )
+    return [(inside, plan.split, "test"), (outside, "full", "full")]
 
 
-def _result_path(plan: StudyPlan, job: Job, test: tuple[PolypDataset, str, str]) -> Path:
+def _result_path(plan: StudyPlan, job: Job, test: Test) -> Path:
     dataset, split, part = test
     limit = plan.limit
     if limit is not None and limit < len(dataset.split(split)[part]):
@@ -193,21 +202,21 @@ def _result_path(plan: StudyPlan, job: Job, test: tuple[PolypDataset, str, str])
     return plan.output / "results" / job.entry.model_id / f"{dataset.spec.name}.{split}.{part}.json"
 
 
-def _run_job(job: Job, plan: StudyPlan, inside: PolypDataset, outside: PolypDataset) -> None:
+def _run_job(job: Job, plan: StudyPlan, tests: Sequence[Test]) -> None:
     """Train one row and test it on both sets, skipping what is done already."""
     run_dir = plan.output / "runs" / job.entry.model_id
-    if run_is_finished(run_dir, job.recipe) and all(_is_current(plan, job, t) for t in _tests(plan, inside, outside)):
+    if run_is_finished(run_dir, job.recipe) and all(_is_current(plan, job, test) for test in tests):
         return
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=job.recipe.training.precision, log_with="tensorboard", project_dir=run_dir
     )
     network = build_model(job.entry, job.recipe, encoder_weights=job.start.source)
-    finetune(network, inside, job.recipe, accelerator, run_dir=run_dir, split=plan.split, resume=True)
+    finetune(network, tests[0][0], job.recipe, accelerator, run_dir=run_dir, split=plan.split, resume=True)
     del network
     if not accelerator.is_main_process:
         return
-    for test in _tests(plan, inside, outside):
+    for test in tests:
         if _is_current(plan, job, test):
             continue
         model, processor = load_model(str(run_dir / "best"))
@@ -230,7 +239,7 @@ def _weights_digest(plan: StudyPlan, job: Job) -> str:
     return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
-def _is_current(plan: StudyPlan, job: Job, test: tuple[PolypDataset, str, str]) -> bool:
+def _is_current(plan: StudyPlan, job: Job, test: Test) -> bool:
     """Whether a result exists for just these weights and just this content of the dataset."""
     path = _result_path(plan, job, test)
     if not path.is_file():
@@ -272,11 +281,8 @@ def comparison_rows(results: Mapping[str, Sequence[dict[str, Any]]], starts: dic
     return rows
 
 
-def write_report(
-    plan: StudyPlan, jobs: Sequence[Job], inside: PolypDataset, outside: PolypDataset, *, console: Console
-) -> Path:
+def write_report(plan: StudyPlan, jobs: Sequence[Job], tests: Sequence[Test], *, console: Console) -> Path:
     """Tables, figures and ``report.md`` from the results on disk; prints the table too."""
-    tests = _tests(plan, inside, outside)
     results = {job.entry.model_id: [read_json(_result_path(plan, job, test)) for test in tests] for job in jobs}
     labels = {job.entry.model_id: job.entry.short_name for job in jobs}
     rows = comparison_rows(results, {job.entry.model_id: job.start.label for job in jobs})
@@ -305,7 +311,7 @@ def write_report(
     return write_text(plan.output / "report.md", _markdown(rows, labels, results, titles=titles, note=note))
 
 
-def _caveat(plan: StudyPlan, jobs: Sequence[Job], tests: Sequence[tuple[PolypDataset, str, str]]) -> str:
+def _caveat(plan: StudyPlan, jobs: Sequence[Job], tests: Sequence[Test]) -> str:
     """What every table and figure must say about itself."""
     parts = [f"{plan.scale} scale, {jobs[0].recipe.name} recipe, one seed a row"]
     if any(dataset.spec.name.startswith("synthetic_") for dataset, _, _ in tests):
@@ -325,7 +331,7 @@ def _per_image_dice(result: dict[str, Any]) -> NDArray[np.float64]:
 def _draw_overlays(
     plan: StudyPlan,
     jobs: Sequence[Job],
-    tests: Sequence[tuple[PolypDataset, str, str]],
+    tests: Sequence[Test],
     *,
     labels: dict[str, str],
     note: str,

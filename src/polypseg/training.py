@@ -113,7 +113,8 @@ def finetune(
     """Train on the ``train`` part, select on ``validation``; leave the best model in ``run_dir/best``.
 
     With ``resume`` continues from the newest checkpoint, if there is one. Raises UsageError when ``run_dir`` holds
-    another run, PolypSegError for a non-finite loss (the last checkpoint stays), InterruptedRunError after SIGINT or SIGTERM.
+    another run, PolypSegError for a non-finite loss (the last checkpoint stays), InterruptedRunError after a SIGINT or
+    SIGTERM.
     """
     run = _Run(model, dataset, recipe, accelerator, run_dir=run_dir, split=split, workers=workers)
     run.start(resume=resume)

@@ -149,4 +149,4 @@ def get(model_id: str) -> ZooEntry:
     for entry in ZOO:
         if model_id in (entry.model_id, entry.short_name):
             return entry
-    raise unknown_name("model", model_id, [entry.model_id for entry in ZOO])
+    raise unknown_name("model", model_id, [name for entry in ZOO for name in (entry.model_id, entry.short_name)])

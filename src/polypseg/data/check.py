@@ -91,7 +91,7 @@ def check_dataset(name: str, path: Path) -> CheckReport:
     Raises UsageError only when the name is unknown or the path is no folder or archive.
     """
     spec, source = get_spec(name), open_source(path)
-    report = CheckReport(name=name, path=path.name, expected_images=spec.count)
+    report = CheckReport(name=name, path=str(path), expected_images=spec.count)
     try:
         dataset = PolypDataset(spec=spec, source=source, records=index_records(spec, source))
     except PolypSegError as error:

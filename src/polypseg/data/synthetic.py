@@ -7,8 +7,7 @@ one set of library versions; other processors may round differently.
 
 The mask is the drawn support of the polyps (before the camera's blur) inside the visible field. The dark
 border and the position box hide tissue, so they are cut from the mask; highlights, debris and the overlay
-digits
-lie on top of it without cutting it, as annotators outline through them.
+digits lie on top of it without cutting it, as annotators outline through them.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,248 @@
+"""Files are written whole or not at all, failures name the remedy, and a run can say how it came to be."""
+
+import errno
+import json
+import os
+import re
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from polypseg import artifacts
+from polypseg.artifacts import atomic_path, cache_folder, environment_record, read_json, write_json, write_text
+from polypseg.errors import PolypSegError
+
+
+def fail_with(number: int):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+# -- atomic_path -------------------------------------------------------------------------------------------------------
+
+
+def test_atomic_path_writes_a_file_in_a_new_folder(tmp_path):
+    path = tmp_path / "new" / "deep" / "report.txt"
+    with atomic_path(path) as temporary:
+        assert temporary.name == "report.txt", "writers may go by the suffix"
+        temporary.write_text("whole")
+        assert not path.exists(), "nothing is to be seen before the end"
+    assert path.read_text() == "whole"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_atomic_path_writes_and_replaces_a_folder(tmp_path):
+    path = tmp_path / "best"
+    for content in ("first", "second"):
+        with atomic_path(path) as temporary:
+            temporary.mkdir()
+            (temporary / content).write_text(content)
+    assert [file.name for file in path.iterdir()] == ["second"], "no file of the former folder stays"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_path_replaces_a_file(tmp_path):
+    path = write_text(tmp_path / "a.txt", "old and longer")
+    assert write_text(path, "new") == path
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("boom"), KeyboardInterrupt(), SystemExit(3), PolypSegError("no")])
+@pytest.mark.parametrize("existing", ["nothing", "file", "folder"])
+def test_atomic_path_leaves_everything_as_it_was_when_the_block_fails(failure, existing, tmp_path):
+    path = tmp_path / "result"
+    if existing == "file":
+        path.write_text("precious")
+    elif existing == "folder":
+        path.mkdir()
+        (path / "weights").write_text("precious")
+    with pytest.raises(type(failure)) as caught, atomic_path(path) as temporary:
+        temporary.mkdir()
+        (temporary / "half").write_text("written")
+        raise failure
+    assert caught.value is failure
+    if existing == "nothing":
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert list(tmp_path.iterdir()) == [path]
+        assert (path if existing == "file" else path / "weights").read_text() == "precious"
+
+
+def test_atomic_path_gives_two_writers_of_one_path_places_of_their_own(tmp_path):
+    path = tmp_path / "result"
+    with atomic_path(path) as one, atomic_path(path) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one"  # the outer block ends last
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_path_files_are_readable_as_usual(tmp_path):
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert write_text(tmp_path / "ours", "").stat().st_mode == plain.stat().st_mode
+
+
+REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "read-only: choose another",
+    errno.EACCES: "permission denied: choose a folder",
+    errno.EPERM: "permission denied: choose a folder",
+}
+
+
+@pytest.mark.parametrize("number", REMEDIES, ids=errno.errorcode.get)
+@pytest.mark.parametrize("stage", ["prepare", "write", "rename"])
+def test_atomic_path_names_path_and_remedy(stage, number, tmp_path, monkeypatch):
+    path = tmp_path / "run" / "report.txt"
+    with monkeypatch.context() as patch:
+        if stage == "prepare":
+            patch.setattr(artifacts.tempfile, "mkdtemp", fail_with(number))
+        elif stage == "write":
+            patch.setattr(Path, "write_text", fail_with(number))
+        else:
+            patch.setattr(artifacts.os, "replace", fail_with(number))
+        with pytest.raises(PolypSegError) as caught:
+            write_text(path, "text")
+    assert str(path) in str(caught.value) and REMEDIES[number] in str(caught.value)
+    assert caught.value.exit_code == 1
+    assert list(path.parent.iterdir()) == []
+
+
+def test_atomic_path_passes_on_what_the_system_says_of_other_errors(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts.os, "replace", fail_with(errno.EIO))
+    with pytest.raises(PolypSegError, match=os.strerror(errno.EIO)):
+        write_text(tmp_path / "a", "text")
+
+
+def test_atomic_path_names_a_file_that_stands_where_a_folder_is_needed(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(PolypSegError, match="cannot write .*taken"):
+        write_text(tmp_path / "taken" / "deep" / "report.txt", "text")
+    assert (tmp_path / "taken").read_text() == "a file"
+
+
+@pytest.mark.xfail(strict=True, reason="atomic_path deletes the former folder when the second rename fails")
+@pytest.mark.parametrize("cause", ["rename fails", "block wrote nothing"])
+def test_atomic_path_keeps_the_former_folder_when_it_cannot_put_the_new_one_there(cause, tmp_path, monkeypatch):
+    path = tmp_path / "best"
+    path.mkdir()
+    (path / "weights").write_text("precious")
+    replace = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        # Whatever brings the former folder back is let through.
+        if Path(target) == path and (Path(source) / "new").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(artifacts.os, "replace", refuse)
+    with pytest.raises(PolypSegError), atomic_path(path) as temporary:
+        if cause == "rename fails":
+            temporary.mkdir()
+            (temporary / "new").touch()
+    assert (path / "weights").read_text() == "precious"
+
+
+# -- JSON --------------------------------------------------------------------------------------------------------------
+
+
+def test_write_json_gives_back_what_was_written(tmp_path):
+    content = {"naïve": [1, 2.5, None, True], "nested": {"path": "Größe"}}
+    path = write_json(tmp_path / "a.json", content)
+    assert read_json(path) == content
+    text = path.read_text(encoding="utf-8")
+    assert "Größe" in text and text.endswith("\n") and len(text.splitlines()) > 4, "for people to read"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_write_json_refuses_nan_and_keeps_the_former_file(value, tmp_path):
+    path = write_json(tmp_path / "a.json", {"dice": 0.5})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"dice": value})
+    assert read_json(path) == {"dice": 0.5}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("damaged", [b"", b'{"dice": 0.', b"\x00" * 40, b"not json"])
+def test_read_json_of_a_damaged_file_names_it_and_the_remedy(damaged, tmp_path):
+    path = tmp_path / "progress.json"
+    path.write_bytes(damaged)
+    with pytest.raises(PolypSegError, match=r"cannot read .*progress\.json.*Delete it"):
+        read_json(path)
+
+
+@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="read_json lets UnicodeDecodeError through")
+def test_read_json_of_a_file_that_is_no_text_names_it_and_the_remedy(tmp_path):
+    test_read_json_of_a_damaged_file_names_it_and_the_remedy(b'{"dice": "\xff\xfe"}', tmp_path)
+
+
+def test_read_json_of_a_missing_file_names_it(tmp_path):
+    with pytest.raises(PolypSegError, match=r"cannot read .*absent\.json"):
+        read_json(tmp_path / "absent.json")
+    with pytest.raises(PolypSegError, match="cannot read"):
+        read_json(tmp_path)
+
+
+# -- record ------------------------------------------------------------------------------------------------------------
+
+
+def test_environment_record_holds_versions_platform_and_command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/local/bin/polypseg", "finetune", "--set", "seed=1"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    record = environment_record()
+    assert {"polypseg", "torch", "torchvision", "timm", "transformers", "numpy", "pillow"} <= set(record["versions"])
+    assert all(re.match(r"\d+\.\d+", version) for version in record["versions"].values())
+    assert record["versions"]["numpy"] == __import__("numpy").__version__
+    assert record["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert record["omp_num_threads"] == "3"
+    assert record["command"] == ["polypseg", "finetune", "--set", "seed=1"]
+    age = datetime.now(UTC) - datetime.fromisoformat(record["created"])
+    assert timedelta(0) <= age < timedelta(minutes=1), "the time is UTC and says so"
+    assert json.loads(json.dumps(record)) == record
+
+
+def test_environment_record_names_the_checkouts_commit():
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("the tests run outside a checkout")
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", environment_record()["git_revision"])
+
+
+def test_environment_record_has_no_commit_outside_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "__file__", str(tmp_path / "artifacts.py"))
+    assert environment_record()["git_revision"] is None
+
+
+def test_environment_record_has_no_commit_when_the_file_is_in_somebody_elses_repository(tmp_path, monkeypatch):
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("the tests run outside a checkout")
+    monkeypatch.setattr(artifacts, "__file__", str(REPOSITORY / "site-packages-artifacts.py"))
+    assert environment_record()["git_revision"] is None
+
+
+def test_environment_record_works_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert environment_record()["git_revision"] is None
+
+
+def test_environment_record_leaves_out_packages_that_are_not_installed(monkeypatch):
+    monkeypatch.setattr(artifacts, "PACKAGES", ("numpy", "no-such-package"))
+    assert set(environment_record()["versions"]) == {"numpy"}
+
+
+def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("POLYPSEG_CACHE", str(tmp_path / "mine"))
+    assert cache_folder() == tmp_path / "mine"
+    monkeypatch.delenv("POLYPSEG_CACHE")
+    assert cache_folder() == tmp_path / "xdg" / "polypseg"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert cache_folder() == tmp_path / ".cache" / "polypseg"
