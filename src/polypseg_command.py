@@ -10,3 +10,6 @@ def main() -> None:
     from polypseg.cli import main as run
 
     run()
+
+if __name__ == "__main__":
+    main()

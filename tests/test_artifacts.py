@@ -9,11 +9,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
 
 from polypseg import artifacts
 from polypseg.artifacts import atomic_path, cache_folder, environment_record, read_json, write_json, write_text
 from polypseg.errors import PolypSegError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def fail_with(number: int):
@@ -124,7 +125,7 @@ def test_atomic_path_passes_on_what_the_system_says_of_other_errors(tmp_path, mo
 
 def test_atomic_path_names_a_file_that_stands_where_a_folder_is_needed(tmp_path):
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(PolypSegError, match="cannot write .*taken"):
+    with pytest.raises(PolypSegError, match=r"cannot write .*taken"):
         write_text(tmp_path / "taken" / "deep" / "report.txt", "text")
     assert (tmp_path / "taken").read_text() == "a file"
 

@@ -1,0 +1,72 @@
+"""Every command in the README and in the scripts' docstrings names files and options that exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted((REPOSITORY / "training_scripts").glob("*.py"))
+
+
+def readme_commands() -> list[str]:
+    text = (REPOSITORY / "README.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    lines = [line.split("  #")[0].split(" # ")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def docstring_commands() -> list[str]:
+    commands = []
+    for script in SCRIPTS:
+        docstring = script.read_text().split('"""')[1].replace("\\\n", " ")
+        commands += re.findall(r"^((?:accelerate launch|python) training_scripts/.*)$", docstring, re.MULTILINE)
+    return commands
+
+
+COMMANDS = readme_commands() + docstring_commands()
+
+
+@cache
+def help_text(*command: str) -> str:
+    result = subprocess.run([*command, "--help"], capture_output=True, text=True, env={"COLUMNS": "300", "PATH": ""})
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_every_script_says_how_to_run_it():
+    assert len(docstring_commands()) >= len(SCRIPTS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_is_real(command):
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert f"\n{words[1]}:" in (REPOSITORY / "Makefile").read_text()
+        return
+    script = next((word for word in words if word.endswith(".py")), None)
+    if script is not None:
+        assert (REPOSITORY / script).is_file()
+        options, shown = words[words.index(script) + 1 :], help_text(sys.executable, str(REPOSITORY / script))
+    else:
+        assert words[0] == "polypseg"
+        options = words[1:]
+        subcommand = [word for word in words[1:3] if re.fullmatch(r"[a-z]+", word)]
+        shown = help_text(sys.executable, "-m", "polypseg_command", *subcommand)
+    for option in (word.split("=")[0] for word in options if word.startswith("--")):
+        assert re.search(rf"{option}\b", shown), f"{option} is not an option of {command}"
+
+
+def test_files_named_in_the_readme_exist():
+    text = (REPOSITORY / "README.md").read_text()
+    for path in re.findall(r"(?:src|hub_configs|training_scripts|model_cards|tests|docs)/[\w./]*\w", text):
+        assert (REPOSITORY / path).exists(), path
+
+
+def test_no_machine_paths_or_data_in_the_repository():
+    files = subprocess.run(["git", "-C", REPOSITORY, "ls-files"], capture_output=True, text=True).stdout.split("\n")
+    assert not [f for f in files if re.search(r"(cju[0-9a-z]{20,}|/Ground Truth/).*\.(jpe?g|png|tiff?)$", f)]
