@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from polypseg.errors import UsageError
-from polypseg.recipe import Recipe, find_recipe, load_recipe, parse_recipe, recipe_folder
+from polypseg.recipe import find_recipe, load_recipe, parse_recipe, recipe_folder
 
 BUNDLED = sorted(path.stem for path in recipe_folder().glob("*.yaml"))
 

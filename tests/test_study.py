@@ -58,7 +58,7 @@ class TestPlan:
         [
             ({"scale": "smal"}, "unknown scale 'smal'. Did you mean 'small'"),
             ({"models": ("RN-XX",)}, "unknown model"),
-            ({"overrides": ("training.epoch=1",)}, "Did you mean 'epochs'"),
+            ({"overrides": ("training.epoch=1",)}, "Did you mean 'training.epochs'"),
             ({"encoder_weights": ("x.pth",)}, "must look like MODEL=WEIGHTS"),
             ({"models": ("RN-NA-NA",), "encoder_weights": ("RN-IN-BT=x",)}, "does not include"),
         ],

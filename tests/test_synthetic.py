@@ -169,19 +169,19 @@ def test_cameras_differ_in_colour_and_sharpness(frames: dict[str, list[Frame]]) 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_colour_threshold_finds_the_polyps(name: str, frames: dict[str, list[Frame]]) -> None:
     """Best global threshold on any channel of RGB, HSV and Lab, either side, dark border left out."""
-    images = np.stack([image for image, _ in frames[name][:100]])
-    masks = np.stack([mask for _, mask in frames[name][:100]]).astype(bool)
+    images = np.stack([image for image, _ in frames[name][:60]])
+    masks = np.stack([mask for _, mask in frames[name][:60]]).astype(bool)
     lit = images.max(axis=3) > 25
     spaces = [cv2.COLOR_RGB2HSV, cv2.COLOR_RGB2Lab]
     channels = np.concatenate([images, *(np.stack([cv2.cvtColor(i, s) for i in images]) for s in spaces)], axis=3)
     best = 0.0
     for channel in np.moveaxis(channels, 3, 0):
-        for level in np.percentile(channel[lit], np.arange(5, 100, 5)):
+        for level in np.percentile(channel[lit], np.arange(10, 100, 10)):
             for chosen in ((channel > level) & lit, (channel < level) & lit):
                 overlap = (chosen & masks).sum(axis=(1, 2))
                 dice = 2 * overlap / (chosen.sum(axis=(1, 2)) + masks.sum(axis=(1, 2)))
                 best = max(best, float(dice.mean()))
-    assert best < 0.45  # measured: 0.30
+    assert best < 0.45  # measured: about 0.3
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 57), (200, 64), (32, 400)])

@@ -184,6 +184,7 @@ class _Run:
         self.validation_loader: DataLoader[Example] = DataLoader(
             torch.utils.data.Subset(ValidationFeed(validation, **statistics), mine),
             batch_size=max(1, recipe.training.total_batch_size // accelerator.num_processes),
+            generator=torch.Generator(),
         )
 
     def _build_optimisation(self, model: PolypSegForSemanticSegmentation) -> None:
@@ -401,13 +402,9 @@ class Schedule:
         inner = getattr(optimizer, "optimizer", optimizer)
         self.one_cycle = self.plateau = None
         if recipe.kind == "one_cycle":
-            self.one_cycle = OneCycleLR(
-                inner,
-                learning_rate,
-                total_steps=total_steps + 1,
-                pct_start=recipe.warmup,
-                cycle_momentum=False,
-            )
+            total = total_steps + 1
+            share = min(1.0, max(recipe.warmup, 2 / total))  # OneCycleLR divides by zero on a shorter warm-up
+            self.one_cycle = OneCycleLR(inner, learning_rate, total_steps=total, pct_start=share, cycle_momentum=False)
         else:
             self.plateau = ReduceLROnPlateau(
                 inner,

@@ -136,5 +136,15 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
 def training_loader(
     feed: TrainingFeed, batches: GlobalBatches, *, workers: int, pin_memory: bool
 ) -> "DataLoader[Example]":
-    """A loader whose order ``batches`` decides."""
-    return DataLoader(feed, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory)  # type: ignore[arg-type]
+    """A loader whose order ``batches`` decides.
+
+    It has a random generator of its own: otherwise opening it would move the global one, and a resumed run, which
+    opens it once more, would draw other dropout masks.
+    """
+    return DataLoader(
+        feed,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+    )
