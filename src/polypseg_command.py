@@ -11,5 +11,6 @@ def main() -> None:
 
     run()
 
+
 if __name__ == "__main__":
     main()

@@ -130,7 +130,6 @@ def test_atomic_path_names_a_file_that_stands_where_a_folder_is_needed(tmp_path)
     assert (tmp_path / "taken").read_text() == "a file"
 
 
-@pytest.mark.xfail(strict=True, reason="atomic_path deletes the former folder when the second rename fails")
 @pytest.mark.parametrize("cause", ["rename fails", "block wrote nothing"])
 def test_atomic_path_keeps_the_former_folder_when_it_cannot_put_the_new_one_there(cause, tmp_path, monkeypatch):
     path = tmp_path / "best"
@@ -180,7 +179,6 @@ def test_read_json_of_a_damaged_file_names_it_and_the_remedy(damaged, tmp_path):
         read_json(path)
 
 
-@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="read_json lets UnicodeDecodeError through")
 def test_read_json_of_a_file_that_is_no_text_names_it_and_the_remedy(tmp_path):
     test_read_json_of_a_damaged_file_names_it_and_the_remedy(b'{"dice": "\xff\xfe"}', tmp_path)
 

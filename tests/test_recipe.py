@@ -322,15 +322,13 @@ def test_load_recipe_names_an_override_that_is_no_yaml(override):
     assert override in refusal("finetune", override)
 
 
-# -- known faults: take the mark away once mended ----------------------------------------------------------------------
+# -- faults that were found once ----------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, raises=UsageError, reason="YAML reads `no` as false; training.py advises this override")
 def test_load_recipe_takes_precision_no_as_training_advises_it():
     assert load_recipe("finetune", overrides=["training.precision=no"]).training.precision == "no"
 
 
-@pytest.mark.xfail(strict=True, reason="numbers that are not finite pass the checks")
 @pytest.mark.parametrize(
     "override",
     [

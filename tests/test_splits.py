@@ -192,7 +192,6 @@ def test_descriptions_name_every_pinned_split():
     assert {name for _, name, _ in PINNED} | {"full"} == set(DESCRIPTIONS)
 
 
-@pytest.mark.xfail(strict=True, reason="the choices leave out pinned splits: 'official' is not offered")
 def test_make_split_offers_the_official_split_of_kvasir_seg():
     with pytest.raises(UsageError, match="official"):
         make_split("kvasir_seg", "by_moon", ids=["a"])

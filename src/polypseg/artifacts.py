@@ -60,11 +60,22 @@ def atomic_path(path: Path) -> Iterator[Path]:
         workspace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
             yield workspace / path.name
-            if path.is_dir():
-                os.replace(path, workspace / "replaced")
-            os.replace(workspace / path.name, path)
+            _put_in_place(workspace / path.name, path, aside=workspace / "replaced")
         finally:
             shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _put_in_place(new: Path, path: Path, *, aside: Path) -> None:
+    """Rename ``new`` to ``path``. A folder cannot be replaced in one step: the old one comes back on failure."""
+    if not path.is_dir():
+        os.replace(new, path)
+        return
+    os.replace(path, aside)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.replace(aside, path)
+        raise
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -83,7 +94,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises PolypSegError when it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PolypSegError(f"cannot read {path}: {error}. Delete it and run the command again.") from error
 
 

@@ -80,7 +80,7 @@ def list_datasets() -> None:
 @data_app.command("get")
 def get_dataset(
     name: Annotated[str, Argument(help="Dataset of the table; see `polypseg data list`.")],
-    to: Annotated[Path, Option(help="Folder that receives the archive.")] = Path("data"),
+    to: Annotated[Path, Option(envvar="POLYPSEG_DATA", help="Folder that receives the archive.")] = Path("data"),
 ) -> None:
     """Download a published archive, resumable and verified; or say where a set must be requested."""
     from polypseg.data.catalog import get_spec

@@ -77,12 +77,19 @@ def score(counts: ArrayLike, *, convention: str = "standard") -> Scores:
 def mean_with_interval(values: ArrayLike, *, resamples: int = 5000, seed: int = 0) -> dict[str, Any]:
     """{"mean", "low", "high"}: 95 % percentile bootstrap interval over images; no interval for one image."""
     sample = np.asarray(values, dtype=np.float64)
+    if not len(sample) or not np.isfinite(sample).all():
+        raise ValueError("a mean needs at least one value, and finite ones")
     mean = float(sample.mean())
     if len(sample) < 2:
         return {"mean": mean, "low": None, "high": None}
     if np.ptp(sample) == 0:
         return {"mean": mean, "low": mean, "high": mean}
     interval = stats.bootstrap(
-        (sample,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed)
+        (sample,),
+        np.mean,
+        n_resamples=resamples,
+        method="percentile",
+        batch=max(1, 10**7 // len(sample)),
+        rng=np.random.default_rng(seed),
     ).confidence_interval
     return {"mean": mean, "low": float(interval.low), "high": float(interval.high)}

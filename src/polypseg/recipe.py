@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from polypseg.errors import UsageError, unknown_name
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class DataRecipe(_Section):
@@ -76,6 +76,12 @@ class TrainingRecipe(_Section):
     """On every parameter, as in the reference."""
     precision: Literal["no", "bf16", "fp16"]
     """Autocast type of forward and loss."""
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _undo_yaml(cls, value: object) -> object:
+        return "no" if value is False else value  # YAML reads a bare no as false
+
     dice_weight: float = Field(ge=0)
     bce_weight: float = Field(ge=0)
     """Loss = dice_weight * soft Dice + bce_weight * binary cross-entropy."""
@@ -182,7 +188,7 @@ def _problem(detail: Any) -> str:
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
-    """Set one dotted key in place; the value is read as YAML, so ``1e-3`` needs its dot: ``1.0e-3``."""
+    """Set one dotted key in place; the value is read as YAML."""
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise UsageError(f"--set {override!r} must look like training.epochs=2")

@@ -5,6 +5,7 @@ workers, and a resumed run sees what an uninterrupted one would have seen.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def _write_pairs(dataset: PolypDataset, ids: Sequence[str], *, image_size: int, 
     shape = (len(ids), image_size, image_size)
     frames = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=(*shape, 3))
     masks = np.lib.format.open_memmap(folder / "masks.npy", mode="w+", dtype=np.uint8, shape=shape)
+    for name in ("images.npy", "masks.npy"):
+        _reserve(folder / name)
     for index, record_id in enumerate(
         tqdm(ids, desc=f"reading {dataset.spec.title}", unit="image", leave=False, disable=None)
     ):
@@ -64,6 +67,13 @@ def _write_pairs(dataset: PolypDataset, ids: Sequence[str], *, image_size: int, 
         masks[index] = np.asarray(Image.fromarray(mask).resize((image_size, image_size), Image.Resampling.BICUBIC))
     frames.flush()
     masks.flush()
+
+
+def _reserve(path: Path) -> None:
+    """Claim the disk blocks of a sparse file now: on a full disk, writing through a map would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def to_example(pixels: NDArray[np.float32], mask: NDArray[np.float32]) -> Example:

@@ -1,11 +1,12 @@
 """Decoding of frames and masks, the same way everywhere: RGB frames, masks 0/1 after grey > 127."""
 
 import io
+import struct
 
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from polypseg.errors import PolypSegError
 
@@ -16,26 +17,37 @@ def _open(data: bytes, name: str) -> Image.Image:
     """A decoded PIL image. TIFFs go through tifffile: the official CVC-ClinicDB ones are mis-tagged for Pillow."""
     try:
         if name.lower().endswith((".tif", ".tiff")):
-            pixels = tifffile.imread(io.BytesIO(data))
-            if pixels.dtype == bool:
-                pixels = pixels.astype(np.uint8) * 255
-            if pixels.dtype != np.uint8:
-                raise PolypSegError(f"{name} has {pixels.dtype} pixels: convert it to 8 bits per channel")
-            if pixels.ndim == 3 and pixels.shape[2] > 3:
-                pixels = pixels[:, :, :3]
-            return Image.fromarray(pixels)
+            return _open_tiff(data, name)
         image = Image.open(io.BytesIO(data))
         image.load()
-    except (
-        OSError,
-        UnidentifiedImageError,
-        ValueError,
-        SyntaxError,
-        tifffile.TiffFileError,
-        EOFError,
-    ) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, tifffile.TiffFileError) as error:
         raise PolypSegError(f"{name} is truncated or not an image ({error}): download it again or remove it") from error
+    except Image.DecompressionBombError as error:
+        raise PolypSegError(f"{name} is too large to be a frame: {error}") from error
+    if image.mode.startswith(("I", "F")):
+        raise PolypSegError(f"{name} has more than 8 bits per channel: convert it to 8")
     return image
+
+
+def _open_tiff(data: bytes, name: str) -> Image.Image:
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        if len(file.pages) != 1:
+            raise PolypSegError(f"{name} has {len(file.pages)} pages: save each page as an image of its own")
+        page = file.pages.first
+        pixels = page.asarray()
+        if page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
+            pixels = np.moveaxis(pixels, 0, 2)
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8) * 255
+    if pixels.dtype != np.uint8:
+        raise PolypSegError(f"{name} has {pixels.dtype} pixels: convert it to 8 bits per channel")
+    return Image.fromarray(np.ascontiguousarray(pixels[:, :, :3] if pixels.ndim == 3 else pixels))
+
+
+def stored_upright(data: bytes) -> bool:
+    """Whether every reader shows the pixels as they are stored: no TIFF, and no EXIF orientation that turns them."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
 
 
 def decode_frame(data: bytes, *, name: str) -> Image.Image:

@@ -205,6 +205,12 @@ class PolypSegBuilder(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
         parts = self._dataset.split(self.config.split_name)
+        empty = [part for part, ids in parts.items() if not ids]
+        if empty:
+            raise UsageError(
+                f"split {self.config.split_name!r} of these {len(self._dataset.records)} images leaves {empty[0]!r} "
+                "empty: use the split 'full'"
+            )
         return [datasets.SplitGenerator(name=part, gen_kwargs={"ids": ids}) for part, ids in parts.items()]
 
     def _generate_examples(self, ids: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -213,11 +219,13 @@ class PolypSegBuilder(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
             record = opened.by_id[record_id]
             data = opened.source.read(record.image)
             example: dict[str, Any] = {"id": record.id, **record.groups}
-            if record.mask is not None:
-                frame, mask = opened.pair(record)  # decodes both, so a broken file is found here and named
+            if record.mask is None:
+                frame = opened.frame(record)  # decoded here, so that a broken file is found now and named
+            else:
+                frame, mask = opened.pair(record)
                 example["mask"] = {"bytes": images.encode_png(mask), "path": None}
-                if record.image.lower().endswith((".tif", ".tiff")):
-                    data = images.encode_png(frame)
+            if record.image.lower().endswith((".tif", ".tiff")) or not images.stored_upright(data):
+                data = images.encode_png(frame)
             example["image"] = {"bytes": data, "path": Path(record.image).name}
             yield record.id, example
 
@@ -227,36 +235,43 @@ def index_records(spec: DatasetSpec, source: Source) -> tuple[Record, ...]:
     names = [n for n in source.names() if n.lower().endswith(IMAGE_SUFFIXES)]
     frames = _in_folder(names, spec.image_folder)
     if spec.mask_folder is None:
-        return tuple(_with_groups(spec, Record(id=PurePosixPath(n).stem, image=n)) for n in _by_file_name(frames))
+        by_stem = _by_key(frames, r"(?P<id>.+)", path=source.path)
+        return tuple(_with_groups(spec, Record(id=_stem(n), image=n)) for n in _by_file_name(list(by_stem.values())))
     masks = _in_folder(names, spec.mask_folder)
-    frames = [n for n in frames if n not in set(masks)]
-    frames, masks = _one_form(frames), _one_form(masks)
+    frames, masks = _one_form([n for n in frames if n not in set(masks)]), _one_form(masks)
     if not frames:
         raise UsageError(
             f"no images in {source.path}: expected a folder {spec.image_folder!r} with images and a folder "
-            f"{spec.mask_folder!r} with masks"
+            f"{spec.mask_folder!r} with masks (regular expressions)"
         )
-    partner = {}
-    for name in masks:
-        match = re.fullmatch(spec.mask_stem, PurePosixPath(name).stem)
-        partner[match["id"] if match else PurePosixPath(name).stem] = name
-    missing = [n for n in frames if PurePosixPath(n).stem not in partner]
-    if missing:
-        raise PolypSegError(
-            f"{source.path}: {len(missing)} image(s) have no mask, first {missing[0]}: add the mask or remove the image"
-        )
-    stems = {PurePosixPath(n).stem for n in frames}
-    orphans = [name for stem, name in partner.items() if stem not in stems]
-    if orphans:
-        raise PolypSegError(
-            f"{source.path}: {len(orphans)} mask(s) have no image, first {orphans[0]}: add the image or remove the mask"
-        )
-    if len(stems) < len(frames):
-        raise PolypSegError(f"{source.path}: two images have the same name in different folders; rename one")
+    image_of = _by_key(frames, r"(?P<id>.+)", path=source.path)
+    mask_of = _by_key(masks, spec.mask_stem, path=source.path)
+    for have, lack, kinds in ((image_of, mask_of, ("image", "mask")), (mask_of, image_of, ("mask", "image"))):
+        alone = [name for key, name in have.items() if key not in lack]
+        if alone:
+            raise PolypSegError(
+                f"{source.path}: {len(alone)} {kinds[0]}(s) have no {kinds[1]}, first {alone[0]}: add the {kinds[1]} "
+                f"or remove the {kinds[0]}"
+            )
     return tuple(
-        _with_groups(spec, Record(id=PurePosixPath(n).stem, image=n, mask=partner[PurePosixPath(n).stem]))
-        for n in _by_file_name(frames)
+        _with_groups(spec, Record(id=_stem(n), image=n, mask=mask_of[_stem(n)])) for n in _by_file_name(frames)
     )
+
+
+def _stem(name: str) -> str:
+    return PurePosixPath(name).stem
+
+
+def _by_key(names: list[str], pattern: str, *, path: Path) -> dict[str, str]:
+    """Key of each file, found by ``pattern`` in its stem -> its name. Raises PolypSegError for a repeated key."""
+    found: dict[str, str] = {}
+    for name in names:
+        match = re.fullmatch(pattern, _stem(name))
+        key = match["id"] if match else _stem(name)
+        if key in found:
+            raise PolypSegError(f"{path}: {found[key]} and {name} have the same name: rename or remove one of them")
+        found[key] = name
+    return found
 
 
 def _in_folder(names: list[str], pattern: str) -> list[str]:
@@ -312,6 +327,8 @@ def open_dataset(
     """
     spec = get_spec(name)
     if name.startswith("synthetic_"):
+        if source is not None:
+            raise UsageError(f"{spec.title} are drawn, not read: leave out the source {source}")
         options = synthetic_options or SyntheticOptions()
         found: Source = SyntheticSource(name.removeprefix("synthetic_"), options)
     else:

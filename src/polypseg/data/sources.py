@@ -3,6 +3,7 @@
 import hashlib
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -25,7 +26,7 @@ class Source(Protocol):
         """The bytes of one file. Raises PolypSegError when it cannot be read."""
 
     def content_id(self) -> str:
-        """A hash that changes when, and only when, a file's name or content changes (16 hex digits)."""
+        """A hash that changes when, and only when, an image file's name or content changes (16 hex digits)."""
 
 
 def _is_data(name: str) -> bool:
@@ -91,7 +92,7 @@ class ZipSource:
     def read(self, name: str) -> bytes:
         try:
             return self._open().read(name)
-        except (KeyError, zipfile.BadZipFile, OSError, RuntimeError) as error:
+        except (KeyError, zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
             raise PolypSegError(f"cannot read {name} in {self.path}: {error}. Download the archive again.") from error
 
     def content_id(self) -> str:
@@ -114,28 +115,38 @@ class TarSource:
         try:
             with tarfile.open(self.path) as archive:
                 yield archive
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except (tarfile.TarError, zlib.error, OSError, EOFError) as error:
             raise PolypSegError(f"{self.path} is not a readable tar archive: {error}. Download it again.") from error
 
     def names(self) -> list[str]:
         with self._open() as archive:
-            return sorted(m.name for m in archive.getmembers() if m.isfile() and _is_data(m.name))
+            return sorted(_plain(m.name) for m in archive.getmembers() if m.isfile() and _is_data(_plain(m.name)))
 
     def read(self, name: str) -> bytes:
         with self._open() as archive:
-            file: IO[bytes] | None = archive.extractfile(name)
-            if file is None:
-                raise PolypSegError(f"{name} in {self.path} is not a file")
-            return file.read()
+            for member in archive:
+                if _plain(member.name) == name and member.isfile():
+                    return _content(archive, member)
+        raise PolypSegError(f"cannot read {name} in {self.path}: there is no such file")
 
     def content_id(self) -> str:
         digests = {}
         with self._open() as archive:
             for member in archive:
-                file = archive.extractfile(member) if member.isfile() else None
-                if file and _is_data(member.name) and member.name.lower().endswith(IMAGE_SUFFIXES):
-                    digests[member.name] = hashlib.sha256(file.read()).hexdigest()
+                name = _plain(member.name)
+                if member.isfile() and _is_data(name) and name.lower().endswith(IMAGE_SUFFIXES):
+                    digests[name] = hashlib.sha256(_content(archive, member)).hexdigest()
         return _digest(iter(sorted(digests.items())))
+
+
+def _plain(name: str) -> str:
+    """A member's name without the leading ``./`` that ``tar -C folder .`` writes."""
+    return name.removeprefix("./")
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file: IO[bytes] | None = archive.extractfile(member)
+    return file.read() if file else b""
 
 
 def open_source(path: Path) -> Source:
@@ -144,12 +155,16 @@ def open_source(path: Path) -> Source:
         return FolderSource(path)
     if not path.exists():
         raise UsageError(f"{path} does not exist: give an extracted folder or the published archive")
+    suffix = path.suffix.lower()
     if zipfile.is_zipfile(path):
         return ZipSource(path)
-    if path.suffix == ".rar":
+    if suffix == ".rar":
         raise UsageError(f"{path} is a RAR archive, which needs a tool of its own: extract it and give the folder")
-    if path.suffix == ".zip":
-        raise PolypSegError(f"{path} is not a readable zip archive (cut off?): download it again")
-    if tarfile.is_tarfile(path):
-        return TarSource(path)
+    try:
+        if tarfile.is_tarfile(path):
+            return TarSource(path)
+    except (EOFError, zlib.error):
+        pass  # a compressed file that ends too early
+    if suffix in (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz"):
+        raise PolypSegError(f"{path} is not a readable archive (cut off?): download it again")
     raise UsageError(f"{path} is neither a folder nor a zip or tar archive")

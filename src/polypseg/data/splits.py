@@ -66,11 +66,18 @@ def make_split(dataset: str, name: str, *, ids: Sequence[str], sequences: Mappin
         return {"full": list(ids)}
     pinned = pinned_split(dataset, name)
     if pinned is not None:
-        present = set(ids)
+        present, listed = set(ids), {i for members in pinned.values() for i in members}
+        strangers = sorted(present - listed)
+        if strangers:
+            raise UsageError(
+                f"{len(strangers)} image(s) are in no part of split {name!r} of {dataset}, first {strangers[0]}: "
+                "restore the published file names, or use the split 'full'"
+            )
         return {part: [i for i in members if i in present] for part, members in pinned.items()}
     if name == "reference":
         return reference_split(ids)
     if name == "sequence_disjoint" and sequences:
         return sequence_disjoint_split(sequences)
-    known = sorted({"full", "reference", *(["sequence_disjoint"] if sequences else [])})
+    pinned_names = {other for other in DESCRIPTIONS if pinned_split(dataset, other)}
+    known = sorted({"full", "reference", *pinned_names, *(["sequence_disjoint"] if sequences else [])})
     raise UsageError(f"dataset {dataset!r} has no split {name!r}; choose from {', '.join(known)}")
