@@ -156,7 +156,7 @@ STUDY = ("study", "--output", "never")
             ("unknown model", "Did you mean 'vit_base_dpt.mae_imagenet1k'?"),
         ),
         ((*STUDY, "--scale", "smal"), ("unknown scale 'smal'", "Did you mean 'small'?")),
-        ((*STUDY, "--set", "training.epoch=2"), ("training.epoch=2", "Did you mean 'training.epochs'?")),
+        ((*STUDY, "--set", "training.epoch=2"), ("training.epoch'", "Did you mean 'training.epochs'?")),
         ((*STUDY, "--set", "epochs"), ("--set 'epochs' must look like",)),
         ((*STUDY, "--set", "trainin.epochs=2"), ("no section 'trainin'",)),
         ((*STUDY, "--set", "training.epochs=two"), ("'training.epochs'", "'two'")),

@@ -49,6 +49,12 @@ class TestPlan:
     def test_full_scale_refuses_rows_without_weights(self, tmp_path):
         with pytest.raises(UsageError, match=r"no pretraining weights for .*--start-from-available"):
             plan_jobs(StudyPlan(output=tmp_path, scale="full"))
+        timm_rows = StudyPlan(output=tmp_path, scale="full", models=("RN-IN-SL", "VT-IN-SL", "VT-IN-MA"))
+        assert [job.start.source for job in plan_jobs(timm_rows)] == [
+            "timm:resnet50.tv_in1k",
+            "timm:vit_base_patch16_224.augreg_in21k_ft_in1k",
+            "timm:vit_base_patch16_224.mae",
+        ]
         given = StudyPlan(output=tmp_path, scale="full", models=("RN-IN-BT",), encoder_weights=("RN-IN-BT=x.pth",))
         (job,) = plan_jobs(given)
         assert job.start.source == "x.pth" and job.recipe.seed == 42 and job.recipe.model.encoder is None

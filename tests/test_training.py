@@ -177,6 +177,7 @@ def losses(run_dir: Path) -> list[float]:
 def test_two_processes_give_the_loss_curve_of_one(tmp_path, model, encoder):
     """Same global batches, BatchNorm over all processes. Dropout is off: its masks are drawn per process."""
     more = ["--set", "training.max_steps=6", "--set", "model.decoder_dropout=0.0", "--model", model]
+    more += ["--set", "training.learning_rate=1.0e-4"]
     more += ["--set", f"model.encoder={encoder}"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     for name, start in {

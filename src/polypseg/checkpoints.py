@@ -28,12 +28,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         try:
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError) as error:
-            raise PolypSegError(f"{path} is damaged ({error}): download it again") from error
+            raise PolypSegError(f"{path} is damaged or not a file of tensors ({error}): download it again") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles fail in a dozen ways, and torch's text advises unsafe loading
         raise PolypSegError(
-            f"{path} is damaged or holds more than tensors, so it is not loaded: download it again, or export the "
+            f"{path} is damaged or not a file of tensors only; it is not loaded: download it again, or export the "
             "encoder's state dict as safetensors"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):

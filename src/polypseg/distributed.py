@@ -32,18 +32,22 @@ def global_batch_norm(x: Tensor, norm: Any) -> Tensor:
     """
     if not norm.training:
         return nn.functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
-    values = x.float()
-    local = torch.stack([values.mean((0, 2, 3)), values.square().mean((0, 2, 3))])
-    mean, square = distributed_functional.all_reduce(local) / dist.get_world_size()
-    variance = square - mean.square()
+    values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    mean = _average_over_processes(values.mean((0, 2, 3)))
+    centred = values - mean[:, None, None]  # two passes: E[x^2] - E[x]^2 cancels where the mean is large
+    variance = _average_over_processes(centred.square().mean((0, 2, 3)))
     with torch.no_grad():
         count = x.numel() / x.shape[1] * dist.get_world_size()
         norm.num_batches_tracked += 1
         norm.running_mean.lerp_(mean.detach(), norm.momentum)
         norm.running_var.lerp_(variance.detach() * count / (count - 1), norm.momentum)
     scale = norm.weight * torch.rsqrt(variance + norm.eps)
-    shift = norm.bias - mean * scale
-    return (values * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+    return (centred * scale[:, None, None] + norm.bias[:, None, None]).to(x.dtype)
+
+
+def _average_over_processes(local: Tensor) -> Tensor:
+    """Mean of a tensor over processes that hold equally much; its gradient reaches every process."""
+    return distributed_functional.all_reduce(local) / dist.get_world_size()
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):

@@ -150,6 +150,8 @@ def _choose_start(row: ZooEntry, recipe: Recipe, given: str | None) -> Initialis
         return Initialisation(source=given, as_published=given != RANDOM, label=f"{wanted} (given: {Path(given).name})")
     if row.method == "none":
         return Initialisation(source=RANDOM, as_published=True, label="random, as the row says")
+    if recipe.model.encoder is None and row.upstream.timm:
+        return Initialisation(source=f"timm:{row.upstream.timm}", as_published=True, label=wanted)
     starter = recipe.model.encoder == STARTER_ENCODER and (row.method, row.corpus) == (
         "supervised",
         "imagenet1k",

@@ -44,6 +44,8 @@ class Upstream:
     """SPDX-like identifier that the weights impose on whatever is derived from them."""
     license_source: str
     """Where that licence is stated."""
+    timm: str = ""
+    """The same weights in timm's collection, if they are there: fetched by themselves at full scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +111,9 @@ NOTHING = Upstream(location="", file_format="none", license="apache-2.0", licens
 MOCO_RN = Upstream(location=f"{_FB}/moco-v3/r-50-100ep/r-50-100ep.pth.tar", file_format="moco_v3: state_dict, module.base_encoder.*", license=_NC, license_source=_MOCO_LICENSE)  # noqa: E501
 MOCO_VT = Upstream(location=f"{_FB}/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar", file_format="moco_v3: state_dict, module.base_encoder.*", license=_NC, license_source=_MOCO_LICENSE)  # noqa: E501
 BARLOW  = Upstream(location=f"{_FB}/barlowtwins/ljng/resnet50.pth", file_format="torchvision ResNet50 keys, bare", license="mit", license_source="https://github.com/facebookresearch/barlowtwins/blob/main/LICENSE")  # noqa: E501
-MAE_VT  = Upstream(location=f"{_FB}/mae/pretrain/mae_pretrain_vit_base.pth", file_format="mae: model, timm ViT keys", license=_NC, license_source=_MAE_LICENSE)  # noqa: E501
-SUP_RN  = Upstream(location="https://download.pytorch.org/models/resnet50-0676ba61.pth", file_format="torchvision ResNet50 keys with fc (timm resnet50.tv_in1k)", license="bsd-3-clause", license_source="https://github.com/pytorch/vision/blob/main/LICENSE")  # noqa: E501
-SUP_VT  = Upstream(location="timm/vit_base_patch16_224.augreg_in21k_ft_in1k", file_format="timm safetensors (augreg npz upstream)", license="apache-2.0", license_source="https://huggingface.co/timm/vit_base_patch16_224.augreg_in21k_ft_in1k")  # noqa: E501
+MAE_VT  = Upstream(location=f"{_FB}/mae/pretrain/mae_pretrain_vit_base.pth", file_format="mae: model, timm ViT keys", license=_NC, license_source=_MAE_LICENSE, timm="vit_base_patch16_224.mae")  # noqa: E501
+SUP_RN  = Upstream(location="https://download.pytorch.org/models/resnet50-0676ba61.pth", file_format="torchvision ResNet50 keys with fc (timm resnet50.tv_in1k)", license="bsd-3-clause", license_source="https://github.com/pytorch/vision/blob/main/LICENSE", timm="resnet50.tv_in1k")  # noqa: E501
+SUP_VT  = Upstream(location="timm/vit_base_patch16_224.augreg_in21k_ft_in1k", file_format="timm safetensors (augreg npz upstream)", license="apache-2.0", license_source="https://huggingface.co/timm/vit_base_patch16_224.augreg_in21k_ft_in1k", timm="vit_base_patch16_224.augreg_in21k_ft_in1k")  # noqa: E501
 HK_MOCO = Upstream(location=_DRIVE, file_format="encoder state dict, strict", license=_NC, license_source=_STUDY_LICENSE)  # noqa: E501
 HK_BT   = Upstream(location=_DRIVE, file_format="torchvision ResNet50 keys, bare", license=_NC, license_source=_STUDY_LICENSE)  # noqa: E501
 HK_MAE  = Upstream(location=_DRIVE, file_format="mae: model, timm ViT keys", license=_NC, license_source=_STUDY_LICENSE)
