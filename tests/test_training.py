@@ -240,3 +240,17 @@ def test_batchnorm_of_the_model_is_plain_with_one_process(tmp_path):
     kinds = [type(module) for module in model.modules()]
     synchronise_batchnorm(model, Accelerator(cpu=True))
     assert [type(module) for module in model.modules()] == kinds
+
+
+def test_really_full_disk_is_one_clear_error(tmp_path):
+    """On a file system of 1 MB, where it can be mounted: torch and safetensors word the disk's error in their own way."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system here")
+    try:
+        with pytest.raises(PolypSegError, match=r"cannot write .*the disk is full"):
+            train(small / "run", "training.epochs=1")
+        assert not list((small / "run").rglob("*.safetensors"))
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)

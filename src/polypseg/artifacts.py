@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from polypseg.errors import PolypSegError
 
 _REMEDIES = {
@@ -40,12 +42,16 @@ PACKAGES = (
 
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError while writing ``path`` into a PolypSegError that names the file and the remedy."""
+    """Turn an error of the disk while writing ``path`` into a PolypSegError that names the file and the remedy."""
     try:
         yield
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0, error.strerror or str(error))
         raise PolypSegError(f"cannot write {path}: {remedy}") from error
+    except (RuntimeError, SafetensorError) as error:  # torch and safetensors hide the disk's error in theirs
+        if not any(words in str(error) for words in ("No space left", "os error 28", "PytorchStreamWriter")):
+            raise
+        raise PolypSegError(f"cannot write {path}: {_REMEDIES[errno.ENOSPC]}") from error
 
 
 @contextmanager
@@ -128,8 +134,14 @@ def environment_record() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [_without_place(word) for word in sys.argv],
     }
+
+
+def _without_place(word: str) -> str:
+    """An argument without the private part of an absolute path: records travel to cards and reports."""
+    path = Path(word)
+    return str(Path(*path.parts[-2:])) if path.is_absolute() else word
 
 
 def cache_folder() -> Path:

@@ -213,7 +213,9 @@ class _Run:
     def start(self, *, resume: bool) -> None:
         """Claim the run's folder, or continue the run that is in it."""
         path = self.run_dir / "run.json"
-        if path.is_file():
+        continues = path.is_file()
+        self.accelerator.wait_for_everyone()  # all have looked before one of them writes
+        if continues:
             before = read_json(path)
             if not resume:
                 raise UsageError(
