@@ -1,5 +1,6 @@
 """Every command in the README and in the scripts' docstrings names files and options that exist."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -8,6 +9,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from polypseg.metrics import mean_with_interval, score
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((REPOSITORY / "training_scripts").glob("*.py"))
@@ -70,3 +73,24 @@ def test_files_named_in_the_readme_exist():
 def test_no_machine_paths_or_data_in_the_repository():
     files = subprocess.run(["git", "-C", REPOSITORY, "ls-files"], capture_output=True, text=True).stdout.split("\n")
     assert not [f for f in files if re.search(r"(cju[0-9a-z]{20,}|/Ground Truth/).*\.(jpe?g|png|tiff?)$", f)]
+
+
+def test_scores_in_the_readme_are_those_of_the_result_files():
+    results = REPOSITORY / "model_cards/results/tf_efficientnet_lite0_deeplabv3plus.supervised_imagenet1k"
+    text = (REPOSITORY / "README.md").read_text()
+    for file in ("kvasir_seg.reference.test.json", "cvc_clinicdb.full.full.json"):
+        content = json.loads((results / file).read_text())
+        cells = [
+            f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" for value in content["metrics"].values()
+        ]
+        assert f"| {content['n']} | {' | '.join(cells)} |" in text, file
+
+
+def test_committed_results_recompute_from_their_rows():
+    for path in (REPOSITORY / "model_cards" / "results").rglob("*.json"):
+        content = json.loads(path.read_text())
+        counts = [[image[key] for key in ("intersection", "predicted", "true")] for image in content["images"]]
+        scores = score(counts, convention=content["convention"])
+        assert content["n"] == len(counts)
+        for name, value in content["metrics"].items():
+            assert value == pytest.approx(mean_with_interval(scores[name]), abs=1e-9), (path.name, name)
