@@ -243,7 +243,7 @@ def test_batchnorm_of_the_model_is_plain_with_one_process(tmp_path):
 
 
 def test_really_full_disk_is_one_clear_error(tmp_path):
-    """On a file system of 1 MB, where it can be mounted: torch and safetensors word the disk's error in their own way."""
+    """On a file system of 1 MB, where it can be mounted: torch and safetensors word the error in their own way."""
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:

@@ -1,6 +1,7 @@
 """Draw the per-image Dice distributions of one model's results, in and out of distribution.
 
-python training_scripts/plot_results.py --results model_cards/results/tf_efficientnet_lite0_deeplabv3plus.supervised_imagenet1k
+python training_scripts/plot_results.py \
+    --results model_cards/results/tf_efficientnet_lite0_deeplabv3plus.supervised_imagenet1k
 """
 
 from pathlib import Path

@@ -1,5 +1,6 @@
 """The study's figures, drawn from results that already exist."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +27,12 @@ def _save(figure: "plt.Figure", path: Path) -> Path:
         figure.savefig(temporary, dpi=120, bbox_inches="tight", format="png")
     plt.close(figure)
     return path
+
+
+def _add_note(figure: "plt.Figure", note: str) -> None:
+    """The caveat, a fixed distance below the axes whatever the figure's height, wrapped to its width."""
+    lines = textwrap.fill(note, width=max(40, int(15 * figure.get_figwidth())))
+    figure.text(0.5, -0.25 / figure.get_figheight(), lines, ha="center", va="top", fontsize=8, color="0.3")
 
 
 def plot_dice_distributions(
@@ -59,7 +66,7 @@ def plot_dice_distributions(
         axis.grid(axis="x", alpha=0.3)
     axes[0][0].set_yticks(range(1, len(names) + 1), [labels[name] for name in names])
     axes[0][0].invert_yaxis()
-    figure.text(0.5, -0.02, note, ha="center", va="top", fontsize=8, color="0.3")
+    _add_note(figure, note)
     return _save(figure, path)
 
 
@@ -79,7 +86,7 @@ def plot_rank_changes(
     axis.set_title("Rank by mean Dice")
     for side in ("left", "right", "top", "bottom"):
         axis.spines[side].set_visible(False)
-    figure.text(0.5, 0.0, note, ha="center", va="top", fontsize=8, color="0.3")
+    _add_note(figure, note)
     return _save(figure, path)
 
 
@@ -111,5 +118,5 @@ def plot_overlays(
             if row == 0:
                 axis.set_title(name, fontsize=8)
         axes[row][0].set_ylabel(captions[row], fontsize=7)
-    figure.text(0.5, 0.02, note, ha="center", va="top", fontsize=8, color="0.3")
+    _add_note(figure, note)
     return _save(figure, path)

@@ -1,5 +1,7 @@
 """Image processors and models by path or Hub id, as evaluation and prediction need them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
+from transformers.utils import logging
 
 from polypseg.errors import UsageError, first_line
 from polypseg.modeling import PolypSegConfig
@@ -25,6 +28,18 @@ def build_image_processor(config: PolypSegConfig) -> Any:
     )
 
 
+@contextmanager
+def without_shard_bars() -> Iterator[None]:
+    """Keep transformers' bars for single files out of commands that show progress of their own."""
+    was_active = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_active:
+            logging.enable_progress_bar()
+
+
 def load_model(name_or_path: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Any AutoModelForSemanticSegmentation and its image processor, from a folder or the Hub, in evaluation mode.
 
@@ -32,7 +47,8 @@ def load_model(name_or_path: str, *, trust_remote_code: bool = False) -> tuple[A
     """
     options = {"trust_remote_code": trust_remote_code}
     try:
-        model = AutoModelForSemanticSegmentation.from_pretrained(name_or_path, **options)
+        with without_shard_bars():
+            model = AutoModelForSemanticSegmentation.from_pretrained(name_or_path, **options)
         processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", **options)
     except (OSError, ValueError) as error:
         place = "folder" if Path(name_or_path).exists() else "folder or Hub id"

@@ -385,7 +385,7 @@ def _print_table(
     note: str,
 ) -> None:
     table = Table(title=f"in: {titles[0]}   out: {titles[1]}", caption=note)
-    for heading in ("model", "mDice in", "mIoU in", "mDice out", "mIoU out", "rank in", "out", "change"):
+    for heading in ("model", "mDice in", "mIoU in", "mDice out", "mIoU out", "rank in", "out", "diff"):
         table.add_column(heading, no_wrap=True)
     for row in sorted(rows, key=lambda r: r["rank_out"]):
         cells = [f"{row[key]:.3f}" for key in ("in_mdice", "in_miou", "out_mdice", "out_miou")]

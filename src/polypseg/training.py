@@ -43,7 +43,7 @@ from polypseg.distributed import synchronise_batchnorm
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.metrics import standard_scores
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
-from polypseg.processing import build_image_processor
+from polypseg.processing import build_image_processor, without_shard_bars
 from polypseg.recipe import Recipe, ScheduleRecipe
 from polypseg.zoo import ZooEntry
 
@@ -267,7 +267,7 @@ class _Run:
     def save_best(self) -> None:
         """Keep the current model as the best by validation."""
         if self.accelerator.is_main_process:
-            with atomic_path(self.run_dir / "best") as temporary:
+            with atomic_path(self.run_dir / "best") as temporary, without_shard_bars():
                 self._kept_model().save_pretrained(temporary)
                 build_image_processor(self.config).save_pretrained(temporary)
 
