@@ -322,7 +322,7 @@ def _caveat(plan: StudyPlan, jobs: Sequence[Job], tests: Sequence[Test]) -> str:
         parts.append("small encoders stand in for ResNet50 and ViT-B")
     substituted = sum(not job.start.as_published for job in jobs)
     if substituted:
-        parts.append(f"{substituted} of {len(jobs)} rows start at random for want of weights and differ by seed only")
+        parts.append(f"{substituted} of {len(jobs)} rows start at random for want of weights: no comparison of pretraining")
     return "; ".join(parts) + "."
 
 
