@@ -4,8 +4,6 @@ Per image first: logits are resized to the mask (bilinear, no antialias) and thr
 then means over images, with bootstrap intervals. The result keeps every image's counts.
 """
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from polypseg.artifacts import environment_record, write_json, write_text
+from polypseg.artifacts import environment_record, write_csv, write_json
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError
 from polypseg.metrics import METRICS, Scores, mean_with_interval, pixel_counts, score
@@ -71,11 +69,7 @@ class EvaluationResult:
         """Write ``<folder>/<model_id>/<dataset>.<split>.<part>.json`` and a CSV of its rows; return the JSON's path."""
         rows = self.rows()
         path = folder / self.model_id / f"{self.dataset}.{self.split}.{self.part}.json"
-        table = io.StringIO()
-        writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(path.with_suffix(".csv"), table.getvalue())
+        write_csv(path.with_suffix(".csv"), rows)
         return write_json(
             path,
             {

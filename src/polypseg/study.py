@@ -3,10 +3,8 @@
 Resumes where it stopped: a finished run is not trained again, a result of the same weights is not computed again.
 """
 
-import csv
 import hashlib
 import importlib.util
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from polypseg import plots, zoo
-from polypseg.artifacts import environment_record, read_json, write_json, write_text
+from polypseg.artifacts import environment_record, read_json, write_csv, write_json, write_text
 from polypseg.checkpoints import STARTER_ENCODER
 from polypseg.data.polyps import PolypDataset, SyntheticOptions, open_dataset
 from polypseg.errors import UsageError, unknown_name
@@ -298,7 +296,7 @@ def write_report(plan: StudyPlan, jobs: Sequence[Job], tests: Sequence[Test], *,
     plots.plot_rank_changes(ranks, labels=labels, titles=short, note=note, path=figures / "rank_changes.png")
     _draw_overlays(plan, jobs, tests, labels=labels, note=note)
     _print_table(console, rows, labels, titles=titles, note=note)
-    write_text(plan.output / "comparison.csv", _to_csv(rows))
+    write_csv(plan.output / "comparison.csv", rows)
     write_json(
         plan.output / "study.json",
         {
@@ -322,7 +320,9 @@ def _caveat(plan: StudyPlan, jobs: Sequence[Job], tests: Sequence[Test]) -> str:
         parts.append("small encoders stand in for ResNet50 and ViT-B")
     substituted = sum(not job.start.as_published for job in jobs)
     if substituted:
-        parts.append(f"{substituted} of {len(jobs)} rows start at random for want of weights: no comparison of pretraining")
+        parts.append(
+            f"{substituted} of {len(jobs)} rows start at random for want of weights: pretraining is not compared"
+        )
     return "; ".join(parts) + "."
 
 
@@ -392,14 +392,6 @@ def _print_table(
         ranks = [str(row["rank_in"]), str(row["rank_out"]), f"{row['rank_change']:+d}"]
         table.add_row(labels[row["model"]], *cells, *ranks)
     console.print(table)
-
-
-def _to_csv(rows: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def _markdown(

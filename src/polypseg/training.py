@@ -3,8 +3,6 @@
 What is drawn depends on (seed, epoch, position) only, so a resumed run ends with the weights of an uninterrupted one.
 """
 
-import csv
-import io
 import json
 import shutil
 import signal
@@ -26,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from polypseg.artifacts import atomic_path, environment_record, read_json, write_json, write_text
+from polypseg.artifacts import atomic_path, environment_record, read_json, write_csv, write_json
 from polypseg.checkpoints import load_encoder_weights
 from polypseg.data.augmentation import PairedAugmentation
 from polypseg.data.feed import (
@@ -368,11 +366,9 @@ class _Run:
         bar.write(f"epoch {row['epoch']:3d}  loss {row['loss']:.4f}  validation Dice {dice:.4f}")
         self.save_checkpoint()
         if self.accelerator.is_main_process:
-            write_text(self.run_dir / "epochs.csv", _csv(progress.epochs))
-            write_text(
-                self.run_dir / "losses.csv",
-                _csv([{"step": i + 1, "loss": x} for i, x in enumerate(progress.losses)]),
-            )
+            write_csv(self.run_dir / "epochs.csv", progress.epochs)
+            losses = [{"step": step, "loss": loss} for step, loss in enumerate(progress.losses, start=1)]
+            write_csv(self.run_dir / "losses.csv", losses)
 
     @torch.no_grad()
     def validation_dice(self) -> float:
@@ -461,14 +457,6 @@ def _stop_requests() -> Iterator[_StopFlag]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _csv(rows: list[dict[str, float]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def run_is_finished(run_dir: Path, recipe: Recipe) -> bool:
