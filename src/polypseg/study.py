@@ -216,12 +216,12 @@ def _run_job(job: Job, plan: StudyPlan, tests: Sequence[Test]) -> None:
     del network
     if not accelerator.is_main_process:
         return
-    for test in tests:
-        if _is_current(plan, job, test):
-            continue
-        model, processor = load_model(str(run_dir / "best"))
-        model.config.weights_origin["sha256"] = _weights_digest(plan, job)
-        dataset, split, part = test
+    pending = [test for test in tests if not _is_current(plan, job, test)]
+    if not pending:
+        return
+    model, processor = load_model(str(run_dir / "best"))
+    model.config.weights_origin["sha256"] = _weights_digest(plan, job)
+    for dataset, split, part in pending:
         evaluate_model(
             model,
             processor,

@@ -274,10 +274,9 @@ class _Run:
     def train(self, stop: "_StopFlag") -> None:
         """All remaining epochs."""
         self.accelerator.init_trackers("tensorboard")
-        steps_done = self.progress.step
         with tqdm(
             total=self.total_steps,
-            initial=steps_done,
+            initial=self.progress.step,
             unit="step",
             mininterval=0.2 if sys.stderr.isatty() else 30,
             disable=not self.accelerator.is_local_main_process,
