@@ -19,7 +19,8 @@ from polypseg import zoo
 from polypseg.data import SyntheticOptions, open_dataset
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.recipe import load_recipe
-from polypseg.training import build_model, check_processes, finetune
+from polypseg.runs import check_processes
+from polypseg.training import build_model, finetune
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = [
@@ -219,14 +220,12 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path):
 def test_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch):
     import errno
 
-    from polypseg import training
-
     def full(self, folder):
-        (folder / "model.safetensors").parent.mkdir(parents=True)
-        (folder / "model.safetensors").write_bytes(b"half")
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(training._Run, "_write_checkpoint", full)
+    monkeypatch.setattr(Accelerator, "save_state", full)
     with pytest.raises(PolypSegError, match="the disk is full: free some space"):
         train(tmp_path, "training.epochs=1")
     assert not list((tmp_path / "checkpoints").iterdir())

@@ -10,14 +10,14 @@ On CPU with several processes: ACCELERATE_USE_CPU=true accelerate launch --multi
 from pathlib import Path
 from typing import Annotated
 
-from accelerate import Accelerator
 from typer import Option
 
 from polypseg import zoo
 from polypseg.cli import run_script
 from polypseg.data import open_dataset
 from polypseg.recipe import load_recipe
-from polypseg.training import build_model, check_processes, finetune
+from polypseg.runs import check_processes, make_accelerator
+from polypseg.training import build_model, finetune
 
 
 def main(
@@ -37,7 +37,7 @@ def main(
     """Fine-tune one model of the study on one dataset."""
     entry, settings = zoo.get(model), load_recipe(recipe, overrides=set_ or [])
     data = open_dataset(dataset, source=source, allow_partial=allow_partial)
-    accelerator = Accelerator(mixed_precision=settings.training.precision, log_with="tensorboard", project_dir=output)
+    accelerator = make_accelerator(settings.training.precision, run_dir=output)
     check_processes(accelerator, expected=num_processes)
     network = build_model(entry, settings, encoder_weights=encoder_weights)
     progress = finetune(

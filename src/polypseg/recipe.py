@@ -5,26 +5,35 @@ Unknown and missing keys are errors before any work starts. Code holds no number
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from polypseg.errors import UsageError, unknown_name
 
 
-class _Section(BaseModel):
+class RecipeSection(BaseModel):
+    """A frozen group of settings; unknown keys and infinite numbers are errors."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class DataRecipe(_Section):
+def _undo_yaml(value: object) -> object:
+    return "no" if value is False else value  # YAML reads a bare no as false
+
+
+Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_undo_yaml)]
+
+
+class DataRecipe(RecipeSection):
     """What the model sees before augmentation."""
 
     image_size: int = Field(ge=32)
     """Side in pixels to which image and mask are resized (bicubic, antialiased)."""
 
 
-class AugmentationRecipe(_Section):
+class AugmentationRecipe(RecipeSection):
     """Ranges of the paired augmentation; the values of the reference are in finetune.yaml."""
 
     brightness: float = Field(ge=0, lt=1)
@@ -63,7 +72,7 @@ class AugmentationRecipe(_Section):
         return self
 
 
-class TrainingRecipe(_Section):
+class TrainingRecipe(RecipeSection):
     """The optimisation."""
 
     epochs: int = Field(ge=1)
@@ -74,13 +83,8 @@ class TrainingRecipe(_Section):
     """AdamW step size: the start of ``plateau``, the peak of ``one_cycle``."""
     weight_decay: float = Field(ge=0)
     """On every parameter, as in the reference."""
-    precision: Literal["no", "bf16", "fp16"]
-    """Autocast type of forward and loss."""
-
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _undo_yaml(cls, value: object) -> object:
-        return "no" if value is False else value  # YAML reads a bare no as false
+    precision: Precision
+    """Autocast type of forward and loss; bf16 falls back to float32 on a CPU without bf16 arithmetic."""
 
     dice_weight: float = Field(ge=0)
     bce_weight: float = Field(ge=0)
@@ -93,7 +97,7 @@ class TrainingRecipe(_Section):
     """Save a resumable checkpoint every so many steps, besides the one at each epoch's end."""
 
 
-class ScheduleRecipe(_Section):
+class ScheduleRecipe(RecipeSection):
     """The learning rate over time."""
 
     kind: Literal["plateau", "one_cycle"]
@@ -108,7 +112,7 @@ class ScheduleRecipe(_Section):
     """one_cycle: share of all steps that warm up."""
 
 
-class ModelRecipe(_Section):
+class ModelRecipe(RecipeSection):
     """What differs from the row's configuration; null keeps the row's value."""
 
     encoder: str | None
@@ -117,7 +121,7 @@ class ModelRecipe(_Section):
     decoder_dropout: float | None = Field(ge=0, lt=1)
 
 
-class Recipe(_Section):
+class Recipe(RecipeSection):
     """One experiment, apart from the model's row, the data and the place of the output."""
 
     name: str
@@ -127,6 +131,9 @@ class Recipe(_Section):
     augmentation: AugmentationRecipe
     training: TrainingRecipe
     schedule: ScheduleRecipe
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=RecipeSection)
 
 
 def recipe_folder() -> Path:
@@ -149,10 +156,16 @@ def find_recipe(name_or_path: str | Path) -> Path:
 
 
 def load_recipe(name_or_path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides such as ``training.epochs=2``.
+    """Read a fine-tuning recipe and apply overrides such as ``training.epochs=2``.
 
     Raises UsageError naming the file and every unknown, missing or impossible key.
     """
+    content, source = read_recipe(name_or_path, overrides=overrides)
+    return parse_recipe(content, source=source)
+
+
+def read_recipe(name_or_path: str | Path, *, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """The plain values of a recipe with its overrides, and the file they come from. Raises UsageError."""
     path = find_recipe(name_or_path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -162,23 +175,28 @@ def load_recipe(name_or_path: str | Path, *, overrides: Sequence[str] = ()) -> R
         raise UsageError(f"recipe {path} is empty or not a mapping")
     for override in overrides:
         _apply(content, override)
-    return parse_recipe(content, source=str(path))
+    return content, str(path)
 
 
 def parse_recipe(content: dict[str, Any], *, source: str) -> Recipe:
     """A Recipe from plain values, such as a run's record. Raises UsageError that names ``source``."""
+    return validate_recipe(Recipe, content, source=source)
+
+
+def validate_recipe(schema: type[AnyRecipe], content: dict[str, Any], *, source: str) -> AnyRecipe:
+    """Plain values as a recipe of one kind. Raises UsageError that names ``source`` and every problem."""
     try:
-        return Recipe.model_validate(content)
+        return schema.model_validate(content)
     except ValidationError as error:
-        problems = [_problem(detail) for detail in error.errors()]
+        problems = [_problem(schema, detail) for detail in error.errors()]
         raise UsageError(f"recipe {source}: " + "; ".join(problems)) from error
 
 
-def _problem(detail: Any) -> str:
+def _problem(schema: type[BaseModel], detail: Any) -> str:
     """One pydantic finding as a phrase with the dotted key."""
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        section = Recipe
+        section = schema
         for part in detail["loc"][:-1]:
             section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
         return str(unknown_name(f"key {key!r}: no such setting", str(detail["loc"][-1]), section.model_fields))

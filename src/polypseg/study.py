@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from numpy.typing import NDArray
 from PIL import Image
@@ -27,6 +26,7 @@ from polypseg.evaluation import INTERVAL, evaluate_model, predict_masks
 from polypseg.metrics import METRICS
 from polypseg.processing import load_model
 from polypseg.recipe import Recipe, load_recipe
+from polypseg.runs import make_accelerator
 from polypseg.training import RANDOM, build_model, finetune, run_is_finished
 from polypseg.zoo import ZooEntry
 
@@ -208,9 +208,7 @@ def _run_job(job: Job, plan: StudyPlan, tests: Sequence[Test]) -> None:
     if run_is_finished(run_dir, job.recipe) and all(_is_current(plan, job, test) for test in tests):
         return
     AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=job.recipe.training.precision, log_with="tensorboard", project_dir=run_dir
-    )
+    accelerator = make_accelerator(job.recipe.training.precision, run_dir=run_dir)
     network = build_model(job.entry, job.recipe, encoder_weights=job.start.source)
     finetune(network, tests[0][0], job.recipe, accelerator, run_dir=run_dir, split=plan.split, resume=True)
     del network

@@ -3,13 +3,7 @@
 What is drawn depends on (seed, epoch, position) only, so a resumed run ends with the weights of an uninterrupted one.
 """
 
-import json
-import shutil
-import signal
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from polypseg.artifacts import atomic_path, environment_record, read_json, write_csv, write_json
+from polypseg.artifacts import atomic_path, read_json, write_csv
 from polypseg.checkpoints import load_encoder_weights
 from polypseg.data.augmentation import PairedAugmentation
 from polypseg.data.feed import (
@@ -43,15 +37,18 @@ from polypseg.metrics import standard_scores
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.processing import build_image_processor, without_shard_bars
 from polypseg.recipe import Recipe, ScheduleRecipe
+from polypseg.runs import (
+    InterruptedRunError,
+    StopFlag,
+    bar_interval,
+    claim_run,
+    newest_checkpoint,
+    save_checkpoint,
+    stop_requests,
+)
 from polypseg.zoo import ZooEntry
 
 RANDOM = "random"
-
-
-class InterruptedRunError(PolypSegError):
-    """A run was asked to stop and has saved a checkpoint; exit code 130 as for any Ctrl-C."""
-
-    exit_code = 130
 
 
 @dataclass
@@ -116,7 +113,7 @@ def finetune(
     """
     run = _Run(model, dataset, recipe, accelerator, run_dir=run_dir, split=split, workers=workers)
     run.start(resume=resume)
-    with _stop_requests() as stop:
+    with stop_requests() as stop:
         run.train(stop)
     return run.progress
 
@@ -210,57 +207,16 @@ class _Run:
 
     def start(self, *, resume: bool) -> None:
         """Claim the run's folder, or continue the run that is in it."""
-        path = self.run_dir / "run.json"
-        continues = path.is_file()
-        self.accelerator.wait_for_everyone()  # all have looked before one of them writes
-        if continues:
-            before = read_json(path)
-            if not resume:
-                raise UsageError(
-                    f"{self.run_dir} already holds a run: continue it with --resume or choose another --output"
-                )
-            changed = [key for key in self.record if before.get(key) != json.loads(json.dumps(self.record[key]))]
-            if changed:
-                raise UsageError(
-                    f"{self.run_dir} holds a run with another {', '.join(changed)}: choose another --output"
-                )
-            self._load_newest_checkpoint()
-        elif self.accelerator.is_main_process:
-            write_json(path, self.record | {"environment": environment_record()})
-        self.accelerator.wait_for_everyone()
-
-    def _load_newest_checkpoint(self) -> None:
-        checkpoints = sorted((self.run_dir / "checkpoints").glob("step-*"))
-        if not checkpoints:
-            return
-        self.progress = Progress(**read_json(checkpoints[-1] / "progress.json"))
-        self.schedule.replay(self.progress)
-        self.accelerator.load_state(str(checkpoints[-1]))
+        if claim_run(self.run_dir, self.record, self.accelerator, resume=resume):
+            checkpoint = newest_checkpoint(self.run_dir)
+            if checkpoint:
+                self.progress = Progress(**read_json(checkpoint / "progress.json"))
+                self.schedule.replay(self.progress)
+                self.accelerator.load_state(str(checkpoint))
 
     def save_checkpoint(self) -> None:
-        """Save everything that resuming needs, then drop the older checkpoint."""
-        self.accelerator.wait_for_everyone()
-        path = self.run_dir / "checkpoints" / f"step-{self.progress.step:08d}"
-        if self.accelerator.num_processes == 1:
-            with atomic_path(path) as temporary:
-                self._write_checkpoint(temporary)
-        else:  # each process writes its random state: they need one agreed folder
-            temporary = path.with_name(f".{path.name}.partial")
-            self._write_checkpoint(temporary)
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                shutil.rmtree(path, ignore_errors=True)
-                temporary.rename(path)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            for older in sorted(path.parent.glob("step-*")):
-                if older != path:
-                    shutil.rmtree(older)
-
-    def _write_checkpoint(self, folder: Path) -> None:
-        self.accelerator.save_state(str(folder))
-        if self.accelerator.is_main_process:
-            write_json(folder / "progress.json", asdict(self.progress))
+        """Save everything that resuming needs."""
+        save_checkpoint(self.accelerator, self.run_dir, step=self.progress.step, progress=lambda: asdict(self.progress))
 
     def save_best(self) -> None:
         """Keep the current model as the best by validation."""
@@ -271,14 +227,14 @@ class _Run:
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def train(self, stop: "_StopFlag") -> None:
+    def train(self, stop: StopFlag) -> None:
         """All remaining epochs."""
         self.accelerator.init_trackers("tensorboard")
         with tqdm(
             total=self.total_steps,
             initial=self.progress.step,
             unit="step",
-            mininterval=0.2 if sys.stderr.isatty() else 30,
+            mininterval=bar_interval(),
             disable=not self.accelerator.is_local_main_process,
         ) as bar:
             while self.progress.epoch < self.recipe.training.epochs and self.progress.step < self.total_steps:
@@ -286,7 +242,7 @@ class _Run:
                 self._finish_epoch(bar)
         self.accelerator.end_training()
 
-    def _train_epoch(self, bar: "tqdm[Any]", stop: "_StopFlag") -> None:
+    def _train_epoch(self, bar: "tqdm[Any]", stop: StopFlag) -> None:
         progress = self.progress
         self.model.train()
         self.batches.start(epoch=progress.epoch, first_step=progress.step_in_epoch)
@@ -332,10 +288,9 @@ class _Run:
             self.average.update_parameters(self._bare_model())
         return value
 
-    def _save_if_due(self, stop: "_StopFlag") -> None:
+    def _save_if_due(self, stop: StopFlag) -> None:
         every = self.recipe.training.checkpoint_steps
-        asked = torch.tensor(float(stop.requested), device=self.accelerator.device)
-        stopping = bool(self.accelerator.reduce(asked, reduction="sum"))
+        stopping = stop.anywhere(self.accelerator)
         if stopping or (every and self.progress.step % every == 0):
             self.save_checkpoint()
         if stopping:
@@ -434,45 +389,12 @@ class Schedule:
             self.after_epoch(row["validation_dice"])
 
 
-@dataclass
-class _StopFlag:
-    requested: bool = False
-
-
-@contextmanager
-def _stop_requests() -> Iterator[_StopFlag]:
-    """Turn the first SIGINT or SIGTERM into a request; a second one acts at once."""
-    flag = _StopFlag()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: Any) -> None:
-        flag.requested = True
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def run_is_finished(run_dir: Path, recipe: Recipe) -> bool:
     """Whether ``run_dir`` holds a completed run of just this recipe."""
-    record, checkpoints = run_dir / "run.json", sorted((run_dir / "checkpoints").glob("step-*"))
-    if not record.is_file() or not checkpoints:
+    record, checkpoint = run_dir / "run.json", newest_checkpoint(run_dir)
+    if not record.is_file() or checkpoint is None:
         return False
     if read_json(record)["recipe"] != recipe.model_dump(mode="json"):
         return False
-    progress = Progress(**read_json(checkpoints[-1] / "progress.json"))
+    progress = Progress(**read_json(checkpoint / "progress.json"))
     return progress.epoch >= recipe.training.epochs or progress.step >= (recipe.training.max_steps or float("inf"))
-
-
-def check_processes(accelerator: Accelerator, *, expected: int | None) -> None:
-    """Raise UsageError unless ``expected`` processes run: `accelerate launch --cpu --num_processes 2` starts one."""
-    if expected is not None and accelerator.num_processes != expected:
-        raise UsageError(
-            f"{accelerator.num_processes} process(es) run instead of {expected}: on CPU start them with "
-            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
-        )
