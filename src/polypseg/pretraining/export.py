@@ -1,0 +1,147 @@
+"""What a finished pretraining run leaves: the encoder for timm and for fine-tuning, curves, and what it learnt."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from polypseg.artifacts import atomic_path, write_json
+from polypseg.data.frames import FrameStore
+from polypseg.data.labelled import LabelledFrames
+from polypseg.pretraining.feed import FrameFeed
+from polypseg.pretraining.mae import MAE
+from polypseg.pretraining.recipe import PretrainingRecipe
+from polypseg.pretraining.run import PretrainingProgress, build_method
+from polypseg.representation import draw_loss_curve, draw_reconstructions, embed, write_report
+from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD
+
+METADATA_KEY = "polypseg_pretraining"
+"""Under which an encoder file says, in its safetensors header, how it was pretrained."""
+
+
+def export_encoder(
+    method: Any, recipe: PretrainingRecipe, progress: PretrainingProgress, frames: FrameStore, *, folder: Path
+) -> Path:
+    """Write ``folder``, which timm loads as ``local-dir:<folder>``; return the path of its ``model.safetensors``.
+
+    Keys are timm's, which for ResNet50 and ViT-B are those of the published weights. The file's header and
+    ``config.json`` say what it was trained with and on.
+    """
+    origin = {
+        "method": recipe.method,
+        "encoder": recipe.encoder,
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "image_size": recipe.data.image_size,
+        "steps": progress.step,
+        "epochs": progress.epoch,
+        "total_batch_size": recipe.training.total_batch_size,
+        "frames": len(frames),
+        "source": frames.path.name,
+        "content_id": frames.content_id,
+    }
+    state = {key: value.detach().cpu().contiguous() for key, value in method.encoder.state_dict().items()}
+    config = {
+        "architecture": recipe.encoder,
+        "num_classes": 0,
+        "num_features": method.encoder.num_features,
+        "pretrained_cfg": {
+            "input_size": [3, recipe.data.image_size, recipe.data.image_size],
+            "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD),
+            "interpolation": "bicubic",
+            "num_classes": 0,
+        },
+        METADATA_KEY: origin,
+    }
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        safetensors.torch.save_file(
+            state, temporary / "model.safetensors", metadata={"format": "pt", METADATA_KEY: json.dumps(origin)}
+        )
+        write_json(temporary / "config.json", config)
+    return folder / "model.safetensors"
+
+
+def read_origin(path: Path) -> dict[str, Any] | None:
+    """How an encoder file was pretrained, with its sha256; None for files that this package did not write."""
+    if path.suffix != ".safetensors":
+        return None
+    with safetensors.safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(METADATA_KEY)
+    if text is None:
+        return None
+    origin: dict[str, Any] = json.loads(text)
+    return origin | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def write_run_report(
+    method: Any,
+    recipe: PretrainingRecipe,
+    progress: PretrainingProgress,
+    frames: FrameStore,
+    *,
+    folder: Path,
+    labelled: LabelledFrames | None,
+) -> list[Path]:
+    """The loss curve, for MAE reconstructions, and with labelled frames the representation report; return the files."""
+    title = f"{recipe.method} {recipe.encoder}, {len(frames)} frames, {progress.step} steps"
+    note = f"recipe {recipe.name}, {recipe.data.image_size} px, batch {recipe.training.total_batch_size}, one seed"
+    written = [
+        draw_loss_curve(folder / "loss.png", losses=progress.losses, spreads=progress.spreads, title=title, note=note)
+    ]
+    device = next(method.parameters()).device
+    method = method.eval()
+    if isinstance(method, MAE):
+        written.append(_draw_reconstructions(method, recipe, frames, note=note, path=folder / "reconstructions.png"))
+    if labelled is not None:
+        fresh = build_method(recipe).to(device).eval()
+        trained, untrained = (_embed(side, labelled) for side in (method, fresh))
+        facts = {
+            "recipe": recipe.name,
+            "seed": recipe.seed,
+            "image_size": recipe.data.image_size,
+            "epochs": progress.epoch,
+            "steps": progress.step,
+        }
+        written.append(
+            write_report(folder, trained=trained, untrained=untrained, frames=labelled, title=title, facts=facts)
+        )
+    return written
+
+
+def _embed(method: Any, labelled: LabelledFrames) -> NDArray[np.float32]:
+    device = next(method.parameters()).device
+    return embed(method.represent, labelled, mean=IMAGENET_MEAN, std=IMAGENET_STD, device=device)
+
+
+def _draw_reconstructions(method: MAE, recipe: PretrainingRecipe, frames: FrameStore, *, note: str, path: Path) -> Path:
+    """Six frames that are spread over the corpus, as the encoder sees them and as the decoder completes them."""
+    feed = FrameFeed(
+        frames,
+        [view.settings() for view in recipe.views],
+        size=recipe.data.image_size,
+        seed=recipe.seed,
+        tokens=method.patches,
+    )
+    chosen = np.linspace(0, len(frames) - 1, num=min(6, len(frames))).astype(int).tolist()
+    examples = [feed[0, index] for index in chosen]
+    device = next(method.parameters()).device
+    mean, std = (torch.tensor(x, device=device) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    pixels = torch.stack([example["views"][0] for example in examples]).to(device)
+    images = ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+    masked, painted = method.reconstruct(images, torch.stack([e["noise"] for e in examples]).to(device))
+
+    def to_bytes(x: Tensor) -> NDArray[np.uint8]:
+        restored = (x.permute(0, 2, 3, 1) * std + mean).clamp(0, 1) * 255
+        return restored.round().byte().cpu().numpy()  # type: ignore[no-any-return]
+
+    return draw_reconstructions(
+        path, originals=pixels.cpu().numpy(), masked=to_bytes(masked), reconstructed=to_bytes(painted), note=note
+    )
