@@ -165,7 +165,12 @@ def _read_all(dataset: PolypDataset, report: CheckReport) -> dict[str, Fingerpri
     return prints
 
 
-def near_duplicates(prints: dict[str, Fingerprint]) -> list[tuple[str, str]]:
+def near_duplicates(
+    prints: dict[str, Fingerprint],
+    *,
+    hash_distance: int = HASH_DISTANCE,
+    thumbnail_difference: float = THUMBNAIL_DIFFERENCE,
+) -> list[tuple[str, str]]:
     """Pairs of ids whose hashes differ in at most 10 of 256 bits and whose thumbnails hardly differ.
 
     Compares block by block, so memory stays small; time grows with the square of the number of frames.
@@ -177,9 +182,9 @@ def near_duplicates(prints: dict[str, Fingerprint]) -> list[tuple[str, str]]:
     pairs = []
     for index in range(len(ids) - 1):
         distance = np.bitwise_count(packed[index + 1 :] ^ packed[index]).sum(axis=1)
-        for other in index + 1 + np.flatnonzero(distance <= HASH_DISTANCE):
+        for other in index + 1 + np.flatnonzero(distance <= hash_distance):
             a, b = prints[ids[index]], prints[ids[other]]
-            if float(np.abs(a.thumbnail - b.thumbnail).mean()) < THUMBNAIL_DIFFERENCE:
+            if float(np.abs(a.thumbnail - b.thumbnail).mean()) < thumbnail_difference:
                 pairs.append((ids[index], ids[other]))
     return pairs
 
