@@ -66,6 +66,10 @@ def open_frames(path: Path, *, corpus_folder: str = ".*") -> FrameStore:
     Raises UsageError for a path that is missing, has no such images or cannot be read frame by frame; PolypSegError
     for a damaged archive or an incomplete set of shards.
     """
+    try:
+        re.compile(corpus_folder)
+    except re.error as error:
+        raise UsageError(f"{corpus_folder!r} is no regular expression for a folder: {error}") from error
     if path.is_dir():
         return _open_folder(path, corpus_folder)
     if isinstance(open_source(path), ZipSource):
@@ -222,10 +226,13 @@ class ZipFrames:
 
     def read(self, index: int) -> bytes:
         header, packed, size, checksum, method = self._rows[index].tolist()
-        start = self._files.read(self.path, offset=header, size=_LOCAL_HEADER.size)
-        signature, name_length, extra_length = _LOCAL_HEADER.unpack(start)
-        offset = header + _LOCAL_HEADER.size + name_length + extra_length
-        data = self._files.read(self.path, offset=offset, size=packed)
+        try:
+            start = self._files.read(self.path, offset=header, size=_LOCAL_HEADER.size)
+            signature, name_length, extra_length = _LOCAL_HEADER.unpack(start)
+            offset = header + _LOCAL_HEADER.size + name_length + extra_length
+            data = self._files.read(self.path, offset=offset, size=packed)
+        except PolypSegError as error:
+            raise PolypSegError(f"cannot read {self.name(index)}: {error}") from error
         if method == zipfile.ZIP_DEFLATED:
             data = _inflate(data)
         if signature != b"PK\3\4" or len(data) != size or zlib.crc32(data) != checksum:
@@ -333,7 +340,10 @@ class ShardFrames:
 
     def read(self, index: int) -> bytes:
         number, offset, size = self._index[index].tolist()
-        return self._files.read(self.shards[number], offset=offset, size=size)
+        try:
+            return self._files.read(self.shards[number], offset=offset, size=size)
+        except PolypSegError as error:
+            raise PolypSegError(f"cannot read frame {index} of {self.path}: {error}") from error
 
     def name(self, index: int) -> str:
         """From the member's header, which stands between the end of the frame before and this one."""

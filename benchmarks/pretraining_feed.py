@@ -1,0 +1,142 @@
+"""Images a second of the pretraining feed, against the official codes' way (Pillow and torchvision, image by image).
+
+python benchmarks/pretraining_feed.py --source ../shared/data/HyperKvasir-frames
+
+Two views with MoCo v3's augmentation and one with MAE's, from JPEG files to views, in one process with one thread. The
+ways alternate within one run; figures are medians over repeats, the ratios are those that may be quoted. The feed gives
+8-bit views, which training normalises on its device; ``normalised`` does this here too, as the official codes do.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+from torchvision import transforms as T
+from typer import Option
+
+from polypseg.cli import run_script
+from polypseg.data.frames import open_frames
+from polypseg.data.shards import write_shards
+from polypseg.pretraining.feed import FrameFeed
+from polypseg.pretraining.views import ViewSettings
+from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD
+
+MAE = ViewSettings(
+    crop_scale=(0.2, 1.0),
+    interpolation="bicubic",
+    jitter_probability=0.0,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.2,
+    hue=0.1,
+    grayscale_probability=0.0,
+    blur_probability=0.0,
+    blur_sigma=(0.1, 2.0),
+    solarize_probability=0.0,
+    flip_probability=0.5,
+)
+FIRST = replace(MAE, interpolation="bilinear", jitter_probability=0.8, grayscale_probability=0.2, blur_probability=1.0)
+SECOND = replace(FIRST, blur_probability=0.1, solarize_probability=0.2)
+METHODS = {"moco_v3": (FIRST, SECOND), "mae": (MAE,)}
+
+
+def official_transform(view: ViewSettings) -> Callable[[Image.Image], Tensor]:
+    """The transforms that the official codes compose, in their order."""
+
+    def blur(image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(np.random.uniform(*view.blur_sigma)))
+
+    def solarize(image: Image.Image) -> Image.Image:
+        return ImageOps.solarize(image)
+
+    jitter = T.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
+    return T.Compose(
+        [
+            T.RandomResizedCrop(224, scale=view.crop_scale, interpolation=T.InterpolationMode(view.interpolation)),
+            T.RandomApply([jitter], p=view.jitter_probability),
+            T.RandomGrayscale(p=view.grayscale_probability),
+            T.RandomApply([T.Lambda(blur)], p=view.blur_probability),
+            T.RandomApply([T.Lambda(solarize)], p=view.solarize_probability),
+            T.RandomHorizontalFlip(p=view.flip_probability),
+            T.ToTensor(),
+            T.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+
+
+def official_reader(source: Path, settings: tuple[ViewSettings, ...]) -> Callable[[int, int], object]:
+    """Read, decode in full and transform a frame for each view, as ImageFolder and the official transforms do."""
+    frames, transforms = open_frames(source), [official_transform(view) for view in settings]
+
+    def read(epoch: int, index: int) -> object:
+        with (source / frames.name(index)).open("rb") as file:
+            image = Image.open(file).convert("RGB")
+        return [transform(image) for transform in transforms]
+
+    return read
+
+
+def feed_reader(source: Path, settings: tuple[ViewSettings, ...]) -> Callable[[int, int], object]:
+    """The feed as training uses it."""
+    feed = FrameFeed(open_frames(source), settings, size=224, seed=0)
+    return lambda epoch, index: feed[epoch, index]
+
+
+def normalised_reader(source: Path, settings: tuple[ViewSettings, ...]) -> Callable[[int, int], object]:
+    """The feed, with views normalised on the CPU."""
+    feed = FrameFeed(open_frames(source), settings, size=224, seed=0)
+    mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return lambda epoch, index: feed[epoch, index]["views"].permute(0, 3, 1, 2).float().sub(mean).div(std)
+
+
+def measure(readers: dict[str, Callable[[int, int], object]], *, images: int, repeats: int) -> dict[str, list[float]]:
+    """Images a second of each reader, alternating; a first round that fills the page cache is not counted."""
+    rates: dict[str, list[float]] = {name: [] for name in readers}
+    for repeat in range(-1, repeats):
+        for name, read in readers.items():
+            start = time.perf_counter()
+            for index in range(images):
+                read(repeat + 1, index)
+            if repeat >= 0:
+                rates[name].append(images / (time.perf_counter() - start))
+    return rates
+
+
+def main(
+    source: Annotated[Path, Option(help="Folder of frames.")] = Path("../shared/data/HyperKvasir-frames"),
+    images: Annotated[int, Option(help="Images a repeat, the first of the corpus.")] = 100,
+    repeats: Annotated[int, Option(help="Repeats, alternating.")] = 5,
+) -> None:
+    """Images a second of the pretraining feed, against the official codes' way."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    torch.manual_seed(0)
+    images = min(images, len(open_frames(source)))
+    with tempfile.TemporaryDirectory() as shards:
+        write_shards(open_frames(source), Path(shards))
+        for method, settings in METHODS.items():
+            readers = {
+                "official": official_reader(source, settings),
+                "normalised": normalised_reader(source, settings),
+                "feed": feed_reader(source, settings),
+                "from shards": feed_reader(Path(shards), settings),
+            }
+            rates = measure(readers, images=images, repeats=repeats)
+            official = statistics.median(rates["official"])
+            for name, rate in rates.items():
+                median = statistics.median(rate)
+                spread = f"{min(rate):.0f} to {max(rate):.0f}"
+                print(f"{method:8} {name:12} {median:6.1f} images/s ({spread}), ratio {median / official:.2f}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,219 @@
+"""Random views of a frame for self-supervised pretraining, as the official code of each method draws them.
+
+A frame is decoded once for all its views, and no larger than they need: JPEG can be decoded at 1/2, 1/4 or 1/8 of its
+size for a fraction of the time. Boxes are drawn at full resolution first, so this changes no distribution.
+"""
+
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from polypseg.data.augmentation import (
+    Image8,
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    gaussian_blur,
+)
+from polypseg.data.images import decode_frame
+from polypseg.errors import PolypSegError
+
+Interpolation = Literal["bilinear", "bicubic"]
+INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+SOLARIZE_THRESHOLD = 128
+_SOLARIZE = np.where(np.arange(256) < SOLARIZE_THRESHOLD, np.arange(256), 255 - np.arange(256)).astype(np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSettings:
+    """How one view is drawn; probabilities of 0 leave an operation out."""
+
+    crop_scale: tuple[float, float]
+    """Share of the frame's area that the crop covers, drawn uniformly."""
+    interpolation: Interpolation
+    """Of the resize, antialiased either way."""
+    jitter_probability: float
+    brightness: float
+    """Factor drawn from [1 - b, 1 + b]."""
+    contrast: float
+    saturation: float
+    hue: float
+    """Shift drawn from [-h, h], in turns of the colour wheel."""
+    grayscale_probability: float
+    blur_probability: float
+    blur_sigma: tuple[float, float]
+    """Standard deviation in pixels of the view, drawn uniformly."""
+    solarize_probability: float
+    flip_probability: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box:
+    """A crop in pixels of the full-resolution frame."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def draw_box(
+    rng: np.random.Generator,
+    *,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+    """A random box of a frame, distributed as torchvision's RandomResizedCrop draws it.
+
+    Area uniform in ``scale``, aspect ratio log-uniform in ``ratio``; after ten boxes that do not fit, the centre.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            return Box(top=int(top), left=int(left), height=h, width=w)
+    w = min(width, round(height * ratio[1]))
+    h = min(height, round(width / ratio[0]))
+    return Box(top=(height - h) // 2, left=(width - w) // 2, height=h, width=w)
+
+
+def crop_views(
+    data: bytes,
+    *,
+    name: str,
+    draw: Callable[[int, int], list[Box]],
+    size: int,
+    interpolation: Interpolation,
+) -> list[Image8]:
+    """Crops of an image file, each resized to (size, size, 3) uint8.
+
+    ``draw`` receives height and width of the full frame and returns boxes in its pixels. Raises PolypSegError naming
+    the file when it cannot be decoded.
+    """
+    image, boxes, reduction = _decode(data, name=name, draw=draw, size=size)
+    return [_crop(image, box, reduction=reduction, size=size, interpolation=interpolation) for box in boxes]
+
+
+def greatest_reduction(boxes: Sequence[Box], *, size: int) -> int:
+    """The greatest of JPEG's reductions 1, 2, 4, 8 that leaves every box at least ``size`` pixels a side."""
+    smallest = min((min(box.height, box.width) for box in boxes), default=0)
+    return next((reduction for reduction in (8, 4, 2) if smallest >= reduction * size), 1)
+
+
+def is_jpeg(data: bytes) -> bool:
+    """Whether these are the bytes of a JPEG."""
+    return data.startswith(b"\xff\xd8\xff")
+
+
+def _decode(
+    data: bytes, *, name: str, draw: Callable[[int, int], list[Box]], size: int
+) -> tuple[Image.Image, list[Box], int]:
+    """The RGB frame, reduced as far as its boxes allow; the boxes at full resolution; the reduction."""
+    if not is_jpeg(data):
+        image = decode_frame(data, name=name)
+        return image, draw(image.height, image.width), 1
+    with _explain_unreadable(name):
+        image = Image.open(io.BytesIO(data))
+    boxes = draw(image.height, image.width)
+    reduction = greatest_reduction(boxes, size=size)
+    with _explain_unreadable(name):
+        reduced = (image.width // reduction, image.height // reduction)
+        if reduction > 1 and image.draft(None, reduced) is None:
+            reduction = 1  # Pillow cannot reduce this file
+        image.load()
+        return (image if image.mode == "RGB" else image.convert("RGB")), boxes, reduction
+
+
+@contextmanager
+def _explain_unreadable(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # as in decode_frame: damaged files fail in a dozen ways
+        raise PolypSegError(f"{name} is truncated or not an image ({error}): download it again or remove it") from error
+
+
+def _crop(image: Image.Image, box: Box, *, reduction: int, size: int, interpolation: Interpolation) -> Image8:
+    """Cut the box out, then resize: what lies outside it must not leak in, so only its pixels are given to resize."""
+    left, right = box.left / reduction, (box.left + box.width) / reduction
+    top, bottom = box.top / reduction, (box.top + box.height) / reduction
+    x, y = math.floor(left), math.floor(top)
+    pixels = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
+    inside = (left - x, top - y, right - x, bottom - y)  # a box need not lie on the reduced grid
+    return np.asarray(pixels.resize((size, size), INTERPOLATIONS[interpolation], box=inside))
+
+
+def jitter(image: Image8, settings: ViewSettings, rng: np.random.Generator) -> Image8:
+    """Brightness, contrast, saturation and hue in random order, each by a random amount."""
+    operations: list[Callable[[Image8], Image8]] = [
+        partial(adjust_brightness, factor=_factor(rng, settings.brightness)),
+        partial(adjust_contrast, factor=_factor(rng, settings.contrast)),
+        partial(adjust_saturation, factor=_factor(rng, settings.saturation)),
+        partial(adjust_hue, shift=rng.uniform(-settings.hue, settings.hue)),
+    ]
+    for index in rng.permutation(len(operations)):
+        image = operations[index](image)
+    return image
+
+
+def _factor(rng: np.random.Generator, reach: float) -> float:
+    return rng.uniform(max(0.0, 1 - reach), 1 + reach)
+
+
+def grayscale(image: Image8) -> Image8:
+    """Pillow's grey in all three channels."""
+    return np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
+
+
+def solarize(image: Image8) -> Image8:
+    """Invert the values from 128 on."""
+    return cv2.LUT(image, _SOLARIZE)
+
+
+def augment(image: Image8, settings: ViewSettings, rng: np.random.Generator) -> Image8:
+    """Jitter, grayscale, blur, solarisation and horizontal flip, each with its probability: (S, S, 3) -> same."""
+    if rng.random() < settings.jitter_probability:
+        image = jitter(image, settings, rng)
+    if rng.random() < settings.grayscale_probability:
+        image = grayscale(image)
+    if rng.random() < settings.blur_probability:
+        sigma = rng.uniform(*settings.blur_sigma)
+        # Pillow's blur, the official one, reaches no farther than 3 sigma either.
+        image = gaussian_blur(image, kernel=2 * math.ceil(3 * sigma) + 1, sigma=sigma)
+    if rng.random() < settings.solarize_probability:
+        image = solarize(image)
+    if rng.random() < settings.flip_probability:
+        image = image[:, ::-1]
+    return image
+
+
+def make_views(
+    data: bytes, *, name: str, settings: Sequence[ViewSettings], size: int, rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """One view for each of the settings, all from one decoding: (V, size, size, 3) uint8.
+
+    Raises PolypSegError naming the file when it cannot be decoded.
+    """
+
+    def draw(height: int, width: int) -> list[Box]:
+        return [draw_box(rng, height=height, width=width, scale=view.crop_scale) for view in settings]
+
+    image, boxes, reduction = _decode(data, name=name, draw=draw, size=size)
+    views = np.empty((len(settings), size, size, 3), dtype=np.uint8)
+    for number, (view, box) in enumerate(zip(settings, boxes, strict=True)):
+        crop = _crop(image, box, reduction=reduction, size=size, interpolation=view.interpolation)
+        views[number] = augment(crop, view, rng)
+    return views
