@@ -1,6 +1,5 @@
 """What a finished pretraining run leaves: the encoder for timm and for fine-tuning, curves, and what it learnt."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from polypseg.artifacts import atomic_path, write_json
+from polypseg.checkpoints import PRETRAINING_KEY
 from polypseg.data.frames import FrameStore
 from polypseg.data.labelled import LabelledFrames
 from polypseg.pretraining.feed import FrameFeed
@@ -21,8 +21,13 @@ from polypseg.pretraining.run import PretrainingProgress, build_method
 from polypseg.representation import draw_loss_curve, draw_reconstructions, embed, write_report
 from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD
 
-METADATA_KEY = "polypseg_pretraining"
-"""Under which an encoder file says, in its safetensors header, how it was pretrained."""
+TIMM_FACTS = ("input_size", "fixed_input_size", "pool_size", "interpolation", "crop_pct", "first_conv", "classifier")
+"""What timm must know of an architecture to build it again; the input size is the position table's, not the views'."""
+EMBEDDINGS = {
+    "moco_v3": "the encoder's pooled features (CNN) or class token (ViT)",
+    "barlow_twins": "the encoder's pooled features (CNN) or class token (ViT)",
+    "mae": "mean of the patch tokens after the final norm",
+}
 
 
 def export_encoder(
@@ -47,38 +52,22 @@ def export_encoder(
         "content_id": frames.content_id,
     }
     state = {key: value.detach().cpu().contiguous() for key, value in method.encoder.state_dict().items()}
+    timm_facts = method.encoder.pretrained_cfg
     config = {
         "architecture": recipe.encoder,
         "num_classes": 0,
         "num_features": method.encoder.num_features,
-        "pretrained_cfg": {
-            "input_size": [3, recipe.data.image_size, recipe.data.image_size],
-            "mean": list(IMAGENET_MEAN),
-            "std": list(IMAGENET_STD),
-            "interpolation": "bicubic",
-            "num_classes": 0,
-        },
-        METADATA_KEY: origin,
+        "pretrained_cfg": {key: timm_facts[key] for key in TIMM_FACTS if key in timm_facts}
+        | {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "num_classes": 0},
+        PRETRAINING_KEY: origin,
     }
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         safetensors.torch.save_file(
-            state, temporary / "model.safetensors", metadata={"format": "pt", METADATA_KEY: json.dumps(origin)}
+            state, temporary / "model.safetensors", metadata={"format": "pt", PRETRAINING_KEY: json.dumps(origin)}
         )
         write_json(temporary / "config.json", config)
     return folder / "model.safetensors"
-
-
-def read_origin(path: Path) -> dict[str, Any] | None:
-    """How an encoder file was pretrained, with its sha256; None for files that this package did not write."""
-    if path.suffix != ".safetensors":
-        return None
-    with safetensors.safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(METADATA_KEY)
-    if text is None:
-        return None
-    origin: dict[str, Any] = json.loads(text)
-    return origin | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def write_run_report(
@@ -109,6 +98,8 @@ def write_run_report(
             "image_size": recipe.data.image_size,
             "epochs": progress.epoch,
             "steps": progress.step,
+            "embedding": EMBEDDINGS[recipe.method],
+            "seen_in_pretraining": labelled.content_id == frames.content_id,
         }
         written.append(
             write_report(folder, trained=trained, untrained=untrained, frames=labelled, title=title, facts=facts)
