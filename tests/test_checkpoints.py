@@ -15,7 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from polypseg.checkpoints import STARTER_ENCODER, _starter_state, load_encoder_weights, read_state_dict
+from polypseg.checkpoints import (
+    STARTER_ENCODER,
+    _starter_state,
+    describe_source,
+    load_encoder_weights,
+    read_state_dict,
+)
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 
@@ -101,6 +107,37 @@ def test_load_encoder_weights_fills_a_frozen_position_embedding(tmp_path):
     load_encoder_weights(model, str(save(state, tmp_path / "mae.pth")))
     assert torch.equal(model.encoder.pos_embed, state["pos_embed"])
     assert "encoder.pos_embed" not in dict(model.named_parameters())
+
+
+def test_load_encoder_weights_takes_a_cnn_whose_keys_timms_feature_wrapper_renames(tmp_path):
+    """ConvNeXt's stages.0 is the wrapper's stages_0. The last stage is dilated here, so three of four levels agree."""
+    state = whole_state("convnext_atto")
+    whole = timm.create_model("convnext_atto", pretrained=False)
+    whole.load_state_dict(state)
+    model = build("convnext_atto")
+    load_encoder_weights(model, str(save(state, tmp_path / "convnext.safetensors")))
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = model.eval().encoder(pixels)
+        theirs = whole.eval().forward_intermediates(pixels, intermediates_only=True)
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.shape == b.shape]
+    assert [ours[0].shape[-1], pairs[-1][0].shape[-1]] == [16, 4] and len(pairs) == 3
+    for mine, reference in pairs:
+        assert mine.isfinite().all() and mine.std() > 0
+        torch.testing.assert_close(mine, reference)
+
+
+def test_describe_source_knows_a_file_by_its_content(resnet, tmp_path):
+    one = save(resnet, tmp_path / "w.safetensors")
+    (tmp_path / "other").mkdir()
+    other = save(resnet | {"fc.bias": torch.zeros(1000)}, tmp_path / "other" / "w.safetensors")
+    assert re.fullmatch(r"file w\.safetensors \(sha256 [0-9a-f]{12}\)", describe_source(str(one)))
+    assert describe_source(str(one)) != describe_source(str(other))
+    assert describe_source(str(one)) == load_encoder_weights(build("resnet18"), str(one))
+    assert describe_source(None) == describe_source("random") == "random"
+    assert describe_source("timm:resnet50.tv_in1k") == "timm:resnet50.tv_in1k"
+    with pytest.raises(UsageError, match="do not exist"):
+        describe_source(str(tmp_path / "absent.pth"))
 
 
 # -- refusals -------------------------------------------------------------------------------------------

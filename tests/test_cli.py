@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -96,7 +97,8 @@ def test_models_prints_every_id_whole_behind_a_pipe():
     shown = run_process(installed_command(), "models")
     assert shown.returncode == 0
     for entry in ZOO:
-        assert entry.short_name in shown.stdout and entry.license in shown.stdout
+        for cell in (entry.short_name, entry.license, entry.upstream.location, entry.upstream.license_source):
+            assert cell in shown.stdout
     missing = [entry.model_id for entry in ZOO if entry.model_id not in shown.stdout]
     assert not missing, f"cut off or absent:\n{shown.stdout}"
 
@@ -177,6 +179,61 @@ def test_study_names_an_unknown_split_before_it_writes(polypseg, tmp_path):
     outcome = polypseg(*STUDY, "--split", "sequence_disjoint")
     outcome.assert_one_error_line(2, "no split 'sequence_disjoint'", "reference")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_study_accepts_a_part_of_a_dataset_only_when_told(polypseg, tmp_path):
+    write_pair(tmp_path / "part", "a")
+    arguments = (*STUDY, "--in-distribution", "kvasir_seg", "--in-source", "part")
+    polypseg(*arguments).assert_one_error_line(2, "part holds 1 images", "--allow-partial")
+    polypseg(*arguments, "--allow-partial", "--out-source", "x").assert_one_error_line(2, "leave out the source x")
+
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "training_scripts"
+FINETUNE, EVALUATE = ("finetune", "--output", "never"), ("evaluate", "--model", "x", "--dataset", "folder")
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path) -> Callable[..., Outcome]:
+    """Run a training script inside this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(name: str, *arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+        out, err = capfd.readouterr()
+        return Outcome(int(caught.value.code or 0), out, err)
+
+    return call
+
+
+def test_finetune_starts_a_pretrained_row_at_random_only_when_told(script, tmp_path):
+    outcome = script(*FINETUNE, "--model", "RN-IN-MC")
+    outcome.assert_one_error_line(2, "give its weights, or say --encoder-weights random")
+    told = script(*FINETUNE, "--model", "RN-IN-MC", "--encoder-weights", "random", "--source", "nowhere")
+    told.assert_one_error_line(2, "nowhere does not exist")
+    script(*FINETUNE, "--model", "RN-NA-NA", "--source", "nowhere").assert_one_error_line(2, "nowhere does not exist")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (*FINETUNE, "--model", "RN-NA-NA", "--workers", "-1"),
+        (*EVALUATE, "--limit", "0"),
+        (*EVALUATE, "--batch-size", "0"),
+    ],
+    ids=lambda value: value[-2],
+)
+def test_scripts_refuse_impossible_counts(script, arguments):
+    outcome = script(*arguments)
+    assert outcome.code == 2 and "range" in outcome.err and "Traceback" not in outcome.err
+
+
+def test_study_refuses_an_impossible_limit(polypseg):
+    outcome = polypseg(*STUDY, "--limit", "0")
+    assert outcome.code == 2 and "range" in outcome.err
 
 
 @pytest.mark.parametrize("arguments", [("--bogus",), ("data", "list", "--bogus"), ("nonsense",), ("data", "get")])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
@@ -127,10 +128,14 @@ def test_result_files_agree_with_each_other(model, data, tmp_path):
         assert low <= content["metrics"][name]["mean"] <= high
 
 
-def test_convention_changes_only_what_it_names(model, data):
+def test_convention_changes_only_what_it_names(model, data, tmp_path):
     standard, reference = evaluate(model, data), evaluate(model, data, convention="ssl4gie")
     assert (standard.counts == reference.counts).all()
     np.testing.assert_allclose(standard.scores()["dice"], reference.scores()["dice"], atol=1e-7)
+    assert standard.write(tmp_path).name == "synthetic_b.full.full.json"
+    assert reference.write(tmp_path).name == "synthetic_b.full.full.ssl4gie.json"
+    names = sorted(path.name for path in (tmp_path / "m").iterdir())
+    assert len(names) == 4 and names[1] == "synthetic_b.full.full.json"
 
 
 def test_wrong_requests_fail_before_the_work(model, data):
@@ -140,6 +145,23 @@ def test_wrong_requests_fail_before_the_work(model, data):
         evaluate(model, data, convention="dsc")
     with pytest.raises(UsageError, match="cannot load a segmentation model from folder or Hub id 'no/where'"):
         load_model("no/where")
+
+
+def test_incomplete_or_damaged_weights_are_refused(model, tmp_path):
+    """transformers would draw what is missing at random, and the scores would be those of noise."""
+    model.save_pretrained(tmp_path)
+    build_image_processor(model.config).save_pretrained(tmp_path)
+    path, key = tmp_path / "model.safetensors", "decoder.head.weight"
+    whole, state = path.read_bytes(), load_file(path)
+    load_model(str(tmp_path))
+    lacking = {k: v for k, v in state.items() if k != key}
+    for wrong in (lacking, lacking | {key: torch.zeros(1)}):
+        save_file(wrong, path, metadata={"format": "pt"})
+        with pytest.raises(UsageError, match=rf"{tmp_path.name}.*1 tensor.*{key}"):
+            load_model(str(tmp_path))
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match=rf"cannot load .*{tmp_path.name}"):
+        load_model(str(tmp_path))
 
 
 def test_broken_image_is_named(model, tmp_path):

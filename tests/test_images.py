@@ -76,6 +76,9 @@ MASK_FILES = {
     "grey with alpha": encode(Image.fromarray(POLYP * np.uint8(255)).convert("LA")),
     "BMP": encode(POLYP * np.uint8(255), "BMP"),
     "TIFF": encode_tiff(POLYP * np.uint8(255)),
+    "RGBA TIFF": encode_tiff(
+        np.dstack([POLYP * np.uint8(255)] * 3 + [np.full_like(POLYP, 255)]), photometric="rgb", extrasamples=[2]
+    ),
     "1-bit TIFF": encode(Image.fromarray(POLYP * np.uint8(255)).convert("1"), "TIFF"),
     "LZW TIFF": encode(POLYP * np.uint8(255), "TIFF", compression="tiff_lzw"),
     "Deflate TIFF": encode(POLYP * np.uint8(255), "TIFF", compression="tiff_adobe_deflate"),
@@ -126,6 +129,26 @@ def test_check_same_size_names_both_files_and_sizes():
 
 def test_check_same_size_accepts_equal_sizes():
     check_same_size(Image.new("RGB", (32, 24)), POLYP, frame_name="a", mask_name="b")
+
+
+WHITE = np.full((24, 32), 255, dtype=np.uint8)
+TRANSPARENT = {
+    "RGBA PNG": encode(np.dstack([WHITE, WHITE, WHITE, POLYP * np.uint8(255)])),
+    "LA PNG": encode(Image.merge("LA", [Image.fromarray(WHITE), Image.fromarray(POLYP * np.uint8(255))])),
+    "palette PNG": encode(palette_image(POLYP, (0, 0, 0), (0, 0, 0)), transparency=0),
+    "LA TIFF": encode_tiff(np.dstack([WHITE, POLYP * np.uint8(255)]), photometric="minisblack", extrasamples=[2]),
+    "RGBA TIFF": encode_tiff(
+        np.dstack([WHITE, WHITE, WHITE, POLYP * np.uint8(255)]), photometric="rgb", extrasamples=[2]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSPARENT)
+def test_decode_mask_refuses_a_polyp_in_transparency(kind):
+    """Without its alpha such a mask is white, or black, all over."""
+    name = f"p7.{'tif' if 'TIFF' in kind else 'png'}"
+    with pytest.raises(PolypSegError, match=rf"{name} codes the polyp in transparency: save black and white"):
+        decode_mask(TRANSPARENT[kind], name=name)
 
 
 # Frames
@@ -211,6 +234,24 @@ def test_decode_mask_refuses_multi_page_tiff_by_name():
 def test_decode_frame_refuses_tiff_cut_in_the_header(size):
     with pytest.raises(PolypSegError, match=r"cut\.tif"):
         decode_frame(TIFF[:size], name="cut.tif")
+
+
+LZW = encode(NOISE, "TIFF", compression="tiff_lzw")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        LZW[:8] + b"\0" * 8 + LZW[16:],
+        TIFF[:14] + b"\0" + TIFF[15:],  # the type of a tag
+        TIFF[:21] + b"\xff" + TIFF[22:],  # a width of billions
+    ],
+    ids=["ImcdError", "TypeError", "MemoryError"],
+)
+@pytest.mark.parametrize("decode", [decode_frame, decode_mask])
+def test_decode_refuses_damaged_tiffs_whatever_the_decoder_raises(decode, data):
+    with pytest.raises(PolypSegError, match=r"bad\.tif is truncated or not an image .*download it again"):
+        decode(data, name="bad.tif")
 
 
 def test_decode_frame_refuses_16_bit_png_or_scales_it():

@@ -75,6 +75,8 @@ def test_impossible_sizes_are_refused_in_english():
         vit(image(100, 64))
     with pytest.raises(ValueError, match="too small"):
         vit(image(16, 64))
+    with pytest.raises(ValueError, match=r"multiples of 16 pixels, not 100x100"):
+        vit.check_image_size(100, 100)
     with pytest.raises(ValueError, match="batch of one"):
         PolypSegForSemanticSegmentation(SMALL["resnet18"]).train()(image(batch=1))
 

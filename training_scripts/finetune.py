@@ -15,6 +15,7 @@ from typer import Option
 from polypseg import zoo
 from polypseg.cli import run_script
 from polypseg.data import open_dataset
+from polypseg.errors import UsageError
 from polypseg.recipe import load_recipe
 from polypseg.runs import check_processes, make_accelerator
 from polypseg.training import build_model, finetune
@@ -28,14 +29,18 @@ def main(
     split: Annotated[str, Option(help="Named split.")] = "reference",
     recipe: Annotated[str, Option(help="Recipe file, or the name of a bundled one.")] = "finetune",
     set_: Annotated[list[str] | None, Option("--set", help="Override, e.g. training.epochs=2.")] = None,
-    encoder_weights: Annotated[str, Option(help="Weights file, timm:<name>.<tag>, starter, or random.")] = "random",
+    encoder_weights: Annotated[
+        str | None, Option(help="Weights file, timm:<name>.<tag>, starter, or random. Required for pretrained rows.")
+    ] = None,
     resume: Annotated[bool, Option("--resume", help="Continue the run in --output.")] = False,
-    workers: Annotated[int, Option(help="Worker processes that augment; 0 augments in the main process.")] = 0,
+    workers: Annotated[int, Option(min=0, help="Worker processes that augment; 0 augments in the main process.")] = 0,
     num_processes: Annotated[int | None, Option(help="Fail unless so many processes run.")] = None,
     allow_partial: Annotated[bool, Option("--allow-partial", help="Accept a part of the dataset.")] = False,
 ) -> None:
     """Fine-tune one model of the study on one dataset."""
     entry, settings = zoo.get(model), load_recipe(recipe, overrides=set_ or [])
+    if entry.method != "none" and encoder_weights is None:
+        raise UsageError(f"{entry.model_id} is a pretrained row: give its weights, or say --encoder-weights random")
     data = open_dataset(dataset, source=source, allow_partial=allow_partial)
     accelerator = make_accelerator(settings.training.precision, run_dir=output)
     check_processes(accelerator, expected=num_processes)

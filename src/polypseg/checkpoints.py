@@ -1,6 +1,8 @@
 """Encoder weights: from a file, from timm, or from the starter package, into a model, exactly or not at all."""
 
+import hashlib
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ from torch import Tensor, nn
 from polypseg.errors import PolypSegError, UsageError, first_line
 from polypseg.modeling import PolypSegForSemanticSegmentation
 
+RANDOM = "random"
 STARTER_ENCODER = "tf_efficientnet_lite0"
+PRETRAINING_KEY = "polypseg_pretraining"
+"""Under which an encoder file of ``pretrain.py`` says, in its safetensors header, how it was pretrained."""
 _STARTER_FILE = "models/efficientnet-lite0-57934424.pth"
 
 
@@ -22,8 +27,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
     Raises UsageError for a missing file, PolypSegError for one that is damaged or holds anything else.
     """
-    if not path.is_file():
-        raise UsageError(f"encoder weights {path} {'are a folder' if path.is_dir() else 'do not exist'}: give a file")
+    _require_file(path)
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
@@ -41,25 +45,70 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return content
 
 
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise UsageError(f"encoder weights {path} {'are a folder' if path.is_dir() else 'do not exist'}: give a file")
+
+
+def describe_source(source: str | None) -> str:
+    """What a run's record says of the encoder's start; a file is known by its content. See ``load_encoder_weights``.
+
+    None and "random" are the random initialisation. Raises UsageError for a missing file.
+    """
+    if source is None or source == RANDOM:
+        return RANDOM
+    if source == "starter":
+        return "EfficientNet-Lite0, supervised on ImageNet-1k"
+    if source.startswith("timm:"):
+        return source
+    path = Path(source)
+    _require_file(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return f"file {path.name} (sha256 {digest[:12]})"
+
+
+def pretraining_origin(source: str | None) -> dict[str, Any] | None:
+    """How an encoder file of ``pretrain.py`` was made, with the file's sha256; None for every other source."""
+    path = Path(source or "")
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(PRETRAINING_KEY)
+    except safetensors.SafetensorError:
+        return None  # reading the tensors will say what is wrong
+    if text is None:
+        return None
+    origin: dict[str, Any] = json.loads(text)
+    with path.open("rb") as file:
+        return origin | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
 def load_encoder_weights(model: PolypSegForSemanticSegmentation, source: str) -> str:
-    """Put pretrained weights into ``model.encoder`` and return a description of them for the run's record.
+    """Put pretrained weights into ``model.encoder`` and return their ``describe_source`` for the run's record.
 
     ``source``: a weights file with timm's key names; ``timm:<name>.<tag>`` for timm's Hub weights; ``starter`` for the
     ImageNet EfficientNet-Lite0 of the ``starter`` extra. Raises PolypSegError when keys or shapes do not fit exactly.
     """
     if source == "starter":
-        state, description = _starter_state(model), "EfficientNet-Lite0, supervised on ImageNet-1k"
+        state = _starter_state(model)
     elif source.startswith("timm:"):
-        state, description = _timm_state(model, source.removeprefix("timm:")), source
+        state = _timm_state(model, source.removeprefix("timm:"))
     else:
-        state, description = read_state_dict(Path(source)), f"file {Path(source).name}"
+        state = read_state_dict(Path(source))
     _load_exactly(model, state, source=source)
-    return description
+    return describe_source(source)
 
 
 def _load_exactly(model: PolypSegForSemanticSegmentation, state: dict[str, Tensor], *, source: str) -> None:
     """Load every encoder tensor; only keys of the architecture's classification parts may be left over."""
     expected = model.encoder.state_dict()
+    # timm's feature wrapper flattens the first level of some CNNs: ConvNeXt's stages.0 is its stages_0.
+    state = {
+        (flat if key not in expected and (flat := key.replace(".", "_", 1)) in expected else key): value
+        for key, value in state.items()
+    }
     classifier_parts = set(_whole_architecture(model.config.encoder).state_dict()) - set(expected)
     missing = sorted(set(expected) - set(state))
     unexpected = sorted(set(state) - set(expected) - classifier_parts)

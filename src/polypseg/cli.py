@@ -56,9 +56,13 @@ def models() -> None:
 
     from polypseg.zoo import CORPORA, METHODS, ZOO
 
-    table = Table("short", "model id", "pretraining", "corpus", "licence", title="The twelve models")
+    headings = ("short", "model id", "pretraining", "corpus", "licence", "weights", "licence stated at")
+    table = Table(*headings, title="The twelve models")
     for entry in ZOO:
-        table.add_row(entry.short_name, entry.model_id, METHODS[entry.method], CORPORA[entry.corpus], entry.license)
+        upstream = entry.upstream
+        pretraining = (METHODS[entry.method], CORPORA[entry.corpus])
+        weights = (upstream.license, upstream.location, upstream.license_source)
+        table.add_row(entry.short_name, entry.model_id, *pretraining, *weights)
     _print_whole(table)
 
 
@@ -116,6 +120,29 @@ def check(
         raise PolypSegError(f"{path} has {len(result.problems)} problem(s), first: {result.problems[0]}")
 
 
+@data_app.command("shard")
+def shard(
+    source: Annotated[Path, Argument(help="Extracted folder, zip archive, or shards of others.")],
+    to: Annotated[Path, Option(help="Folder that receives the shards; a second call completes it.")],
+    images_per_shard: Annotated[int, Option(min=1, help="Images of each tar file.")] = 1000,
+    verify: Annotated[bool, Option("--verify", help="Read the shards again and compare checksums.")] = False,
+) -> None:
+    """Pack a corpus for pretraining into WebDataset tar shards; every image is decoded first, damaged ones stay out."""
+    from polypseg.data.frames import open_frames
+    from polypseg.data.shards import verify_shards, write_shards
+
+    report = write_shards(open_frames(source), to, images_per_shard=images_per_shard)
+    if verify:
+        verify_shards(to)
+    print(
+        f"{report.frames} images in {report.shards} shards, {report.bytes / 1e9:.2f} GB, in {report.folder}; "
+        f"{report.written} written now{', all checksums right' if verify else ''}"
+    )
+    if report.unreadable:
+        first = ", ".join(report.unreadable[:3])
+        print(f"{len(report.unreadable)} unreadable images were left out, first {first}; shards.json lists them all")
+
+
 @app.command()
 def study(
     output: Annotated[Path, Option(help="Folder of the study; a second call continues it.")],
@@ -134,7 +161,8 @@ def study(
     start_from_available: Annotated[
         bool, Option("--start-from-available", help="At full scale, start rows without weights at random.")
     ] = False,
-    limit: Annotated[int | None, Option(help="Test on the first N images of each set only.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Test on the first N images of each set only.")] = None,
+    allow_partial: Annotated[bool, Option("--allow-partial", help="Accept a part of a dataset.")] = False,
 ) -> None:
     """Train and evaluate rows of the table on two datasets and write the paper's comparison."""
     from polypseg.study import StudyPlan, run_study
@@ -152,6 +180,7 @@ def study(
         encoder_weights=tuple(encoder_weights or ()),
         start_from_available=start_from_available,
         limit=limit,
+        allow_partial=allow_partial,
     )
     run_study(plan)
 

@@ -66,9 +66,13 @@ class EvaluationResult:
         ]
 
     def write(self, folder: Path) -> Path:
-        """Write ``<folder>/<model_id>/<dataset>.<split>.<part>.json`` and a CSV of its rows; return the JSON's path."""
+        """Write ``<folder>/<model_id>/<dataset>.<split>.<part>.json`` and a CSV of its rows; return the JSON's path.
+
+        A convention other than the standard one is named too: ``<dataset>.<split>.<part>.ssl4gie.json``.
+        """
         rows = self.rows()
-        path = folder / self.model_id / f"{self.dataset}.{self.split}.{self.part}.json"
+        convention = "" if self.convention == "standard" else f".{self.convention}"
+        path = folder / self.model_id / f"{self.dataset}.{self.split}.{self.part}{convention}.json"
         write_csv(path.with_suffix(".csv"), rows)
         return write_json(
             path,
@@ -106,7 +110,6 @@ def evaluate_model(
     batch_size: int = 8,
     convention: str = "standard",
     device: torch.device | str = "cpu",
-    precision: torch.dtype = torch.float32,
 ) -> EvaluationResult:
     """Evaluate any semantic segmentation model on one part of a split; ``limit`` takes only the first images of it.
 
@@ -125,8 +128,7 @@ def evaluate_model(
         total=len(ids), desc=f"evaluating on {dataset.spec.title}", unit="image", leave=False, disable=None
     ) as progress:
         for pixel_values, masks in _batches(dataset, processor, ids, batch_size=batch_size):
-            with torch.autocast(torch.device(device).type, dtype=precision, enabled=precision != torch.float32):
-                logits = model(pixel_values=pixel_values.to(device)).logits
+            logits = model(pixel_values=pixel_values.to(device)).logits
             for z, mask in zip(polyp_logits(logits.float(), model.config).cpu(), masks, strict=True):
                 counts.append(pixel_counts(predicted_mask(z, mask.shape), mask.astype(bool)))
             progress.update(len(masks))

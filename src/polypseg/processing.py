@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from PIL import Image
 from torch import Tensor
@@ -43,18 +44,27 @@ def without_shard_bars() -> Iterator[None]:
 def load_model(name_or_path: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Any AutoModelForSemanticSegmentation and its image processor, from a folder or the Hub, in evaluation mode.
 
-    Raises UsageError when there is no such model or it cannot be read.
+    Raises UsageError when there is no such model, it cannot be read, or its weights are not complete.
     """
     options = {"trust_remote_code": trust_remote_code}
     try:
         with without_shard_bars():
-            model = AutoModelForSemanticSegmentation.from_pretrained(name_or_path, **options)
+            model, report = AutoModelForSemanticSegmentation.from_pretrained(
+                name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
         processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         place = "folder" if Path(name_or_path).exists() else "folder or Hub id"
         raise UsageError(
             f"cannot load a segmentation model from {place} {name_or_path!r}: {first_line(error)}"
         ) from error
+    # transformers would draw these at random and go on with a warning.
+    unfit = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+    if unfit:
+        raise UsageError(
+            f"the weights in {name_or_path!r} are not those of its config.json: {len(unfit)} tensor(s) are missing or "
+            f"of another shape, first {unfit[0]}"
+        )
     return model.eval(), processor
 
 

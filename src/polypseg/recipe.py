@@ -8,15 +8,47 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from polypseg.errors import UsageError, unknown_name
 
 
 class RecipeSection(BaseModel):
-    """A frozen group of settings; unknown keys and infinite numbers are errors."""
+    """A frozen group of settings; unknown keys, infinite numbers and booleans for numbers are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: object, info: ValidationInfo) -> object:
+        """pydantic would read YAML's yes and true as 1."""
+        name = str(info.field_name)
+        allowed = cls.model_fields[name].annotation is bool or (name == "precision" and value is False)
+        parts = value if isinstance(value, list | tuple) else (value,)
+        if not allowed and any(isinstance(part, bool) for part in parts):
+            raise ValueError("must not be true or false, as which YAML also reads yes and no")
+        return value
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML in which a repeated key is an error; elsewhere the last one wins in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is repeated", key.start_mark)
+            seen.append(key.value)
+        return super().construct_mapping(node, deep=deep)
 
 
 def _undo_yaml(value: object) -> object:
@@ -168,7 +200,7 @@ def read_recipe(name_or_path: str | Path, *, overrides: Sequence[str] = ()) -> t
     """The plain values of a recipe with its overrides, and the file they come from. Raises UsageError."""
     path = find_recipe(name_or_path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -219,6 +251,6 @@ def _apply(content: dict[str, Any], override: str) -> None:
     if name not in target:
         raise unknown_name("recipe key", key, [".".join([*sections, known]) for known in target])
     try:
-        target[name] = yaml.safe_load(value)
+        target[name] = yaml.load(value, Loader=_RecipeLoader)
     except yaml.YAMLError as error:
         raise UsageError(f"--set {override!r}: the value is not valid YAML") from error

@@ -104,8 +104,12 @@ def save_checkpoint(
             write(temporary)
     else:  # each process writes its random state: they need one agreed folder
         temporary = path.with_name(f".{path.name}.partial")
-        with explain_write_errors(path):
-            write(temporary)
+        try:
+            with explain_write_errors(path):
+                write(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(path, ignore_errors=True)

@@ -5,6 +5,7 @@ Resumes where it stopped: a finished run is not trained again, a result of the s
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from rich.table import Table
 
 from polypseg import plots, zoo
 from polypseg.artifacts import environment_record, read_json, write_csv, write_json, write_text
-from polypseg.checkpoints import STARTER_ENCODER
+from polypseg.checkpoints import RANDOM, STARTER_ENCODER, describe_source
 from polypseg.data.polyps import PolypDataset, SyntheticOptions, open_dataset
 from polypseg.errors import UsageError, unknown_name
 from polypseg.evaluation import INTERVAL, evaluate_model, predict_masks
@@ -27,7 +28,7 @@ from polypseg.metrics import METRICS
 from polypseg.processing import load_model
 from polypseg.recipe import Recipe, load_recipe
 from polypseg.runs import make_accelerator
-from polypseg.training import RANDOM, build_model, finetune, run_is_finished
+from polypseg.training import build_model, finetune, run_is_finished
 from polypseg.zoo import ZooEntry
 
 SAMPLES = 3
@@ -80,6 +81,8 @@ class StudyPlan:
     encoder_weights: tuple[str, ...] = ()
     """``MODEL=WEIGHTS`` pairs."""
     start_from_available: bool = False
+    allow_partial: bool = False
+    """Whether parts of the datasets will do."""
     limit: int | None = None
     """Test on the first so many images of each set only."""
 
@@ -115,10 +118,8 @@ def plan_jobs(plan: StudyPlan) -> list[Job]:
         raise UsageError(f"--encoder-weights for {', '.join(sorted(unused))}, which this study does not include")
     jobs = []
     for row in rows:
-        overrides = list(plan.overrides)
-        if row.encoder in scale.encoders:
-            overrides.append(f"model.encoder={scale.encoders[row.encoder]}")
-        recipe = load_recipe(scale.recipe, overrides=overrides)
+        stand_in = [f"model.encoder={scale.encoders[row.encoder]}"] if row.encoder in scale.encoders else []
+        recipe = load_recipe(scale.recipe, overrides=[*stand_in, *plan.overrides])
         if scale.encoders:  # rows that share a start would otherwise be copies of each other
             recipe = recipe.model_copy(update={"seed": recipe.seed + zoo.ZOO.index(row)})
         jobs.append(Job(entry=row, recipe=recipe, start=_choose_start(row, recipe, given.get(row.model_id))))
@@ -126,7 +127,8 @@ def plan_jobs(plan: StudyPlan) -> list[Job]:
     if plan.scale == "full" and missing and not plan.start_from_available:
         raise UsageError(
             f"no pretraining weights for {', '.join(missing)}: give each by --encoder-weights MODEL=FILE, or accept a "
-            "random start, which the tables will state, with --start-from-available"
+            "random start, which the tables will state, with --start-from-available. `polypseg models` says where each "
+            "is published"
         )
     return jobs
 
@@ -162,12 +164,19 @@ def _choose_start(row: ZooEntry, recipe: Recipe, given: str | None) -> Initialis
 def run_study(plan: StudyPlan) -> Path:
     """Run a plan to its report; return the report's path. A second call continues an interrupted study.
 
-    Raises UsageError for a wrong plan and whatever training and evaluation raise.
+    Raises UsageError for a wrong plan or several processes, and whatever training and evaluation raise.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "a study runs in one process. At full scale on real frames, train rows in several with `accelerate launch "
+            f"training_scripts/finetune.py --output {plan.output}/runs/<model id>` and the study's dataset, split, "
+            "--set and weights; the study then continues from them"
+        )
     jobs = plan_jobs(plan)
     options = SCALES[plan.scale].synthetic
-    inside = open_dataset(plan.in_distribution, source=plan.in_source, synthetic_options=options)
-    outside = open_dataset(plan.out_of_distribution, source=plan.out_source, synthetic_options=options)
+    how: dict[str, Any] = {"synthetic_options": options, "allow_partial": plan.allow_partial}
+    inside = open_dataset(plan.in_distribution, source=plan.in_source, **how)
+    outside = open_dataset(plan.out_of_distribution, source=plan.out_source, **how)
     tests = _tests(plan, inside, outside)  # a wrong split fails here, before any work
     console = Console()
     for number, job in enumerate(jobs, start=1):
@@ -205,15 +214,14 @@ def _result_path(plan: StudyPlan, job: Job, test: Test) -> Path:
 def _run_job(job: Job, plan: StudyPlan, tests: Sequence[Test]) -> None:
     """Train one row and test it on both sets, skipping what is done already."""
     run_dir = plan.output / "runs" / job.entry.model_id
-    if run_is_finished(run_dir, job.recipe) and all(_is_current(plan, job, test) for test in tests):
+    finished = run_is_finished(run_dir, job.recipe, start=describe_source(job.start.source))
+    if finished and all(_is_current(plan, job, test) for test in tests):
         return
     AcceleratorState._reset_state()
     accelerator = make_accelerator(job.recipe.training.precision, run_dir=run_dir)
     network = build_model(job.entry, job.recipe, encoder_weights=job.start.source)
     finetune(network, tests[0][0], job.recipe, accelerator, run_dir=run_dir, split=plan.split, resume=True)
     del network
-    if not accelerator.is_main_process:
-        return
     pending = [test for test in tests if not _is_current(plan, job, test)]
     if not pending:
         return

@@ -3,6 +3,7 @@
 What is drawn depends on (seed, epoch, position) only, so a resumed run ends with the weights of an uninterrupted one.
 """
 
+import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from polypseg.artifacts import atomic_path, read_json, write_csv
-from polypseg.checkpoints import load_encoder_weights
+from polypseg.checkpoints import RANDOM, load_encoder_weights, pretraining_origin
 from polypseg.data.augmentation import PairedAugmentation
 from polypseg.data.feed import (
     CachedPairs,
@@ -48,8 +49,6 @@ from polypseg.runs import (
 )
 from polypseg.zoo import ZooEntry
 
-RANDOM = "random"
-
 
 @dataclass
 class Progress:
@@ -71,7 +70,9 @@ def build_model(
     """The model of a row with the recipe's changes, decoders freshly initialised from the recipe's seed.
 
     ``encoder_weights`` as in ``load_encoder_weights``; None or "random" for random initialisation. What was loaded is
-    recorded in ``config.weights_origin``; a model whose encoder differs from the row's is marked as small scale.
+    recorded in ``config.weights_origin``, and a model of another encoder or start than the row's has an id of its own.
+    An encoder of ``pretrain.py`` brings its own record. Raises UsageError for an impossible configuration or image
+    size, and for an encoder pretrained by another method than the row's.
     """
     fields = entry.config_fields() | {"image_size": recipe.data.image_size}
     changes = recipe.model.model_dump(exclude_none=True)
@@ -81,16 +82,25 @@ def build_model(
     try:
         config = PolypSegConfig(**(fields | changes))
         model = PolypSegForSemanticSegmentation(config)
+        model.check_image_size(config.image_size, config.image_size)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    pretraining = pretraining_origin(encoder_weights)
+    if pretraining and pretraining["method"] != entry.method:
+        raise UsageError(
+            f"{encoder_weights} was pretrained with {pretraining['method']}, but {entry.short_name} stands for "
+            f"{entry.method}: choose the matching row"
+        )
     loaded = RANDOM
     if encoder_weights not in (None, RANDOM):
         loaded = load_encoder_weights(model, str(encoder_weights))
+    full = config.encoder == fields["encoder"]
+    tag = RANDOM if loaded == RANDOM else entry.tag
     config.weights_origin = {
-        "model_id": entry.model_id,
+        "model_id": f"{entry.encoder if full else config.encoder}_{config.decoder}.{tag}",
         "encoder_initialisation": loaded,
-        "scale": "full" if config.encoder == entry.config_fields()["encoder"] else "small",
-    }
+        "scale": "full" if full else "small",
+    } | ({"pretraining": pretraining} if pretraining else {})
     return model
 
 
@@ -213,6 +223,9 @@ class _Run:
                 self.progress = Progress(**read_json(checkpoint / "progress.json"))
                 self.schedule.replay(self.progress)
                 self.accelerator.load_state(str(checkpoint))
+        if self.accelerator.is_main_process:
+            for leftover in self.run_dir.glob(".best.*"):  # of a run that was killed while it saved
+                shutil.rmtree(leftover)
 
     def save_checkpoint(self) -> None:
         """Save everything that resuming needs."""
@@ -276,9 +289,11 @@ class _Run:
             )
         value = float(self.accelerator.reduce(loss.detach(), reduction="mean"))
         if not torch.isfinite(torch.tensor(value)):
+            checkpoint = newest_checkpoint(self.run_dir)
             raise PolypSegError(
-                f"the loss is {value} at step {self.progress.step + 1}: lower --set training.learning_rate or use "
-                f"--set training.precision=no; the last good checkpoint is in {self.run_dir / 'checkpoints'}"
+                f"the loss is {value} at step {self.progress.step + 1}: start again in another --output with a lower "
+                "--set training.learning_rate or with training.precision=no"
+                + (f"; the checkpoint of step {int(checkpoint.name[5:])} is in {checkpoint}" if checkpoint else "")
             )
         self.accelerator.backward(loss)
         self.optimizer.step()
@@ -299,7 +314,8 @@ class _Run:
     def _finish_epoch(self, bar: "tqdm[Any]") -> None:
         """Validate, keep the best model, move the schedule, save."""
         progress = self.progress
-        steps = progress.step - self.epoch_first_step
+        losses = progress.losses[-progress.step_in_epoch :]
+        images = (progress.step - self.epoch_first_step) * self.recipe.training.total_batch_size  # since a resume
         seconds = time.perf_counter() - self.epoch_started
         dice = self.validation_dice()
         if dice > progress.best:
@@ -309,20 +325,20 @@ class _Run:
             "epoch": progress.epoch + 1,
             "step": progress.step,
             "learning_rate": self.schedule.learning_rate,
-            "loss": sum(progress.losses[-steps:]) / max(steps, 1),
+            "loss": sum(losses) / len(losses),
             "validation_dice": dice,
-            "images_per_second": steps * self.recipe.training.total_batch_size / seconds,
+            "images_per_second": images / seconds,
         }
         self.schedule.after_epoch(dice)
         progress.epochs.append(row)
         progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
         self.accelerator.log({"validation_dice": dice}, step=progress.step)
         bar.write(f"epoch {row['epoch']:3d}  loss {row['loss']:.4f}  validation Dice {dice:.4f}")
-        self.save_checkpoint()
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process:  # before the checkpoint: a finished run has its tables
             write_csv(self.run_dir / "epochs.csv", progress.epochs)
-            losses = [{"step": step, "loss": loss} for step, loss in enumerate(progress.losses, start=1)]
-            write_csv(self.run_dir / "losses.csv", losses)
+            table = [{"step": step, "loss": loss} for step, loss in enumerate(progress.losses, start=1)]
+            write_csv(self.run_dir / "losses.csv", table)
+        self.save_checkpoint()
 
     @torch.no_grad()
     def validation_dice(self) -> float:
@@ -389,12 +405,15 @@ class Schedule:
             self.after_epoch(row["validation_dice"])
 
 
-def run_is_finished(run_dir: Path, recipe: Recipe) -> bool:
-    """Whether ``run_dir`` holds a completed run of just this recipe."""
-    record, checkpoint = run_dir / "run.json", newest_checkpoint(run_dir)
-    if not record.is_file() or checkpoint is None:
+def run_is_finished(run_dir: Path, recipe: Recipe, *, start: str) -> bool:
+    """Whether ``run_dir`` holds a completed run of just this recipe and this start (see ``describe_source``)."""
+    path, checkpoint = run_dir / "run.json", newest_checkpoint(run_dir)
+    if not path.is_file() or checkpoint is None:
         return False
-    if read_json(record)["recipe"] != recipe.model_dump(mode="json"):
+    record = read_json(path)
+    if record["recipe"] != recipe.model_dump(mode="json"):
+        return False
+    if record["model"]["weights_origin"]["encoder_initialisation"] != start:
         return False
     progress = Progress(**read_json(checkpoint / "progress.json"))
     return progress.epoch >= recipe.training.epochs or progress.step >= (recipe.training.max_steps or float("inf"))

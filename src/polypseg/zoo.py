@@ -64,10 +64,14 @@ class ZooEntry:
     """What a reader of the model's card must know."""
 
     @property
+    def tag(self) -> str:
+        """What the encoder was pretrained by and on: ``moco_v3_imagenet1k``, or ``random``."""
+        return "random" if self.method == "none" else f"{self.method}_{self.corpus}"
+
+    @property
     def model_id(self) -> str:
         """Identifier in timm's grammar, ``architecture.tag``: ``resnet50_deeplabv3plus.moco_v3_imagenet1k``."""
-        tag = "random" if self.method == "none" else f"{self.method}_{self.corpus}"
-        return f"{self.encoder}_{self.decoder}.{tag}"
+        return f"{self.encoder}_{self.decoder}.{self.tag}"
 
     @property
     def short_name(self) -> str:

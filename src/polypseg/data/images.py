@@ -1,7 +1,6 @@
 """Decoding of frames and masks, the same way everywhere: RGB frames, masks 0/1 after grey > 127."""
 
 import io
-import struct
 
 import numpy as np
 import tifffile
@@ -20,10 +19,12 @@ def _open(data: bytes, name: str) -> Image.Image:
             return _open_tiff(data, name)
         image = Image.open(io.BytesIO(data))
         image.load()
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, tifffile.TiffFileError) as error:
-        raise PolypSegError(f"{name} is truncated or not an image ({error}): download it again or remove it") from error
+    except PolypSegError:
+        raise
     except Image.DecompressionBombError as error:
         raise PolypSegError(f"{name} is too large to be a frame: {error}") from error
+    except Exception as error:  # damaged files fail in a dozen ways: TypeError, MemoryError, the codecs' own errors
+        raise PolypSegError(f"{name} is truncated or not an image ({error}): download it again or remove it") from error
     if image.mode.startswith(("I", "F")):
         raise PolypSegError(f"{name} has more than 8 bits per channel: convert it to 8")
     return image
@@ -41,7 +42,7 @@ def _open_tiff(data: bytes, name: str) -> Image.Image:
         pixels = pixels.astype(np.uint8) * 255
     if pixels.dtype != np.uint8:
         raise PolypSegError(f"{name} has {pixels.dtype} pixels: convert it to 8 bits per channel")
-    return Image.fromarray(np.ascontiguousarray(pixels[:, :, :3] if pixels.ndim == 3 else pixels))
+    return Image.fromarray(np.ascontiguousarray(pixels[:, :, :4] if pixels.ndim == 3 else pixels))
 
 
 def stored_upright(data: bytes) -> bool:
@@ -63,9 +64,12 @@ def decode_mask(data: bytes, *, name: str) -> NDArray[np.uint8]:
 def decode_grey_mask(data: bytes, *, name: str) -> NDArray[np.uint8]:
     """Bytes of a mask file -> (H, W) uint8 grey values as stored, 0 to 255: the reference trains on these.
 
-    Raises PolypSegError for a file that cannot be decoded, a colour-coded mask, or one coded with small class numbers.
+    Raises PolypSegError for a file that cannot be decoded, a mask in colours or in transparency, or one coded with
+    small class numbers.
     """
     image = _open(data, name)
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        raise PolypSegError(f"{name} codes the polyp in transparency: save black and white without alpha")
     lossless = image.format != "JPEG"
     if image.mode in ("P", "RGBA", "PA", "CMYK"):
         image = image.convert("RGB")

@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import io
 import os
 import re
 from collections.abc import Iterator
@@ -238,7 +237,8 @@ def index_records(spec: DatasetSpec, source: Source) -> tuple[Record, ...]:
         by_stem = _by_key(frames, r"(?P<id>.+)", path=source.path)
         return tuple(_with_groups(spec, Record(id=_stem(n), image=n)) for n in _by_file_name(list(by_stem.values())))
     masks = _in_folder(names, spec.mask_folder)
-    frames, masks = _one_form([n for n in frames if n not in set(masks)]), _one_form(masks)
+    taken = set(masks)
+    frames, masks = _one_form([n for n in frames if n not in taken]), _one_form(masks)
     if not frames:
         raise UsageError(
             f"no images in {source.path}: expected a folder {spec.image_folder!r} with images and a folder "
@@ -298,7 +298,7 @@ def _with_groups(spec: DatasetSpec, record: Record) -> Record:
 
 
 def find_source(spec: DatasetSpec, *, data_dir: Path | None = None) -> Path:
-    """Where a dataset lies in the data folder: --data-dir, $POLYPSEG_DATA or ./data. Raises UsageError if nowhere."""
+    """Where a dataset lies in the data folder: ``data_dir``, $POLYPSEG_DATA or ./data. Raises UsageError if nowhere."""
     root = data_dir or Path(os.environ.get("POLYPSEG_DATA") or "data")
     for location in spec.locations:
         if (root / location).exists():
@@ -350,10 +350,3 @@ def load_polyps(name: str, *, split: str = "reference", streaming: bool = False,
     ``where`` are the arguments of ``open_dataset``. Examples are ``{"id", "image", "mask"}`` plus the set's groups.
     """
     return open_dataset(name, **where).load(split=split, streaming=streaming)
-
-
-def mask_pixels(mask: Image.Image | dict[str, Any]) -> NDArray[np.uint8]:
-    """The mask column of an example as (H, W) uint8 in {0, 1}."""
-    if isinstance(mask, dict):
-        mask = Image.open(io.BytesIO(mask["bytes"]))
-    return np.asarray(mask, dtype=np.uint8)

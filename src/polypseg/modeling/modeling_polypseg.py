@@ -41,12 +41,8 @@ class PolypSegForSemanticSegmentation(PreTrainedModel):
             self.decoder = DeepLabV3PlusDecoder(levels.channels()[self.skip_level], levels.channels()[-1], **sizes)
         self.post_init()
 
-    def extract_features(self, pixel_values: Tensor) -> list[Tensor]:
-        """pixel_values (B, 3, H, W) -> the feature maps that the decoder reads.
-
-        Raises ValueError when the image size does not fit the encoder.
-        """
-        height, width = pixel_values.shape[-2:]
+    def check_image_size(self, height: int, width: int) -> None:
+        """Raise ValueError when images of this size do not fit the encoder."""
         if min(height, width) < SMALLEST_SIDE:
             raise ValueError(f"images of {height}x{width} are too small: each side needs {SMALLEST_SIDE} pixels")
         if self.config.decoder == "dpt":
@@ -55,6 +51,11 @@ class PolypSegForSemanticSegmentation(PreTrainedModel):
                 raise ValueError(
                     f"{self.config.encoder} takes sides that are multiples of {rows} pixels, not {height}x{width}"
                 )
+
+    def extract_features(self, pixel_values: Tensor) -> list[Tensor]:
+        """pixel_values (B, 3, H, W) -> the feature maps that the decoder reads; ValueError as ``check_image_size``."""
+        self.check_image_size(pixel_values.shape[-2], pixel_values.shape[-1])
+        if self.config.decoder == "dpt":
             return self.encoder.forward_intermediates(
                 pixel_values, indices=vit_block_indices(self.encoder), norm=False, intermediates_only=True
             )
