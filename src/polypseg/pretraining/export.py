@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from polypseg.artifacts import atomic_path, write_json
+from polypseg.artifacts import atomic_path, read_json, write_json
 from polypseg.checkpoints import PRETRAINING_KEY
 from polypseg.data.frames import FrameStore
 from polypseg.data.labelled import LabelledFrames
@@ -136,3 +136,50 @@ def _draw_reconstructions(method: MAE, recipe: PretrainingRecipe, frames: FrameS
     return draw_reconstructions(
         path, originals=pixels.cpu().numpy(), masked=to_bytes(masked), reconstructed=to_bytes(painted), note=note
     )
+
+
+INDEX_HEAD = """# Small pretraining runs
+
+What the three methods learn from a thousand frames on two CPU cores: one run each, scored without fine-tuning beside
+the same encoder at random initialisation. These are small encoders at a small scale: none is one of the twelve models,
+and nothing here says which method is better at full size.
+
+| run | encoder | epochs | k-NN balanced accuracy | random start | difference | linear probe | difference |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def render_index(folder: Path) -> str:
+    """One table of the reports under ``folder``, from their JSON files alone."""
+    lines = []
+    for path in sorted(folder.glob("*/representation.json")):
+        numbers, run = read_json(path), read_json(path.parent / "run.json")
+        scores = [
+            numbers[kind][side]["balanced_accuracy"]
+            for kind, side in (
+                ("knn", "trained"),
+                ("knn", "untrained"),
+                ("knn", "difference"),
+                ("probe", "trained"),
+                ("probe", "difference"),
+            )
+        ]
+        cells = [f"{x['mean']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" for x in scores]
+        recipe = run["recipe"]
+        lines.append(
+            f"| [{recipe['name']}]({recipe['name']}/representation.md) | {recipe['encoder']}, "
+            f"{recipe['data']['image_size']} px | {numbers['facts']['epochs']} | {' | '.join(cells)} |"
+        )
+        source = run["data"]
+    notes = [
+        "",
+        f"n = {numbers['n']} frames of {len(numbers['classes'])} classes ({numbers['groups']} groups that look alike, "
+        f"none split between folds); the runs saw the same frames without labels ({source['frames']} frames, content "
+        f"id {source['content_id']}). Intervals: {numbers['interval']}.",
+        "",
+        numbers["limits"],
+        "",
+        "Frames in the pictures are from HyperKvasir (Borgli et al., Scientific Data 7:283, 2020; CC BY 4.0).",
+        "",
+    ]
+    return INDEX_HEAD + "\n".join([*lines, *notes])
