@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from polypseg.metrics import mean_with_interval, score
+from polypseg.pretraining.export import render_index
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((REPOSITORY / "training_scripts").glob("*.py"))
@@ -76,14 +77,13 @@ def test_no_machine_paths_or_data_in_the_repository():
 
 
 def test_scores_in_the_readme_are_those_of_the_result_files():
-    results = REPOSITORY / "model_cards/results/tf_efficientnet_lite0_deeplabv3plus.supervised_imagenet1k"
     text = (REPOSITORY / "README.md").read_text()
-    for file in ("kvasir_seg.reference.test.json", "cvc_clinicdb.full.full.json"):
-        content = json.loads((results / file).read_text())
+    for path in (REPOSITORY / "model_cards" / "results").rglob("*.json"):
+        content = json.loads(path.read_text())
         cells = [
             f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" for value in content["metrics"].values()
         ]
-        assert f"| {content['n']} | {' | '.join(cells)} |" in text, file
+        assert f"| {content['n']} | {' | '.join(cells)} |" in text, path
 
 
 def test_committed_results_recompute_from_their_rows():
@@ -94,3 +94,10 @@ def test_committed_results_recompute_from_their_rows():
         assert content["n"] == len(counts)
         for name, value in content["metrics"].items():
             assert value == pytest.approx(mean_with_interval(scores[name]), abs=1e-9), (path.name, name)
+
+
+def test_table_of_pretraining_runs_is_rendered_from_their_reports():
+    folder = REPOSITORY / "docs" / "pretraining"
+    assert (folder / "README.md").read_text() == render_index(folder)
+    for report in folder.glob("*/representation.json"):
+        assert (report.parent / "loss.png").is_file() and (report.parent / "neighbours.png").is_file()

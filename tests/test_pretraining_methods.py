@@ -69,6 +69,13 @@ def test_contrastive_loss_of_unrelated_unit_vectors_is_2_tau_ln_m(temperature, m
     assert float(loss) == pytest.approx(2 * temperature * math.log(m), rel=0.02)
 
 
+@pytest.mark.parametrize("encoder", [CNN, VIT])
+def test_moco_v3_starts_at_about_4_tau_ln_m(encoder):
+    method = small_method("moco_v3", encoder).train()
+    loss = float(method(*small_batch(method, images=32)).loss.detach())
+    assert loss == pytest.approx(4 * 0.2 * math.log(32), rel=0.25), loss
+
+
 def test_moco_v3_heads_are_the_papers():
     with torch.device("meta"):
         heads = {name: MoCoV3(build_encoder(name), temperature=1.0) for name in ("resnet50", "vit_base_patch16_224")}
