@@ -25,6 +25,7 @@ from torchvision.transforms import (
 )
 from torchvision.transforms import functional as oracle
 
+from polypseg.data import augmentation
 from polypseg.data.images import decode_frame
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.errors import PolypSegError
@@ -326,12 +327,14 @@ def jitter_calls(monkeypatch) -> list[list[tuple[str, float]]]:
     calls: list[list[tuple[str, float]]] = []
     for name, key in (("brightness", "factor"), ("contrast", "factor"), ("saturation", "factor"), ("hue", "shift")):
         monkeypatch.setattr(
-            views, f"adjust_{name}", lambda image, _n=name, _k=key, **k: (calls[-1].append((_n, k[_k])), image)[1]
+            augmentation,
+            f"adjust_{name}",
+            lambda image, _n=name, _k=key, **k: (calls[-1].append((_n, k[_k])), image)[1],
         )
     generator = rng(3)
     for _ in range(3000):
         calls.append([])
-        views.jitter(VIEW, FIRST, generator)
+        augment(VIEW, replace(NOTHING, jitter_probability=1.0), generator)
     return calls
 
 

@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from polypseg.errors import PolypSegError
 
 _REMEDIES = {
-    errno.ENOSPC: "the disk is full: free some space or choose another --output",
-    errno.EDQUOT: "the disk quota is used up: free some space or choose another --output",
-    errno.EROFS: "the file system is read-only: choose another --output",
+    errno.ENOSPC: "the disk is full: free some space or choose another folder",
+    errno.EDQUOT: "the disk quota is used up: free some space or choose another folder",
+    errno.EROFS: "the file system is read-only: choose another folder",
     errno.EACCES: "permission denied: choose a folder that you may write to",
     errno.EPERM: "permission denied: choose a folder that you may write to",
-    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another --output",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another folder",
 }
 PACKAGES = (
     "polypseg",
@@ -39,6 +39,8 @@ PACKAGES = (
     "datasets",
     "numpy",
     "pillow",
+    "opencv-python-headless",
+    "scikit-learn",
 )
 
 

@@ -22,14 +22,15 @@ def family_colour(model_id: str) -> str:
     return VIT_COLOUR if model_id.startswith("vit") else CNN_COLOUR
 
 
-def _save(figure: "plt.Figure", path: Path) -> Path:
+def save_figure(figure: "plt.Figure", path: Path) -> Path:
+    """Write the figure as PNG in one step, close it, return the path."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, bbox_inches="tight", format="png")
     plt.close(figure)
     return path
 
 
-def _add_note(figure: "plt.Figure", note: str) -> None:
+def add_note(figure: "plt.Figure", note: str) -> None:
     """The caveat, a fixed distance below the axes whatever the figure's height, wrapped to its width."""
     lines = textwrap.fill(note, width=max(40, int(15 * figure.get_figwidth())))
     figure.text(0.5, -0.25 / figure.get_figheight(), lines, ha="center", va="top", fontsize=8, color="0.3")
@@ -66,8 +67,8 @@ def plot_dice_distributions(
         axis.grid(axis="x", alpha=0.3)
     axes[0][0].set_yticks(range(1, len(names) + 1), [labels[name] for name in names])
     axes[0][0].invert_yaxis()
-    _add_note(figure, note)
-    return _save(figure, path)
+    add_note(figure, note)
+    return save_figure(figure, path)
 
 
 def plot_rank_changes(
@@ -86,8 +87,8 @@ def plot_rank_changes(
     axis.set_title("Rank by mean Dice")
     for side in ("left", "right", "top", "bottom"):
         axis.spines[side].set_visible(False)
-    _add_note(figure, note)
-    return _save(figure, path)
+    add_note(figure, note)
+    return save_figure(figure, path)
 
 
 def plot_overlays(
@@ -118,5 +119,5 @@ def plot_overlays(
             if row == 0:
                 axis.set_title(name, fontsize=8)
         axes[row][0].set_ylabel(captions[row], fontsize=7)
-    _add_note(figure, note)
-    return _save(figure, path)
+    add_note(figure, note)
+    return save_figure(figure, path)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sklearn
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -113,7 +112,7 @@ def write_report(
     """
     numbers = _compare(trained, untrained, frames) | {"title": title, "facts": facts}
     _draw_sheet(folder / "neighbours.png", trained, frames, title=title)
-    write_json(folder / "representation.json", numbers | {"environment": _environment()})
+    write_json(folder / "representation.json", numbers | {"environment": environment_record()})
     return write_text(folder / "representation.md", _render_markdown(numbers))
 
 
@@ -145,12 +144,6 @@ def _sides(trained: FoldScores, untrained: FoldScores) -> dict[str, Any]:
         "untrained": untrained.summary(),
         "difference": difference(trained, untrained).summary(),
     }
-
-
-def _environment() -> dict[str, Any]:
-    record = environment_record()
-    record["versions"]["scikit-learn"] = sklearn.__version__
-    return record
 
 
 def _render_markdown(numbers: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from polypseg.plots import CNN_COLOUR, VIT_COLOUR, _add_note, _save
+from polypseg.plots import CNN_COLOUR, VIT_COLOUR, add_note, save_figure
 
 SAME_CLASS, OTHER_CLASS = "#1a9641", "#d7191c"
 MEDIAN_POINTS = 400
@@ -58,8 +58,8 @@ def draw_neighbours(
             axis.set_title(f"{'✓' if alike else '✗'} {_shorten(names[other])}", fontsize=7, color=colour, pad=3)
             axis.set_xlabel(f"{similarity:.3f}", fontsize=6, labelpad=2)
     _add_heading(figure, f"{title}: query (left) and its nearest frames")
-    _add_note(figure, note)
-    return _save(figure, path)
+    add_note(figure, note)
+    return save_figure(figure, path)
 
 
 def _add_heading(figure: plt.Figure, text: str) -> None:
@@ -121,8 +121,8 @@ def draw_reconstructions(
         for row, image in enumerate(images):
             _show(axes[row][column], image, colour="0.6", width=0.5)
         axes[0][column].set_title(title, fontsize=9)
-    _add_note(figure, note)
-    return _save(figure, path)
+    add_note(figure, note)
+    return save_figure(figure, path)
 
 
 def draw_loss_curve(path: Path, *, losses: Sequence[float], spreads: Sequence[float], title: str, note: str) -> Path:
@@ -147,8 +147,8 @@ def draw_loss_curve(path: Path, *, losses: Sequence[float], spreads: Sequence[fl
     lower.set_ylabel("spread\n(0 collapsed, 1 even)", fontsize=8)
     figure.align_ylabels()
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _add_note(figure, note)
-    return _save(figure, path)
+    add_note(figure, note)
+    return save_figure(figure, path)
 
 
 def _draw_series(axis: Axes, values: NDArray[np.float64], *, colour: str) -> None:

@@ -48,6 +48,21 @@ def adjust_hue(image: Image8, shift: float) -> Image8:
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
+def colour_jitter(
+    image: Image8, rng: np.random.Generator, *, brightness: float, contrast: float, saturation: float, hue: float
+) -> Image8:
+    """The four adjustments in random order: factors from [1 - x, 1 + x], x < 1, hue shifts from [-hue, hue] turns."""
+    operations: list[Callable[[Image8], Image8]] = [
+        partial(adjust_brightness, factor=rng.uniform(1 - brightness, 1 + brightness)),
+        partial(adjust_contrast, factor=rng.uniform(1 - contrast, 1 + contrast)),
+        partial(adjust_saturation, factor=rng.uniform(1 - saturation, 1 + saturation)),
+        partial(adjust_hue, shift=rng.uniform(-hue, hue)),
+    ]
+    for index in rng.permutation(len(operations)):
+        image = operations[index](image)
+    return image
+
+
 def gaussian_blur(image: Image8, *, kernel: int, sigma: float) -> Image8:
     """Gaussian blur with reflected borders; taps beyond 5 sigma weigh nothing and are left out."""
     needed = 2 * math.ceil(5 * sigma) + 1
@@ -99,14 +114,14 @@ class PairedAugmentation:
         self, image: Image8, mask: Image8, rng: np.random.Generator
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         recipe = self.recipe
-        jitter: list[Callable[[Image8], Image8]] = [
-            partial(adjust_brightness, factor=rng.uniform(1 - recipe.brightness, 1 + recipe.brightness)),
-            partial(adjust_contrast, factor=rng.uniform(1 - recipe.contrast, 1 + recipe.contrast)),
-            partial(adjust_saturation, factor=rng.uniform(1 - recipe.saturation, 1 + recipe.saturation)),
-            partial(adjust_hue, shift=rng.uniform(-recipe.hue, recipe.hue)),
-        ]
-        for index in rng.permutation(len(jitter)):
-            image = jitter[index](image)
+        image = colour_jitter(
+            image,
+            rng,
+            brightness=recipe.brightness,
+            contrast=recipe.contrast,
+            saturation=recipe.saturation,
+            hue=recipe.hue,
+        )
         sigma = rng.uniform(*recipe.blur_sigma)
         if recipe.blur_kernel:
             image = gaussian_blur(image, kernel=recipe.blur_kernel, sigma=sigma)

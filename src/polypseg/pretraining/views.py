@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import cv2
@@ -17,14 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from polypseg.data.augmentation import (
-    Image8,
-    adjust_brightness,
-    adjust_contrast,
-    adjust_hue,
-    adjust_saturation,
-    gaussian_blur,
-)
+from polypseg.data.augmentation import Image8, colour_jitter, gaussian_blur
 from polypseg.data.images import decode_frame
 from polypseg.errors import PolypSegError
 
@@ -156,23 +148,6 @@ def _crop(image: Image.Image, box: Box, *, reduction: int, size: int, interpolat
     return np.asarray(pixels.resize((size, size), INTERPOLATIONS[interpolation], box=inside))
 
 
-def jitter(image: Image8, settings: ViewSettings, rng: np.random.Generator) -> Image8:
-    """Brightness, contrast, saturation and hue in random order, each by a random amount."""
-    operations: list[Callable[[Image8], Image8]] = [
-        partial(adjust_brightness, factor=_factor(rng, settings.brightness)),
-        partial(adjust_contrast, factor=_factor(rng, settings.contrast)),
-        partial(adjust_saturation, factor=_factor(rng, settings.saturation)),
-        partial(adjust_hue, shift=rng.uniform(-settings.hue, settings.hue)),
-    ]
-    for index in rng.permutation(len(operations)):
-        image = operations[index](image)
-    return image
-
-
-def _factor(rng: np.random.Generator, reach: float) -> float:
-    return rng.uniform(max(0.0, 1 - reach), 1 + reach)
-
-
 def grayscale(image: Image8) -> Image8:
     """Pillow's grey in all three channels."""
     return np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
@@ -186,7 +161,14 @@ def solarize(image: Image8) -> Image8:
 def augment(image: Image8, settings: ViewSettings, rng: np.random.Generator) -> Image8:
     """Jitter, grayscale, blur, solarisation and horizontal flip, each with its probability: (S, S, 3) -> same."""
     if rng.random() < settings.jitter_probability:
-        image = jitter(image, settings, rng)
+        image = colour_jitter(
+            image,
+            rng,
+            brightness=settings.brightness,
+            contrast=settings.contrast,
+            saturation=settings.saturation,
+            hue=settings.hue,
+        )
     if rng.random() < settings.grayscale_probability:
         image = grayscale(image)
     if rng.random() < settings.blur_probability:
