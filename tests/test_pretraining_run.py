@@ -85,6 +85,8 @@ def test_run_leaves_everything_that_explains_it(method, frames, tmp_path):
     assert record["environment"]["versions"]["torch"] and "git_revision" in record["environment"]
     rows = list(csv.DictReader((tmp_path / "losses.csv").open()))
     assert [float(row["loss"]) for row in rows] == progress.losses
+    cost = json.loads((tmp_path / "cost.json").read_text())
+    assert cost["images_per_second"] > 0 and 0.1 < cost["peak_memory_gb"] < 20 and cost["processes"] == 1
     path = export_encoder(network, recipe, progress, store, folder=tmp_path / "encoder")
     plain = timm.create_model(recipe.encoder, num_classes=0)
     plain.load_state_dict(load_file(path), strict=True)

@@ -5,6 +5,7 @@ processes and interruptions change no result.
 """
 
 import contextlib
+import resource
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -112,6 +113,13 @@ def pretrain(
     return run.progress
 
 
+def peak_memory(device: torch.device) -> int:
+    """The most memory so far in bytes: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+
+
 class _Run:
     """The pieces of one run that belong together: method, data, optimiser, progress, folder."""
 
@@ -127,6 +135,7 @@ class _Run:
     ):
         self.recipe, self.frames, self.accelerator, self.run_dir = recipe, frames, accelerator, run_dir
         self.progress, self.unreadable = PretrainingProgress(), UnreadableFrames()
+        self.rate = 0.0  # images/s over all processes in this epoch
         training, processes = recipe.training, accelerator.num_processes
         self.batches = GlobalBatches(
             len(frames),
@@ -183,6 +192,7 @@ class _Run:
             while self.progress.step < self.total_steps:
                 self._train_epoch(bar, stop)
         self._save()
+        self._summarise()
         self.accelerator.end_training()
 
     def _train_epoch(self, bar: "tqdm[Any]", stop: StopFlag) -> None:
@@ -197,7 +207,7 @@ class _Run:
             progress.losses.append(loss)
             progress.spreads.append(spread)
             images += self.recipe.training.total_batch_size
-            rate = images / (time.perf_counter() - began)
+            self.rate = rate = images / (time.perf_counter() - began)
             bar.update()
             shown = {"epoch": progress.epoch + 1, "loss": f"{loss:.3f}", "spread": f"{spread:.2f}"}
             bar.set_postfix(shown | {"images/s": f"{rate:.0f}"}, refresh=False)
@@ -281,6 +291,16 @@ class _Run:
                 f"warning: the embeddings have collapsed (spread {recent[-1]:.4f} at step {self.progress.step}): lower "
                 "the learning rate or lengthen the warm-up, and do not use this encoder"
             )
+
+    def _summarise(self) -> None:
+        """Print and keep what the run cost on this machine since it was started or resumed."""
+        if not self.rate:
+            return
+        gigabytes = peak_memory(self.accelerator.device) / 1e9
+        summary = {"images_per_second": self.rate, "peak_memory_gb": gigabytes, "device": str(self.accelerator.device)}
+        self.accelerator.print(f"{self.rate:.1f} images/s in the last epoch, peak memory {gigabytes:.1f} GB a process")
+        if self.accelerator.is_main_process:
+            write_json(self.run_dir / "cost.json", summary | {"processes": self.accelerator.num_processes})
 
     def _save_if_due(self, stop: StopFlag) -> None:
         stopping = stop.anywhere(self.accelerator)
