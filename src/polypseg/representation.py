@@ -4,7 +4,7 @@ Every self-supervised run leaves this report: the trained encoder beside the sam
 the same folds of labelled frames. Near-duplicate frames never lie on both sides of a fold.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,23 @@ def embedding_spread(z: Tensor) -> Tensor:
     return directions.std(dim=0, correction=0).mean() * z.shape[1] ** 0.5
 
 
+def normalised_batches(
+    frames: LabelledFrames,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int = 64,
+    device: torch.device | str,
+) -> Iterator[Tensor]:
+    """All frames in order, as (B, 3, S, S); mean and std are per channel in [0, 1] units."""
+    centre, scale = (
+        torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1) for values in (mean, std)
+    )
+    for start in range(0, len(frames), batch_size):
+        pixels = torch.from_numpy(frames.images[start : start + batch_size]).to(device)
+        yield (pixels.permute(0, 3, 1, 2).float() / 255 - centre) / scale
+
+
 @torch.inference_mode()
 def embed(
     features: Callable[[Tensor], Tensor],
@@ -83,14 +100,10 @@ def embed(
     mean and std are per channel in [0, 1] units. Raises ValueError when the embeddings are not (B, D), PolypSegError
     when they are not finite.
     """
-    centre, scale = (
-        torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1) for values in (mean, std)
-    )
-    parts = []
-    for start in tqdm(range(0, len(frames), batch_size), desc="embedding", unit="batch", leave=False, disable=None):
-        pixels = torch.from_numpy(frames.images[start : start + batch_size]).to(device)
-        parts.append(features((pixels.permute(0, 3, 1, 2).float() / 255 - centre) / scale).float().cpu())
-    embeddings = torch.cat(parts).numpy()
+    batches = normalised_batches(frames, mean=mean, std=std, batch_size=batch_size, device=device)
+    total = -(-len(frames) // batch_size)
+    bar = tqdm(batches, total=total, desc="embedding", unit="batch", leave=False, disable=None)
+    embeddings = torch.cat([features(batch).float().cpu() for batch in bar]).numpy()
     check_embeddings(embeddings, frames)
     return embeddings
 

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 from polypseg.artifacts import atomic_path, read_json, write_json
 from polypseg.checkpoints import PRETRAINING_KEY
@@ -18,7 +19,7 @@ from polypseg.pretraining.feed import FrameFeed
 from polypseg.pretraining.mae import MAE
 from polypseg.pretraining.recipe import PretrainingRecipe
 from polypseg.pretraining.run import PretrainingProgress, build_method
-from polypseg.representation import draw_loss_curve, draw_reconstructions, embed, write_report
+from polypseg.representation import draw_loss_curve, draw_reconstructions, embed, normalised_batches, write_report
 from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD
 
 TIMM_FACTS = ("input_size", "fixed_input_size", "pool_size", "interpolation", "crop_pct", "first_conv", "classifier")
@@ -90,8 +91,8 @@ def write_run_report(
     if isinstance(method, MAE):
         written.append(_draw_reconstructions(method, recipe, frames, note=note, path=folder / "reconstructions.png"))
     if labelled is not None:
-        fresh = build_method(recipe).to(device).eval()
-        trained, untrained = (_embed(side, labelled) for side in (method, fresh))
+        untrained = _embed(_untrained(recipe, labelled, device=device), labelled)
+        trained = _embed(method, labelled)
         facts = {
             "recipe": recipe.name,
             "seed": recipe.seed,
@@ -99,12 +100,20 @@ def write_run_report(
             "epochs": progress.epoch,
             "steps": progress.step,
             "embedding": EMBEDDINGS[recipe.method],
+            "random_start": "same seed as the run; BatchNorm statistics estimated on the labelled frames",
             "seen_in_pretraining": labelled.content_id == frames.content_id,
         }
         written.append(
             write_report(folder, trained=trained, untrained=untrained, frames=labelled, title=title, facts=facts)
         )
     return written
+
+
+def _untrained(recipe: PretrainingRecipe, labelled: LabelledFrames, *, device: torch.device) -> Any:
+    """The run's start. BatchNorm's initial statistics, 0 and 1, would understate it, so they are estimated."""
+    method = build_method(recipe).to(device)
+    update_bn(normalised_batches(labelled, mean=IMAGENET_MEAN, std=IMAGENET_STD, device=device), method.encoder)
+    return method.eval()
 
 
 def _embed(method: Any, labelled: LabelledFrames) -> NDArray[np.float32]:
