@@ -22,10 +22,10 @@ def family_colour(model_id: str) -> str:
     return VIT_COLOUR if model_id.startswith("vit") else CNN_COLOUR
 
 
-def save_figure(figure: "plt.Figure", path: Path) -> Path:
+def save_figure(figure: "plt.Figure", path: Path, *, dpi: int = 120) -> Path:
     """Write the figure as PNG in one step, close it, return the path."""
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, bbox_inches="tight", format="png")
+        figure.savefig(temporary, dpi=dpi, bbox_inches="tight", format="png")
     plt.close(figure)
     return path
 

@@ -15,6 +15,8 @@ from polypseg.plots import CNN_COLOUR, VIT_COLOUR, add_note, save_figure
 SAME_CLASS, OTHER_CLASS = "#1a9641", "#d7191c"
 MEDIAN_POINTS = 400
 """Positions at which a running median is computed, however long the run."""
+SHEET_DPI = 80
+"""Of sheets of frames, which are small themselves: more would only make heavy files."""
 
 
 def _show(axis: Axes, image: NDArray[np.uint8], *, colour: str, width: float) -> None:
@@ -59,7 +61,7 @@ def draw_neighbours(
             axis.set_xlabel(f"{similarity:.3f}", fontsize=6, labelpad=2)
     _add_heading(figure, f"{title}: query (left) and its nearest frames")
     add_note(figure, note)
-    return save_figure(figure, path)
+    return save_figure(figure, path, dpi=SHEET_DPI)
 
 
 def _add_heading(figure: plt.Figure, text: str) -> None:
@@ -122,7 +124,7 @@ def draw_reconstructions(
             _show(axes[row][column], image, colour="0.6", width=0.5)
         axes[0][column].set_title(title, fontsize=9)
     add_note(figure, note)
-    return save_figure(figure, path)
+    return save_figure(figure, path, dpi=SHEET_DPI)
 
 
 def draw_loss_curve(path: Path, *, losses: Sequence[float], spreads: Sequence[float], title: str, note: str) -> Path:
