@@ -11,7 +11,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -27,26 +26,12 @@ from polypseg.cli import run_script
 from polypseg.data.frames import open_frames
 from polypseg.data.shards import write_shards
 from polypseg.pretraining.feed import FrameFeed
+from polypseg.pretraining.recipe import load_pretraining_recipe
 from polypseg.pretraining.views import ViewSettings
 from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD
 
-MAE = ViewSettings(
-    crop_scale=(0.2, 1.0),
-    interpolation="bicubic",
-    jitter_probability=0.0,
-    brightness=0.4,
-    contrast=0.4,
-    saturation=0.2,
-    hue=0.1,
-    grayscale_probability=0.0,
-    blur_probability=0.0,
-    blur_sigma=(0.1, 2.0),
-    solarize_probability=0.0,
-    flip_probability=0.5,
-)
-FIRST = replace(MAE, interpolation="bilinear", jitter_probability=0.8, grayscale_probability=0.2, blur_probability=1.0)
-SECOND = replace(FIRST, blur_probability=0.1, solarize_probability=0.2)
-METHODS = {"moco_v3": (FIRST, SECOND), "mae": (MAE,)}
+METHODS = {"moco_v3": "pretrain_moco_v3_resnet50", "mae": "pretrain_mae_vit_base"}
+"""Method -> the recipe whose views are timed."""
 
 
 def official_transform(view: ViewSettings) -> Callable[[Image.Image], Tensor]:
@@ -123,7 +108,8 @@ def main(
     images = min(images, len(open_frames(source)))
     with tempfile.TemporaryDirectory() as shards:
         write_shards(open_frames(source), Path(shards))
-        for method, settings in METHODS.items():
+        for method, recipe in METHODS.items():
+            settings = tuple(view.settings() for view in load_pretraining_recipe(recipe).views)
             readers = {
                 "official": official_reader(source, settings),
                 "normalised": normalised_reader(source, settings),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
+from tqdm import tqdm
 
 from polypseg.artifacts import atomic_path, environment_record, explain_write_errors, read_json, write_json
 from polypseg.errors import PolypSegError, UsageError
@@ -121,9 +122,15 @@ def save_checkpoint(
                 shutil.rmtree(older)
 
 
-def bar_interval() -> float:
-    """Seconds between refreshes of a progress bar: short on a terminal, long in a log file."""
-    return 0.2 if sys.stderr.isatty() else 30
+def step_bar(accelerator: Accelerator, *, total: int, done: int) -> "tqdm[Any]":
+    """A progress bar over optimiser steps, on one process only; refreshed rarely where it goes into a log file."""
+    return tqdm(
+        total=total,
+        initial=done,
+        unit="step",
+        mininterval=0.2 if sys.stderr.isatty() else 30,
+        disable=not accelerator.is_local_main_process,
+    )
 
 
 @dataclass

@@ -41,10 +41,10 @@ from polypseg.recipe import Recipe, ScheduleRecipe
 from polypseg.runs import (
     InterruptedRunError,
     StopFlag,
-    bar_interval,
     claim_run,
     newest_checkpoint,
     save_checkpoint,
+    step_bar,
     stop_requests,
 )
 from polypseg.zoo import ZooEntry
@@ -243,13 +243,7 @@ class _Run:
     def train(self, stop: StopFlag) -> None:
         """All remaining epochs."""
         self.accelerator.init_trackers("tensorboard")
-        with tqdm(
-            total=self.total_steps,
-            initial=self.progress.step,
-            unit="step",
-            mininterval=bar_interval(),
-            disable=not self.accelerator.is_local_main_process,
-        ) as bar:
+        with step_bar(self.accelerator, total=self.total_steps, done=self.progress.step) as bar:
             while self.progress.epoch < self.recipe.training.epochs and self.progress.step < self.total_steps:
                 self._train_epoch(bar, stop)
                 self._finish_epoch(bar)

@@ -34,10 +34,10 @@ from polypseg.representation import embedding_spread
 from polypseg.runs import (
     InterruptedRunError,
     StopFlag,
-    bar_interval,
     claim_run,
     newest_checkpoint,
     save_checkpoint,
+    step_bar,
     stop_requests,
 )
 from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD
@@ -182,13 +182,7 @@ class _Run:
     def train(self, stop: StopFlag) -> None:
         """All remaining epochs."""
         self.accelerator.init_trackers("tensorboard")
-        with tqdm(
-            total=self.total_steps,
-            initial=self.progress.step,
-            unit="step",
-            mininterval=bar_interval(),
-            disable=not self.accelerator.is_local_main_process,
-        ) as bar:
+        with step_bar(self.accelerator, total=self.total_steps, done=self.progress.step) as bar:
             while self.progress.step < self.total_steps:
                 self._train_epoch(bar, stop)
         self._save()
