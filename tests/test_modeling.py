@@ -54,7 +54,10 @@ def test_saved_model_loads_through_auto_classes_with_equal_logits(model, tmp_pat
     assert AutoConfig.from_pretrained(tmp_path).encoder == model.config.encoder
     loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path).eval()
     assert isinstance(loaded, PolypSegForSemanticSegmentation)
-    torch.testing.assert_close(loaded(image()).logits, model(image()).logits, rtol=0, atol=0)
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    # Some CPUs' kernels depend on where tensors lie in memory: observed 1e-6.
+    torch.testing.assert_close(loaded(image()).logits, model(image()).logits, rtol=0, atol=1e-5)
     assert [n for n, p in loaded.named_parameters()] == [n for n, p in model.named_parameters() if p.requires_grad]
 
 
