@@ -131,9 +131,9 @@ def test_moco_v3_vit_is_initialised_as_the_paper_says():
     for block in encoder.blocks:
         bound = math.sqrt(6 / (width + width))  # Q, K and V are width x width each
         assert 0.99 * bound < float(block.attn.qkv.weight.detach().abs().max()) <= bound
-        assert float(block.attn.qkv.bias.abs().max()) == 0
+        assert float(block.attn.qkv.bias.detach().abs().max()) == 0
         bound = math.sqrt(6 / (width + 4 * width))
-        assert 0.99 * bound < float(block.mlp.fc1.weight.abs().max()) <= bound
+        assert 0.99 * bound < float(block.mlp.fc1.weight.detach().abs().max()) <= bound
     projection = encoder.patch_embed.proj
     bound = math.sqrt(6 / (3 * 16 * 16 + width))
     assert 0.99 * bound < float(projection.weight.abs().max()) <= bound and float(projection.bias.abs().max()) == 0
