@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -155,6 +156,15 @@ def _without_place(word: str) -> str:
     """An argument without the private part of an absolute path: records travel to cards and reports."""
     path = Path(word)
     return str(Path(*path.parts[-2:])) if path.is_absolute() else word
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, 64 hex digits, read in pieces. Raises PolypSegError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise PolypSegError(f"cannot read {path}: {error.strerror}") from error
 
 
 def cache_folder() -> Path:

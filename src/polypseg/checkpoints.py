@@ -1,6 +1,5 @@
 """Encoder weights: from a file, from timm, or from the starter package, into a model, exactly or not at all."""
 
-import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -12,6 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from polypseg.artifacts import file_sha256
 from polypseg.errors import PolypSegError, UsageError, first_line
 from polypseg.modeling import PolypSegForSemanticSegmentation
 
@@ -63,9 +63,7 @@ def describe_source(source: str | None) -> str:
         return source
     path = Path(source)
     _require_file(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return f"file {path.name} (sha256 {digest[:12]})"
+    return f"file {path.name} (sha256 {file_sha256(path)[:12]})"
 
 
 def pretraining_origin(source: str | None) -> dict[str, Any] | None:
@@ -81,8 +79,7 @@ def pretraining_origin(source: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
     origin: dict[str, Any] = json.loads(text)
-    with path.open("rb") as file:
-        return origin | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return origin | {"sha256": file_sha256(path)}
 
 
 def load_encoder_weights(model: PolypSegForSemanticSegmentation, source: str) -> str:

@@ -68,6 +68,12 @@ def embedding_spread(z: Tensor) -> Tensor:
     return directions.std(dim=0, correction=0).mean() * z.shape[1] ** 0.5
 
 
+def normalise(pixels: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(..., H, W, 3) uint8 -> (..., 3, H, W) float32, (x / 255 - mean) / std; channels last in memory."""
+    centre, scale = (torch.tensor(values, dtype=torch.float32, device=pixels.device) for values in (mean, std))
+    return ((pixels.float() / 255 - centre) / scale).movedim(-1, -3)
+
+
 def normalised_batches(
     frames: LabelledFrames,
     *,
@@ -77,12 +83,9 @@ def normalised_batches(
     device: torch.device | str,
 ) -> Iterator[Tensor]:
     """All frames in order, as (B, 3, S, S); mean and std are per channel in [0, 1] units."""
-    centre, scale = (
-        torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1) for values in (mean, std)
-    )
     for start in range(0, len(frames), batch_size):
         pixels = torch.from_numpy(frames.images[start : start + batch_size]).to(device)
-        yield (pixels.permute(0, 3, 1, 2).float() / 255 - centre) / scale
+        yield normalise(pixels, mean=mean, std=std)
 
 
 @torch.inference_mode()

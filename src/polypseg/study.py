@@ -3,7 +3,6 @@
 Resumes where it stopped: a finished run is not trained again, a result of the same weights is not computed again.
 """
 
-import hashlib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from polypseg import plots, zoo
-from polypseg.artifacts import environment_record, read_json, write_csv, write_json, write_text
+from polypseg.artifacts import environment_record, file_sha256, read_json, write_csv, write_json, write_text
 from polypseg.checkpoints import RANDOM, STARTER_ENCODER, describe_source
 from polypseg.data.polyps import PolypDataset, SyntheticOptions, open_dataset
 from polypseg.errors import UsageError, unknown_name
@@ -242,7 +241,7 @@ def _run_job(job: Job, plan: StudyPlan, tests: Sequence[Test]) -> None:
 
 def _weights_digest(plan: StudyPlan, job: Job) -> str:
     weights = plan.output / "runs" / job.entry.model_id / "best" / "model.safetensors"
-    return hashlib.sha256(weights.read_bytes()).hexdigest()
+    return file_sha256(weights)
 
 
 def _is_current(plan: StudyPlan, job: Job, test: Test) -> bool:

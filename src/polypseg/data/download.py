@@ -5,7 +5,6 @@ that any later call resumes them. ``NAME`` itself appears only once size and SHA
 """
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
+from polypseg.artifacts import file_sha256
 from polypseg.errors import PolypSegError, UsageError
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def download(
             _discard(part)
             raise PolypSegError(f"{url} arrived with {defect} and was deleted; try again, or {by_hand}.")
         if sha256 is None:
-            log.info("%s has SHA-256 %s (nothing to compare it with)", url, _sha256(part))
+            log.info("%s has SHA-256 %s (nothing to compare it with)", url, file_sha256(part))
         os.replace(part, destination)
         _discard(part)
     except _TransientError as error:
@@ -198,16 +198,11 @@ def _validator_of(part: Path, url: str) -> str:
         return ""
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _defect(path: Path, *, sha256: str | None, size: int | None) -> str:
     """What is wrong with the bytes of ``path``; empty if nothing."""
     if size is not None and (found := path.stat().st_size) != size:
         return f"{found} bytes instead of {size}"
-    if sha256 is not None and (digest := _sha256(path)) != sha256.lower():
+    if sha256 is not None and (digest := file_sha256(path)) != sha256.lower():
         return f"SHA-256 {digest} instead of {sha256.lower()}"
     return ""
 

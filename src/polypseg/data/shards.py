@@ -5,7 +5,6 @@ k * n to (k + 1) * n - 1 of the source without the unreadable ones, and its byte
 stop anywhere and go on later.
 """
 
-import hashlib
 import io
 import itertools
 import shutil
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from polypseg.artifacts import atomic_path, explain_write_errors, write_json
+from polypseg.artifacts import atomic_path, explain_write_errors, file_sha256, write_json
 from polypseg.data.frames import (
     INDEX,
     MANIFEST,
@@ -80,7 +79,7 @@ def verify_shards(folder: Path) -> ShardReport:
     damaged = [
         name
         for name, digest in tqdm(expected.items(), desc="verifying shards", unit="file", leave=False, disable=None)
-        if not (folder / name).is_file() or _sha256(folder / name) != digest
+        if not (folder / name).is_file() or file_sha256(folder / name) != digest
     ]
     if damaged:
         raise PolypSegError(
@@ -173,7 +172,7 @@ def _write_shard(frames: FrameStore, path: Path, *, span: range, names: list[str
                 archive.addfile(_member(names[index], len(data)), io.BytesIO(data))
         return Shard(
             name=path.name,
-            sha256=_sha256(temporary),
+            sha256=file_sha256(temporary),
             bytes=temporary.stat().st_size,
             frames=len(span) - len(unreadable),
             unreadable=tuple(unreadable),
@@ -220,16 +219,8 @@ def _complete(folder: Path, plan: ShardPlan, shards: list[Shard]) -> None:
             raise PolypSegError(f"{folder / shard.name} has changed: delete it and run polypseg data shard again")
     with atomic_path(folder / INDEX) as temporary:
         np.save(temporary, index)
-        digest = _sha256(temporary)
+        digest = file_sha256(temporary)
     manifest = Manifest(plan=plan, frames=len(index), index_sha256=digest, shards=tuple(shards))
     write_json(folder / MANIFEST, asdict(manifest))
     with explain_write_errors(folder / PARTIAL):
         shutil.rmtree(folder / PARTIAL)
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise PolypSegError(f"cannot read {path}: {error.strerror}") from error

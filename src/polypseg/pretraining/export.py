@@ -15,11 +15,17 @@ from polypseg.artifacts import atomic_path, read_json, write_json
 from polypseg.checkpoints import PRETRAINING_KEY
 from polypseg.data.frames import FrameStore
 from polypseg.data.labelled import LabelledFrames
-from polypseg.pretraining.feed import FrameFeed
 from polypseg.pretraining.mae import MAE
 from polypseg.pretraining.recipe import PretrainingRecipe
-from polypseg.pretraining.run import PretrainingProgress, build_method
-from polypseg.representation import draw_loss_curve, draw_reconstructions, embed, normalised_batches, write_report
+from polypseg.pretraining.run import PretrainingProgress, build_feed, build_method
+from polypseg.representation import (
+    draw_loss_curve,
+    draw_reconstructions,
+    embed,
+    normalise,
+    normalised_batches,
+    write_report,
+)
 from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD
 
 TIMM_FACTS = ("input_size", "fixed_input_size", "pool_size", "interpolation", "crop_pct", "first_conv", "classifier")
@@ -123,19 +129,13 @@ def _embed(method: Any, labelled: LabelledFrames) -> NDArray[np.float32]:
 
 def _draw_reconstructions(method: MAE, recipe: PretrainingRecipe, frames: FrameStore, *, note: str, path: Path) -> Path:
     """Six frames that are spread over the corpus, as the encoder sees them and as the decoder completes them."""
-    feed = FrameFeed(
-        frames,
-        [view.settings() for view in recipe.views],
-        size=recipe.data.image_size,
-        seed=recipe.seed,
-        tokens=method.patches,
-    )
+    feed = build_feed(method, frames, recipe)
     chosen = np.linspace(0, len(frames) - 1, num=min(6, len(frames))).astype(int).tolist()
     examples = [feed[0, index] for index in chosen]
     device = next(method.parameters()).device
     mean, std = (torch.tensor(x, device=device) for x in (IMAGENET_MEAN, IMAGENET_STD))
     pixels = torch.stack([example["views"][0] for example in examples]).to(device)
-    images = ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+    images = normalise(pixels, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     masked, painted = method.reconstruct(images, torch.stack([e["noise"] for e in examples]).to(device))
 
     def to_bytes(x: Tensor) -> NDArray[np.uint8]:

@@ -30,7 +30,7 @@ from polypseg.pretraining.mae import MAE
 from polypseg.pretraining.moco_v3 import MoCoV3
 from polypseg.pretraining.optimisation import LARS, warmup_cosine
 from polypseg.pretraining.recipe import OptimiserRecipe, PretrainingRecipe
-from polypseg.representation import embedding_spread
+from polypseg.representation import embedding_spread, normalise
 from polypseg.runs import (
     InterruptedRunError,
     StopFlag,
@@ -68,6 +68,17 @@ def build_method(recipe: PretrainingRecipe) -> Any:
     """The method's module around a fresh encoder, initialised from the recipe's seed. Raises UsageError."""
     torch.manual_seed(recipe.seed)
     return METHOD_CLASSES[recipe.method](build_encoder(recipe.encoder), **recipe.method_options())
+
+
+def build_feed(method: nn.Module, frames: FrameStore, recipe: PretrainingRecipe) -> FrameFeed:
+    """The recipe's views of the frames, with noise for a method that hides patches."""
+    return FrameFeed(
+        frames,
+        [view.settings() for view in recipe.views],
+        size=recipe.data.image_size,
+        seed=recipe.seed,
+        tokens=getattr(method, "patches", 0),
+    )
 
 
 def build_optimiser(method: nn.Module, recipe: OptimiserRecipe, *, total_batch_size: int) -> Optimizer:
@@ -150,13 +161,7 @@ class _Run:
                 f"a process's {self.share} images cannot be split into {training.accumulation_steps} equal "
                 "micro-batches: change --set training.accumulation_steps"
             )
-        feed = FrameFeed(
-            frames,
-            [view.settings() for view in recipe.views],
-            size=recipe.data.image_size,
-            seed=recipe.seed,
-            tokens=getattr(method, "patches", 0),
-        )
+        feed = build_feed(method, frames, recipe)
         pin = accelerator.device.type == "cuda"
         self.loader = frame_loader(feed, self.batches, workers=workers, pin_memory=pin)
         self.schedule_steps = training.epochs * len(self.batches)
@@ -247,9 +252,7 @@ class _Run:
     def _inputs(self, batch: Example) -> list[Tensor]:
         """views (N, V, S, S, 3) uint8 -> (N, V, 3, S, S) normalised, on the device; and the noise, if any."""
         device = self.accelerator.device
-        mean, std = (torch.tensor(x, device=device) for x in (IMAGENET_MEAN, IMAGENET_STD))
-        pixels = batch["views"].to(device, non_blocking=True).float() / 255
-        views = ((pixels - mean) / std).permute(0, 1, 4, 2, 3)  # channels last in memory
+        views = normalise(batch["views"].to(device, non_blocking=True), mean=IMAGENET_MEAN, std=IMAGENET_STD)
         noise = batch.get("noise")
         return [views] if noise is None else [views, noise.to(device, non_blocking=True)]
 
