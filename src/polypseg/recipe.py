@@ -3,7 +3,8 @@
 Unknown and missing keys are errors before any work starts. Code holds no number of an experiment; YAML holds no logic.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -153,10 +154,15 @@ class ModelRecipe(RecipeSection):
     decoder_dropout: float | None = Field(ge=0, lt=1)
 
 
-class Recipe(RecipeSection):
-    """One experiment, apart from the model's row, the data and the place of the output."""
+class NamedRecipe(RecipeSection):
+    """What every recipe has: the name under which runs and models remember it."""
 
     name: str
+
+
+class Recipe(NamedRecipe):
+    """One experiment, apart from the model's row, the data and the place of the output."""
+
     seed: int = Field(ge=0)
     model: ModelRecipe
     data: DataRecipe
@@ -222,6 +228,24 @@ def validate_recipe(schema: type[AnyRecipe], content: dict[str, Any], *, source:
     except ValidationError as error:
         problems = [_problem(schema, detail) for detail in error.errors()]
         raise UsageError(f"recipe {source}: " + "; ".join(problems)) from error
+
+
+def changes_from_bundled(recipe: "NamedRecipe") -> list[str]:
+    """What separates a recipe from the bundled one of its name, as ``training.epochs=2``; [] where none is bundled."""
+    bundled = recipe_folder() / f"{recipe.name}.yaml"
+    if not bundled.is_file():
+        return []
+    published = validate_recipe(type(recipe), read_recipe(bundled)[0], source=str(bundled))
+    ours, theirs = (dict(_flat(x.model_dump(mode="json"))) for x in (recipe, published))
+    return [f"{key}={json.dumps(value)}" for key, value in ours.items() if value != theirs.get(key)]
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _problem(schema: type[BaseModel], detail: Any) -> str:

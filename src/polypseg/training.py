@@ -18,8 +18,9 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers.utils import CONFIG_NAME
 
-from polypseg.artifacts import atomic_path, read_json, write_csv
+from polypseg.artifacts import atomic_path, read_json, write_csv, write_json
 from polypseg.checkpoints import RANDOM, load_encoder_weights, pretraining_origin
 from polypseg.data.augmentation import PairedAugmentation
 from polypseg.data.feed import (
@@ -37,7 +38,7 @@ from polypseg.errors import PolypSegError, UsageError
 from polypseg.metrics import standard_scores
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.processing import build_image_processor, without_shard_bars
-from polypseg.recipe import Recipe, ScheduleRecipe
+from polypseg.recipe import Recipe, ScheduleRecipe, changes_from_bundled
 from polypseg.runs import (
     InterruptedRunError,
     StopFlag,
@@ -72,7 +73,7 @@ def build_model(
     ``encoder_weights`` as in ``load_encoder_weights``; None or "random" for random initialisation. What was loaded is
     recorded in ``config.weights_origin``, and a model of another encoder or start than the row's has an id of its own.
     An encoder of ``pretrain.py`` brings its own record. Raises UsageError for an impossible configuration or image
-    size, and for an encoder pretrained by another method than the row's.
+    size, and for an encoder pretrained by another method than the row's (or by any, where the row has none).
     """
     fields = entry.config_fields() | {"image_size": recipe.data.image_size}
     changes = recipe.model.model_dump(exclude_none=True)
@@ -94,10 +95,13 @@ def build_model(
     loaded = RANDOM
     if encoder_weights not in (None, RANDOM):
         loaded = load_encoder_weights(model, str(encoder_weights))
+    if loaded != RANDOM and entry.method == "none":
+        raise UsageError(f"{entry.short_name} stands for random initialisation: choose the row of {encoder_weights}")
     full = config.encoder == fields["encoder"]
     tag = RANDOM if loaded == RANDOM else entry.tag
     config.weights_origin = {
         "model_id": f"{entry.encoder if full else config.encoder}_{config.decoder}.{tag}",
+        "row": entry.model_id,
         "encoder_initialisation": loaded,
         "scale": "full" if full else "small",
     } | ({"pretraining": pretraining} if pretraining else {})
@@ -155,8 +159,10 @@ class _Run:
         self.config = model.config
         self.config.weights_origin = (self.config.weights_origin or {}) | {
             "recipe": recipe.name,
+            "recipe_changes": changes_from_bundled(recipe),
             "finetuned_on": f"{dataset.spec.name} {split}/train",
             "n": len(train),
+            "finished": False,
         }
         self.record = {
             "model": self.config.to_dict(),
@@ -248,6 +254,8 @@ class _Run:
                 self._train_epoch(bar, stop)
                 self._finish_epoch(bar)
         self.accelerator.end_training()
+        if self.accelerator.is_main_process:
+            _mark_finished(self.run_dir / "best" / CONFIG_NAME)
 
     def _train_epoch(self, bar: "tqdm[Any]", stop: StopFlag) -> None:
         progress = self.progress
@@ -345,6 +353,13 @@ class _Run:
             total += _dice_sum(logits[:, 1].float(), batch["labels"])
         overall = self.accelerator.reduce(total, reduction="sum")
         return float(overall[0] / overall[1])
+
+
+def _mark_finished(config: Path) -> None:
+    """Say in the best model's config that its run came to its end: until then it is nobody's final model."""
+    content = read_json(config)
+    content["weights_origin"]["finished"] = True
+    write_json(config, content)
 
 
 def _dice_sum(logits: Tensor, labels: Tensor) -> Tensor:

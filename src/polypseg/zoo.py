@@ -12,6 +12,8 @@ from polypseg.errors import unknown_name
 if TYPE_CHECKING:
     from polypseg.modeling import PolypSegConfig
 
+RANDOM = "random"
+"""Tag of weights that no pretraining made, and the name of that start wherever weights are asked for."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -66,7 +68,7 @@ class ZooEntry:
     @property
     def tag(self) -> str:
         """What the encoder was pretrained by and on: ``moco_v3_imagenet1k``, or ``random``."""
-        return "random" if self.method == "none" else f"{self.method}_{self.corpus}"
+        return RANDOM if self.method == "none" else f"{self.method}_{self.corpus}"
 
     @property
     def model_id(self) -> str:

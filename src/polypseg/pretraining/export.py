@@ -18,6 +18,7 @@ from polypseg.data.labelled import LabelledFrames
 from polypseg.pretraining.mae import MAE
 from polypseg.pretraining.recipe import PretrainingRecipe
 from polypseg.pretraining.run import PretrainingProgress, build_feed, build_method
+from polypseg.recipe import changes_from_bundled
 from polypseg.representation import (
     draw_loss_curve,
     draw_reconstructions,
@@ -49,6 +50,7 @@ def export_encoder(
         "method": recipe.method,
         "encoder": recipe.encoder,
         "recipe": recipe.name,
+        "recipe_changes": changes_from_bundled(recipe),
         "seed": recipe.seed,
         "image_size": recipe.data.image_size,
         "steps": progress.step,

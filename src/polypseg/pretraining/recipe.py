@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from polypseg.errors import UsageError, unknown_name
 from polypseg.pretraining.views import ViewSettings
-from polypseg.recipe import Precision, RecipeSection, read_recipe, validate_recipe
+from polypseg.recipe import NamedRecipe, Precision, RecipeSection, read_recipe, validate_recipe
 
 
 class ViewRecipe(RecipeSection):
@@ -119,10 +119,9 @@ class MAESection(RecipeSection):
     normalise_targets: bool
 
 
-class PretrainingRecipe(RecipeSection):
+class PretrainingRecipe(NamedRecipe):
     """What the recipes of all methods share."""
 
-    name: str
     method: str
     encoder: str
     """timm architecture."""
