@@ -1,0 +1,132 @@
+"""What name and licence weights have earned: the guard against weights that pass for one of the twelve."""
+
+import pytest
+
+from polypseg.errors import UsageError
+from polypseg.licences import model_license
+from polypseg.origin import read_origin
+from polypseg.zoo import ZOO
+
+ROW = {entry.short_name: entry for entry in ZOO}
+
+
+def trained(short_name: str, **changes: object) -> dict[str, object]:
+    """The record of a run that earns the row's id, with changes."""
+    entry = ROW[short_name]
+    start = "random" if entry.method == "none" else "file encoder.safetensors (sha256 0123456789ab)"
+    return {
+        "model_id": entry.model_id,
+        "row": entry.model_id,
+        "encoder_initialisation": start,
+        "scale": "full",
+        "recipe": "finetune",
+        "recipe_changes": [],
+        "finetuned_on": "kvasir_seg reference/train",
+        "n": 800,
+        "finished": True,
+    } | changes
+
+
+def converted(short_name: str, finetuned_on: str = "Kvasir-SEG reference split") -> dict[str, object]:
+    source = {"format": "SSL4GIE", "file": "x.pth", "sha256": "ab" * 32, "upstream": "SSL4GIE"}
+    return {
+        "model_id": ROW[short_name].model_id,
+        "scale": "full",
+        "finetuned_on": finetuned_on,
+        "converted_from": source,
+    }
+
+
+@pytest.mark.parametrize("short_name", ROW)
+def test_complete_training_and_conversion_earn_the_rows_id(short_name):
+    for record in (trained(short_name), converted(short_name)):
+        origin = read_origin(record)
+        assert origin.official and origin.shortcomings == ()
+        assert origin.repo_name == ROW[short_name].model_id and origin.entry is ROW[short_name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "suffix", "words"),
+    [
+        ({"recipe": "smoke"}, "smoke", "recipe smoke"),
+        ({"recipe_changes": ["training.epochs=2"]}, "variant", "training.epochs=2"),
+        ({"finished": False}, "unfinished", "did not end"),
+        ({"finetuned_on": "synthetic_a reference/train"}, "synthetic_a", "synthetic_a"),
+        ({"finetuned_on": "kvasir_seg official/train", "n": 880}, "variant", "official"),
+        ({"n": 40}, "part", "40 training images"),
+        ({"encoder_initialisation": "random"}, "random", "started at random"),
+        ({"encoder_initialisation": "timm:resnet50.a1_in1k"}, "variant", "not the row's"),
+        ({"scale": "small"}, "small", "size"),
+        (
+            {"pretraining": {"recipe": "pretrain_moco_v3_small", "recipe_changes": [], "frames": 1_281_167}},
+            "variant",
+            "unchanged recipe",
+        ),
+        (
+            {"pretraining": {"recipe": "pretrain_moco_v3_resnet50", "recipe_changes": [], "frames": 1000}},
+            "variant",
+            "1000 frames",
+        ),
+    ],
+)
+def test_anything_less_says_so_in_its_name(changes, suffix, words):
+    origin = read_origin(trained("RN-IN-MC", **changes))
+    assert not origin.official
+    assert origin.repo_name == f"{ROW['RN-IN-MC'].model_id}-{suffix}"
+    assert words in " ".join(origin.shortcomings)
+
+
+def test_another_seed_or_precision_is_the_same_study():
+    assert read_origin(trained("RN-IN-SL", recipe_changes=["seed=1", 'training.precision="no"'])).official
+
+
+def test_untrained_weights_never_pass():
+    for record in (None, {}, {"model_id": ROW["RN-NA-NA"].model_id, "scale": "full"}):
+        origin = read_origin(record)
+        assert origin.kind == "untrained" and not origin.official and "untrained" in origin.repo_name
+
+
+def test_a_vit_that_started_at_random_with_another_rows_position_table_is_not_the_random_row():
+    record = trained("VT-NA-NA", row=ROW["VT-IN-MC"].model_id)
+    assert not read_origin(record).official
+    assert read_origin(trained("RN-NA-NA", row=ROW["RN-IN-MC"].model_id)).official  # the same network
+
+
+def test_a_small_model_is_named_by_its_own_encoder():
+    record = trained("RN-IN-SL", recipe="finetune_small", scale="small")
+    record["model_id"] = "tf_efficientnet_lite0_deeplabv3plus.supervised_imagenet1k"
+    origin = read_origin(record)
+    assert origin.repo_name == record["model_id"] and not origin.official
+    assert origin.entry is ROW["RN-IN-SL"]
+
+
+def test_a_model_of_the_other_dataset_is_named_by_it():
+    origin = read_origin(converted("VT-IN-MA", finetuned_on="CVC-ClinicDB"))
+    assert origin.repo_name == f"{ROW['VT-IN-MA'].model_id}-cvc_clinicdb" and not origin.official
+
+
+def test_a_trained_record_without_an_id_is_refused():
+    with pytest.raises(UsageError, match="model_id"):
+        read_origin({"recipe": "finetune"})
+
+
+@pytest.mark.parametrize("short_name", ROW)
+def test_noncommercial_weights_make_noncommercial_models(short_name):
+    licence = model_license(read_origin(trained(short_name)))
+    if "-nc" in ROW[short_name].license:
+        assert licence.identifier == "cc-by-nc-4.0" and licence.name is None
+    else:
+        assert licence.identifier == "other" and licence.name == f"{ROW[short_name].license}-and-kvasir-seg-terms"
+    assert not licence.commercial_use and licence.link.startswith("https://")
+    assert model_license(read_origin(converted(short_name))).identifier == "cc-by-nc-sa-4.0"
+
+
+def test_own_pretraining_does_not_inherit_the_published_files_licence():
+    own = {"recipe": "pretrain_moco_v3_resnet50", "recipe_changes": [], "frames": 99_417, "source": "hyperkvasir"}
+    licence = model_license(read_origin(trained("RN-HK-MC", pretraining=own)))
+    assert licence.identifier == "other" and licence.name == "apache-2.0-and-kvasir-seg-terms"
+
+
+def test_a_random_model_of_synthetic_frames_is_free():
+    licence = model_license(read_origin(trained("RN-NA-NA", finetuned_on="synthetic_a reference/train")))
+    assert (licence.identifier, licence.commercial_use) == ("apache-2.0", True)
