@@ -13,6 +13,7 @@ _HOMES = {
     "ZOO": "polypseg.zoo",
     "load_polyps": "polypseg.data",
     "evaluate_model": "polypseg.evaluation",
+    "load": "polypseg.hub",
 }
 __all__ = list(_HOMES)
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from polypseg import hub_commands
 from polypseg.errors import PolypSegError
 
 app = typer.Typer(
@@ -17,6 +18,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Find, fetch and check datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+for command in (hub_commands.convert, hub_commands.export, hub_commands.push, hub_commands.verify):
+    app.command()(command)
 
 
 def run_app(command: typer.Typer) -> None:
@@ -38,7 +41,7 @@ def run_script(function: Callable[..., Any]) -> None:
     run_app(script)
 
 
-def _print_whole(table: Any) -> None:
+def print_whole(table: Any) -> None:
     """Print a table without cutting any cell: names and addresses are there to be copied."""
     from rich.console import Console
 
@@ -63,7 +66,7 @@ def models() -> None:
         pretraining = (METHODS[entry.method], CORPORA[entry.corpus])
         weights = (upstream.license, upstream.location, upstream.license_source)
         table.add_row(entry.short_name, entry.model_id, *pretraining, *weights)
-    _print_whole(table)
+    print_whole(table)
 
 
 @data_app.command("list")
@@ -78,7 +81,7 @@ def list_datasets() -> None:
         built_in = spec.name.startswith("synthetic_")
         how = spec.url or spec.request or ("built in" if built_in else "your own files")
         table.add_row(spec.name, spec.title, str(spec.count or "any"), spec.license, how)
-    _print_whole(table)
+    print_whole(table)
 
 
 @data_app.command("get")

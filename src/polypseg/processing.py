@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
+from polypseg.artifacts import file_sha256
 from polypseg.errors import UsageError, first_line
 from polypseg.modeling import PolypSegConfig
 
@@ -65,7 +66,15 @@ def load_model(name_or_path: str, *, trust_remote_code: bool = False) -> tuple[A
             f"the weights in {name_or_path!r} are not those of its config.json: {len(unfit)} tensor(s) are missing or "
             f"of another shape, first {unfit[0]}"
         )
+    _remember_weights(model.config, Path(name_or_path) / SAFE_WEIGHTS_NAME)
     return model.eval(), processor
+
+
+def _remember_weights(config: Any, weights: Path) -> None:
+    """Results must say of which weights they are: the digest of a local file joins the record of its origin."""
+    record = getattr(config, "weights_origin", None)
+    if record and "sha256" not in record and weights.is_file():
+        config.weights_origin = record | {"sha256": file_sha256(weights)}
 
 
 def polyp_logits(logits: Tensor, config: Any) -> Tensor:

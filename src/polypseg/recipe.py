@@ -174,10 +174,15 @@ class Recipe(NamedRecipe):
 AnyRecipe = TypeVar("AnyRecipe", bound=RecipeSection)
 
 
+def bundled_folder(name: str) -> Path:
+    """A folder of hub_configs, which comes with the package: in the wheel, else in the checkout."""
+    packaged = Path(__file__).parent / "_hub_configs" / name
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "hub_configs" / name
+
+
 def recipe_folder() -> Path:
-    """The folder of the recipes that come with the package: in the wheel, else in the checkout."""
-    packaged = Path(__file__).parent / "_hub_configs" / "recipes"
-    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "hub_configs" / "recipes"
+    """The folder of the recipes that come with the package."""
+    return bundled_folder("recipes")
 
 
 def find_recipe(name_or_path: str | Path) -> Path:

@@ -225,7 +225,6 @@ def _run_job(job: Job, plan: StudyPlan, tests: Sequence[Test]) -> None:
     if not pending:
         return
     model, processor = load_model(str(run_dir / "best"))
-    model.config.weights_origin["sha256"] = _weights_digest(plan, job)
     for dataset, split, part in pending:
         evaluate_model(
             model,

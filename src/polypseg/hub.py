@@ -1,0 +1,246 @@
+"""Getting models: from a folder or the Hub, checked against their manifest, with errors that say what to do."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx2
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from polypseg import zoo
+from polypseg.errors import PolypSegError, UsageError, first_line
+from polypseg.manifest import MANIFEST, find_mismatches, list_files, read_manifest
+
+if TYPE_CHECKING:
+    from polypseg.segmentation import Segmenter
+
+ORGANISATION = "polypseg"
+"""Whose models a bare model id or short name means; ``POLYPSEG_ORGANISATION`` replaces it."""
+LOADED = ["*.json", "*.safetensors", MANIFEST]
+NOT_LOADED = ["*.fp16.safetensors", "results/*"]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What checking a model folder or repository found."""
+
+    folder: Path
+    revision: str | None
+    """Commit of a Hub repository; None for a folder."""
+    digests: dict[str, str]
+    """File name -> SHA-256 as the manifest says."""
+    problems: dict[str, str]
+    """File name -> what is wrong with it; empty when all is well."""
+
+
+def organisation() -> str:
+    """The Hub user or organisation whose models bare ids mean."""
+    return os.environ.get("POLYPSEG_ORGANISATION") or ORGANISATION
+
+
+def resolve_id(name: str) -> str:
+    """``RN-IN-MC`` or a bare model id -> the repository's id; anything with an owner stays. Raises UsageError."""
+    if "/" in name:
+        return name
+    names = {key: entry.model_id for entry in zoo.ZOO for key in (entry.model_id, entry.short_name)}
+    known = names.get(name)
+    if known is None and "." not in name:  # no id of the table's grammar: most likely a mistyped short name
+        zoo.get(name)
+    return f"{organisation()}/{known or name}"
+
+
+def load(
+    id_or_path: str | Path, *, revision: str | None = None, cache_dir: Path | None = None, token: str | None = None
+) -> "Segmenter":
+    """A model with its image processor, ready to segment, from a folder or the Hub.
+
+    ``id_or_path``: a model folder, a Hub id, a model id of the table or the paper's short name. ``revision``: tag,
+    branch or commit. Files are compared with the model's manifest; a damaged one is reported and fetched again. Works
+    from the cache without a network. Raises UsageError for a model, revision or right that is not there, PolypSegError
+    for what cannot be got or stays damaged.
+    """
+    from polypseg.processing import load_model
+    from polypseg.segmentation import Segmenter
+
+    folder = Path(id_or_path)
+    commit = None
+    if folder.is_dir():
+        if revision is not None:
+            raise UsageError(f"{folder} is a folder: a revision belongs to a Hub id")
+        _check_local(folder)
+    else:
+        folder = fetch(str(id_or_path), revision=revision, cache_dir=cache_dir, token=token)
+        commit = folder.name
+    model, processor = load_model(str(folder))
+    return Segmenter(model=model, processor=processor, name=str(id_or_path), revision=commit)
+
+
+def fetch(name: str, *, revision: str | None = None, cache_dir: Path | None = None, token: str | None = None) -> Path:
+    """Download what loading needs of a Hub model and return the checked folder; see ``load`` for the errors."""
+    return _fetch_checked(
+        resolve_id(name), revision=revision, cache_dir=cache_dir, token=token, allow=LOADED, ignore=NOT_LOADED
+    ).folder
+
+
+def verify(
+    id_or_path: str | Path, *, revision: str | None = None, cache_dir: Path | None = None, token: str | None = None
+) -> Verification:
+    """Compare every file of a model folder, or of a Hub repository after downloading it, with the manifest.
+
+    Raises UsageError and PolypSegError as ``load`` does, UsageError for a model without manifest. What is wrong with
+    files is returned, not raised; a damaged download has been fetched again once before.
+    """
+    folder = Path(id_or_path)
+    if folder.is_dir():
+        if not (folder / MANIFEST).is_file():
+            raise UsageError(f"{folder} has no {MANIFEST}: it was not written by `polypseg export`")
+        return _inspect(folder, revision=None)
+    found = _fetch_checked(
+        resolve_id(str(id_or_path)), revision=revision, cache_dir=cache_dir, token=token, allow=None, ignore=None
+    )
+    if not found.digests:
+        raise UsageError(f"{id_or_path} has no {MANIFEST}: it was not published by `polypseg push`")
+    return found
+
+
+def _check_local(folder: Path) -> None:
+    """A folder with a manifest must agree with it; one without (a run's best/) is taken as it is."""
+    if (folder / MANIFEST).is_file():
+        problems = find_mismatches(folder, read_manifest(folder / MANIFEST), only=set(_wanted(folder)))
+        damaged = [f"{name} ({what})" for name, what in problems.items() if what != "missing"]
+        if damaged:
+            raise PolypSegError(f"{folder}: {', '.join(damaged)} differ(s) from {MANIFEST}; export or get it again")
+
+
+def _wanted(folder: Path) -> list[str]:
+    from huggingface_hub.utils import filter_repo_objects
+
+    return list(filter_repo_objects(list_files(folder), allow_patterns=LOADED, ignore_patterns=NOT_LOADED))
+
+
+def _fetch_checked(
+    repo_id: str,
+    *,
+    revision: str | None,
+    cache_dir: Path | None,
+    token: str | None,
+    allow: list[str] | None,
+    ignore: list[str] | None,
+) -> Verification:
+    with hub_errors(repo_id, revision=revision):
+        folder = Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                allow_patterns=allow,
+                ignore_patterns=ignore,
+                tqdm_class=None,
+            )
+        )
+        if not (folder / MANIFEST).is_file():
+            _log.warning("%s has no %s: its files cannot be checked", repo_id, MANIFEST)
+            return Verification(folder=folder, revision=folder.name, digests={}, problems={})
+        found = _inspect(folder, revision=folder.name)
+        if found.problems:
+            found = _fetch_again(repo_id, found, cache_dir=cache_dir, token=token)
+    if found.problems and allow is not None:
+        bad = ", ".join(f"{name} ({what})" for name, what in found.problems.items())
+        raise PolypSegError(
+            f"{repo_id}: {bad} after a second download: the copy on the server does not match its {MANIFEST}; "
+            "tell the model's publisher"
+        )
+    return found
+
+
+def _fetch_again(repo_id: str, found: Verification, *, cache_dir: Path | None, token: str | None) -> Verification:
+    """Replace damaged cached files, of exactly the same commit."""
+    names = sorted(found.problems)
+    _log.warning("%s: %s damaged in the cache or on the way; fetching again", repo_id, ", ".join(names))
+    try:
+        snapshot_download(
+            repo_id,
+            revision=found.revision,
+            cache_dir=cache_dir,
+            token=token,
+            allow_patterns=[*names, MANIFEST],
+            force_download=True,
+        )
+    except (OSError, ValueError) as error:
+        # No network, offline mode, or a cache that may not be written.
+        raise PolypSegError(
+            f"{', '.join(names)} of {repo_id} is damaged in the cache ({found.folder}) and cannot be fetched again: "
+            f"{first_line(error)}"
+        ) from error
+    return _inspect(found.folder, revision=found.revision)
+
+
+def _inspect(folder: Path, *, revision: str | None) -> Verification:
+    """Compare the files that are there; for a download, what it left out is not missing."""
+    try:
+        digests = read_manifest(folder / MANIFEST)
+    except PolypSegError:
+        return Verification(folder=folder, revision=revision, digests={}, problems={MANIFEST: "damaged"})
+    present = None if revision is None else set(list_files(folder))
+    problems = find_mismatches(folder, digests, only=present)
+    unlisted = {name: "not in the manifest" for name in list_files(folder) if name not in digests}
+    return Verification(folder=folder, revision=revision, digests=digests, problems=problems | unlisted)
+
+
+@contextmanager
+def hub_errors(repo_id: str, *, revision: str | None = None) -> Iterator[None]:
+    """Turn the Hub client's errors into one line that says what is wrong and what to do."""
+    at = f" at revision {revision!r}" if revision else ""
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    try:
+        yield
+    except GatedRepoError as error:
+        raise UsageError(f"{repo_id} is gated: ask for access on its page, then {login}") from error
+    except RepositoryNotFoundError as error:
+        raise UsageError(f"{repo_id} does not exist, or is private: check the id, or {login}") from error
+    except RevisionNotFoundError as error:
+        raise UsageError(f"{repo_id} has no revision {revision!r}: give a tag, branch or commit of it") from error
+    except HFValidationError as error:
+        raise UsageError(f"{repo_id!r} is neither a folder nor a Hub id (owner/name): {first_line(error)}") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise PolypSegError(
+            f"{repo_id}{at} is not in the cache and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set): "
+            "connect once, or copy the model folder here and give its path"
+        ) from error
+    except PermissionError as error:
+        raise PolypSegError(
+            f"cannot write the download of {repo_id} to {error.filename}: set HF_HOME to a folder that you may write to"
+        ) from error
+    except EntryNotFoundError as error:
+        raise PolypSegError(f"{repo_id}{at} lacks a file that it should have: {first_line(error)}") from error
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        advice = {401: f"the token is not valid: {login}", 403: "the token may not do this: use one with write access"}
+        raise PolypSegError(f"{repo_id}{at}: {advice.get(status or 0, first_line(error))}") from error
+    except (httpx2.HTTPError, ConnectionError) as error:
+        raise PolypSegError(f"{repo_id}{at}: the Hub cannot be reached ({first_line(error)}): try again") from error
+    except OSError as error:  # a full disk, a cache that is not a folder
+        raise PolypSegError(f"{repo_id}{at}: {first_line(error)}") from error
+    except RuntimeError as error:  # hf-xet's own errors have no other type
+        raise PolypSegError(f"{repo_id}{at}: the transfer failed ({first_line(error)}): try again") from error
+
+
+def hub_api(*, token: str | None = None) -> HfApi:
+    """The client; the token comes from the standard places unless given."""
+    return HfApi(token=token, library_name="polypseg")

@@ -1,0 +1,125 @@
+"""Commands between a weights file and the Hub: convert, export, push, verify."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+if TYPE_CHECKING:
+    from polypseg.publish import PublishPlan
+
+
+def convert(
+    file: Annotated[
+        Path, Argument(help="Published weights: MoCo v3, Barlow Twins, MAE, AugReg, torchvision, SSL4GIE.")
+    ],
+    output: Annotated[Path | None, Option("--output", help="Folder to write: an encoder, or a whole model.")] = None,
+    model: Annotated[str | None, Option(help="Row that the file is of, where its name does not say.")] = None,
+    inspect: Annotated[bool, Option("--inspect", help="Only say what the file is.")] = False,
+) -> None:
+    """Turn a published checkpoint into this package's format, proven by its outputs before anything is written."""
+    from polypseg.conversion import convert_file, inspect_file
+    from polypseg.errors import UsageError
+
+    if inspect:
+        print("\n".join(inspect_file(file).lines()))
+        return
+    if output is None:
+        raise UsageError("say where to write with --output, or only --inspect the file")
+    written = convert_file(file, output, model=model)
+    print(f"{written} is written; its outputs equal those of {file.name}")
+
+
+def export(
+    model: Annotated[Path, Argument(help="Model folder, such as runs/rn-in-sl/best or a converted one.")],
+    output: Annotated[Path, Option(help="Folder to write; the name on the Hub comes from the weights' origin.")],
+    results: Annotated[
+        Path | None, Option(help="Results folder of evaluate.py; those of these weights go along.")
+    ] = None,
+    organisation: Annotated[str | None, Option(help="Owner named in the card's usage examples.")] = None,
+) -> None:
+    """Write the folder that is published: weights, processor, code or native DPT, card, results, checksums."""
+    from polypseg.export import export_model
+
+    done = export_model(model, output, results=results, organisation=organisation)
+    print(f"{done.folder}: {done.origin.repo_name}; logits equal the source's to {done.largest_difference:.1g}")
+    print(f"results taken along: {', '.join(done.results) or 'none'}")
+    for reason in done.left_out:
+        print(f"left out: {reason}")
+    if done.origin.shortcomings:
+        print(f"not one of the twelve: {'; '.join(done.origin.shortcomings)}")
+
+
+def push(
+    folders: Annotated[list[Path] | None, Argument(help="Exported model folders.")] = None,
+    all_in: Annotated[Path | None, Option("--all", help="Push every exported folder in this one.")] = None,
+    organisation: Annotated[str | None, Option(help="Hub user or organisation; default: the token's user.")] = None,
+    private: Annotated[bool, Option("--private", help="Create repositories and collection as private.")] = False,
+    tag: Annotated[str | None, Option(help="Version tag; default: the package's version.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Check everything and print the plan, send nothing.")] = False,
+    collection: Annotated[bool, Option(help="Put the models of the table into the owner's collection.")] = True,
+) -> None:
+    """Publish exported models: checked first, one commit each, tagged, collected, fetched back and compared."""
+    from polypseg.publish import exported_folders, plan_push, update_collection
+    from polypseg.publish import push as carry_out
+
+    plans = [
+        plan_push(folder, organisation=organisation, private=private, tag=tag)
+        for folder in exported_folders(folders or [], everything_in=all_in)
+    ]
+    _print_plans(plans)
+    if dry_run:
+        print("dry run: nothing was sent")
+        return
+    for plan in plans:
+        done = carry_out(plan)
+        what = "published" if done.new_commit else "already there"
+        size = f"{done.verified_files} files, {done.verified_bytes / 1e6:.1f} MB"
+        print(f"{done.repo_id}: {what}, commit {done.commit[:12]}, tag {done.tag}; fetched back and equal: {size}")
+        sys.stdout.flush()
+    official = [plan.repo_id for plan in plans if plan.origin.official]
+    if collection and official:
+        slug = update_collection(official, owner=official[0].split("/")[0], private=private)
+        print(f"collection {slug}: {len(official)} of the table's models are in it")
+
+
+def _print_plans(plans: "list[PublishPlan]") -> None:
+    from rich.table import Table
+
+    from polypseg.cli import print_whole
+
+    table = Table("repository", "state", "licence", "tag", "to upload", "to delete", "official", title="Publish plan")
+    for plan in plans:
+        state = ("changes" if plan.changes_anything else "unchanged") if plan.exists else "new"
+        upload = f"{len(plan.uploads)} files, {plan.upload_bytes / 1e6:.1f} MB"
+        official = "yes" if plan.origin.official else f"no: {plan.origin.shortcomings[0]}"
+        table.add_row(
+            plan.repo_id + (" (private)" if plan.private else ""),
+            state,
+            plan.license,
+            plan.tag,
+            upload,
+            ", ".join(plan.deletions) or "-",
+            official,
+        )
+    print_whole(table)
+
+
+def verify(
+    model: Annotated[str, Argument(help="Model folder, Hub id, or id of the table.")],
+    revision: Annotated[str | None, Option(help="Tag, branch or commit.")] = None,
+) -> None:
+    """Compare every file of a model with its checksums; a Hub model is downloaded whole."""
+    from polypseg.errors import PolypSegError
+    from polypseg.hub import verify as check
+
+    found = check(model, revision=revision)
+    for name in sorted({*found.digests, *found.problems}):
+        print(f"{found.problems.get(name, 'ok'):<22} {name}")
+    at = f" at commit {found.revision}" if found.revision else ""
+    if found.problems:
+        raise PolypSegError(
+            f"{model}{at}: {len(found.problems)} file(s) differ from the checksums; get the model again"
+        )
+    print(f"{model}{at}: all {len(found.digests)} files are right")

@@ -1,0 +1,60 @@
+"""``SHA256SUMS``: what every file of a model folder must be, checked after each download.
+
+Neither HTTP nor Xet downloads compare a checksum: a flipped byte of the same size would be cached and used. The format
+is that of ``sha256sum``, so that ``sha256sum -c SHA256SUMS`` checks a folder without this package.
+"""
+
+import re
+from pathlib import Path
+
+from polypseg.artifacts import file_sha256, write_text
+from polypseg.errors import PolypSegError
+
+MANIFEST = "SHA256SUMS"
+NOT_LISTED = (MANIFEST, ".gitattributes")
+"""The manifest itself, and the file that the Hub writes."""
+_LINE = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *](?P<name>.+)")
+
+
+def list_files(folder: Path) -> list[str]:
+    """Names, relative and with /, of all files of a model folder that a manifest lists, sorted."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    names = (path.relative_to(folder).as_posix() for path in paths)
+    hidden = re.compile(r"(^|/)\.(cache|git)/")
+    return sorted(name for name in names if name not in NOT_LISTED and not hidden.search(name))
+
+
+def write_manifest(folder: Path) -> Path:
+    """Write the manifest of everything in ``folder`` and return its path."""
+    lines = [f"{file_sha256(folder / name)}  {name}\n" for name in list_files(folder)]
+    return write_text(folder / MANIFEST, "".join(lines))
+
+
+def read_manifest(path: Path) -> dict[str, str]:
+    """File name -> SHA-256. Raises PolypSegError for a missing or damaged manifest."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PolypSegError(f"cannot read {path}: {error}") from error
+    matches = [_LINE.fullmatch(line) for line in lines]
+    if not lines or not all(matches):
+        raise PolypSegError(f"{path} is damaged: it is not a list of SHA-256 sums. Get the model again")
+    return {match["name"]: match["digest"] for match in matches if match}
+
+
+def find_mismatches(folder: Path, manifest: dict[str, str], *, only: set[str] | None = None) -> dict[str, str]:
+    """Name -> what is wrong: ``missing``, or ``damaged`` where the content is not what the manifest says.
+
+    ``only`` limits the check to some of the files. Names that leave the folder are wrong whatever they hold.
+    """
+    problems = {}
+    for name, digest in manifest.items():
+        if only is not None and name not in only:
+            continue
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            problems[name] = "outside the folder"
+        elif not (folder / name).is_file():
+            problems[name] = "missing"
+        elif file_sha256(folder / name) != digest:
+            problems[name] = "damaged"
+    return problems
