@@ -7,9 +7,6 @@ the frame. Importing polypseg is made impossible first.
 """
 
 import sys
-
-sys.modules["polypseg"] = None  # type: ignore[assignment]
-
 import time
 
 import numpy as np
@@ -20,6 +17,7 @@ from transformers import AutoModelForSemanticSegmentation, pipeline
 
 def main() -> None:
     """Load by id, compute, segment."""
+    sys.modules["polypseg"] = None  # type: ignore[assignment]
     repo, revision, trust, inputs, outputs = sys.argv[1:]
     options = {"revision": revision, "trust_remote_code": trust == "trust"}
     data = np.load(inputs)
