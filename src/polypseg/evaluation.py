@@ -4,11 +4,11 @@ Per image first: logits are resized to the mask (bilinear, no antialias) and thr
 then means over images, with bootstrap intervals. The result keeps every image's counts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from polypseg.errors import UsageError
 from polypseg.metrics import METRICS, Scores, mean_with_interval, pixel_counts, score
 from polypseg.processing import polyp_logits
 
+FrameChange: TypeAlias = Callable[[Image.Image, str], Image.Image]
+"""An RGB frame and its id -> the frame that the model sees, of the same size."""
 INTERVAL = "95 % percentile bootstrap over images, 5000 resamples, seed 0"
 
 
@@ -110,10 +112,12 @@ def evaluate_model(
     batch_size: int = 8,
     convention: str = "standard",
     device: torch.device | str = "cpu",
+    change: FrameChange | None = None,
 ) -> EvaluationResult:
     """Evaluate any semantic segmentation model on one part of a split; ``limit`` takes only the first images of it.
 
-    Raises UsageError for an unknown part or convention, PolypSegError for a broken image or mask.
+    ``change`` alters each frame (not its mask) before the model sees it. Raises UsageError for an unknown part or
+    convention, PolypSegError for a broken image or mask.
     """
     parts = dataset.split(split)
     if part not in parts:
@@ -127,7 +131,7 @@ def evaluate_model(
     with tqdm(
         total=len(ids), desc=f"evaluating on {dataset.spec.title}", unit="image", leave=False, disable=None
     ) as progress:
-        for pixel_values, masks in _batches(dataset, processor, ids, batch_size=batch_size):
+        for pixel_values, masks in _batches(dataset, processor, ids, batch_size=batch_size, change=change):
             logits = model(pixel_values=pixel_values.to(device)).logits
             for z, mask in zip(polyp_logits(logits.float(), model.config).cpu(), masks, strict=True):
                 counts.append(pixel_counts(predicted_mask(z, mask.shape), mask.astype(bool)))
@@ -163,13 +167,16 @@ def predicted_mask(logits: Tensor, size: tuple[int, ...]) -> NDArray[np.bool_]:
 
 
 def _batches(
-    dataset: PolypDataset, processor: Any, ids: Sequence[str], *, batch_size: int
+    dataset: PolypDataset, processor: Any, ids: Sequence[str], *, batch_size: int, change: FrameChange | None
 ) -> Iterator[tuple[Tensor, list[NDArray[np.uint8]]]]:
     """Prepared batches (B, 3, h, w) with their masks; the next one is decoded while the model works."""
 
     def prepare(chunk: Sequence[str]) -> tuple[Tensor, list[NDArray[np.uint8]]]:
         pairs = [dataset.pair(dataset.by_id[record_id]) for record_id in chunk]
-        inputs = processor(images=[frame for frame, _ in pairs], return_tensors="pt")
+        frames = [frame for frame, _ in pairs]
+        if change is not None:
+            frames = [change(frame, record_id) for frame, record_id in zip(frames, chunk, strict=True)]
+        inputs = processor(images=frames, return_tensors="pt")
         return inputs["pixel_values"], [mask for _, mask in pairs]
 
     chunks = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]
