@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # Waiting threads sleep rather than spin: two processes on few cores would otherwise stall each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check fast-test format hub-configs clean
+.PHONY: demo test check fast-test format hub hub-configs cards clean
 
 demo: $(INSTALLED)  ## all twelve rows at smoke scale on synthetic frames
 	@echo "== Training and testing the twelve rows at smoke scale on synthetic frames (results in runs/demo)"
@@ -29,6 +29,13 @@ fast-test: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+hub: demo  ## the demo's models on a Hub of this machine, to try publishing and loading; Ctrl-C ends it
+	@echo "== Publishing the demo's models to a Hub on this machine (data in runs/hub)"
+	$(BIN)/python tests/hub_demo.py
+
+cards: $(INSTALLED)  ## render model_cards from the table and the results
+	$(BIN)/python training_scripts/render_cards.py
 
 hub-configs: $(INSTALLED)  ## render hub_configs/models from the table
 	$(BIN)/python training_scripts/render_hub_configs.py

@@ -1,0 +1,229 @@
+"""The folder that is published: complete, loadable without this package, and equal to its source."""
+
+import base64
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import nn
+
+from polypseg import export as export_module
+from polypseg.artifacts import file_sha256
+from polypseg.errors import PolypSegError, UsageError
+from polypseg.export import FP16_WEIGHTS, export_model, half
+from polypseg.manifest import MANIFEST, find_mismatches, list_files, read_manifest
+from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
+from polypseg.processing import build_image_processor, load_model
+
+FIELDS = {
+    "cnn": {"encoder": "resnet10t"},
+    "vit": {"encoder": "vit_tiny_patch16_224", "decoder": "dpt", "position_embedding": "sincos_mae"},
+}
+SIDE = 224
+ORIGIN = {
+    "model_id": "small.random",
+    "encoder_initialisation": "random",
+    "scale": "small",
+    "recipe": "smoke",
+    "finetuned_on": "synthetic_a reference/train",
+    "n": 8,
+    "finished": True,
+}
+
+
+def randomise(model: nn.Module) -> None:
+    """Random BatchNorm statistics, so that no buffer can hide."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+
+
+@pytest.fixture(scope="module", params=FIELDS)
+def source(request, tmp_path_factory) -> Path:
+    """A model folder as fine-tuning leaves it."""
+    folder = tmp_path_factory.mktemp(request.param) / "best"
+    torch.manual_seed(0)
+    options = {"decoder_channels": 32, "image_size": SIDE, "weights_origin": ORIGIN}
+    model = PolypSegForSemanticSegmentation(PolypSegConfig(**FIELDS[request.param], **options))
+    randomise(model)
+    model.save_pretrained(folder)
+    build_image_processor(model.config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(source, tmp_path_factory) -> Path:
+    return export_model(source, tmp_path_factory.mktemp("exported") / "model", organisation="someone").folder
+
+
+PLAIN = """
+import sys
+sys.modules["polypseg"] = None
+import json
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForSemanticSegmentation, pipeline
+folder, frame = sys.argv[1], Image.open(sys.argv[2])
+torch.manual_seed(0)
+images = torch.randn(2, 3, 224, 224)
+out = {}
+for name, options in {"fp32": {}, "fp16": {"variant": "fp16", "dtype": torch.float16}}.items():
+    model = AutoModelForSemanticSegmentation.from_pretrained(folder, trust_remote_code=True, **options).float().eval()
+    with torch.inference_mode():
+        out[name] = model(images).logits.numpy()
+segment = pipeline("image-segmentation", model=folder, trust_remote_code=True)
+masks = {answer["label"]: np.asarray(answer["mask"]) > 0 for answer in segment(frame)}
+out["polyp"] = masks.get("polyp", np.zeros(0))
+out["background"] = masks.get("background", np.zeros(0))
+sys.path.insert(0, folder)
+from handler import EndpointHandler
+answers = EndpointHandler(folder)({"inputs": open(sys.argv[2], "rb").read()})
+out["handler"] = json.dumps(answers)
+np.savez(sys.argv[3], **out)
+"""
+
+
+@pytest.mark.slow
+def test_exported_folder_works_where_polypseg_cannot_be_imported(source, exported, tmp_path):
+    frame = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 130, 3), dtype=np.uint8))
+    frame.save(tmp_path / "frame.png")
+    command = [sys.executable, "-c", PLAIN, str(exported), str(tmp_path / "frame.png"), str(tmp_path / "out.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    model, processor = load_model(str(source))
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        expected = model(torch.randn(2, 3, 224, 224)).logits.numpy()
+        logits = model(**processor(images=[frame], return_tensors="pt")).logits
+    resized = torch.nn.functional.interpolate(logits, size=(90, 130), mode="bilinear", align_corners=False)[0]
+    right = (resized[1] > resized[0]).numpy()
+    with np.load(tmp_path / "out.npz") as found:
+        np.testing.assert_allclose(found["fp32"], expected, atol=1e-5)  # observed: 0 to 2e-6
+        np.testing.assert_allclose(found["fp16"], expected, atol=2e-2 * max(1, np.abs(expected).max()))
+        masks = {"polyp": found["polyp"], "background": found["background"]}
+        answers = {answer["label"]: answer for answer in json.loads(str(found["handler"]))}
+    assert 0.001 < right.mean() < 0.999 or masks["background"].size  # the random model marks something or nothing
+    for label, mask in {"polyp": right, "background": ~right}.items():
+        assert (masks[label] != mask).mean() < 1e-3 if mask.any() else masks[label].size == 0
+        picture = Image.open(io.BytesIO(base64.b64decode(answers[label]["mask"])))
+        assert (np.asarray(picture).astype(bool) != mask).mean() < 1e-3
+        assert (answers[label]["score"] is None) == (not mask.any())
+
+
+def test_exported_folder_is_complete_and_agrees_with_its_manifest(exported):
+    files = set(list_files(exported))
+    assert {
+        "README.md",
+        "config.json",
+        "handler.py",
+        "model.fp16.safetensors",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "requirements.txt",
+    } <= files
+    manifest = read_manifest(exported / MANIFEST)
+    assert set(manifest) == files and find_mismatches(exported, manifest) == {}
+    config = json.loads((exported / "config.json").read_text())
+    native = config["model_type"] == "dpt"
+    assert native == ("modeling_polypseg.py" not in files) == ("auto_map" not in config)
+    assert config["id2label"] == {"0": "background", "1": "polyp"}
+    assert config["weights_origin"]["model_id"] == "small.random"
+
+
+def test_half_precision_file_holds_the_same_tensors_in_half_the_bytes(exported):
+    full = safetensors.torch.load_file(exported / "model.safetensors")
+    small = safetensors.torch.load_file(exported / FP16_WEIGHTS)
+    assert full.keys() == small.keys()
+    for key, value in full.items():
+        assert small[key].dtype == (torch.float16 if value.is_floating_point() else value.dtype)
+        torch.testing.assert_close(small[key].float(), value.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_half_refuses_values_that_it_cannot_hold():
+    layer = nn.Linear(1, 1)
+    nn.init.constant_(layer.weight, 1e6)
+    with pytest.raises(PolypSegError, match="float16"):
+        half(layer)
+
+
+def test_an_exported_folder_can_be_exported_again(source, exported, tmp_path):
+    again = export_model(exported, tmp_path / "again", organisation="someone")
+    first = safetensors.torch.load_file(exported / "model.safetensors")
+    second = safetensors.torch.load_file(again.folder / "model.safetensors")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert again.origin.record["sha256"] == file_sha256(source / "model.safetensors")
+
+
+def result(sha256: str | None) -> dict[str, object]:
+    """A result as evaluation writes it, shortened."""
+    scores = {name: {"mean": 0.5, "low": 0.4, "high": 0.6} for name in ("dice", "iou", "precision", "recall")}
+    return {
+        "model_id": "small.random",
+        "weights_origin": ORIGIN | ({"sha256": sha256} if sha256 else {}),
+        "dataset": {
+            "name": "synthetic_a",
+            "title": "synthetic frames, camera A",
+            "split": "reference",
+            "part": "test",
+            "content_id": "0123",
+            "synthetic": True,
+        },
+        "n": 2,
+        "convention": "standard",
+        "interval": "95 % percentile bootstrap over images, 5000 resamples, seed 0",
+        "metrics": scores,
+        "images": [
+            {"id": str(i), "dice": 0.5, "iou": 0.5, "precision": 0.5, "recall": 0.5, "intersection": 1, "predicted": 2}
+            | {"true": 2}
+            for i in range(2)
+        ],
+        "environment": {"created": "2026-01-01T00:00:00+00:00", "versions": {}},
+    }
+
+
+def test_only_results_of_these_very_weights_go_along(source, tmp_path):
+    folder = tmp_path / "results" / "small.random"
+    folder.mkdir(parents=True)
+    for name, sha256 in {"mine": file_sha256(source / "model.safetensors"), "other": "ab" * 32, "unsaid": None}.items():
+        (folder / f"{name}.json").write_text(json.dumps(result(sha256)))
+    done = export_model(source, tmp_path / "out", results=tmp_path / "results", organisation="someone")
+    assert done.results == ("mine.json",)
+    assert [reason.split(":")[0] for reason in done.left_out] == ["other.json", "unsaid.json"]
+    assert sorted(p.name for p in (tmp_path / "out" / "results").iterdir()) == ["mine.json"]
+
+
+def test_a_copy_with_other_outputs_is_not_kept(source, tmp_path, monkeypatch):
+    write_weights = export_module.write_weights
+
+    def damaged(model, folder):
+        write_weights(model, folder)
+        state = safetensors.torch.load_file(folder / "model.safetensors")
+        key = next(k for k in state if state[k].ndim == 4)
+        state[key] = state[key] * 1.5
+        safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(export_module, "write_weights", damaged)
+    with pytest.raises(PolypSegError, match="nothing is kept"):
+        export_model(source, tmp_path / "out", organisation="someone")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_model_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="no model folder"):
+        export_model(tmp_path, tmp_path / "out")
+
+
+def test_saving_a_run_after_an_export_brings_no_code_along(exported, tmp_path):
+    model = PolypSegForSemanticSegmentation(PolypSegConfig(encoder="resnet10t", decoder_channels=8))
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
