@@ -55,9 +55,18 @@ def source(request, tmp_path_factory) -> Path:
     options = {"decoder_channels": 32, "image_size": SIDE, "weights_origin": ORIGIN}
     model = PolypSegForSemanticSegmentation(PolypSegConfig(**FIELDS[request.param], **options))
     randomise(model)
+    head = [module for module in model.decoder.modules() if isinstance(module, nn.Conv2d)][-1]
+    with torch.inference_mode():
+        head.bias -= model.eval()(torch.randn(1, 3, SIDE, SIDE)).logits[:, 1].median()  # marks about half of a frame
     model.save_pretrained(folder)
     build_image_processor(model.config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def without_card(monkeypatch):
+    """For tests that are not about the card: its pictures cost forward passes."""
+    monkeypatch.setattr(export_module, "_write_card", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +121,12 @@ def test_exported_folder_works_where_polypseg_cannot_be_imported(source, exporte
         np.testing.assert_allclose(found["fp16"], expected, atol=2e-2 * max(1, np.abs(expected).max()))
         masks = {"polyp": found["polyp"], "background": found["background"]}
         answers = {answer["label"]: answer for answer in json.loads(str(found["handler"]))}
-    assert 0.001 < right.mean() < 0.999 or masks["background"].size  # the random model marks something or nothing
+    assert 0.01 < right.mean() < 0.99
     for label, mask in {"polyp": right, "background": ~right}.items():
-        assert (masks[label] != mask).mean() < 1e-3 if mask.any() else masks[label].size == 0
+        assert (masks[label] != mask).mean() < 1e-3
         picture = Image.open(io.BytesIO(base64.b64decode(answers[label]["mask"])))
         assert (np.asarray(picture).astype(bool) != mask).mean() < 1e-3
-        assert (answers[label]["score"] is None) == (not mask.any())
+        assert 0.5 <= answers[label]["score"] <= 1
 
 
 def test_exported_folder_is_complete_and_agrees_with_its_manifest(exported):
@@ -156,7 +165,7 @@ def test_half_refuses_values_that_it_cannot_hold():
         half(layer)
 
 
-def test_an_exported_folder_can_be_exported_again(source, exported, tmp_path):
+def test_an_exported_folder_can_be_exported_again(source, exported, tmp_path, without_card):
     again = export_model(exported, tmp_path / "again", organisation="someone")
     first = safetensors.torch.load_file(exported / "model.safetensors")
     second = safetensors.torch.load_file(again.folder / "model.safetensors")
@@ -191,7 +200,7 @@ def result(sha256: str | None) -> dict[str, object]:
     }
 
 
-def test_only_results_of_these_very_weights_go_along(source, tmp_path):
+def test_only_results_of_these_very_weights_go_along(source, tmp_path, without_card):
     folder = tmp_path / "results" / "small.random"
     folder.mkdir(parents=True)
     for name, sha256 in {"mine": file_sha256(source / "model.safetensors"), "other": "ab" * 32, "unsaid": None}.items():
@@ -202,7 +211,7 @@ def test_only_results_of_these_very_weights_go_along(source, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out" / "results").iterdir()) == ["mine.json"]
 
 
-def test_a_copy_with_other_outputs_is_not_kept(source, tmp_path, monkeypatch):
+def test_a_copy_with_other_outputs_is_not_kept(source, tmp_path, monkeypatch, without_card):
     write_weights = export_module.write_weights
 
     def damaged(model, folder):

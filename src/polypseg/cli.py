@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from polypseg import hub_commands
+from polypseg import hub_commands, use_commands
 from polypseg.errors import PolypSegError
 
 app = typer.Typer(
@@ -18,7 +18,17 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Find, fetch and check datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-for command in (hub_commands.convert, hub_commands.export, hub_commands.push, hub_commands.verify):
+for command in (
+    hub_commands.convert,
+    hub_commands.export,
+    hub_commands.push,
+    hub_commands.verify,
+    use_commands.models,
+    use_commands.segment,
+    use_commands.demo_app,
+    use_commands.export_space,
+    use_commands.robustness,
+):
     app.command()(command)
 
 
@@ -50,23 +60,6 @@ def print_whole(table: Any) -> None:
     console = Console()
     console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
     console.print(table, soft_wrap=True)
-
-
-@app.command()
-def models() -> None:
-    """List the twelve models: id, weights' licence, where the pretraining weights come from."""
-    from rich.table import Table
-
-    from polypseg.zoo import CORPORA, METHODS, ZOO
-
-    headings = ("short", "model id", "pretraining", "corpus", "licence", "weights", "licence stated at")
-    table = Table(*headings, title="The twelve models")
-    for entry in ZOO:
-        upstream = entry.upstream
-        pretraining = (METHODS[entry.method], CORPORA[entry.corpus])
-        weights = (upstream.license, upstream.location, upstream.license_source)
-        table.add_row(entry.short_name, entry.model_id, *pretraining, *weights)
-    print_whole(table)
 
 
 @data_app.command("list")

@@ -68,7 +68,7 @@ def export_model(source: Path, output: Path, *, results: Path | None = None, org
             shutil.copyfile(bundled_folder("hub_folder") / name, temporary / name)
         taken, left_out = _copy_results(results, origin, temporary / RESULTS)
         difference = largest_difference(model, temporary)
-        _write_card(temporary, origin=origin, organisation=organisation)
+        _write_card(temporary, name=origin.repo_name, run_dir=source.parent, organisation=organisation)
         write_manifest(temporary)
     return Export(folder=output, origin=origin, results=taken, left_out=left_out, largest_difference=difference)
 
@@ -153,5 +153,12 @@ def _copy_results(results: Path | None, origin: Origin, folder: Path) -> tuple[t
     return tuple(taken), tuple(left_out)
 
 
-def _write_card(folder: Path, *, origin: Origin, organisation: str | None) -> None:
-    raise NotImplementedError
+def _write_card(folder: Path, *, name: str, run_dir: Path, organisation: str | None) -> None:
+    """Pictures, then the card that shows them, from the files that the folder already holds."""
+    from polypseg.card_pictures import write_card_pictures
+    from polypseg.cards import collect_facts, render_card
+
+    model, processor = load_model(str(folder))
+    results = [read_json(path) for path in sorted((folder / RESULTS).glob("*.json"))]
+    write_card_pictures(model, processor, folder, name=name, results=results)
+    render_card(collect_facts(folder, organisation=organisation, run_dir=run_dir)).save(folder / "README.md")

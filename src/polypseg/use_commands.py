@@ -1,0 +1,140 @@
+"""Commands that use models: segment files, look at them in a browser, measure their robustness."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+TESTS = {
+    "Kvasir-SEG test, mDice": "kvasir_seg.reference.test.json",
+    "CVC-ClinicDB, mDice": "cvc_clinicdb.full.full.json",
+}
+"""Columns of the table of models -> result file."""
+ModelOption = Annotated[str, Option("--model", help="Model folder, Hub id, or id of the table.")]
+
+
+def models(
+    results: Annotated[Path, Option(help="Folder of evaluation results.")] = Path("model_cards/results"),
+) -> None:
+    """List the twelve models: id, licence, results where there are any, where the pretraining weights come from."""
+    from rich.table import Table
+
+    from polypseg.cli import print_whole
+    from polypseg.zoo import CORPORA, METHODS, ZOO
+
+    columns = TESTS if results.is_dir() else {}
+    headings = ("short", "model id", "pretraining", "corpus", "licence", *columns, "weights", "licence stated at")
+    table = Table(*headings, title="The twelve models")
+    for entry in ZOO:
+        upstream = entry.upstream
+        scores = [_score(results / entry.model_id / name) for name in columns.values()]
+        names = (entry.short_name, entry.model_id, METHODS[entry.method], CORPORA[entry.corpus])
+        table.add_row(*names, upstream.license, *scores, upstream.location, upstream.license_source)
+    print_whole(table)
+    if not columns:
+        print(f"no results here ({results} is no folder): name one with --results")
+    others = sorted({path.parent.name for path in results.glob("*/*.json")} - {entry.model_id for entry in ZOO})
+    if others:
+        more = Table("model id", *columns, title="Other models with results")
+        for name in others:
+            more.add_row(name, *(_score(results / name / file) for file in columns.values()))
+        print_whole(more)
+
+
+def _score(path: Path) -> str:
+    """Mean Dice with its interval and n, as a result file says."""
+    from polypseg.artifacts import read_json
+
+    if not path.is_file():
+        return "not evaluated"
+    content = read_json(path)
+    dice = content["metrics"]["dice"]
+    interval = "" if dice["low"] is None else f" [{dice['low']:.3f}, {dice['high']:.3f}]"
+    return f"{dice['mean']:.3f}{interval}, n = {content['n']}"
+
+
+def segment(
+    inputs: Annotated[list[str], Argument(help="Images, folders, globs or videos.")],
+    model: ModelOption,
+    output: Annotated[Path, Option("--out", "--output", help="Folder of the results; a second call completes it.")],
+    revision: Annotated[str | None, Option(help="Tag, branch or commit of a Hub model.")] = None,
+    threshold: Annotated[float, Option(help="A pixel is polyp where its probability exceeds this.")] = 0.5,
+    min_area: Annotated[int, Option(help="Pixels that a lesion of the table has at least.")] = 64,
+    every: Annotated[int, Option(min=1, help="Take every N-th frame of a video.")] = 1,
+    save_probability: Annotated[bool, Option("--save-probability", help="Keep the probability maps too.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Start again in a folder of other settings.")] = False,
+) -> None:
+    """Segment images and videos: masks, overlays, tables of area, boxes and scores. For research only."""
+    from polypseg.hub import load
+    from polypseg.segment_files import segment_files
+
+    report = segment_files(
+        load(model, revision=revision),
+        inputs,
+        output,
+        threshold=threshold,
+        min_area=min_area,
+        every=every,
+        save_probability=save_probability,
+        overwrite=overwrite,
+    )
+    print("\n".join(report.lines()))
+
+
+def demo_app(
+    models: Annotated[list[str], Option("--model", help="Model folder, Hub id, or id of the table; repeat for more.")],
+    host: Annotated[str, Option(help="Address to serve at.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="Port to serve at.")] = 7860,
+    open_browser: Annotated[bool, Option(help="Open the app in the browser.")] = True,
+) -> None:
+    """Run the app on this machine: choose a model, drop a frame, compare two models. Ctrl-C ends it."""
+    from polypseg.space import describe_model, run_demo_app
+
+    run_demo_app([describe_model(name) for name in models], host=host, port=port, open_browser=open_browser)
+
+
+def export_space(
+    output: Annotated[Path, Option(help="Folder to write.")],
+    models: Annotated[list[str], Option("--model", help="Model folder or Hub id; repeat for more.")],
+    title: Annotated[str, Option(help="Title of the Space, at most 60 characters.")] = "Polyp segmentation",
+) -> None:
+    """Write the app as a Hugging Face Space that needs no polypseg."""
+    from polypseg.space import describe_model
+    from polypseg.space import export_space as write
+
+    folder = write(output, models=[describe_model(name) for name in models], title=title)
+    print(f"{folder}: upload it with `hf upload OWNER/NAME {folder} --repo-type space`")
+
+
+def robustness(
+    model: ModelOption,
+    dataset: Annotated[str, Option(help="Dataset of the table; see `polypseg data list`.")],
+    source: Annotated[Path | None, Option(help="Folder or archive of the dataset.")] = None,
+    split: Annotated[str, Option(help="Named split; `full` is every image.")] = "full",
+    part: Annotated[str, Option(help="Part of the split.")] = "full",
+    kinds: Annotated[list[str] | None, Option("--corruption", help="A kind; repeat for more. Default: all.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Only the first N images.")] = None,
+    output: Annotated[Path, Option(help="Folder of results.")] = Path("results"),
+) -> None:
+    """Measure a model under endoscopy corruptions at five severities: curves and drops."""
+    from polypseg.data import open_dataset
+    from polypseg.hub import load
+    from polypseg.robustness import measure_robustness
+
+    segmenter = load(model)
+    origin = getattr(segmenter.model.config, "weights_origin", None) or {}
+    result = measure_robustness(
+        segmenter.model,
+        segmenter.processor,
+        open_dataset(dataset, source=source),
+        model_id=origin.get("model_id") or Path(model).name,
+        split=split,
+        part=part,
+        kinds=kinds or (),
+        limit=limit,
+    )
+    path = result.write(output)
+    drop = result.mean_relative_drop()
+    print(f"clean mDice {result.clean.summary()['dice']['mean']:.4f}, n = {len(result.clean.ids)}")
+    print("mean relative drop: " + ("not defined, the clean mean is 0" if drop is None else f"{drop:.3f}"))
+    print(f"curves and tables: {path.with_suffix('.png')}, {path.with_suffix('.csv')}")
