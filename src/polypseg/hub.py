@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -128,9 +129,12 @@ def _check_local(folder: Path) -> None:
 
 
 def _wanted(folder: Path) -> list[str]:
-    from huggingface_hub.utils import filter_repo_objects
+    """The files of a folder that loading reads."""
 
-    return list(filter_repo_objects(list_files(folder), allow_patterns=LOADED, ignore_patterns=NOT_LOADED))
+    def any_of(patterns: list[str], name: str) -> bool:
+        return any(fnmatch(name, pattern) for pattern in patterns)
+
+    return [name for name in list_files(folder) if any_of(LOADED, name) and not any_of(NOT_LOADED, name)]
 
 
 def _fetch_checked(

@@ -223,7 +223,7 @@ def _commit(api: HfApi, plan: PublishPlan) -> str:
     deletions = [name for name in plan.deletions if name in theirs]
     if not additions and not deletions:
         return str(state.commit if state else plan.parent)  # an earlier attempt's commit got through
-    operations = [
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=plan.folder / name) for name in additions),
         *(CommitOperationDelete(path_in_repo=name) for name in deletions),
     ]
