@@ -1,6 +1,21 @@
 """Datasets, splits and the feed."""
 
-from polypseg.data.catalog import DATASETS, DatasetSpec
-from polypseg.data.polyps import PolypDataset, SyntheticOptions, load_polyps, open_dataset
+import importlib
+from typing import Any
 
-__all__ = ["DATASETS", "DatasetSpec", "PolypDataset", "SyntheticOptions", "load_polyps", "open_dataset"]
+_HOMES = {
+    "DATASETS": "polypseg.data.catalog",
+    "DatasetSpec": "polypseg.data.catalog",
+    "PolypDataset": "polypseg.data.polyps",
+    "SyntheticOptions": "polypseg.data.polyps",
+    "load_polyps": "polypseg.data.polyps",
+    "open_dataset": "polypseg.data.polyps",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    # The catalogue is a table; opening a set imports the datasets library, whose import takes seconds.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'polypseg.data' has no attribute {name!r}")
