@@ -103,6 +103,8 @@ def test_a_small_model_is_named_by_its_own_encoder():
 def test_a_model_of_the_other_dataset_is_named_by_it():
     origin = read_origin(converted("VT-IN-MA", finetuned_on="CVC-ClinicDB"))
     assert origin.repo_name == f"{ROW['VT-IN-MA'].model_id}-cvc_clinicdb" and not origin.official
+    unknown = read_origin(converted("VT-IN-MA", finetuned_on="unknown data (a renamed file)"))
+    assert unknown.repo_name == f"{ROW['VT-IN-MA'].model_id}-unknown-data" and not unknown.official
 
 
 def test_a_trained_record_without_an_id_is_refused():

@@ -113,7 +113,8 @@ def _reasons(record: Mapping[str, Any], kind: Kind, entry: ZooEntry | None) -> I
     if kind == "trained":
         yield from _training_reasons(record)
     elif kind == "converted" and not str(record.get("finetuned_on", "")).startswith("Kvasir-SEG"):
-        yield "cvc_clinicdb", f"it was fine-tuned on {record.get('finetuned_on')}, not on Kvasir-SEG"
+        known = "cvc_clinicdb" if str(record.get("finetuned_on", "")).startswith("CVC-ClinicDB") else "unknown-data"
+        yield known, f"it was fine-tuned on {record.get('finetuned_on')}, not on Kvasir-SEG"
     if kind == "trained" and entry is not None and record.get("scale") == "full":
         yield from _encoder_reasons(record, entry)
 
