@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential
 from tqdm import tqdm
 
 from polypseg import __version__, zoo
 from polypseg.artifacts import file_sha256, read_json
-from polypseg.cards import lint_card
+from polypseg.cards import lint_card, load_card
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.hub import hub_api, hub_errors
 from polypseg.licences import model_license
@@ -139,7 +139,7 @@ def _check_folder(folder: Path) -> Origin:
     names = {entry.model_id for entry in zoo.ZOO}
     if origin.repo_name in names and not origin.official:
         raise UsageError(f"{folder} may not be published as {origin.repo_name}: {'; '.join(origin.shortcomings)}")
-    findings = lint_card(ModelCard.load(folder / "README.md"), folder=folder)
+    findings = lint_card(load_card(folder / "README.md"), folder=folder)
     if findings:
         raise UsageError(f"the card {folder / 'README.md'} does not pass: {'; '.join(findings)}")
     return origin

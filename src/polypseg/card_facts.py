@@ -1,0 +1,264 @@
+"""What a model's card says, collected: from the table, the weights' record, the run and the result files."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from polypseg import __version__, zoo
+from polypseg.artifacts import read_json
+from polypseg.data.catalog import DATASETS, DatasetSpec
+from polypseg.errors import UsageError
+from polypseg.origin import STUDY_DATA, STUDY_RECIPE, STUDY_TRAINING_IMAGES, Origin, read_origin
+from polypseg.recipe import Recipe, load_recipe, parse_recipe
+from polypseg.zoo import RANDOM, ZooEntry
+
+Stage = Literal["planned", "unpublished", "published"]
+"""planned: a row of the table without weights; unpublished: trained and measured here, weights not given away."""
+Test = tuple[str, str, str]
+"""Dataset, split and part."""
+
+PICTURES = {
+    "widget/frame_1.png": ("widget/mask_1.png", "Synthetic frame, camera A"),
+    "widget/frame_2.png": ("widget/mask_2.png", "Synthetic frame, camera B"),
+}
+"""Example frame -> (the model's mask of it, title); card_pictures writes them there."""
+EXAMPLES = "pictures/examples.png"
+DICE_DISTRIBUTIONS = "pictures/dice_distributions.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputFacts:
+    """What the image processor does to a frame."""
+
+    size: int
+    """Side in pixels."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeFacts:
+    """What a run's record says of its cost; None where it says nothing."""
+
+    hours: float | None = None
+    """Of training without validation, from the images a second of every epoch."""
+    platform: str | None = None
+    precision: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """Everything that a card says."""
+
+    origin: Origin
+    encoder: str
+    """timm name."""
+    decoder: str
+    native: bool
+    """Whether plain transformers loads the model without the repository's own code."""
+    inputs: InputFacts
+    stage: Stage
+    organisation: str
+    """Owner of the repository."""
+    revision: str = f"v{__version__}"
+    """Tag that the usage examples pin."""
+    recipe: Recipe | None = None
+    results: tuple[Mapping[str, Any], ...] = ()
+    """Contents of result files, as EvaluationResult.write leaves them."""
+    compute: ComputeFacts = field(default_factory=ComputeFacts)
+    widget_pictures: tuple[str, ...] = ()
+    """Those of PICTURES that are there."""
+    examples: str | None = None
+    dice_distributions: str | None = None
+    """Figures, relative to the card."""
+
+    @property
+    def repo_id(self) -> str:
+        """Id of the repository on the Hub."""
+        return f"{self.organisation}/{self.origin.repo_name}"
+
+
+def collect_facts(
+    folder: Path, *, organisation: str | None = None, revision: str | None = None, run_dir: Path | None = None
+) -> CardFacts:
+    """The facts of an exported model folder; its results and pictures are found under their fixed names.
+
+    ``run_dir``: the run that the weights come from, for its recipe and its cost. Raises UsageError for results of other
+    weights, PolypSegError for a folder without configuration.
+    """
+    from polypseg.hub import organisation as default_organisation
+
+    config = read_json(folder / "config.json")
+    processor = read_json(folder / "preprocessor_config.json")
+    origin = read_origin(config.get("weights_origin"))
+    native = config.get("model_type") == "dpt"
+    decoder = config.get("decoder", "dpt")
+    encoder = config.get("encoder") or config.get("polypseg", {}).get("encoder")
+    has_run = origin.kind == "trained" and run_dir is not None and (run_dir / "run.json").is_file()
+    run = run_dir if has_run else None
+    return CardFacts(
+        origin=origin,
+        encoder=encoder or _encoder_of(origin.model_id, decoder),
+        decoder=decoder,
+        native=native,
+        inputs=InputFacts(
+            size=processor["size"]["height"],
+            mean=tuple(processor["image_mean"]),
+            std=tuple(processor["image_std"]),
+        ),
+        stage="published",
+        organisation=organisation or default_organisation(),
+        revision=revision or f"v{__version__}",
+        recipe=_run_recipe(run) if run else _bundled_recipe(origin),
+        results=_read_results(folder / "results", origin),
+        compute=_compute_facts(run) if run else ComputeFacts(),
+        widget_pictures=tuple(name for name in PICTURES if (folder / name).is_file()),
+        examples=EXAMPLES if (folder / EXAMPLES).is_file() else None,
+        dice_distributions=DICE_DISTRIBUTIONS if (folder / DICE_DISTRIBUTIONS).is_file() else None,
+    )
+
+
+def planned_facts(entry: ZooEntry, *, organisation: str) -> CardFacts:
+    """The facts of a row without weights: what the model will be when it is trained as the study says."""
+    start = f"timm:{entry.upstream.timm}" if entry.upstream.timm else "weights as published"
+    if entry.method == "none":
+        start = RANDOM
+    origin = read_origin(
+        {
+            "model_id": entry.model_id,
+            "row": entry.model_id,
+            "encoder_initialisation": start,
+            "scale": "full",
+            "recipe": STUDY_RECIPE,
+            "recipe_changes": [],
+            "finetuned_on": STUDY_DATA,
+            "n": STUDY_TRAINING_IMAGES,
+            "finished": True,
+        }
+    )
+    config = entry.config_fields()
+    return CardFacts(
+        origin=origin,
+        encoder=config["encoder"],
+        decoder=entry.decoder,
+        native=entry.decoder == "dpt",
+        inputs=InputFacts(size=config["image_size"], mean=tuple(config["image_mean"]), std=tuple(config["image_std"])),
+        stage="planned",
+        organisation=organisation,
+        recipe=load_recipe(STUDY_RECIPE),
+    )
+
+
+def measured_facts(folder: Path, *, organisation: str) -> CardFacts:
+    """The facts of a small model whose results, but not its weights, are in this repository: results/<model id>."""
+    from polypseg.modeling import PolypSegConfig
+
+    contents = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    if not contents:
+        raise UsageError(f"no results in {folder}: run training_scripts/evaluate.py first")
+    record = {**contents[0]["weights_origin"], "model_id": folder.name}
+    recipe = load_recipe(record["recipe"])
+    epochs = _read_rows(folder / "epochs.csv")
+    record.setdefault("finished", len(epochs) == recipe.training.epochs)
+    origin = read_origin(record)
+    decoder = folder.name.split(".")[0].rsplit("_", maxsplit=1)[-1]
+    encoder = _encoder_of(folder.name, decoder)
+    config = PolypSegConfig(encoder=encoder, decoder=decoder, image_size=recipe.data.image_size)
+    figure = folder / "dice_distributions.png"
+    return CardFacts(
+        origin=origin,
+        encoder=encoder,
+        decoder=decoder,
+        native=decoder == "dpt",
+        inputs=InputFacts(
+            size=config.image_size, mean=tuple(config.image_mean or ()), std=tuple(config.image_std or ())
+        ),
+        stage="unpublished",
+        organisation=organisation,
+        recipe=recipe,
+        results=tuple(contents),
+        compute=ComputeFacts(hours=_training_hours(epochs, recipe)),
+        dice_distributions=f"results/{folder.name}/{figure.name}" if figure.is_file() else None,
+    )
+
+
+def _encoder_of(model_id: str, decoder: str) -> str:
+    """The timm name that a model id starts with."""
+    name = model_id.split(".")[0].removesuffix(f"_{decoder}")
+    return zoo.ENCODERS.get(name, name)
+
+
+def _read_results(folder: Path, origin: Origin) -> tuple[Mapping[str, Any], ...]:
+    contents = tuple(read_json(path) for path in sorted(folder.glob("*.json")))
+    ours = origin.record.get("sha256")
+    for content in contents:
+        theirs = content["weights_origin"].get("sha256")
+        if ours and theirs and ours != theirs:
+            raise UsageError(f"{folder} holds results of other weights ({theirs[:12]}, not {ours[:12]}): export again")
+    return contents
+
+
+def _bundled_recipe(origin: Origin) -> Recipe | None:
+    """The recipe that a record names, with its changes; None where this package has none of that name."""
+    name = origin.record.get("recipe")
+    try:
+        return load_recipe(str(name), overrides=list(origin.record.get("recipe_changes") or [])) if name else None
+    except UsageError:
+        return None
+
+
+def _run_recipe(run_dir: Path) -> Recipe:
+    return parse_recipe(read_json(run_dir / "run.json")["recipe"], source=str(run_dir / "run.json"))
+
+
+def _compute_facts(run_dir: Path) -> ComputeFacts:
+    environment = read_json(run_dir / "run.json").get("environment", {})
+    return ComputeFacts(
+        hours=_training_hours(_read_rows(run_dir / "epochs.csv"), _run_recipe(run_dir)),
+        platform=environment.get("platform"),
+        precision=environment.get("precision"),
+        versions=environment.get("versions", {}),
+    )
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _training_hours(epochs: Sequence[Mapping[str, str]], recipe: Recipe) -> float | None:
+    """Hours of training that the epochs' speeds add up to; None without epochs."""
+    seconds, before = 0.0, 0
+    for row in epochs:
+        images = (int(row["step"]) - before) * recipe.training.total_batch_size
+        seconds, before = seconds + images / float(row["images_per_second"]), int(row["step"])
+    return seconds / 3600 if epochs else None
+
+
+def finetuning_dataset(origin: Origin) -> DatasetSpec | None:
+    """The dataset that the weights were fine-tuned on, from its name or title in the record; None for none."""
+    stated = str(origin.record.get("finetuned_on", ""))
+    for spec in DATASETS.values():
+        if stated.split(" ", maxsplit=1)[0] == spec.name or stated.startswith(spec.title):
+            return spec
+    return None
+
+
+def pretrained_entry(origin: Origin) -> ZooEntry | None:
+    """The row whose pretraining the encoder really has; None for a random start."""
+    entry = origin.entry
+    start = origin.record.get("encoder_initialisation", RANDOM)
+    if entry is None or entry.method == "none" or (start == RANDOM and origin.kind != "converted"):
+        return None
+    return entry
+
+
+def test_of(result: Mapping[str, Any]) -> Test:
+    """Dataset, split and part of a result file's content."""
+    dataset = result["dataset"]
+    return dataset["name"], dataset["split"], dataset["part"]

@@ -1,0 +1,471 @@
+"""What a model's card promises: facts with a source, numbers from result files, examples that run, nothing to hide."""
+
+import ast
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import DPTConfig, DPTForSemanticSegmentation
+
+from hub.cards import check_card
+from polypseg import zoo
+from polypseg.card_facts import PICTURES, collect_facts, measured_facts, planned_facts, pretrained_entry
+from polypseg.card_pictures import SEED, SIZE, write_card_pictures
+from polypseg.cards import lint_card, load_card, render_card, render_pages, write_pages
+from polypseg.data.catalog import DATASETS, clinicdb_sequence
+from polypseg.data.splits import pinned_split
+from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.dataset_cards import DISCLAIMER, POPULATIONS, load_references
+from polypseg.errors import UsageError
+from polypseg.evaluation import predict_masks
+from polypseg.hub import ORGANISATION
+from polypseg.licences import model_license
+from polypseg.metrics import METRICS
+from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
+from polypseg.origin import read_origin
+from polypseg.processing import build_image_processor, load_model
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGES = REPOSITORY / "model_cards"
+RESULTS = PAGES / "results"
+STARTER = "tf_efficientnet_lite0_deeplabv3plus.supervised_imagenet1k"
+CELL = re.compile(r"(\d\.\d{3}) \[(\d\.\d{3}), (\d\.\d{3})\]")
+
+every_row = pytest.mark.parametrize("entry", zoo.ZOO, ids=lambda entry: entry.short_name)
+every_card = pytest.mark.parametrize(
+    "path", sorted(set(PAGES.glob("*.md")) - {PAGES / "README.md"}), ids=lambda p: p.stem
+)
+
+
+def section(card: ModelCard, heading: str) -> str:
+    return card.text.split(f"## {heading}\n")[1].split("\n## ")[0]
+
+
+def metadata(card: ModelCard) -> dict:
+    return yaml.safe_load(str(card).split("---", maxsplit=2)[1])
+
+
+def planned(short_name: str) -> ModelCard:
+    return render_card(planned_facts(zoo.get(short_name), organisation="someone"))
+
+
+def measured(name: str = STARTER) -> ModelCard:
+    return render_card(measured_facts(RESULTS / name, organisation="someone"))
+
+
+def code_of(card: ModelCard) -> str:
+    return "\n".join(re.findall(r"```python\n(.*?)```", card.text, re.DOTALL))
+
+
+# -- the committed pages ----------------------------------------------------------------------------------------------
+
+
+def test_committed_pages_are_what_the_table_and_the_results_render():
+    rendered = render_pages(RESULTS, organisation=ORGANISATION)
+    committed = {path.name: path.read_text(encoding="utf-8") for path in PAGES.glob("*.md")}
+    assert sorted(committed) == sorted(rendered), "run training_scripts/render_cards.py"
+    changed = [name for name in rendered if rendered[name] != committed[name]]
+    assert not changed, "run training_scripts/render_cards.py"
+    assert {f"{entry.model_id}.md" for entry in zoo.ZOO} | {f"{STARTER}.md"} <= set(committed)
+
+
+@every_card
+def test_committed_card_passes_the_lint(path):
+    card = ModelCard.load(path)
+    assert lint_card(card) == [] and check_card(str(card), "model") == ([], [])
+    for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card.text):
+        assert (path.parent / name).is_file(), name
+
+
+@every_card
+def test_table_of_a_card_holds_the_result_files_numbers_and_no_others(path):
+    card = ModelCard.load(path)
+    results = [json.loads(file.read_text()) for file in sorted((RESULTS / path.stem).glob("*.json"))]
+    rows = [line for line in section(card, "Evaluation").splitlines() if CELL.search(line)]
+    assert len(rows) == len(results)
+    for result in results:
+        cells = [tuple(f"{value[key]:.3f}" for key in ("mean", "low", "high")) for value in result["metrics"].values()]
+        matching = [row for row in rows if CELL.findall(row) == cells]
+        assert len(matching) == 1 and f"| {result['n']} | {result['convention']} |" in matching[0]
+        assert result["dataset"]["title"] in matching[0]
+    home = [row for row in rows if "Kvasir-SEG" in row]
+    assert all(row.startswith("| in distribution |") for row in home)
+    assert all(row.startswith("| out of distribution |") for row in rows if row not in home)
+
+
+@every_card
+def test_model_index_holds_the_result_files_numbers_and_no_others(path):
+    index = metadata(ModelCard.load(path)).get("model-index", [])
+    said = {
+        (
+            entry["dataset"]["type"],
+            entry["dataset"]["split"],
+            metric["type"],
+            metric["value"],
+            entry["dataset"]["args"]["n"],
+        )
+        for model in index
+        for entry in model["results"]
+        for metric in entry["metrics"]
+    }
+    contents = [json.loads(file.read_text()) for file in (RESULTS / path.stem).glob("*.json")]
+    assert said == {
+        (c["dataset"]["name"], c["dataset"]["part"], name, round(value["mean"], 4), c["n"])
+        for c in contents
+        for name, value in c["metrics"].items()
+    }
+
+
+@every_card
+def test_worst_images_of_a_card_are_those_of_the_result_files(path):
+    text = section(ModelCard.load(path), "Limits and failures")
+    for file in (RESULTS / path.stem).glob("*.json"):
+        content = json.loads(file.read_text())
+        dice = {image["id"]: image["dice"] for image in content["images"]}
+        line = next(line for line in text.splitlines() if content["dataset"]["title"] in line)
+        named = re.findall(r"`(\w+)` \((\d\.\d{3})\)", line)
+        assert len(named) == 5 and all(f"{dice[name]:.3f}" == value for name, value in named)
+        assert max(dice[name] for name, _ in named) <= sorted(dice.values())[5]
+        assert f"{sum(value < 0.5 for value in dice.values())} have a Dice below 0.5" in line
+
+
+@every_row
+def test_planned_card_says_that_nothing_is_there(entry):
+    card = render_card(planned_facts(entry, organisation="someone"))
+    assert "no weights have been published, and nothing has been evaluated" in card.text
+    assert not re.search(r"\d\.\d{3}", section(card, "Evaluation")) and "model-index" not in metadata(card)
+    rows = [line for line in section(card, "Evaluation").splitlines() if "distribution |" in line]
+    assert len(rows) == 3 and all(row.count("not evaluated") == 6 for row in rows)
+    assert "not recorded" in section(card, "Compute") and "Fine-tuned on kvasir_seg" not in card.text
+
+
+def test_write_pages_removes_the_card_of_a_model_that_is_gone(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "gone.md").write_text("x")
+    write_pages(tmp_path, organisation="someone")
+    assert not (tmp_path / "gone.md").exists() and len(list(tmp_path.glob("*.md"))) == 13
+
+
+# -- facts ------------------------------------------------------------------------------------------------------------
+
+
+def test_template_knows_no_model_and_no_dataset_by_name():
+    text = (REPOSITORY / "hub_configs" / "cards" / "model_card.md.jinja").read_text().lower()
+    names = [*zoo.METHODS, *zoo.CORPORA, *zoo.ENCODERS, *DATASETS, "deeplab", "clinicdb", "kvasir", "imagenet", "moco"]
+    assert not [name for name in names if name not in ("none", "folder") and re.search(rf"\b{name}", text)]
+
+
+@every_row
+def test_licence_of_a_card_is_the_weights_licence(entry):
+    facts = planned_facts(entry, organisation="someone")
+    card, license = render_card(facts), model_license(facts.origin)
+    assert metadata(card)["license"] == license.identifier
+    assert metadata(card).get("license_name") == license.name
+    assert all(sentence in section(card, "Licence") for sentence in license.chain)
+    assert ("no commercial use" in section(card, "Licence")) == (entry.license == "cc-by-nc-4.0")
+
+
+@every_row
+def test_metadata_names_hub_ids_only_where_the_hub_has_them(entry):
+    content = metadata(render_card(planned_facts(entry, organisation="someone")))
+    assert content.get("base_model") == (f"timm/{entry.upstream.timm}" if entry.upstream.timm else None)
+    corpora = {"imagenet1k": ["ILSVRC/imagenet-1k"], "hyperkvasir": ["SimulaMet-HOST/HyperKvasir"], "none": None}
+    assert content.get("datasets") == corpora[entry.corpus]
+    assert (content["library_name"], content["pipeline_tag"]) == ("transformers", "image-segmentation")
+    assert "kvasir-seg" in content["tags"] and "cvc-clinicdb" not in content["tags"]  # tested on nothing yet
+
+
+@every_row
+def test_notes_of_a_row_reach_its_card(entry):
+    text = section(render_card(planned_facts(entry, organisation="someone")), "Where the weights come from")
+    assert entry.notes in text and entry.upstream.location in text
+    assert ("started from random weights" in text) == (entry.method == "none")
+
+
+def test_card_of_the_supervised_vit_says_imagenet_21k():
+    assert "ImageNet-21k" in planned("VT-IN-SL").text and "2106.10270" in planned("VT-IN-SL").text
+
+
+def test_card_counts_how_the_splits_collide():
+    official = set(pinned_split("kvasir_seg", "official")["train"])
+    both = [name for name in pinned_split("kvasir_seg", "reference")["test"] if name in official]
+    assert len(both) == 88
+    text = section(planned("RN-IN-SL"), "Training data")
+    assert "Of the 100 images of the study's test part, 88 are in Kvasir-SEG's official training list" in text
+
+
+def test_clips_of_the_caveat_are_those_of_the_catalogue():
+    clips = {clinicdb_sequence(str(frame), "") for frame in range(1, 613)}
+    caveat = POPULATIONS["cvc_clinicdb"].caveats[0]
+    assert DATASETS["cvc_clinicdb"].count == 612 and "unknown" not in clips
+    assert f"The 612 frames are {len(clips)} video clips" in caveat and caveat in planned("VT-IN-MA").text
+
+
+@pytest.mark.parametrize(
+    ("short_name", "papers"),
+    [
+        ("RN-IN-MC", ["2405.15524", "2104.02057", "1512.03385", "1802.02611"]),
+        ("RN-HK-BT", ["2405.15524", "2103.03230", "HyperKvasir", "10.1109/ACCESS.2024.3381517"]),
+        ("VT-IN-MA", ["2405.15524", "2111.06377", "2010.11929", "2103.13413"]),
+    ],
+)
+def test_citation_names_study_method_and_architecture(short_name, papers):
+    text = section(planned(short_name), "Citation")
+    assert all(paper in text for paper in [*papers, "Kvasir-SEG", "WM-DOVA"])
+    assert "2103.03230" in text or "Barlow" not in text
+
+
+def test_references_are_whole():
+    for key, entry in load_references().items():
+        assert entry.count("{") == entry.count("}") and entry.endswith("}"), key
+        assert all(field in entry for field in ("title = ", "author = ", "year = ")), key
+
+
+def record(short_name: str, **changes: object) -> dict:
+    return {**planned_facts(zoo.get(short_name), organisation="x").origin.record, **changes}
+
+
+def test_random_start_of_a_pretrained_row_claims_no_pretraining():
+    facts = dataclasses.replace(
+        planned_facts(zoo.get("VT-IN-MA"), organisation="x"),
+        origin=read_origin(record("VT-IN-MA", encoder_initialisation="random")),
+        stage="published",
+    )
+    card = render_card(facts)
+    assert pretrained_entry(facts.origin) is None
+    assert (
+        "base_model" not in metadata(card) and "datasets" not in metadata(card) and "mae" not in metadata(card)["tags"]
+    )
+    assert "started at random, not from MAE" in card.text and card.text.startswith(
+        "\n# vit_base_dpt.mae_imagenet1k-random"
+    )
+
+
+def test_converted_weights_are_credited_to_their_authors():
+    source = {"format": "SSL4GIE", "file": "x.pth", "sha256": "ab" * 32, "upstream": "SSL4GIE"}
+    converted = {
+        "model_id": zoo.get("VT-IN-MA").model_id,
+        "scale": "full",
+        "finetuned_on": "Kvasir-SEG reference split",
+        "converted_from": source,
+    }
+    facts = dataclasses.replace(
+        planned_facts(zoo.get("VT-IN-MA"), organisation="x"),
+        origin=read_origin(converted),
+        stage="published",
+        recipe=None,
+    )
+    card = render_card(facts)
+    assert metadata(card)["license"] == "cc-by-nc-sa-4.0" and lint_card(card) == []
+    assert "Done by the authors of SSL4GIE" in section(card, "Fine-tuning")
+    assert metadata(card)["base_model"] == "timm/vit_base_patch16_224.mae"
+    assert "in distribution | Kvasir-SEG, reference split, test" in section(card, "Evaluation")
+
+
+def with_results(*results: dict) -> ModelCard:
+    facts = planned_facts(zoo.get("RN-IN-SL"), organisation="x")
+    return render_card(dataclasses.replace(facts, stage="published", results=results))
+
+
+def result(name: str, split: str, part: str, ids: list[str], *, synthetic: bool = False) -> dict:
+    value = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    dataset = {"name": name, "title": DATASETS[name].title, "split": split, "part": part}
+    image = {"dice": 0.5, "intersection": 1, "predicted": 2, "true": 2}
+    return {
+        "model_id": "m",
+        "weights_origin": {},
+        "dataset": dataset | {"content_id": "c", "synthetic": synthetic},
+        "n": len(ids),
+        "convention": "standard",
+        "interval": "95 %",
+        "metrics": dict.fromkeys(METRICS, value),
+        "images": [{"id": i, **image} for i in ids],
+        "environment": {},
+    }
+
+
+def test_card_says_how_many_test_images_were_training_images():
+    ids = next(ids for part, ids in pinned_split("kvasir_seg", "official").items() if part != "train")
+    seen = len(set(ids) & set(pinned_split("kvasir_seg", "reference")["train"]))
+    assert seen == 92
+    text = section(with_results(result("kvasir_seg", "official", "test", ids)), "Evaluation")
+    assert "**92 of the 120 images of Kvasir-SEG, official split, test, were training images of this model.**" in text
+    clean = result("kvasir_seg", "reference", "test", pinned_split("kvasir_seg", "reference")["test"])
+    assert "were training images" not in with_results(clean).text
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "synthetic"),
+    [("synthetic_b", "full", True), ("kvasir_seg", "train", False), ("cvc_clinicdb", "full-first10", False)],
+)
+def test_model_index_leaves_out_what_must_not_be_quoted(name, part, synthetic):
+    card = with_results(result(name, "full", part, ["1", "2"], synthetic=synthetic))
+    assert "model-index" not in metadata(card) and "0.500 [0.400, 0.600]" in section(card, "Evaluation")
+
+
+# -- a model's folder -------------------------------------------------------------------------------------------------
+
+
+def write_folder(folder: Path, *, decoder: str) -> Path:
+    """A tiny untrained model as it is published, with a record that says so."""
+    torch.manual_seed(0)
+    encoder = {"deeplabv3plus": "resnet10t", "dpt": "vit_tiny_patch16_224"}[decoder]
+    origin = {"model_id": f"{encoder}_{decoder}.random", "encoder_initialisation": "random", "scale": "small"}
+    config = PolypSegConfig(
+        encoder=encoder,
+        decoder=decoder,
+        decoder_channels=16,
+        image_size=64,
+        weights_origin=origin | {"sha256": "0" * 64},
+    )
+    if decoder == "dpt":
+        model = DPTForSemanticSegmentation(
+            DPTConfig(
+                hidden_size=24, num_hidden_layers=4, num_attention_heads=3, intermediate_size=48, image_size=64,
+                readout_type="ignore", backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8],
+                fusion_hidden_size=8, use_batch_norm_in_fusion_residual=True, use_auxiliary_head=False,
+                id2label={0: "background", 1: "polyp"}, label2id={"background": 0, "polyp": 1},
+                weights_origin=config.weights_origin,
+            )
+        )  # fmt: skip
+    else:
+        model = PolypSegForSemanticSegmentation(config)
+    model.save_pretrained(folder)
+    build_image_processor(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published folder with pictures and a card."""
+    path = write_folder(tmp_path_factory.mktemp("model"), decoder="deeplabv3plus")
+    write_card_pictures(*load_model(str(path)), path, name="tiny")
+    render_card(collect_facts(path, organisation="someone")).save(path / "README.md")
+    return path
+
+
+def test_card_of_a_folder_shows_its_pictures_and_passes(folder):
+    card = ModelCard.load(folder / "README.md")
+    assert lint_card(card, folder=folder) == []
+    widget = metadata(card)["widget"]
+    assert [example["src"] for example in widget] == list(PICTURES)
+    assert "pictures/examples.png" in card.text and "Its masks mean nothing" in card.text
+    assert "not-one-of-the-twelve" in metadata(card)["tags"] and "v0.1.0" in code_of(card)
+
+
+def test_pictures_are_synthetic_frames_and_the_models_own_masks(folder):
+    model, processor = load_model(str(folder))
+    for camera, (source, (mask, _)) in zip(CAMERAS.values(), PICTURES.items(), strict=True):
+        frame = Image.open(folder / source)
+        assert np.array_equal(np.array(frame), synthesise_frame(camera, seed=SEED, index=0, size=SIZE)[0])
+        shown = np.array(Image.open(folder / mask))
+        assert np.array_equal(shown == 255, predict_masks(model, processor, [frame])[0]) and set(np.unique(shown)) <= {
+            0,
+            255,
+        }
+
+
+@pytest.mark.parametrize("decoder", ["deeplabv3plus", "dpt"])
+def test_usage_of_a_card_runs_as_printed(decoder, tmp_path, monkeypatch):
+    path = write_folder(tmp_path / "model", decoder=decoder)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8)).save(tmp_path / "frame.png")
+    card = render_card(collect_facts(path, organisation="someone"))
+    code = code_of(card).replace('repo, revision = "someone/', f'repo, revision = "{path}", None  # ')
+    assert ("trust_remote_code" in code) == (decoder == "deeplabv3plus")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(code, "card", "exec"), names)
+    assert {mask.size for mask in names["masks"].values()} == {(90, 70)}
+    assert names["mask"].shape == (70, 90) and names["probability"].shape == (64, 64)
+    assert np.array_equal(names["mask"].numpy().astype(bool), names["prediction"].mask)
+
+
+@every_card
+def test_usage_of_a_committed_card_is_python_and_pins_the_revision(path):
+    code = code_of(ModelCard.load(path))
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    loading = [
+        c
+        for c in calls
+        if getattr(c.func, "attr", getattr(c.func, "id", "")) in ("from_pretrained", "pipeline", "load")
+    ]
+    assert len(loading) == 4 and all("revision" in {k.arg for k in call.keywords} for call in loading)
+    assert ("trust_remote_code" in code) == ("_dpt." not in path.stem)
+
+
+def test_collect_facts_refuses_results_of_other_weights(folder, tmp_path):
+    path = write_folder(tmp_path / "model", decoder="deeplabv3plus")
+    (path / "results").mkdir()
+    other = result("kvasir_seg", "reference", "test", ["a"]) | {"weights_origin": {"sha256": "1" * 64}}
+    (path / "results" / "x.json").write_text(json.dumps(other))
+    with pytest.raises(UsageError, match="results of other weights"):
+        collect_facts(path, organisation="someone")
+
+
+def test_compute_of_a_run_is_what_its_record_says(tmp_path):
+    starter = measured_facts(RESULTS / STARTER, organisation="x")
+    run = tmp_path / "run"
+    write_folder(run / "best", decoder="deeplabv3plus")
+    recipe = starter.recipe.model_dump(mode="json")
+    environment = {"platform": "Linux-x", "precision": "bf16", "versions": {}}
+    (run / "run.json").write_text(json.dumps({"recipe": recipe, "environment": environment}))
+    (run / "epochs.csv").write_text("epoch,step,images_per_second\n1,225,1.0\n2,450,0.5\n")  # 3600 s + 7200 s
+    config = json.loads((run / "best" / "config.json").read_text())
+    config["weights_origin"] |= {"recipe": "finetune_small", "finetuned_on": "kvasir_seg reference/train", "n": 800}
+    (run / "best" / "config.json").write_text(json.dumps(config))
+    text = section(render_card(collect_facts(run / "best", organisation="x", run_dir=run)), "Compute")
+    assert "3.0 h" in text and "Linux-x" in text and "computed in: bf16" in text and "carbon: not recorded" in text
+
+
+# -- the lint ---------------------------------------------------------------------------------------------------------
+
+BROKEN = [
+    (lambda t: t.replace("## Compute", "## Costs"), "lacks the section(s) Compute"),
+    (lambda t: t.replace(DISCLAIMER, ""), "no medical device"),
+    (lambda t: t.replace("license: other", "license: open"), "'open' is not one of"),
+    (lambda t: re.sub(r"license_link: .*\n", "", t), "needs license_name and license_link"),
+    (lambda t: re.sub(r"license: .*\n", "", t), "lacks license"),
+    (lambda t: t.replace("library_name: transformers\n", ""), "lacks library_name"),
+    (lambda t: t.replace("pipeline_tag: image-segmentation", "pipeline_tag: image-classification"), "pipeline_tag is"),
+    (lambda t: t + "\nhf_" + "A1b2C3d4" * 4 + "\n", "access token"),
+    (lambda t: t + "\nSee /home/someone/run.\n", "path of the machine"),
+    (lambda t: t + "\nSee C:\\data\\run.\n", "path of the machine"),
+    (lambda t: t + "\nmDice: None\n", "an empty value"),
+    (lambda t: t + "\nmDice: nan\n", "an empty value"),
+    (lambda t: t + "\nTODO: write\n", "unfinished"),
+    (lambda t: t + "\n[More Information Needed]\n", "unfinished"),
+    (lambda t: t + "\n![x](pictures/none.png)\n", "pictures/none.png does not exist"),
+    (lambda t: t + "\n![x](../secret.png)\n", "outside the model's folder"),
+    (lambda t: re.sub(r"value: 0\.\d+", "value: 0.9999", t, count=1), "dice 0.9999 on cvc_clinicdb, which no result"),
+]
+
+
+@pytest.mark.parametrize(("change", "finding"), BROKEN, ids=[finding[:30] for _, finding in BROKEN])
+def test_lint_finds(change, finding, tmp_path):
+    card = measured()
+    (tmp_path / "results").mkdir()
+    for path in (RESULTS / STARTER).glob("*"):
+        (tmp_path / "results" / path.name).write_bytes(path.read_bytes())
+    shown = tmp_path / "results" / STARTER
+    shown.mkdir()
+    (shown / "dice_distributions.png").write_bytes(b"")
+    assert lint_card(card, folder=tmp_path) == []
+    changed = change(str(card))
+    assert changed != str(card)
+    findings = lint_card(ModelCard(changed), folder=tmp_path)
+    assert len(findings) == 1 and finding in findings[0], findings
+
+
+@pytest.mark.parametrize("text", ["---\nlicense: [mit\n---\n", "---\n- mit\n---\n"])
+def test_load_card_names_a_card_that_cannot_be_read(text, tmp_path):
+    (tmp_path / "README.md").write_text(text)
+    for path in (tmp_path / "README.md", tmp_path / "missing.md"):
+        with pytest.raises(UsageError, match=re.escape(str(path))):
+            load_card(path)
