@@ -146,7 +146,7 @@ def environment_record() -> dict[str, Any]:
         "git_revision": git_revision(),
         "versions": versions,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "command": [_without_place(word) for word in sys.argv],
     }
