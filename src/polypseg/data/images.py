@@ -5,7 +5,7 @@ import io
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from polypseg.errors import PolypSegError
 
@@ -23,6 +23,10 @@ def _open(data: bytes, name: str) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise PolypSegError(f"{name} is too large to be a frame: {error}") from error
+    except UnidentifiedImageError as error:  # its text holds an address of memory
+        raise PolypSegError(
+            f"{name} is truncated or not an image (no known format): download it again or remove it"
+        ) from error
     except Exception as error:  # damaged files fail in a dozen ways: TypeError, MemoryError, the codecs' own errors
         raise PolypSegError(f"{name} is truncated or not an image ({error}): download it again or remove it") from error
     if image.mode.startswith(("I", "F")):
