@@ -2,58 +2,58 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
 
 from polypseg.artifacts import file_sha256
 from polypseg.errors import PolypSegError, UsageError, first_line
+from polypseg.key_maps import count_and_first
 from polypseg.modeling import PolypSegForSemanticSegmentation
+from polypseg.upstream_formats import (
+    PLAIN,
+    RESNET,
+    VIT,
+    Content,
+    Format,
+    Recognised,
+    not_a_state_dict,
+    read_content,
+    recognise,
+    require_file,
+    with_counters,
+)
 
 RANDOM = "random"
 STARTER_ENCODER = "tf_efficientnet_lite0"
 PRETRAINING_KEY = "polypseg_pretraining"
 """Under which an encoder file of ``pretrain.py`` says, in its safetensors header, how it was pretrained."""
+CONVERSION_KEY = "polypseg_conversion"
+"""Under which an encoder file of ``polypseg convert`` says, in its safetensors header, what it was made from."""
 _STARTER_FILE = "models/efficientnet-lite0-57934424.pth"
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pth or .pt file. Nothing but tensors is ever unpickled.
+    """The tensors of a file that holds nothing else. Nothing but tensors, numbers and text is ever unpickled.
 
     Raises UsageError for a missing file, PolypSegError for one that is damaged or holds anything else.
     """
-    _require_file(path)
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise PolypSegError(f"{path} is damaged or not a file of tensors ({error}): download it again") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged pickles fail in a dozen ways, and torch's text advises unsafe loading
-        raise PolypSegError(
-            f"{path} is damaged or not a file of tensors only; it is not loaded: download it again, or export the "
-            "encoder's state dict as safetensors"
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise PolypSegError(f"{path} is not a plain state dict of tensors: export the encoder's weights first")
-    return content
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise UsageError(f"encoder weights {path} {'are a folder' if path.is_dir() else 'do not exist'}: give a file")
+    entries = read_content(path).entries
+    if not all(isinstance(value, Tensor) for value in entries.values()):
+        raise not_a_state_dict(path)
+    return dict(entries)
 
 
 def describe_source(source: str | None) -> str:
     """What a run's record says of the encoder's start; a file is known by its content. See ``load_encoder_weights``.
 
-    None and "random" are the random initialisation. Raises UsageError for a missing file.
+    None and "random" are the random initialisation. Raises UsageError for a missing file, PolypSegError for one that
+    cannot be read.
     """
     if source is None or source == RANDOM:
         return RANDOM
@@ -62,8 +62,45 @@ def describe_source(source: str | None) -> str:
     if source.startswith("timm:"):
         return source
     path = Path(source)
-    _require_file(path)
-    return f"file {path.name} (sha256 {file_sha256(path)[:12]})"
+    require_file(path)
+    if path.suffix == ".safetensors":  # never a layout of its own, so it need not be read
+        return _describe_file(path, RESNET)
+    return _describe_file(path, identify_encoder(path).format)
+
+
+def _describe_file(path: Path, layout: Format) -> str:
+    kind = "" if layout in (RESNET, VIT, PLAIN) else f"{layout.name}, "
+    return f"file {path.name} ({kind}sha256 {file_sha256(path)[:12]})"
+
+
+def identify_encoder(path: Path) -> Recognised:
+    """What a weights file is: its layout, pretraining ``method`` where it tells, tensors under timm's names.
+
+    Raises UsageError for a missing file or a whole fine-tuned model, PolypSegError for a file that cannot be read or
+    holds no encoder.
+    """
+    content = read_content(path)
+    found = recognise(content, path=path)
+    if found.format.whole_model:
+        raise UsageError(
+            f"{path} is a {found.format.name}, not an encoder: make a model of it with `polypseg convert {path.name}`"
+        )
+    if found.unknown:
+        raise PolypSegError(
+            f"{path} seems to be a {found.format.name} but holds other tensors: "
+            f"{count_and_first(found.unknown, kind='unknown')}"
+        )
+    told = recorded_method(content)
+    return found if told is None else replace(found, method=told)
+
+
+def recorded_method(content: Content) -> str | None:
+    """The pretraining method that a file of ``pretrain.py`` or ``polypseg convert`` states in its header."""
+    for key in (PRETRAINING_KEY, CONVERSION_KEY):
+        if key in content.metadata:
+            method: str | None = json.loads(content.metadata[key]).get("method")
+            return method
+    return None
 
 
 def pretraining_origin(source: str | None) -> dict[str, Any] | None:
@@ -85,22 +122,25 @@ def pretraining_origin(source: str | None) -> dict[str, Any] | None:
 def load_encoder_weights(model: PolypSegForSemanticSegmentation, source: str) -> str:
     """Put pretrained weights into ``model.encoder`` and return their ``describe_source`` for the run's record.
 
-    ``source``: a weights file with timm's key names; ``timm:<name>.<tag>`` for timm's Hub weights; ``starter`` for the
-    ImageNet EfficientNet-Lite0 of the ``starter`` extra. Raises PolypSegError when keys or shapes do not fit exactly.
+    ``source``: a weights file, either with timm's key names or as MoCo v3, Barlow Twins, MAE, AugReg, torchvision or
+    SSL4GIE publish encoders; ``timm:<name>.<tag>`` for timm's Hub weights; ``starter`` for the ImageNet
+    EfficientNet-Lite0 of the ``starter`` extra. Raises PolypSegError when keys or shapes do not fit exactly.
     """
     if source == "starter":
-        state = _starter_state(model)
+        _load_exactly(model, _starter_state(model), source=source)
     elif source.startswith("timm:"):
-        state = _timm_state(model, source.removeprefix("timm:"))
+        _load_exactly(model, _timm_state(model, source.removeprefix("timm:")), source=source)
     else:
-        state = read_state_dict(Path(source))
-    _load_exactly(model, state, source=source)
+        found = identify_encoder(Path(source))
+        _load_exactly(model, found.state, source=source)
+        return _describe_file(Path(source), found.format)
     return describe_source(source)
 
 
 def _load_exactly(model: PolypSegForSemanticSegmentation, state: dict[str, Tensor], *, source: str) -> None:
     """Load every encoder tensor; only keys of the architecture's classification parts may be left over."""
     expected = model.encoder.state_dict()
+    state = with_counters(state, expected)
     # timm's feature wrapper flattens the first level of some CNNs: ConvNeXt's stages.0 is its stages_0.
     state = {
         (flat if key not in expected and (flat := key.replace(".", "_", 1)) in expected else key): value
@@ -111,7 +151,7 @@ def _load_exactly(model: PolypSegForSemanticSegmentation, state: dict[str, Tenso
     unexpected = sorted(set(state) - set(expected) - classifier_parts)
     shapes = [k for k in sorted(set(expected) & set(state)) if expected[k].shape != state[k].shape]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    found = [f"{len(keys)} {kind} (first {keys[0]})" for kind, keys in problems.items() if keys]
+    found = [count_and_first(keys, kind=kind) for kind, keys in problems.items() if keys]
     if found:
         raise PolypSegError(
             f"{source} does not fit encoder {model.config.encoder!r}: {', '.join(found)}. "

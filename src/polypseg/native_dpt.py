@@ -4,6 +4,7 @@ The native class needs no code of this package. Its fusion stage holds a residua
 never runs, and a final norm of the encoder that segmentation never reads: both stay neutral here.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,31 +29,37 @@ SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 SAME_TABLE = 1e-6
 """Two position tables that differ by less are the same one; sine-cosine tables of other codes differ by up to 7e-7."""
 
+
+def _fusion_rows() -> Iterator[Keep]:
+    """The native fusion stage counts from the deepest level, ours from the finest."""
+    for native in range(4):
+        theirs, ours = rf"neck\.fusion_stage\.layers\.{native}", f"decoder.fusion.{3 - native}"
+        yield Keep(rf"{theirs}\.projection\.(.+)", rf"{ours}.project.\1")
+        for unit, name in ((1, "skip"), (2, "refine")):
+            for part, index in (("convolution1", 1), ("batch_norm1", 2), ("convolution2", 4), ("batch_norm2", 5)):
+                yield Keep(rf"{theirs}\.residual_layer{unit}\.{part}\.(.+)", rf"{ours}.{name}.body.{index}.\1")
+
+
+_LAYER = r"dpt\.encoder\.layer\.(\d+)"
 # fmt: off
-NATIVE_KEYS = (  # native key -> ours; a part after ":" says that the native tensor is a part of ours
-    Keep(r"dpt\.embeddings\.cls_token",                                                    "encoder.cls_token"),
-    Keep(r"dpt\.embeddings\.position_embeddings",                                          "encoder.pos_embed"),
-    Keep(r"dpt\.embeddings\.patch_embeddings\.projection\.(weight|bias)",                  r"encoder.patch_embed.proj.\1"),
-    Keep(r"dpt\.encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)", r"encoder.blocks.\1.attn.qkv.\3:\2"),  # noqa: E501
-    Keep(r"dpt\.encoder\.layer\.(\d+)\.attention\.output\.dense\.(weight|bias)",           r"encoder.blocks.\1.attn.proj.\2"),  # noqa: E501
-    Keep(r"dpt\.encoder\.layer\.(\d+)\.intermediate\.dense\.(weight|bias)",                r"encoder.blocks.\1.mlp.fc1.\2"),
-    Keep(r"dpt\.encoder\.layer\.(\d+)\.output\.dense\.(weight|bias)",                      r"encoder.blocks.\1.mlp.fc2.\2"),
-    Keep(r"dpt\.encoder\.layer\.(\d+)\.layernorm_before\.(weight|bias)",                   r"encoder.blocks.\1.norm1.\2"),
-    Keep(r"dpt\.encoder\.layer\.(\d+)\.layernorm_after\.(weight|bias)",                    r"encoder.blocks.\1.norm2.\2"),
-    Drop(r"dpt\.layernorm\.(weight|bias)",                                                 "final norm that segmentation does not read"),  # noqa: E501
-    Keep(r"neck\.reassemble_stage\.layers\.(\d)\.projection\.(weight|bias)",               r"decoder.reassemble.\1.0.\2"),
-    Keep(r"neck\.reassemble_stage\.layers\.(\d)\.resize\.(weight|bias)",                   r"decoder.reassemble.\1.1.\2"),
-    Keep(r"neck\.convs\.(\d)\.weight",                                                     r"decoder.reassemble.\1.2.weight"),  # noqa: E501
-    Drop(r"neck\.fusion_stage\.layers\.0\.residual_layer1\..+",                            "residual unit that is never run"),  # noqa: E501
-    *(row for i in range(4) for row in (  # the native stage counts from the deepest level
-        Keep(rf"neck\.fusion_stage\.layers\.{i}\.projection\.(.+)",                        rf"decoder.fusion.{3 - i}.project.\1"),  # noqa: E501
-        *(row for unit, ours in ((1, "skip"), (2, "refine")) for part, index in (("1", 1), ("2", 4)) for row in (
-            Keep(rf"neck\.fusion_stage\.layers\.{i}\.residual_layer{unit}\.convolution{part}\.(.+)", rf"decoder.fusion.{3 - i}.{ours}.body.{index}.\1"),  # noqa: E501
-            Keep(rf"neck\.fusion_stage\.layers\.{i}\.residual_layer{unit}\.batch_norm{part}\.(.+)", rf"decoder.fusion.{3 - i}.{ours}.body.{index + 1}.\1"),  # noqa: E501
-        )),
-    )),
-    Keep(r"head\.head\.(\d)\.(.+)",                                                        r"decoder.head.\1.\2"),
-    Drop(r"auxiliary_head\..+",                                                            "auxiliary head of training"),
+NATIVE_KEYS: tuple[Keep | Drop, ...] = (  # native key -> ours; ":" and a part: the native tensor is that part of ours
+    Keep(r"dpt\.embeddings\.cls_token",                                      "encoder.cls_token"),
+    Keep(r"dpt\.embeddings\.position_embeddings",                            "encoder.pos_embed"),
+    Keep(r"dpt\.embeddings\.patch_embeddings\.projection\.(.+)",             r"encoder.patch_embed.proj.\1"),
+    Keep(_LAYER + r"\.attention\.attention\.(query|key|value)\.(.+)",        r"encoder.blocks.\1.attn.qkv.\3:\2"),
+    Keep(_LAYER + r"\.attention\.output\.dense\.(.+)",                       r"encoder.blocks.\1.attn.proj.\2"),
+    Keep(_LAYER + r"\.intermediate\.dense\.(.+)",                            r"encoder.blocks.\1.mlp.fc1.\2"),
+    Keep(_LAYER + r"\.output\.dense\.(.+)",                                  r"encoder.blocks.\1.mlp.fc2.\2"),
+    Keep(_LAYER + r"\.layernorm_before\.(.+)",                               r"encoder.blocks.\1.norm1.\2"),
+    Keep(_LAYER + r"\.layernorm_after\.(.+)",                                r"encoder.blocks.\1.norm2.\2"),
+    Drop(r"dpt\.layernorm\.(weight|bias)",                                   "final norm that is never read"),
+    Keep(r"neck\.reassemble_stage\.layers\.(\d)\.projection\.(.+)",         r"decoder.reassemble.\1.0.\2"),
+    Keep(r"neck\.reassemble_stage\.layers\.(\d)\.resize\.(.+)",             r"decoder.reassemble.\1.1.\2"),
+    Keep(r"neck\.convs\.(\d)\.weight",                                       r"decoder.reassemble.\1.2.weight"),
+    Drop(r"neck\.fusion_stage\.layers\.0\.residual_layer1\..+",              "residual unit that is never run"),
+    *_fusion_rows(),
+    Keep(r"head\.head\.(\d)\.(.+)",                                          r"decoder.head.\1.\2"),
+    Drop(r"auxiliary_head\..+",                                              "auxiliary head of training"),
 )
 # fmt: on
 QKV = ("query", "key", "value")
@@ -223,10 +230,16 @@ def _table_for_encoder(table: Tensor, ours: PolypSegForSemanticSegmentation) -> 
     layout = ours.config.position_embedding
     if layout != "learned":
         known = sincos_position_embedding(layout, grid=grid, width=table.shape[2])
-        if (resampling.double() @ known[0].double() - table[0, 1:].cpu()).abs().max() < SAME_TABLE:
+        if (resampling.double() @ known[0].double() - table[0, 1:].double().cpu()).abs().max() < SAME_TABLE:
             return torch.cat([table[:, :1], known.to(table)], dim=1)
-    inverse = torch.linalg.pinv(resampling.double()).to(table.device)
-    return torch.cat([table[:, :1], (inverse @ table[:, 1:].double()).to(table.dtype)], dim=1)
+    wanted = table[:, 1:].double().cpu()
+    found = torch.linalg.pinv(resampling.double()) @ wanted
+    if (resampling.double() @ found - wanted).abs().max() > SAME_TABLE * max(1.0, float(wanted.abs().max())):
+        raise UsageError(
+            f"the native DPT's position table of {side}x{side} patches is no interpolation of the {grid[0]}x{grid[1]} "
+            f"that {ours.config.encoder} has: name an encoder of its image size in the native config's {CONFIG_KEY!r}"
+        )
+    return torch.cat([table[:, :1], found.to(table)], dim=1)
 
 
 @dataclass(frozen=True)

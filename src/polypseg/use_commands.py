@@ -63,13 +63,16 @@ def segment(
     every: Annotated[int, Option(min=1, help="Take every N-th frame of a video.")] = 1,
     save_probability: Annotated[bool, Option("--save-probability", help="Keep the probability maps too.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Start again in a folder of other settings.")] = False,
+    device: Annotated[str | None, Option(help="cpu or cuda; default: cuda where there is one.")] = None,
 ) -> None:
     """Segment images and videos: masks, overlays, tables of area, boxes and scores. For research only."""
+    import torch
+
     from polypseg.hub import load
     from polypseg.segment_files import segment_files
 
     report = segment_files(
-        load(model, revision=revision),
+        load(model, revision=revision).to(device or ("cuda" if torch.cuda.is_available() else "cpu")),
         inputs,
         output,
         threshold=threshold,

@@ -1,0 +1,74 @@
+"""Commands that use models, as a user types them."""
+
+import csv
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
+from polypseg.processing import build_image_processor
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model folder, as fine-tuning leaves it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model") / "best"
+    config = PolypSegConfig(encoder="resnet10t", image_size=64, decoder_channels=8)
+    PolypSegForSemanticSegmentation(config).save_pretrained(folder)
+    build_image_processor(config).save_pretrained(folder)
+    return folder
+
+
+def polypseg(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "polypseg_command", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180)
+
+
+def test_segment_writes_masks_of_the_frames_sizes_and_goes_on_after_bad_files(model, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, size in {"a.png": (60, 80), "b.png": (70, 50)}.items():
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(tmp_path / name)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    done = polypseg("segment", tmp_path, "--model", model, "--out", tmp_path / "out", "--threshold", 0.4)
+    assert done.returncode == 0, done.stderr
+    assert "2 frame(s) segmented" in done.stdout and "bad.png" in done.stdout
+    assert Image.open(tmp_path / "out" / "masks" / "a.png").size == (80, 60)
+    with (tmp_path / "out" / "frames.csv").open() as file:
+        assert [row["width"] for row in csv.DictReader(file)] == ["80", "50"]
+    again = polypseg("segment", tmp_path, "--model", model, "--out", tmp_path / "out", "--threshold", 0.5)
+    assert again.returncode == 2 and again.stderr.startswith("error: ") and "another threshold" in again.stderr
+
+
+def test_robustness_writes_curves(model, tmp_path):
+    done = polypseg(
+        *("robustness", "--model", model, "--dataset", "synthetic_b", "--limit", 4),
+        *("--corruption", "smoke", "--output", tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "clean mDice" in done.stdout and "n = 4" in done.stdout
+    assert (tmp_path / "best" / "synthetic_b.full.full-first4.robustness.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("segment", "nowhere.png", "--model", "MODEL", "--out", "OUT"), 2, "nowhere.png"),
+        (("segment", "x.png", "--model", "RN-IN-MX", "--out", "OUT"), 2, "Did you mean"),
+        (("verify", "MODEL"), 2, "SHA256SUMS"),
+        (("export", "OUT", "--output", "OUT2"), 2, "no model folder"),
+        (("push", "--all", "OUT"), 2, "polypseg export"),
+        (("convert", "nowhere.pth", "--inspect"), 2, "nowhere.pth"),
+    ],
+)
+def test_wrong_input_is_one_line_and_an_exit_code(model, tmp_path, words, code, message):
+    places = {"MODEL": model, "OUT": tmp_path / "out", "OUT2": tmp_path / "out2"}
+    done = polypseg(*(places.get(word, word) for word in words))
+    assert done.returncode == code
+    assert len(done.stderr.strip().splitlines()) == 1 and message in done.stderr
