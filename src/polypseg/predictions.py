@@ -1,0 +1,207 @@
+"""Where predictions come from: a model, an ONNX file, a segmentation_models_pytorch model, or a folder of maps.
+
+Each source gives (id, probability) for the asked images, in order: float32 (H, W) in [0, 1] at the mask's own size.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from polypseg.artifacts import file_sha256
+from polypseg.data.polyps import PolypDataset
+from polypseg.errors import UsageError, first_line
+from polypseg.modeling import PolypSegConfig
+from polypseg.processing import build_image_processor, polyp_logits
+
+Probability = NDArray[np.float32]
+Output = Literal["logits", "probability"]
+_ABOVE_HALF = float(np.nextafter(np.float32(0.5), np.float32(1)))
+
+
+class PredictionSource(Protocol):
+    """Anything that predicts the polyps of a dataset's images."""
+
+    @property
+    def name(self) -> str:
+        """What the predictions are called in results: a file-name-safe word."""
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where the predictions come from, JSON-able."""
+
+    def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
+        """(id, probability (H, W) in [0, 1] at the mask's size) for each id, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPredictions:
+    """Any AutoModelForSemanticSegmentation with its image processor, as processing.load_model gives them."""
+
+    name: str
+    model: Any
+    processor: Any
+    batch_size: int = 8
+    device: torch.device | str = "cpu"
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        return {"source": "model", "weights_origin": getattr(self.model.config, "weights_origin", None) or {}}
+
+    def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
+        """Thresholded at 0.5 (strictly), these are evaluate_model's masks."""
+        model = self.model.to(self.device).eval()
+
+        def forward(pixels: Tensor) -> Tensor:
+            return polyp_logits(model(pixel_values=pixels.to(self.device)).logits.float(), model.config).cpu()
+
+        return _from_logits(forward, self.processor, dataset, ids, batch_size=self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmpPredictions:
+    """A segmentation_models_pytorch model, or any module (B, 3, h, w) -> (B, 1 or 2, h, w), trained on RGB.
+
+    ``output`` says whether it ends in logits or, with an activation, in probabilities.
+    """
+
+    name: str
+    model: Any
+    image_size: int
+    image_mean: Sequence[float] = (0.485, 0.456, 0.406)
+    image_std: Sequence[float] = (0.229, 0.224, 0.225)
+    output: Output = "logits"
+    batch_size: int = 8
+    device: torch.device | str = "cpu"
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        return {"source": "segmentation_models_pytorch", "class": type(self.model).__name__}
+
+    def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
+        """Resized as evaluation does: the frame to the model's size, the output back to the mask's."""
+        model = self.model.to(self.device).eval()
+
+        def forward(pixels: Tensor) -> Tensor:
+            return _one_channel(model(pixels.to(self.device)).float().cpu(), output=self.output, name=self.name)
+
+        processor = _square_processor(self.image_size, mean=self.image_mean, std=self.image_std)
+        return _from_logits(forward, processor, dataset, ids, batch_size=self.batch_size, output=self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxPredictions:
+    """An ONNX file: input (B, 3, h, w) of a normalised RGB frame, output (B, 1 or 2, h, w) of logits or probabilities.
+
+    ``image_size`` is needed only when the file leaves its input's size open. Without ``processor``, frames are prepared
+    as for this package's models, with ImageNet's mean and standard deviation.
+    """
+
+    name: str
+    path: Path
+    processor: Any = None
+    image_size: int | None = None
+    output: Output = "logits"
+    batch_size: int = 8
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        return {"source": "onnx", "file": self.path.name, "sha256": file_sha256(self.path)}
+
+    def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
+        """Raises UsageError without onnxruntime, and for a file that is not such a model."""
+        session = self._session()
+        entry = session.get_inputs()[0]
+        batch, channels, height, width = entry.shape if len(entry.shape) == 4 else (None,) * 4
+        if channels != 3:
+            raise UsageError(f"{self.path} takes an input of shape {entry.shape}: (B, 3, height, width) is needed")
+        processor = self.processor or self._processor(height, width)
+
+        def forward(pixels: Tensor) -> Tensor:
+            (result, *_) = session.run(None, {entry.name: pixels.numpy()})
+            return _one_channel(torch.from_numpy(result).float(), output=self.output, name=str(self.path))
+
+        size = batch if isinstance(batch, int) else self.batch_size
+        if size != 1 and isinstance(batch, int):
+            raise UsageError(
+                f"{self.path} takes batches of exactly {batch}: export it with a free batch size or with 1"
+            )
+        return _from_logits(forward, processor, dataset, ids, batch_size=size, output=self.output)
+
+    def _session(self) -> Any:
+        try:
+            onnxruntime = importlib.import_module("onnxruntime")
+        except ImportError as error:
+            raise UsageError(f"{self.path} needs onnxruntime: run `python -m pip install onnxruntime`") from error
+        if not self.path.is_file():
+            raise UsageError(f"{self.path} does not exist: give an ONNX file")
+        try:
+            return onnxruntime.InferenceSession(str(self.path), providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors have no common class
+            raise UsageError(f"cannot load {self.path} as an ONNX model: {first_line(error)}") from error
+
+    def _processor(self, height: Any, width: Any) -> Any:
+        size = height if isinstance(height, int) else self.image_size
+        if size is None:
+            raise UsageError(f"{self.path} leaves its input's size open: give image_size")
+        if isinstance(width, int) and width != size:
+            raise UsageError(f"{self.path} takes {width}x{size} pixels: give a processor for sizes that are not square")
+        return _square_processor(size)
+
+
+def _square_processor(size: int, **statistics: Sequence[float]) -> Any:
+    named = {f"image_{name}": list(values) for name, values in statistics.items()}
+    return build_image_processor(PolypSegConfig(image_size=size, **named))
+
+
+def _one_channel(result: Tensor, *, output: Output, name: str) -> Tensor:
+    """(B, 1 or 2, h, w) logits or probabilities -> (B, h, w) of the same kind for the polyp."""
+    if result.ndim != 4 or result.shape[1] not in (1, 2):
+        raise UsageError(f"{name} gives {tuple(result.shape)}: (B, 1 or 2, h, w) is needed")
+    within = bool(result.min() >= 0 and result.max() <= 1)
+    if output == "logits":
+        if within:  # as logits every pixel would be polyp
+            raise UsageError(f"{name} gives values between 0 and 1, which are no logits: say output='probability'")
+        return polyp_logits(result, None)
+    if not within:
+        raise UsageError(f"{name} gives values outside 0 and 1, which are no probabilities: say output='logits'")
+    return result[:, -1]
+
+
+def _from_logits(
+    forward: Callable[[Tensor], Tensor],
+    processor: Any,
+    dataset: PolypDataset,
+    ids: Sequence[str],
+    *,
+    batch_size: int,
+    output: Output = "logits",
+) -> Iterator[tuple[str, Probability]]:
+    """Run a model over prepared batches; logits are resized before the sigmoid, as in evaluation."""
+    for start in range(0, len(ids), batch_size):
+        chunk = ids[start : start + batch_size]
+        pairs = [dataset.pair(dataset.by_id[record_id]) for record_id in chunk]
+        pixels = processor(images=[frame for frame, _ in pairs], return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():  # inside the loop: a generator must not leave the mode on for its caller
+            results = forward(pixels)
+            maps = [probability_map(z, mask.shape, output=output) for z, (_, mask) in zip(results, pairs, strict=True)]
+        yield from zip(chunk, maps, strict=True)
+
+
+def probability_map(values: Tensor, size: tuple[int, ...], *, output: Output = "logits") -> Probability:
+    """Logits or probabilities (h, w) -> probability (H, W) of ``size``: bilinear, no antialias.
+
+    Above 0.5 exactly where evaluation.predicted_mask is true, also where the sigmoid would round to 0.5.
+    """
+    resized = F.interpolate(values[None, None], size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
+    if output == "probability":
+        return resized.clamp(0, 1).numpy()
+    probability = torch.sigmoid(resized)
+    return torch.where(resized > 0, probability.clamp(min=_ABOVE_HALF), probability).numpy()
