@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from PIL import Image
-from reference_files import write_reference_file
 from rich.console import Console
 from rich.table import Table
 from typer import Option
@@ -32,6 +31,7 @@ from polypseg.cli import print_whole, run_script
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.evaluation import predicted_mask
 from polypseg.processing import build_image_processor
+from reference_files import write_reference_file
 
 TESTS = Path(__file__).resolve().parent
 LOGITS_TOLERANCE = 1e-5
@@ -86,7 +86,8 @@ def round_trip(entry: zoo.ZooEntry, hub: HubProcess, folder: Path, *, seed: int)
     if done.returncode:
         raise SystemExit(f"{entry.short_name}: {done.stderr}")
     with np.load(folder / "out.npz") as found:
-        logits, half, mask, background = (found[k] for k in ("logits", "half_logits", "mask", "background"))
+        names = ("logits", "half_logits", "mask", "background", "bare_mask")
+        logits, half, mask, background, bare = (found[name] for name in names)
     scale = max(1.0, float(expected.abs().max()))
     row["largest logit"] = round(float(expected.abs().max()), 2)
     row["difference"] = float(np.abs(logits[:, 1:] - expected.numpy()).max()) / scale
@@ -94,9 +95,11 @@ def round_trip(entry: zoo.ZooEntry, hub: HubProcess, folder: Path, *, seed: int)
     right = predicted_mask(expected[0, 0], frame.shape[:2])
     row["polyp share"] = round(float(right.mean()), 3)
     row["mask pixels wrong"] = int((mask != right).sum())
+    row["bare pipeline"] = int((bare != right).sum())  # its processor resizes by torchvision: one grey level off
     row["ok"] = bool(
         row["difference"] <= LOGITS_TOLERANCE
         and row["mask pixels wrong"] <= 1e-4 * right.size
+        and row["bare pipeline"] <= 1e-3 * right.size
         and (mask ^ background).all()
         and np.abs(logits[:, 0]).max() == 0
     )

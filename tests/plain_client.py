@@ -2,8 +2,9 @@
 
 python tests/plain_client.py REPO REVISION TRUST INPUTS.npz OUTPUTS.npz
 
-INPUTS: pixel_values (B, 3, H, W) float32 and frame (H, W, 3) uint8; OUTPUTS: logits, and the pipeline's polyp mask of
-the frame. Importing polypseg is made impossible first.
+INPUTS: pixel_values (B, 3, H, W) float32, frame (H, W, 3) uint8; OUTPUTS: logits of both weight files, and the masks
+that pipeline("image-segmentation") gives of the frame: by itself, and with the processor of the evaluation, as the card
+says. Importing polypseg is made impossible first.
 """
 
 import sys
@@ -12,7 +13,7 @@ import time
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModelForSemanticSegmentation, pipeline
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
 
 
 def main() -> None:
@@ -30,15 +31,19 @@ def main() -> None:
     with torch.inference_mode():
         half_logits = half.float().eval()(torch.from_numpy(data["pixel_values"])).logits
     frame = Image.fromarray(data["frame"])
-    segment = pipeline("image-segmentation", model=repo, **options)
-    masks = {answer["label"]: np.asarray(answer["mask"]) > 0 for answer in segment(frame)}
+    masks = {}
+    processor = AutoImageProcessor.from_pretrained(repo, backend="pil", revision=revision)
+    for name, given in {"bare": {}, "evaluation": {"image_processor": processor}}.items():
+        answers = pipeline("image-segmentation", model=repo, **given, **options)(frame)
+        masks[name] = {answer["label"]: np.asarray(answer["mask"]) > 0 for answer in answers}
     empty = np.zeros(data["frame"].shape[:2], dtype=bool)
     np.savez(
         outputs,
         logits=logits.numpy(),
         half_logits=half_logits.numpy(),
-        mask=masks.get("polyp", empty),
-        background=masks.get("background", empty),
+        mask=masks["evaluation"].get("polyp", empty),
+        background=masks["evaluation"].get("background", empty),
+        bare_mask=masks["bare"].get("polyp", empty),
         seconds=loaded,
     )
 

@@ -28,8 +28,8 @@ from polypseg.upstream_formats import (
     require_file,
     with_counters,
 )
+from polypseg.zoo import RANDOM
 
-RANDOM = "random"
 STARTER_ENCODER = "tf_efficientnet_lite0"
 PRETRAINING_KEY = "polypseg_pretraining"
 """Under which an encoder file of ``pretrain.py`` says, in its safetensors header, how it was pretrained."""
@@ -117,6 +117,12 @@ def pretraining_origin(source: str | None) -> dict[str, Any] | None:
         return None
     origin: dict[str, Any] = json.loads(text)
     return origin | {"sha256": file_sha256(path)}
+
+
+def stated_method(source: str | None) -> str | None:
+    """The pretraining method of a weights file, where its header or its layout tells; None for every other source."""
+    path = Path(source or "")
+    return identify_encoder(path).method if path.is_file() else None
 
 
 def load_encoder_weights(model: PolypSegForSemanticSegmentation, source: str) -> str:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers.utils import CONFIG_NAME
 
 from polypseg.artifacts import atomic_path, read_json, write_csv, write_json
-from polypseg.checkpoints import RANDOM, load_encoder_weights, pretraining_origin
+from polypseg.checkpoints import RANDOM, load_encoder_weights, pretraining_origin, stated_method
 from polypseg.data.augmentation import PairedAugmentation
 from polypseg.data.feed import (
     CachedPairs,
@@ -87,9 +87,10 @@ def build_model(
     except ValueError as error:
         raise UsageError(str(error)) from error
     pretraining = pretraining_origin(encoder_weights)
-    if pretraining and pretraining["method"] != entry.method:
+    method = stated_method(encoder_weights)
+    if method not in (None, entry.method):
         raise UsageError(
-            f"{encoder_weights} was pretrained with {pretraining['method']}, but {entry.short_name} stands for "
+            f"{encoder_weights} was pretrained with {method}, but {entry.short_name} stands for "
             f"{entry.method}: choose the matching row"
         )
     loaded = RANDOM
