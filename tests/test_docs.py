@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from polypseg.conventions import conventions_markdown
 from polypseg.metrics import mean_with_interval, score
 from polypseg.pretraining.export import render_index
 
@@ -69,6 +70,11 @@ def test_files_named_in_the_readme_exist():
     text = (REPOSITORY / "README.md").read_text()
     for path in re.findall(r"(?:src|hub_configs|training_scripts|model_cards|tests|docs)/[\w./]*\w", text):
         assert (REPOSITORY / path).exists(), path
+
+
+def test_metric_conventions_page_is_rendered_from_the_table():
+    page = (REPOSITORY / "docs" / "metric_conventions.md").read_text()
+    assert page == conventions_markdown(), "run `make cards`"
 
 
 def test_no_machine_paths_or_data_in_the_repository():

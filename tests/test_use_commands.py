@@ -72,3 +72,20 @@ def test_wrong_input_is_one_line_and_an_exit_code(model, tmp_path, words, code, 
     done = polypseg(*(places.get(word, word) for word in words))
     assert done.returncode == code
     assert len(done.stderr.strip().splitlines()) == 1 and message in done.stderr
+
+
+def test_evaluate_scores_a_model_and_its_saved_maps_alike(model, tmp_path):
+    common = ("--dataset", "synthetic_b", "--limit", 3, "--convention", "paper", "--output", tmp_path / "results")
+    done = polypseg("evaluate", "--model", model, *common)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "paper" in done.stdout and (tmp_path / "results" / "best" / "synthetic_b.full.full-first3.suite.json").is_file()
+    )
+    assert polypseg("evaluate", *common).returncode == 2
+
+
+def test_diagnose_reads_published_digits():
+    pooled = polypseg("diagnose", "0.9502", "0.9051")
+    assert pooled.returncode == 0 and pooled.stdout.startswith("pooled"), pooled.stdout + pooled.stderr
+    assert polypseg("diagnose", "0.90", "0.95").stdout.startswith("impossible")
+    assert polypseg("diagnose", "high", "0.8").returncode == 2

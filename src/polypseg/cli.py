@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from polypseg import hub_commands, use_commands
+from polypseg import evaluate_commands, hub_commands, use_commands
 from polypseg.errors import PolypSegError
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ for command in (
     hub_commands.push,
     hub_commands.verify,
     use_commands.models,
+    evaluate_commands.evaluate,
+    evaluate_commands.diagnose,
     use_commands.segment,
     use_commands.demo_app,
     use_commands.export_space,
