@@ -65,6 +65,7 @@ def test_robustness_writes_curves(model, tmp_path):
         (("export", "OUT", "--output", "OUT2"), 2, "no model folder"),
         (("push", "--all", "OUT"), 2, "polypseg export"),
         (("convert", "nowhere.pth", "--inspect"), 2, "nowhere.pth"),
+        (("data", "push", "cvc_clinicdb", "someone/cvc", "--public"), 2, "override"),
     ],
 )
 def test_wrong_input_is_one_line_and_an_exit_code(model, tmp_path, words, code, message):

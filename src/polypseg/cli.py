@@ -141,6 +141,33 @@ def shard(
         print(f"{len(report.unreadable)} unreadable images were left out, first {first}; shards.json lists them all")
 
 
+@data_app.command("push")
+def push_prepared(
+    name: Annotated[str, Argument(help="Dataset of the table.")],
+    repo_id: Annotated[str, Argument(help="Dataset repository on the Hub, OWNER/NAME.")],
+    source: Annotated[Path | None, Option(help="Folder or archive of the dataset.")] = None,
+    split: Annotated[str, Option(help="Named split that becomes the repository's splits.")] = "reference",
+    public: Annotated[bool, Option("--public", help="Make the repository public; only where the terms allow.")] = False,
+    override_terms: Annotated[
+        bool, Option("--override-terms", help="You hold the owners' permission to publish the set.")
+    ] = False,
+    allow_partial: Annotated[bool, Option("--allow-partial", help="Accept a part of the dataset.")] = False,
+) -> None:
+    """Push your own prepared copy of a dataset with a card; private unless the set's terms allow more."""
+    from polypseg.dataset_cards import push_dataset
+
+    commit = push_dataset(
+        name,
+        repo_id,
+        source=source,
+        split=split,
+        private=not public,
+        override=override_terms,
+        allow_partial=allow_partial,
+    )
+    print(f"{repo_id}: {'public' if public else 'private'}, commit {commit}")
+
+
 @app.command()
 def study(
     output: Annotated[Path, Option(help="Folder of the study; a second call continues it.")],
