@@ -1,0 +1,48 @@
+"""Statistics of generalisation: intervals, comparisons, gaps and rankings that respect clips, repeats and seeds."""
+
+from polypseg.statistics.comparisons import Comparison, compare_models, effect_sizes, holm, sign_flip_p_values
+from polypseg.statistics.generalisation import Contrast, Gap, generalisation_gaps, group_contrasts, study_groups
+from polypseg.statistics.intervals import (
+    Interval,
+    SampleWeight,
+    design_effect,
+    intra_cluster_correlation,
+    mean_intervals,
+    mean_rows,
+    sample_weights,
+)
+from polypseg.statistics.rankings import Agreement, RankChange, Ranking, agreement_row, analyse_rank_change
+from polypseg.statistics.resampling import RESAMPLES, Draws, draw_both, draw_means
+from polypseg.statistics.scores import ScoreSet, read_score_set, score_set
+
+__all__ = [
+    "RESAMPLES",
+    "Agreement",
+    "Comparison",
+    "Contrast",
+    "Draws",
+    "Gap",
+    "Interval",
+    "RankChange",
+    "Ranking",
+    "SampleWeight",
+    "ScoreSet",
+    "agreement_row",
+    "analyse_rank_change",
+    "compare_models",
+    "design_effect",
+    "draw_both",
+    "draw_means",
+    "effect_sizes",
+    "generalisation_gaps",
+    "group_contrasts",
+    "holm",
+    "intra_cluster_correlation",
+    "mean_intervals",
+    "mean_rows",
+    "read_score_set",
+    "sample_weights",
+    "score_set",
+    "sign_flip_p_values",
+    "study_groups",
+]
