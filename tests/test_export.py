@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +226,38 @@ def test_a_copy_with_other_outputs_is_not_kept(source, tmp_path, monkeypatch, wi
     with pytest.raises(PolypSegError, match="nothing is kept"):
         export_model(source, tmp_path / "out", organisation="someone")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_an_earlier_export_is_replaced(source, tmp_path, without_card):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="no exported model"):
+        export_model(source, tmp_path / "work", organisation="someone")
+    with pytest.raises(UsageError, match=r"another folder|no exported model"):
+        export_model(source, source.parent, organisation="someone")
+    assert (tmp_path / "work" / "notes.txt").read_text() == "mine" and (source / "model.safetensors").is_file()
+
+
+def test_changed_weights_lose_the_name_and_the_results_of_the_old_ones(source, tmp_path, without_card):
+    model, processor = load_model(str(source))
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.01)
+    model.save_pretrained(tmp_path / "further")
+    processor.save_pretrained(tmp_path / "further")
+    results = tmp_path / "results" / "small.random"
+    results.mkdir(parents=True)
+    (results / "old.json").write_text(json.dumps(result(file_sha256(source / "model.safetensors"))))
+    done = export_model(tmp_path / "further", tmp_path / "out", results=tmp_path / "results", organisation="someone")
+    assert done.results == () and "other weights" in done.left_out[0]
+    assert "changed" in done.origin.suffix and any("changed" in why for why in done.origin.shortcomings)
+
+
+def test_a_damaged_export_is_not_exported_again(exported, tmp_path, without_card):
+    copy = tmp_path / "copy"
+    shutil.copytree(exported, copy)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    with pytest.raises(PolypSegError, match=r"config\.json \(damaged\)"):
+        export_model(copy, tmp_path / "out", organisation="someone")
 
 
 def test_a_folder_that_is_no_model_is_a_usage_error(tmp_path):

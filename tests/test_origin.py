@@ -57,6 +57,12 @@ def test_complete_training_and_conversion_earn_the_rows_id(short_name):
         ({"encoder_initialisation": "random"}, "random", "started at random"),
         ({"encoder_initialisation": "timm:resnet50.a1_in1k"}, "variant", "not the row's"),
         ({"scale": "small"}, "small", "size"),
+        ({"changed": True}, "changed", "changed after"),
+        (
+            {"pretraining": {"recipe": "pretrain_moco_v3_resnet50", "recipe_changes": [], "frames": 2_000_000}},
+            "variant",
+            "2000000 frames",
+        ),
         (
             {"pretraining": {"recipe": "pretrain_moco_v3_small", "recipe_changes": [], "frames": 1_281_167}},
             "variant",
@@ -132,3 +138,25 @@ def test_own_pretraining_does_not_inherit_the_published_files_licence():
 def test_a_random_model_of_synthetic_frames_is_free():
     licence = model_license(read_origin(trained("RN-NA-NA", finetuned_on="synthetic_a reference/train")))
     assert (licence.identifier, licence.commercial_use) == ("apache-2.0", True)
+
+
+def test_a_converted_model_that_was_trained_further_is_neither(tmp_path):
+    origin = read_origin(converted("RN-IN-SL") | {"recipe": "smoke"})
+    assert not origin.official and origin.repo_name.endswith("-finetuned")
+    assert model_license(origin).identifier == "cc-by-nc-sa-4.0"
+
+
+@pytest.mark.parametrize(
+    ("record", "identifier"),
+    [
+        ({}, "unknown"),
+        (trained("RN-IN-MC", scale="small", encoder_initialisation="file vit_small.pth (sha256 0)"), "unknown"),
+        (trained("RN-IN-SL", scale="small", encoder_initialisation="timm:resnet18.tv_in1k"), "other"),
+        (
+            trained("RN-IN-SL", scale="small", encoder_initialisation="timm:convnextv2_tiny.fcmae_ft_in1k"),
+            "cc-by-nc-4.0",
+        ),
+    ],
+)
+def test_weights_of_unknown_terms_are_not_called_free(record, identifier):
+    assert model_license(read_origin(record)).identifier == identifier

@@ -160,6 +160,15 @@ def test_a_tag_that_stands_for_other_content_is_refused_before_any_upload(hub, h
         (lambda folder: (folder / MANIFEST).unlink(), "polypseg export"),
         (
             lambda folder: (
+                (folder / "README.md").write_text(
+                    (folder / "README.md").read_text().replace("license: apache-2.0", "license: mit")
+                ),
+                write_manifest(folder),
+            ),
+            "origin demands",
+        ),
+        (
+            lambda folder: (
                 (folder / "README.md").write_text((folder / "README.md").read_text().replace("license:", "licence:")),
                 write_manifest(folder),
             ),
@@ -175,6 +184,16 @@ def test_a_folder_that_is_not_as_exported_is_refused_before_a_byte_is_sent(
     damage(folder)
     assert words in run(hub, home, "push", folder, "--organisation", "polypseg", code=2)
     assert not [r for r in hub.requests() if r["method"] != "GET"]
+
+
+def test_private_is_not_promised_where_the_repository_is_public(hub, home, exported):
+    run(hub, home, "push", exported, "--organisation", "polypseg")
+    assert "is public" in run(hub, home, "push", exported, "--organisation", "polypseg", "--private", code=2)
+
+
+def test_two_folders_for_one_repository_are_refused(hub, home, exported, changed):
+    output = run(hub, home, "push", exported, changed, "--organisation", "polypseg", code=2)
+    assert "would both become" in output and not [r for r in hub.requests() if r["method"] not in ("GET", "HEAD")]
 
 
 @pytest.mark.parametrize("stage", ["POST /api/repos/create", "POST .*preupload", "PUT ", "POST .*/commit/"])

@@ -111,7 +111,9 @@ def test_export_writes_a_complete_space(tiny, tmp_path):
 def test_requirements_follow_the_packages_own_ranges_and_the_tested_gradio(tiny, tmp_path):
     plain = export_space(tmp_path / "plain", models=tiny) / "requirements.txt"
     own = dataclasses.replace(HUB, revision=COMMIT, remote_code=True)
-    coded = export_space(tmp_path / "coded", models=[own]) / "requirements.txt"
+    with pytest.raises(UsageError, match="--trust-remote-code"):
+        export_space(tmp_path / "coded", models=[own])
+    coded = export_space(tmp_path / "coded", models=[own], trust_remote_code=True) / "requirements.txt"
     assert "timm" not in plain.read_text() and {"timm>=1.0.20,<2", "torchvision>=0.24,<1"} <= set(
         coded.read_text().split()
     )

@@ -3,6 +3,7 @@
 python training_scripts/evaluate.py --model runs/rn-in-sl/best --dataset cvc_clinicdb --split full --part full
 """
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from typer import Option
 
 from polypseg.cli import run_script
 from polypseg.data import open_dataset
+from polypseg.errors import UsageError
 from polypseg.evaluation import evaluate_model
 from polypseg.metrics import METRICS
 from polypseg.processing import load_model
@@ -29,11 +31,15 @@ def main(
     batch_size: Annotated[int, Option(min=1, help="Images per forward pass.")] = 8,
     limit: Annotated[int | None, Option(min=1, help="Only the first N images.")] = None,
     allow_partial: Annotated[bool, Option("--allow-partial", help="Accept a part of the dataset.")] = False,
+    revision: Annotated[str | None, Option(help="Commit of a Hub model; with its own code, all 40 digits.")] = None,
     trust_remote_code: Annotated[bool, Option("--trust-remote-code", help="Run code from the Hub repo.")] = False,
 ) -> None:
     """Evaluate any semantic segmentation model on a part of a dataset."""
     data = open_dataset(dataset, source=source, allow_partial=allow_partial)
-    network, processor = load_model(model, trust_remote_code=trust_remote_code)
+    pinned = Path(model).is_dir() or (revision and re.fullmatch(r"[0-9a-f]{40}", revision))
+    if trust_remote_code and not pinned:
+        raise UsageError("code from the Hub is run at a full commit only: give --revision with its 40 digits")
+    network, processor = load_model(model, revision=revision, trust_remote_code=trust_remote_code)
     origin = getattr(network.config, "weights_origin", None) or {}
     result = evaluate_model(
         network,

@@ -8,8 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
-from polypseg.artifacts import read_json
-from polypseg.card_facts import test_of
+from polypseg.card_facts import read_results, test_of
 from polypseg.dataset_cards import DISCLAIMER
 from polypseg.errors import UsageError, first_line
 
@@ -118,8 +117,7 @@ def _picture_findings(pictures: Iterable[str], *, folder: Path | None) -> Iterab
 def _number_findings(metadata: Mapping[str, Any], *, folder: Path) -> Iterable[str]:
     """Every number of the model-index must be found in the folder's result files."""
     measured: dict[tuple[str, ...], set[float]] = {}
-    for path in sorted((folder / "results").glob("*.json")):
-        result = read_json(path)
+    for result in read_results(folder / "results").values():
         for metric, value in result["metrics"].items():
             if isinstance(value, dict) and "mean" in value:
                 measured.setdefault((*test_of(result), metric), set()).add(round(value["mean"], 4))

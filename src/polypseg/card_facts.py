@@ -156,7 +156,7 @@ def measured_facts(folder: Path, *, organisation: str) -> CardFacts:
     """The facts of a small model whose results, but not its weights, are in this repository: results/<model id>."""
     from polypseg.modeling import PolypSegConfig
 
-    contents = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    contents = list(read_results(folder).values())
     if not contents:
         raise UsageError(f"no results in {folder}: run training_scripts/evaluate.py first")
     record = {**contents[0]["weights_origin"], "model_id": folder.name}
@@ -191,8 +191,18 @@ def _encoder_of(model_id: str, decoder: str) -> str:
     return zoo.ENCODERS.get(name, name)
 
 
+def read_results(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The evaluation results among a folder's JSON files, as EvaluationResult.write leaves them, by path.
+
+    Robustness curves, scores by every convention and other files are passed over.
+    """
+    contents = {path: read_json(path) for path in sorted(folder.glob("*.json"))}
+    keys = {"weights_origin", "dataset", "convention", "metrics", "images"}
+    return {path: content for path, content in contents.items() if isinstance(content, dict) and keys <= set(content)}
+
+
 def _read_results(folder: Path, origin: Origin) -> tuple[Mapping[str, Any], ...]:
-    contents = tuple(read_json(path) for path in sorted(folder.glob("*.json")))
+    contents = tuple(read_results(folder).values())
     ours = origin.record.get("sha256")
     for content in contents:
         theirs = content["weights_origin"].get("sha256")

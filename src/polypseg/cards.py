@@ -118,7 +118,7 @@ def _metadata(facts: CardFacts, license: ModelLicense) -> ModelCardData:
     return ModelCardData(
         license=license.identifier,
         license_name=license.name,
-        license_link=license.link if license.name else None,
+        license_link=license.link,
         library_name="transformers",
         pipeline_tag="image-segmentation",
         base_model=f"timm/{base}" if base else None,

@@ -28,7 +28,7 @@ from polypseg.upstream_formats import (
     require_file,
     with_counters,
 )
-from polypseg.zoo import RANDOM
+from polypseg.zoo import RANDOM, STARTER
 
 STARTER_ENCODER = "tf_efficientnet_lite0"
 PRETRAINING_KEY = "polypseg_pretraining"
@@ -58,7 +58,7 @@ def describe_source(source: str | None) -> str:
     if source is None or source == RANDOM:
         return RANDOM
     if source == "starter":
-        return "EfficientNet-Lite0, supervised on ImageNet-1k"
+        return STARTER
     if source.startswith("timm:"):
         return source
     path = Path(source)

@@ -16,19 +16,26 @@ from torch import Tensor, nn
 from transformers import AutoModelForSemanticSegmentation, DPTForSemanticSegmentation
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from polypseg.artifacts import atomic_path, file_sha256, read_json, write_json
+from polypseg.artifacts import atomic_path, write_json
+from polypseg.card_facts import read_results
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.manifest import write_manifest
+from polypseg.hub import check_folder
+from polypseg.manifest import MANIFEST, write_manifest
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.native_dpt import from_native_dpt, to_native_dpt
 from polypseg.origin import Origin, read_origin
-from polypseg.processing import build_image_processor, load_model, without_shard_bars
+from polypseg.processing import (
+    SOURCE_SHA256,
+    build_image_processor,
+    current_record,
+    load_model,
+    without_shard_bars,
+)
 from polypseg.recipe import bundled_folder
 
 FP16_WEIGHTS = "model.fp16.safetensors"
 RESULTS = "results"
-SOURCE_SHA256 = "sha256"
-"""Key of ``weights_origin``: the digest of the weights file that was trained, converted and evaluated."""
+_PREPARATION = ("size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 TOLERANCE = 1e-5
 """Largest difference of logits between the source and the written folder; observed 0 (DPT) to 5e-6 (remote code)."""
 
@@ -54,10 +61,11 @@ def export_model(source: Path, output: Path, *, results: Path | None = None, org
     back and its logits compared before it gets its name. Raises UsageError for a folder that is no model of ours,
     PolypSegError when the copy's outputs differ.
     """
+    _check_output(output, source=source)
+    if results is not None and not results.is_dir():
+        raise UsageError(f"there is no results folder {results}: give the --output of training_scripts/evaluate.py")
     model = _our_model(source)
-    weights = file_sha256(source / SAFE_WEIGHTS_NAME)
-    record = dict(model.config.weights_origin or {})
-    record.setdefault(SOURCE_SHA256, weights)
+    record = current_record(model.config.weights_origin or {}, source)
     model.config.weights_origin = record
     origin = read_origin(record)
     with atomic_path(output) as temporary, without_shard_bars():
@@ -73,14 +81,31 @@ def export_model(source: Path, output: Path, *, results: Path | None = None, org
     return Export(folder=output, origin=origin, results=taken, left_out=left_out, largest_difference=difference)
 
 
+def _check_output(output: Path, *, source: Path) -> None:
+    """Only an earlier export may be replaced: raise UsageError for anything else that stands there."""
+    used = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if used and not (output / MANIFEST).is_file():
+        raise UsageError(f"{output} exists and is no exported model: give the name of a new folder")
+    if output.resolve() in (source.resolve(), *source.resolve().parents):
+        raise UsageError(f"{output} holds the model that is to be exported: give another folder")
+
+
 def _our_model(source: Path) -> PolypSegForSemanticSegmentation:
     if not (source / SAFE_WEIGHTS_NAME).is_file():
         raise UsageError(f"{source} is no model folder: it has no {SAFE_WEIGHTS_NAME}. Give a run's best/ folder")
-    model, _ = load_model(str(source))
+    check_folder(source)
+    model, processor = load_model(str(source))
     if isinstance(model, DPTForSemanticSegmentation):
-        return from_native_dpt(model).eval()
+        model = from_native_dpt(model).eval()
     if not isinstance(model, PolypSegForSemanticSegmentation):
         raise UsageError(f"{source} holds a {type(model).__name__}, which is no model of this package")
+    wanted = build_image_processor(model.config)
+    differing = [name for name in _PREPARATION if getattr(processor, name, None) != getattr(wanted, name)]
+    if differing:
+        raise UsageError(
+            f"{source} prepares images otherwise than its config.json says ({', '.join(differing)}): save the "
+            "processor that belongs to it"
+        )
     return model.float()
 
 
@@ -136,20 +161,18 @@ def largest_difference(model: PolypSegForSemanticSegmentation, folder: Path) -> 
 
 
 def _copy_results(results: Path | None, origin: Origin, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Copy the results of these weights; a result that names other weights, or none, stays out."""
+    """Copy the results of these weights, under whatever name; those of the same id but of other weights stay out."""
     taken, left_out = [], []
-    found = sorted((results / origin.model_id).glob("*.json")) if results else []
-    for path in found:
-        content = read_json(path)
-        recorded = content.get("weights_origin", {}).get(SOURCE_SHA256)
-        if recorded is None:
-            left_out.append(f"{path.name}: does not say of which weights it is")
-        elif recorded != origin.record[SOURCE_SHA256]:
-            left_out.append(f"{path.name}: is of other weights ({recorded[:12]})")
-        else:
-            folder.mkdir(exist_ok=True)
-            write_json(folder / path.name, content)
-            taken.append(path.name)
+    for place in sorted(path for path in results.iterdir() if path.is_dir()) if results else []:
+        for path, content in read_results(place).items():
+            recorded = content["weights_origin"].get(SOURCE_SHA256)
+            if recorded == origin.record[SOURCE_SHA256]:
+                folder.mkdir(exist_ok=True)
+                write_json(folder / path.name, content)
+                taken.append(path.name)
+            elif place.name == origin.model_id:
+                what = f"is of other weights ({recorded[:12]})" if recorded else "does not say of which weights it is"
+                left_out.append(f"{path.name}: {what}")
     return tuple(taken), tuple(left_out)
 
 
@@ -159,6 +182,6 @@ def _write_card(folder: Path, *, name: str, run_dir: Path, organisation: str | N
     from polypseg.cards import collect_facts, render_card
 
     model, processor = load_model(str(folder))
-    results = [read_json(path) for path in sorted((folder / RESULTS).glob("*.json"))]
+    results = list(read_results(folder / RESULTS).values())
     write_card_pictures(model, processor, folder, name=name, results=results)
     render_card(collect_facts(folder, organisation=organisation, run_dir=run_dir)).save(folder / "README.md")

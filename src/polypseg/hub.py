@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -83,7 +83,7 @@ def load(
     if folder.is_dir():
         if revision is not None:
             raise UsageError(f"{folder} is a folder: a revision belongs to a Hub id")
-        _check_local(folder)
+        check_folder(folder)
     else:
         folder = fetch(str(id_or_path), revision=revision, cache_dir=cache_dir, token=token)
         commit = folder.name
@@ -93,9 +93,7 @@ def load(
 
 def fetch(name: str, *, revision: str | None = None, cache_dir: Path | None = None, token: str | None = None) -> Path:
     """Download what loading needs of a Hub model and return the checked folder; see ``load`` for the errors."""
-    return _fetch_checked(
-        resolve_id(name), revision=revision, cache_dir=cache_dir, token=token, allow=LOADED, ignore=NOT_LOADED
-    ).folder
+    return _fetch_checked(resolve_id(name), revision=revision, cache_dir=cache_dir, token=token, whole=False).folder
 
 
 def verify(
@@ -110,31 +108,30 @@ def verify(
     if folder.is_dir():
         if not (folder / MANIFEST).is_file():
             raise UsageError(f"{folder} has no {MANIFEST}: it was not written by `polypseg export`")
-        return _inspect(folder, revision=None)
-    found = _fetch_checked(
-        resolve_id(str(id_or_path)), revision=revision, cache_dir=cache_dir, token=token, allow=None, ignore=None
-    )
-    if not found.digests:
+        return _inspect(folder, revision=None, wanted=_is_any)
+    found = _fetch_checked(resolve_id(str(id_or_path)), revision=revision, cache_dir=cache_dir, token=token, whole=True)
+    if not found.digests and not found.problems:
         raise UsageError(f"{id_or_path} has no {MANIFEST}: it was not published by `polypseg push`")
     return found
 
 
-def _check_local(folder: Path) -> None:
-    """A folder with a manifest must agree with it; one without (a run's best/) is taken as it is."""
-    if (folder / MANIFEST).is_file():
-        problems = find_mismatches(folder, read_manifest(folder / MANIFEST), only=set(_wanted(folder)))
-        damaged = [f"{name} ({what})" for name, what in problems.items() if what != "missing"]
-        if damaged:
-            raise PolypSegError(f"{folder}: {', '.join(damaged)} differ(s) from {MANIFEST}; export or get it again")
+def check_folder(folder: Path) -> None:
+    """Raise PolypSegError where a model folder differs from its manifest; one without (a run's best/) passes."""
+    if not (folder / MANIFEST).is_file():
+        return
+    problems = _inspect(folder, revision=None, wanted=is_loaded).problems
+    if problems:
+        listed = ", ".join(f"{name} ({what})" for name, what in problems.items())
+        raise PolypSegError(f"{folder} does not agree with its {MANIFEST}: {listed}. Export it or get it again")
 
 
-def _wanted(folder: Path) -> list[str]:
-    """The files of a folder that loading reads."""
+def is_loaded(name: str) -> bool:
+    """Whether loading a model reads the file of this name."""
+    return any(fnmatch(name, p) for p in LOADED) and not any(fnmatch(name, p) for p in NOT_LOADED)
 
-    def any_of(patterns: list[str], name: str) -> bool:
-        return any(fnmatch(name, pattern) for pattern in patterns)
 
-    return [name for name in list_files(folder) if any_of(LOADED, name) and not any_of(NOT_LOADED, name)]
+def _is_any(name: str) -> bool:
+    return True
 
 
 def _fetch_checked(
@@ -143,9 +140,10 @@ def _fetch_checked(
     revision: str | None,
     cache_dir: Path | None,
     token: str | None,
-    allow: list[str] | None,
-    ignore: list[str] | None,
+    whole: bool,
 ) -> Verification:
+    """Download what loading reads, or with ``whole`` everything, compare it, and fetch once more what is damaged."""
+    wanted = _is_any if whole else is_loaded
     with hub_errors(repo_id, revision=revision):
         folder = Path(
             snapshot_download(
@@ -153,18 +151,18 @@ def _fetch_checked(
                 revision=revision,
                 cache_dir=cache_dir,
                 token=token,
-                allow_patterns=allow,
-                ignore_patterns=ignore,
-                tqdm_class=None,
+                allow_patterns=None if whole else LOADED,
+                ignore_patterns=None if whole else NOT_LOADED,
             )
         )
         if not (folder / MANIFEST).is_file():
             _log.warning("%s has no %s: its files cannot be checked", repo_id, MANIFEST)
             return Verification(folder=folder, revision=folder.name, digests={}, problems={})
-        found = _inspect(folder, revision=folder.name)
+        found = _inspect(folder, revision=folder.name, wanted=wanted)
         if found.problems:
-            found = _fetch_again(repo_id, found, cache_dir=cache_dir, token=token)
-    if found.problems and allow is not None:
+            _fetch_again(repo_id, found, cache_dir=cache_dir, token=token)
+            found = _inspect(folder, revision=folder.name, wanted=wanted)
+    if found.problems and not whole:
         bad = ", ".join(f"{name} ({what})" for name, what in found.problems.items())
         raise PolypSegError(
             f"{repo_id}: {bad} after a second download: the copy on the server does not match its {MANIFEST}; "
@@ -173,7 +171,7 @@ def _fetch_checked(
     return found
 
 
-def _fetch_again(repo_id: str, found: Verification, *, cache_dir: Path | None, token: str | None) -> Verification:
+def _fetch_again(repo_id: str, found: Verification, *, cache_dir: Path | None, token: str | None) -> None:
     """Replace damaged cached files, of exactly the same commit."""
     names = sorted(found.problems)
     _log.warning("%s: %s damaged in the cache or on the way; fetching again", repo_id, ", ".join(names))
@@ -192,18 +190,17 @@ def _fetch_again(repo_id: str, found: Verification, *, cache_dir: Path | None, t
             f"{', '.join(names)} of {repo_id} is damaged in the cache ({found.folder}) and cannot be fetched again: "
             f"{first_line(error)}"
         ) from error
-    return _inspect(found.folder, revision=found.revision)
 
 
-def _inspect(folder: Path, *, revision: str | None) -> Verification:
-    """Compare the files that are there; for a download, what it left out is not missing."""
+def _inspect(folder: Path, *, revision: str | None, wanted: Callable[[str], bool]) -> Verification:
+    """Compare the wanted files with the manifest: each that it lists must be there, and each that is there listed."""
     try:
         digests = read_manifest(folder / MANIFEST)
     except PolypSegError:
         return Verification(folder=folder, revision=revision, digests={}, problems={MANIFEST: "damaged"})
-    present = None if revision is None else set(list_files(folder))
-    problems = find_mismatches(folder, digests, only=present)
-    unlisted = {name: "not in the manifest" for name in list_files(folder) if name not in digests}
+    problems = find_mismatches(folder, digests, only={name for name in digests if wanted(name)})
+    there = [name for name in list_files(folder) if wanted(name)]
+    unlisted = {name: "not in the manifest" for name in there if name not in digests}
     return Verification(folder=folder, revision=revision, digests=digests, problems=problems | unlisted)
 
 
@@ -235,7 +232,9 @@ def hub_errors(repo_id: str, *, revision: str | None = None) -> Iterator[None]:
         raise PolypSegError(f"{repo_id}{at} lacks a file that it should have: {first_line(error)}") from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
+        stale = "the repository was changed by somebody else meanwhile: run the push again"
         advice = {401: f"the token is not valid: {login}", 403: "the token may not do this: use one with write access"}
+        advice |= {409: stale, 412: stale}
         raise PolypSegError(f"{repo_id}{at}: {advice.get(status or 0, first_line(error))}") from error
     except (httpx2.HTTPError, ConnectionError) as error:
         raise PolypSegError(f"{repo_id}{at}: the Hub cannot be reached ({first_line(error)}): try again") from error

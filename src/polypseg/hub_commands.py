@@ -61,13 +61,11 @@ def push(
     collection: Annotated[bool, Option(help="Put the models of the table into the owner's collection.")] = True,
 ) -> None:
     """Publish exported models: checked first, one commit each, tagged, collected, fetched back and compared."""
-    from polypseg.publish import exported_folders, plan_push, update_collection
+    from polypseg.publish import exported_folders, plan_pushes, update_collection
     from polypseg.publish import push as carry_out
 
-    plans = [
-        plan_push(folder, organisation=organisation, private=private, tag=tag)
-        for folder in exported_folders(folders or [], everything_in=all_in)
-    ]
+    found = exported_folders(folders or [], everything_in=all_in)
+    plans = plan_pushes(found, organisation=organisation, private=private, tag=tag)
     _print_plans(plans)
     if dry_run:
         print("dry run: nothing was sent")

@@ -8,7 +8,11 @@ from typing import Any
 
 from polypseg.data.catalog import DATASETS
 from polypseg.origin import Origin
+from polypseg.zoo import RANDOM, STARTER
 
+UNKNOWN = "unknown"
+"""The Hub's identifier for a licence that nobody has stated."""
+MODELS_PAGE = "https://huggingface.co/docs/hub/repositories-licenses"
 SSL4GIE = "https://github.com/ESandML/SSL4GIE"
 APACHE_2 = "https://www.apache.org/licenses/LICENSE-2.0"
 _LINKS = {
@@ -56,6 +60,9 @@ def model_license(origin: Origin) -> ModelLicense:
     data = _data_terms(origin)
     if data:
         chain.append(f"Training images: {data['title']}, {data['terms']}.")
+    if weights == UNKNOWN:
+        chain.append("Result: not known; ask the publisher before any use.")
+        return ModelLicense(identifier=UNKNOWN, name=None, link=MODELS_PAGE, commercial_use=False, chain=tuple(chain))
     if "-nc" in weights:
         chain.append(f"Result: {weights}, no commercial use.")
         return _plain(weights, chain, commercial_use=False)
@@ -83,17 +90,30 @@ def _plain(identifier: str, chain: list[str], *, commercial_use: bool) -> ModelL
 
 def _encoder_license(origin: Origin) -> tuple[str, str]:
     """The licence that the encoder's start imposes, and the sentence that says so."""
-    start = str(origin.record.get("encoder_initialisation", "random"))
-    if start == "random" or origin.entry is None:
+    start, own = origin.record.get("encoder_initialisation"), origin.record.get("pretraining")
+    if start == RANDOM:
         return "apache-2.0", "Pretraining weights: none, the encoder started at random."
-    own = origin.record.get("pretraining")
     if own:
         corpus = own.get("source", "frames of their own")
         return "apache-2.0", f"Pretraining weights: made by the publisher on {corpus}, whose terms apply to them."
-    upstream = origin.entry.upstream
-    if origin.record.get("scale") != "full":
+    if start == STARTER:
         return "apache-2.0", f"Pretraining weights: {start}, Apache-2.0 (LICENSE of the package that carries them)."
+    if start is not None and origin.record.get("scale") != "full":
+        stated = _timm_license(start) if start.startswith("timm:") else None
+        return stated or UNKNOWN, f"Pretraining weights: {start}; licence {stated or 'not known here'}."
+    if start is None or origin.entry is None:
+        return UNKNOWN, f"Pretraining weights: {start or 'not recorded'}; their licence is not known here."
+    upstream = origin.entry.upstream
     return upstream.license, f"Pretraining weights: {upstream.license}, stated at {upstream.license_source}."
+
+
+def _timm_license(start: str) -> str | None:
+    """The licence that timm records of ``timm:<name>.<tag>``; None for none, or for one without a link here."""
+    import timm
+
+    facts = timm.get_pretrained_cfg(start.removeprefix("timm:"), allow_unregistered=True)
+    stated = str(getattr(facts, "license", None) or "")
+    return stated if stated in _LINKS else None
 
 
 def _data_terms(origin: Origin) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 Every model carries ``config.weights_origin``. Nothing but full-size weights, trained by the study's recipes or
 converted from the reference's own files, may bear one of the twelve ids; everything else says in its name what it is.
+Their authors publish no checksums, so the record is believed and the file's own digest stands in it and on the card.
 """
 
 from collections.abc import Iterator, Mapping
@@ -103,6 +104,10 @@ def _row(record: Mapping[str, Any]) -> ZooEntry | None:
 
 def _reasons(record: Mapping[str, Any], kind: Kind, entry: ZooEntry | None) -> Iterator[tuple[str, str]]:
     """Pairs (suffix of the name, sentence), one for each thing that separates the weights from the study's."""
+    if record.get("changed"):
+        yield "changed", "its weights were changed after their origin was recorded"
+    if kind == "converted" and "recipe" in record:
+        yield "finetuned", f"it was trained further with recipe {record['recipe']}"
     if kind == "untrained":
         yield "untrained", "it has not been trained for segmentation"
     if record.get("scale") != "full":
@@ -155,5 +160,5 @@ def _encoder_reasons(record: Mapping[str, Any], entry: ZooEntry) -> Iterator[tup
         frames = CORPUS_FRAMES[entry.corpus]
         if pretraining.get("recipe") != wanted or pretraining.get("recipe_changes"):
             yield "variant", f"its encoder was not pretrained with the unchanged recipe {wanted}"
-        elif pretraining.get("frames", 0) < 0.99 * frames:
+        elif not 0.99 * frames <= pretraining.get("frames", 0) <= frames:
             yield "variant", f"its encoder saw {pretraining.get('frames')} frames, not {frames} ({entry.corpus})"

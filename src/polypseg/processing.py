@@ -11,11 +11,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from polypseg.artifacts import file_sha256
 from polypseg.errors import UsageError, first_line
+from polypseg.manifest import MANIFEST, find_mismatches, read_manifest
 from polypseg.modeling import PolypSegConfig
+
+SOURCE_SHA256 = "sha256"
+"""Key of ``weights_origin``: the digest of the weights file that was trained, converted and evaluated."""
 
 
 def build_image_processor(config: PolypSegConfig) -> Any:
@@ -42,12 +46,12 @@ def without_shard_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_model(name_or_path: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load_model(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Any AutoModelForSemanticSegmentation and its image processor, from a folder or the Hub, in evaluation mode.
 
     Raises UsageError when there is no such model, it cannot be read, or its weights are not complete.
     """
-    options = {"trust_remote_code": trust_remote_code}
+    options = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
     try:
         with without_shard_bars():
             model, report = AutoModelForSemanticSegmentation.from_pretrained(
@@ -66,15 +70,29 @@ def load_model(name_or_path: str, *, trust_remote_code: bool = False) -> tuple[A
             f"the weights in {name_or_path!r} are not those of its config.json: {len(unfit)} tensor(s) are missing or "
             f"of another shape, first {unfit[0]}"
         )
-    _remember_weights(model.config, Path(name_or_path) / SAFE_WEIGHTS_NAME)
+    record = getattr(model.config, "weights_origin", None)
+    if record and (Path(name_or_path) / SAFE_WEIGHTS_NAME).is_file():  # results must say of which weights they are
+        model.config.weights_origin = current_record(record, Path(name_or_path))
     return model.eval(), processor
 
 
-def _remember_weights(config: Any, weights: Path) -> None:
-    """Results must say of which weights they are: the digest of a local file joins the record of its origin."""
-    record = getattr(config, "weights_origin", None)
-    if record and "sha256" not in record and weights.is_file():
-        config.weights_origin = record | {"sha256": file_sha256(weights)}
+def current_record(weights_origin: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A model's record of origin with the digest of the weights that were trained, converted and evaluated.
+
+    An intact export keeps the digest of its source. Anywhere else a recorded digest that is not the file's means that
+    the weights were changed since, and ``changed`` says so from then on.
+    """
+    digest, recorded = file_sha256(folder / SAFE_WEIGHTS_NAME), weights_origin.get(SOURCE_SHA256)
+    if recorded in (None, digest) or _is_intact_export(folder):
+        return weights_origin | {SOURCE_SHA256: recorded or digest}
+    return weights_origin | {SOURCE_SHA256: digest, "changed": True}
+
+
+def _is_intact_export(folder: Path) -> bool:
+    if not (folder / MANIFEST).is_file():
+        return False
+    manifest, vital = read_manifest(folder / MANIFEST), {SAFE_WEIGHTS_NAME, CONFIG_NAME}
+    return vital <= set(manifest) and not find_mismatches(folder, manifest, only=vital)
 
 
 def polyp_logits(logits: Tensor, config: Any) -> Tensor:

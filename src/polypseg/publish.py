@@ -19,7 +19,7 @@ from polypseg.artifacts import file_sha256, read_json
 from polypseg.cards import lint_card, load_card
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.hub import hub_api, hub_errors
-from polypseg.licences import model_license
+from polypseg.licences import UNKNOWN, model_license
 from polypseg.manifest import MANIFEST, NOT_LISTED, find_mismatches, list_files, read_manifest
 from polypseg.origin import Origin, read_origin
 
@@ -76,6 +76,7 @@ def exported_folders(folders: Sequence[Path], *, everything_in: Path | None = No
     found = list(folders)
     if everything_in is not None:
         found += sorted(path.parent for path in everything_in.glob(f"*/{MANIFEST}"))
+    found = list({folder.resolve(): folder for folder in found}.values())
     if not found:
         place = f" in {everything_in}" if everything_in else ""
         raise UsageError(f"no exported model folder{place}: write one with `polypseg export`")
@@ -93,7 +94,7 @@ def plan_push(
     """Check a folder and compare it with the Hub; nothing is sent.
 
     Raises UsageError for a folder that is damaged or not exported, a card that does not pass, a tag that is taken by
-    other content, or a user without the right; PolypSegError when the Hub cannot be reached.
+    other content; PolypSegError when the Hub cannot be reached.
     """
     origin = _check_folder(folder)
     api = hub_api(token=token)
@@ -105,6 +106,8 @@ def plan_push(
     with hub_errors(repo_id):
         state = _remote_state(api, repo_id)
         tagged = None if state is None else _tagged_commit(api, repo_id, tag)
+    if private and state is not None and not state.private:
+        raise UsageError(f"{repo_id} is public: make it private on its page first, or push without --private")
     theirs = {} if state is None else state.digests
     plan = PublishPlan(
         folder=folder,
@@ -124,6 +127,26 @@ def plan_push(
     return plan
 
 
+def plan_pushes(
+    folders: Sequence[Path],
+    *,
+    organisation: str | None = None,
+    private: bool = False,
+    tag: str | None = None,
+    token: str | None = None,
+) -> list[PublishPlan]:
+    """One plan a folder, as ``plan_push``. Raises UsageError too for two folders that claim one repository."""
+    plans: dict[str, PublishPlan] = {}
+    for folder in folders:
+        plan = plan_push(folder, organisation=organisation, private=private, tag=tag, token=token)
+        if plan.repo_id in plans:
+            raise UsageError(
+                f"{plans[plan.repo_id].folder} and {folder} would both become {plan.repo_id}: push one of them"
+            )
+        plans[plan.repo_id] = plan
+    return list(plans.values())
+
+
 def _check_folder(folder: Path) -> Origin:
     """Everything that can be wrong with a folder is found before a byte is sent."""
     if not (folder / MANIFEST).is_file():
@@ -139,7 +162,15 @@ def _check_folder(folder: Path) -> Origin:
     names = {entry.model_id for entry in zoo.ZOO}
     if origin.repo_name in names and not origin.official:
         raise UsageError(f"{folder} may not be published as {origin.repo_name}: {'; '.join(origin.shortcomings)}")
-    findings = lint_card(load_card(folder / "README.md"), folder=folder)
+    card = load_card(folder / "README.md")
+    findings = lint_card(card, folder=folder)
+    terms = model_license(origin)
+    if terms.identifier == UNKNOWN:
+        raise UsageError(f"{folder} may not be published: {terms.chain[1]} Train it from weights of a known licence")
+    stated = tuple(card.data.get(key) for key in ("license", "license_name", "license_link"))
+    wanted = (terms.identifier, terms.name, terms.link)
+    if stated[:2] != wanted[:2] or stated[2] not in (None, terms.link):
+        findings.append(f"it states the licence {stated}, but the weights' origin demands {wanted}")
     if findings:
         raise UsageError(f"the card {folder / 'README.md'} does not pass: {'; '.join(findings)}")
     return origin
@@ -148,6 +179,7 @@ def _check_folder(folder: Path) -> Origin:
 @dataclass(frozen=True)
 class _RemoteState:
     commit: str
+    private: bool
     digests: dict[str, str]
 
 
@@ -163,7 +195,7 @@ def _remote_state(api: HfApi, repo_id: str) -> _RemoteState | None:
             digests[sibling.rfilename] = sibling.lfs.sha256
         elif sibling.rfilename not in NOT_LISTED or sibling.rfilename == MANIFEST:
             digests[sibling.rfilename] = _remote_digest(api, repo_id, sibling.rfilename, commit=str(info.sha))
-    return _RemoteState(commit=str(info.sha), digests=digests)
+    return _RemoteState(commit=str(info.sha), private=bool(info.private), digests=digests)
 
 
 def _remote_digest(api: HfApi, repo_id: str, name: str, *, commit: str) -> str:
@@ -190,8 +222,11 @@ def push(plan: PublishPlan, *, token: str | None = None) -> Published:
             api.create_repo(plan.repo_id, private=plan.private, exist_ok=True)
         commit = _commit(api, plan) if plan.changes_anything else str(plan.parent)
         size = verify_upload(plan, commit=commit, token=token)
-        if _tagged_commit(api, plan.repo_id, plan.tag) is None:
-            api.create_tag(plan.repo_id, tag=plan.tag, revision=commit, exist_ok=True)
+        tagged = _tagged_commit(api, plan.repo_id, plan.tag)
+        if tagged is None:
+            api.create_tag(plan.repo_id, tag=plan.tag, revision=commit)
+        elif tagged != commit:
+            raise PolypSegError(f"{plan.repo_id}: tag {plan.tag} stands for other content: push with another --tag")
     return Published(
         repo_id=plan.repo_id,
         commit=commit,
@@ -216,13 +251,18 @@ def _may_pass(error: BaseException) -> bool:
     reraise=True,
 )
 def _commit(api: HfApi, plan: PublishPlan) -> str:
-    """One commit with everything that differs; the client neither retries a commit nor notices that one got through."""
+    """One commit with everything that differs; the client neither retries a commit nor notices that one got through.
+
+    Raises PolypSegError when somebody else has committed since the plan.
+    """
     state = _remote_state(api, plan.repo_id)
     theirs = {} if state is None else state.digests
-    additions = [name for name in plan.uploads if theirs.get(name) != plan.digests[name]]
-    deletions = [name for name in plan.deletions if name in theirs]
+    additions = [name for name, digest in plan.digests.items() if theirs.get(name) != digest]
+    deletions = sorted(set(theirs) - set(plan.digests) - set(NOT_LISTED))
     if not additions and not deletions:
         return str(state.commit if state else plan.parent)  # an earlier attempt's commit got through
+    if state is not None and plan.parent is not None and state.commit != plan.parent:
+        raise PolypSegError(f"{plan.repo_id} was changed by somebody else since the plan: run the push again")
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=plan.folder / name) for name in additions),
         *(CommitOperationDelete(path_in_repo=name) for name in deletions),
@@ -244,6 +284,8 @@ def verify_upload(plan: PublishPlan, *, commit: str, token: str | None = None) -
             if _remote_digest(api, plan.repo_id, name, commit=commit) != digest:
                 differing.append(name)
             size += (plan.folder / name).stat().st_size
+        extra = set(api.list_repo_files(plan.repo_id, revision=commit)) - set(plan.digests) - set(NOT_LISTED)
+    differing += sorted(extra)
     if differing:
         raise PolypSegError(
             f"{plan.repo_id} at {commit[:12]} holds other content than {plan.folder}: {', '.join(differing)}. "

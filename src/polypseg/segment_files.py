@@ -391,9 +391,13 @@ class _Tables:
         before = {os.path.abspath(row["file"]): _stem(row) for row in self._frames.rows}
         # Case does not distinguish files everywhere.
         taken, sources = {stem.lower() for stem in before.values()}, []
+        videos = {str(stem).lower() for path, stem in found if path.suffix.lower() in VIDEO_SUFFIXES}
         for path, stem in found:
             name = before.get(os.path.abspath(path))
             if name is None:
+                video, frame, number = str(stem).lower().rpartition("_frame")
+                if frame and number.isdigit() and video in videos:
+                    taken.add(str(stem).lower())  # the name of a frame of that video
                 tagged = f"{stem}_{path.suffix[1:].lower()}"
                 numbered = (f"{tagged}_{n}" for n in range(2, len(found) + 2))
                 name = next(n for n in (str(stem), tagged, *numbered) if n.lower() not in taken)

@@ -14,7 +14,7 @@ import time
 import webbrowser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from string import Template
 
@@ -89,13 +89,22 @@ def describe_model(name_or_path: str, *, revision: str | None = None, title: str
     )
 
 
-def export_space(output: Path, *, models: Sequence[SpaceModel], title: str = TITLE) -> Path:
+def export_space(
+    output: Path, *, models: Sequence[SpaceModel], title: str = TITLE, trust_remote_code: bool = False
+) -> Path:
     """Write a Space that needs no polypseg: app, ``models.json``, requirements, README and synthetic examples.
 
     Model folders are copied into it, so they must be loadable without this package (``polypseg export``). Returns the
-    folder. Raises UsageError for models that the app would refuse, or a folder that holds something else than a Space.
+    folder. ``trust_remote_code``: whether the Space may run the code that CNN models bring along. Raises UsageError for
+    models that the app would refuse, or a folder that holds something else than a Space.
     """
     _check_models(models)
+    with_code = [model.title for model in models if model.remote_code]
+    if with_code and not trust_remote_code:
+        raise UsageError(
+            f"{', '.join(with_code)} bring(s) code of its own, which the Space would run: read its .py files, then "
+            "allow it (--trust-remote-code)"
+        )
     for model in models:
         config = read_json(Path(model.id) / "config.json") if model.is_local else {}
         if config.get("model_type") == "polypseg" and "auto_map" not in config:
@@ -191,6 +200,8 @@ def run_demo_app(
 ) -> None:
     """Run the app on this machine until it is interrupted; model folders are used where they are.
 
+    No code that a model brings along is run: this package's own models load with this package's code.
+
     Raises UsageError without gradio, for models that the app would refuse or a port that is taken; PolypSegError when
     the app ends by itself.
     """
@@ -199,7 +210,7 @@ def run_demo_app(
     _check_models(models)
     _check_port(host, port)
     absolute = [
-        SpaceModel(**(asdict(model) | {"id": str(Path(model.id).resolve())})) if model.is_local else model
+        replace(model, remote_code=False, id=str(Path(model.id).resolve()) if model.is_local else model.id)
         for model in models
     ]
     with _terminable(), tempfile.TemporaryDirectory(prefix="polypseg-app-") as folder:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from polypseg import plots, zoo
 from polypseg.artifacts import environment_record, file_sha256, read_json, write_csv, write_json, write_text
-from polypseg.checkpoints import RANDOM, STARTER_ENCODER, describe_source
+from polypseg.checkpoints import STARTER_ENCODER, describe_source
 from polypseg.data.polyps import PolypDataset, SyntheticOptions, open_dataset
 from polypseg.errors import UsageError, unknown_name
 from polypseg.evaluation import INTERVAL, evaluate_model, predict_masks
@@ -28,7 +28,7 @@ from polypseg.processing import load_model
 from polypseg.recipe import Recipe, load_recipe
 from polypseg.runs import make_accelerator
 from polypseg.training import build_model, finetune, run_is_finished
-from polypseg.zoo import ZooEntry
+from polypseg.zoo import RANDOM, ZooEntry
 
 SAMPLES = 3
 """Frames of each dataset that the overlay figure shows."""

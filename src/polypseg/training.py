@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers.utils import CONFIG_NAME
 
 from polypseg.artifacts import atomic_path, read_json, write_csv, write_json
-from polypseg.checkpoints import RANDOM, load_encoder_weights, pretraining_origin, stated_method
+from polypseg.checkpoints import load_encoder_weights, pretraining_origin, stated_method
 from polypseg.data.augmentation import PairedAugmentation
 from polypseg.data.feed import (
     CachedPairs,
@@ -48,7 +48,7 @@ from polypseg.runs import (
     step_bar,
     stop_requests,
 )
-from polypseg.zoo import ZooEntry
+from polypseg.zoo import RANDOM, ZooEntry
 
 
 @dataclass

@@ -27,7 +27,7 @@ def models(
     table = Table(*headings, title="The twelve models")
     for entry in ZOO:
         upstream = entry.upstream
-        scores = [_score(results / entry.model_id / name) for name in columns.values()]
+        scores = [_score(results / entry.model_id / name, official=True) for name in columns.values()]
         names = (entry.short_name, entry.model_id, METHODS[entry.method], CORPORA[entry.corpus])
         table.add_row(*names, upstream.license, *scores, upstream.location, upstream.license_source)
     print_whole(table)
@@ -41,13 +41,14 @@ def models(
         print_whole(more)
 
 
-def _score(path: Path) -> str:
-    """Mean Dice with its interval and n, as a result file says."""
+def _score(path: Path, *, official: bool = False) -> str:
+    """Mean Dice with its interval and n, as a result file says; ``official``: only of weights that earned the id."""
     from polypseg.artifacts import read_json
+    from polypseg.origin import read_origin
 
-    if not path.is_file():
+    content = read_json(path) if path.is_file() else None
+    if content is None or (official and not read_origin(content["weights_origin"]).official):
         return "not evaluated"
-    content = read_json(path)
     dice = content["metrics"]["dice"]
     interval = "" if dice["low"] is None else f" [{dice['low']:.3f}, {dice['high']:.3f}]"
     return f"{dice['mean']:.3f}{interval}, n = {content['n']}"
@@ -100,12 +101,16 @@ def export_space(
     output: Annotated[Path, Option(help="Folder to write.")],
     models: Annotated[list[str], Option("--model", help="Model folder or Hub id; repeat for more.")],
     title: Annotated[str, Option(help="Title of the Space, at most 60 characters.")] = "Polyp segmentation",
+    trust_remote_code: Annotated[
+        bool, Option("--trust-remote-code", help="Let the Space run the code that CNN models bring along.")
+    ] = False,
 ) -> None:
     """Write the app as a Hugging Face Space that needs no polypseg."""
     from polypseg.space import describe_model
     from polypseg.space import export_space as write
 
-    folder = write(output, models=[describe_model(name) for name in models], title=title)
+    chosen = [describe_model(name) for name in models]
+    folder = write(output, models=chosen, title=title, trust_remote_code=trust_remote_code)
     print(f"{folder}: upload it with `hf upload OWNER/NAME {folder} --repo-type space`")
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 RANDOM = "random"
 """Tag of weights that no pretraining made, and the name of that start wherever weights are asked for."""
+STARTER = "EfficientNet-Lite0, supervised on ImageNet-1k"
+"""What a record says of the start from the `starter` extra's weights."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
