@@ -1,6 +1,6 @@
 """Opt-in: publish a tiny private model on huggingface.co, get it back, delete it.
 
-HF_TOKEN=... POLYPSEG_REAL_HUB=1 python -m pytest tests/test_real_hub.py
+HF_HUB_OFFLINE=0 HF_TOKEN=... POLYPSEG_REAL_HUB=1 python -m pytest tests/test_real_hub.py
 
 Needs a token with write access; the repository is private, lives in the token's own account, and is removed at the end.
 What only the real Hub can tell: card rules, name rules, quotas, and that Xet transfers as it does for users.
@@ -33,7 +33,7 @@ ORIGIN = {
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (os.environ.get("HF_TOKEN") and os.environ.get("POLYPSEG_REAL_HUB")),
-    reason="opt-in: set HF_TOKEN and POLYPSEG_REAL_HUB=1 to publish on huggingface.co",
+    reason="opt-in: set HF_HUB_OFFLINE=0, HF_TOKEN and POLYPSEG_REAL_HUB=1 to publish on huggingface.co",
 )
 def test_a_private_model_goes_to_the_real_hub_and_back(tmp_path):
     torch.manual_seed(0)
@@ -41,8 +41,7 @@ def test_a_private_model_goes_to_the_real_hub_and_back(tmp_path):
     PolypSegForSemanticSegmentation(config).save_pretrained(tmp_path / "best")
     build_image_processor(config).save_pretrained(tmp_path / "best")
     folder = export_model(tmp_path / "best", tmp_path / "exported").folder
-    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_ENDPOINT")}
-    environment["HF_HOME"] = str(tmp_path / "home")
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
 
     def polypseg(*words: object) -> str:
         command = [sys.executable, "-m", "polypseg_command", *map(str, words)]
@@ -51,7 +50,7 @@ def test_a_private_model_goes_to_the_real_hub_and_back(tmp_path):
         assert environment["HF_TOKEN"] not in done.stdout + done.stderr
         return done.stdout
 
-    api = HfApi(endpoint="https://huggingface.co", token=environment["HF_TOKEN"])
+    api = HfApi(token=environment["HF_TOKEN"])
     repo_id = f"{api.whoami()['name']}/resnet10t_deeplabv3plus.random-smoke-synthetic_a"
     try:
         assert "fetched back and equal" in polypseg("push", folder, "--private")
