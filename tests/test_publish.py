@@ -372,3 +372,21 @@ def test_with_xet_on_a_model_goes_there_and_back(tmp_path, home, exported):
         assert hub.requests("xet-write-token")
         assert head_is(hub, home) == read_manifest(exported / MANIFEST)
         assert "loaded" in load(hub, tmp_path / "new")
+
+
+def test_the_collection_holds_each_of_the_twelve_once(hub, home):
+    script = (
+        "from huggingface_hub import HfApi\n"
+        "from polypseg import zoo\n"
+        "from polypseg.publish import update_collection\n"
+        "api, ids = HfApi(), [f'polypseg/{entry.model_id}' for entry in zoo.ZOO]\n"
+        "[api.create_repo(name) for name in ids]\n"
+        "slugs = {update_collection(ids[:5], owner='polypseg'), update_collection(ids, owner='polypseg')}\n"
+        "(slug,) = slugs\n"
+        "assert [item.item_id for item in api.get_collection(slug).items] == ids\n"
+        "assert len(list(api.list_collections(owner='polypseg'))) == 1\n"
+        "print('collected')\n"
+    )
+    environment = hub.environment(home) | {"POLYPSEG_LAZY": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert "collected" in done.stdout, done.stderr

@@ -165,8 +165,10 @@ class _Run:
             "n": len(train),
             "finished": False,
         }
+        described = self.config.to_dict()
+        described["weights_origin"].pop("recipe_changes")  # the record holds the recipe itself
         self.record = {
-            "model": self.config.to_dict(),
+            "model": described,
             "recipe": recipe.model_dump(mode="json"),
             "data": {
                 "dataset": dataset.spec.name,
