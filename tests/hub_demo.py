@@ -13,8 +13,10 @@ from typing import Annotated
 from typer import Option
 
 from hub.process import HubProcess, running_hub
+from polypseg.artifacts import read_json
 from polypseg.cli import run_script
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.origin import read_origin
 
 
 def command(hub: HubProcess, home: Path, *words: object) -> None:
@@ -22,6 +24,11 @@ def command(hub: HubProcess, home: Path, *words: object) -> None:
     line = [sys.executable, "-m", "polypseg_command", *map(str, words)]
     if subprocess.run(line, env=hub.environment(home)).returncode:
         raise PolypSegError(f"`polypseg {' '.join(map(str, words))}` failed")
+
+
+def published_name(folder: Path) -> str:
+    """The repository's name that an exported model's origin earns."""
+    return read_origin(read_json(folder / "config.json").get("weights_origin")).repo_name
 
 
 def main(
@@ -39,7 +46,9 @@ def main(
         for folder in models:
             options = ("--results", runs.parent / "results", "--organisation", "polypseg")
             command(hub, home, "export", folder / "best", "--output", exported / folder.name, *options)
-        command(hub, home, "push", "--all", exported, "--organisation", "polypseg")
+        # Rows that start at random for want of weights are one and the same model at smoke scale.
+        by_name = {published_name(exported / folder.name): exported / folder.name for folder in reversed(models)}
+        command(hub, home, "push", *by_name.values(), "--organisation", "polypseg")
         settings = " ".join(f"{key}={hub.environment(home.resolve())[key]}" for key in ("HF_ENDPOINT", "HF_HOME"))
         print(f"\nIn another shell:\n  export {settings} HF_TOKEN=hf_write HF_HUB_DISABLE_XET=1 HF_HUB_OFFLINE=0")
         print("Then polypseg.load, polypseg verify and transformers' from_pretrained talk to this Hub.")
