@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 
 from polypseg import zoo
 from polypseg.errors import PolypSegError, UsageError, first_line
-from polypseg.manifest import MANIFEST, find_mismatches, list_files, read_manifest
+from polypseg.manifest import MANIFEST, describe_problems, find_problems, read_manifest
 
 if TYPE_CHECKING:
     from polypseg.segmentation import Segmenter
@@ -108,7 +108,7 @@ def verify(
     if folder.is_dir():
         if not (folder / MANIFEST).is_file():
             raise UsageError(f"{folder} has no {MANIFEST}: it was not written by `polypseg export`")
-        return _inspect(folder, revision=None, wanted=_is_any)
+        return _inspect(folder, revision=None, wanted=None)
     found = _fetch_checked(resolve_id(str(id_or_path)), revision=revision, cache_dir=cache_dir, token=token, whole=True)
     if not found.digests and not found.problems:
         raise UsageError(f"{id_or_path} has no {MANIFEST}: it was not published by `polypseg push`")
@@ -121,17 +121,13 @@ def check_folder(folder: Path) -> None:
         return
     problems = _inspect(folder, revision=None, wanted=is_loaded).problems
     if problems:
-        listed = ", ".join(f"{name} ({what})" for name, what in problems.items())
+        listed = describe_problems(problems)
         raise PolypSegError(f"{folder} does not agree with its {MANIFEST}: {listed}. Export it or get it again")
 
 
 def is_loaded(name: str) -> bool:
     """Whether loading a model reads the file of this name."""
     return any(fnmatch(name, p) for p in LOADED) and not any(fnmatch(name, p) for p in NOT_LOADED)
-
-
-def _is_any(name: str) -> bool:
-    return True
 
 
 def _fetch_checked(
@@ -143,7 +139,7 @@ def _fetch_checked(
     whole: bool,
 ) -> Verification:
     """Download what loading reads, or with ``whole`` everything, compare it, and fetch once more what is damaged."""
-    wanted = _is_any if whole else is_loaded
+    wanted = None if whole else is_loaded
     with hub_errors(repo_id, revision=revision):
         folder = Path(
             snapshot_download(
@@ -163,10 +159,9 @@ def _fetch_checked(
             _fetch_again(repo_id, found, cache_dir=cache_dir, token=token)
             found = _inspect(folder, revision=folder.name, wanted=wanted)
     if found.problems and not whole:
-        bad = ", ".join(f"{name} ({what})" for name, what in found.problems.items())
         raise PolypSegError(
-            f"{repo_id}: {bad} after a second download: the copy on the server does not match its {MANIFEST}; "
-            "tell the model's publisher"
+            f"{repo_id}: {describe_problems(found.problems)} after a second download: the copy on the server does not "
+            f"match its {MANIFEST}; tell the model's publisher"
         )
     return found
 
@@ -192,16 +187,14 @@ def _fetch_again(repo_id: str, found: Verification, *, cache_dir: Path | None, t
         ) from error
 
 
-def _inspect(folder: Path, *, revision: str | None, wanted: Callable[[str], bool]) -> Verification:
+def _inspect(folder: Path, *, revision: str | None, wanted: Callable[[str], bool] | None) -> Verification:
     """Compare the wanted files with the manifest: each that it lists must be there, and each that is there listed."""
     try:
         digests = read_manifest(folder / MANIFEST)
     except PolypSegError:
         return Verification(folder=folder, revision=revision, digests={}, problems={MANIFEST: "damaged"})
-    problems = find_mismatches(folder, digests, only={name for name in digests if wanted(name)})
-    there = [name for name in list_files(folder) if wanted(name)]
-    unlisted = {name: "not in the manifest" for name in there if name not in digests}
-    return Verification(folder=folder, revision=revision, digests=digests, problems=problems | unlisted)
+    problems = find_problems(folder, digests, wanted=wanted)
+    return Verification(folder=folder, revision=revision, digests=digests, problems=problems)
 
 
 @contextmanager

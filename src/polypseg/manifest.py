@@ -5,6 +5,7 @@ is that of ``sha256sum``, so that ``sha256sum -c SHA256SUMS`` checks a folder wi
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from polypseg.artifacts import file_sha256, write_text
@@ -58,3 +59,21 @@ def find_mismatches(folder: Path, manifest: dict[str, str], *, only: set[str] | 
         elif file_sha256(folder / name) != digest:
             problems[name] = "damaged"
     return problems
+
+
+def find_problems(
+    folder: Path, manifest: dict[str, str], *, wanted: Callable[[str], bool] | None = None
+) -> dict[str, str]:
+    """Name -> what is wrong: as ``find_mismatches``, or ``not in the manifest`` for a file that it does not list.
+
+    ``wanted`` limits the check to the names for which it is true.
+    """
+    chosen = wanted or (lambda name: True)
+    problems = find_mismatches(folder, manifest, only={name for name in manifest if chosen(name)})
+    there = (name for name in list_files(folder) if chosen(name))
+    return problems | {name: "not in the manifest" for name in there if name not in manifest}
+
+
+def describe_problems(problems: dict[str, str]) -> str:
+    """``config.json (missing), handler.py (damaged)``, for error messages."""
+    return ", ".join(f"{name} ({what})" for name, what in problems.items())

@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from polypseg.artifacts import file_sha256
 from polypseg.errors import UsageError, first_line
-from polypseg.manifest import MANIFEST, find_mismatches, read_manifest
+from polypseg.manifest import MANIFEST, read_manifest
 from polypseg.modeling import PolypSegConfig
 
 SOURCE_SHA256 = "sha256"
@@ -83,16 +83,16 @@ def current_record(weights_origin: dict[str, Any], folder: Path) -> dict[str, An
     the weights were changed since, and ``changed`` says so from then on.
     """
     digest, recorded = file_sha256(folder / SAFE_WEIGHTS_NAME), weights_origin.get(SOURCE_SHA256)
-    if recorded in (None, digest) or _is_intact_export(folder):
+    if recorded in (None, digest) or _is_intact_export(folder, weights=digest):
         return weights_origin | {SOURCE_SHA256: recorded or digest}
     return weights_origin | {SOURCE_SHA256: digest, "changed": True}
 
 
-def _is_intact_export(folder: Path) -> bool:
+def _is_intact_export(folder: Path, *, weights: str) -> bool:
     if not (folder / MANIFEST).is_file():
         return False
-    manifest, vital = read_manifest(folder / MANIFEST), {SAFE_WEIGHTS_NAME, CONFIG_NAME}
-    return vital <= set(manifest) and not find_mismatches(folder, manifest, only=vital)
+    manifest = read_manifest(folder / MANIFEST)
+    return manifest.get(SAFE_WEIGHTS_NAME) == weights and manifest.get(CONFIG_NAME) == file_sha256(folder / CONFIG_NAME)
 
 
 def polyp_logits(logits: Tensor, config: Any) -> Tensor:

@@ -19,8 +19,8 @@ from polypseg.artifacts import file_sha256, read_json
 from polypseg.cards import lint_card, load_card
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.hub import hub_api, hub_errors
-from polypseg.licences import UNKNOWN, model_license
-from polypseg.manifest import MANIFEST, NOT_LISTED, find_mismatches, list_files, read_manifest
+from polypseg.licences import UNKNOWN, ModelLicense, model_license
+from polypseg.manifest import MANIFEST, NOT_LISTED, describe_problems, find_problems, read_manifest
 from polypseg.origin import Origin, read_origin
 
 COLLECTION = "Polyp segmentation: twelve pretrained backbones"
@@ -96,31 +96,30 @@ def plan_push(
     Raises UsageError for a folder that is damaged or not exported, a card that does not pass, a tag that is taken by
     other content; PolypSegError when the Hub cannot be reached.
     """
-    origin = _check_folder(folder)
+    origin, terms, digests = _check_folder(folder)
     api = hub_api(token=token)
     with hub_errors(organisation or "your account"):
         owner = organisation or api.whoami()["name"]
     repo_id = f"{owner}/{origin.repo_name}"
     tag = tag or f"v{__version__}"
-    digests = {name: file_sha256(folder / name) for name in [*list_files(folder), MANIFEST]}
     with hub_errors(repo_id):
         state = _remote_state(api, repo_id)
         tagged = None if state is None else _tagged_commit(api, repo_id, tag)
     if private and state is not None and not state.private:
         raise UsageError(f"{repo_id} is public: make it private on its page first, or push without --private")
-    theirs = {} if state is None else state.digests
+    uploads, deletions = _differences(digests, state)
     plan = PublishPlan(
         folder=folder,
         repo_id=repo_id,
         origin=origin,
-        license=model_license(origin).identifier,
+        license=terms.identifier,
         tag=tag,
         private=private,
         exists=state is not None,
         parent=None if state is None else state.commit,
         digests=digests,
-        uploads=tuple(name for name, digest in digests.items() if theirs.get(name) != digest),
-        deletions=tuple(sorted(set(theirs) - set(digests) - set(NOT_LISTED))),
+        uploads=uploads,
+        deletions=deletions,
     )
     if tagged is not None and (plan.changes_anything or tagged != plan.parent):
         raise UsageError(f"{repo_id} already has a tag {tag} for other content: give another --tag")
@@ -147,16 +146,14 @@ def plan_pushes(
     return list(plans.values())
 
 
-def _check_folder(folder: Path) -> Origin:
-    """Everything that can be wrong with a folder is found before a byte is sent."""
+def _check_folder(folder: Path) -> tuple[Origin, ModelLicense, dict[str, str]]:
+    """Everything that can be wrong with a folder is found before a byte is sent; its origin, licence and digests."""
     if not (folder / MANIFEST).is_file():
         raise UsageError(f"{folder} has no {MANIFEST}: write the folder with `polypseg export`")
     manifest = read_manifest(folder / MANIFEST)
-    problems = find_mismatches(folder, manifest)
-    problems |= {name: "not in the manifest" for name in list_files(folder) if name not in manifest}
+    problems = find_problems(folder, manifest)
     if problems:
-        listed = ", ".join(f"{name} ({what})" for name, what in problems.items())
-        raise UsageError(f"{folder} was changed after its export: {listed}. Export it again")
+        raise UsageError(f"{folder} was changed after its export: {describe_problems(problems)}. Export it again")
     config = read_json(folder / "config.json")
     origin = read_origin(config.get("weights_origin"))
     names = {entry.model_id for entry in zoo.ZOO}
@@ -173,7 +170,7 @@ def _check_folder(folder: Path) -> Origin:
         findings.append(f"it states the licence {stated}, but the weights' origin demands {wanted}")
     if findings:
         raise UsageError(f"the card {folder / 'README.md'} does not pass: {'; '.join(findings)}")
-    return origin
+    return origin, terms, manifest | {MANIFEST: file_sha256(folder / MANIFEST)}
 
 
 @dataclass(frozen=True)
@@ -196,6 +193,13 @@ def _remote_state(api: HfApi, repo_id: str) -> _RemoteState | None:
         elif sibling.rfilename not in NOT_LISTED or sibling.rfilename == MANIFEST:
             digests[sibling.rfilename] = _remote_digest(api, repo_id, sibling.rfilename, commit=str(info.sha))
     return _RemoteState(commit=str(info.sha), private=bool(info.private), digests=digests)
+
+
+def _differences(digests: dict[str, str], state: _RemoteState | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Files to upload, which the repository lacks or has with other content, and files to delete from it."""
+    theirs = {} if state is None else state.digests
+    uploads = tuple(name for name, digest in digests.items() if theirs.get(name) != digest)
+    return uploads, tuple(sorted(set(theirs) - set(digests) - set(NOT_LISTED)))
 
 
 def _remote_digest(api: HfApi, repo_id: str, name: str, *, commit: str) -> str:
@@ -256,9 +260,7 @@ def _commit(api: HfApi, plan: PublishPlan) -> str:
     Raises PolypSegError when somebody else has committed since the plan.
     """
     state = _remote_state(api, plan.repo_id)
-    theirs = {} if state is None else state.digests
-    additions = [name for name, digest in plan.digests.items() if theirs.get(name) != digest]
-    deletions = sorted(set(theirs) - set(plan.digests) - set(NOT_LISTED))
+    additions, deletions = _differences(plan.digests, state)
     if not additions and not deletions:
         return str(state.commit if state else plan.parent)  # an earlier attempt's commit got through
     if state is not None and plan.parent is not None and state.commit != plan.parent:
