@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from typer import Option
 
@@ -16,7 +15,7 @@ from polypseg.data import open_dataset
 from polypseg.errors import UsageError
 from polypseg.evaluation import evaluate_model
 from polypseg.metrics import METRICS
-from polypseg.processing import load_model
+from polypseg.processing import default_device, load_model, results_name
 
 
 def main(
@@ -40,18 +39,17 @@ def main(
     if trust_remote_code and not pinned:
         raise UsageError("code from the Hub is run at a full commit only: give --revision with its 40 digits")
     network, processor = load_model(model, revision=revision, trust_remote_code=trust_remote_code)
-    origin = getattr(network.config, "weights_origin", None) or {}
     result = evaluate_model(
         network,
         processor,
         data,
-        model_id=model_id or origin.get("model_id") or Path(model).name,
+        model_id=model_id or results_name(network.config, model),
         split=split,
         part=part,
         limit=limit,
         batch_size=batch_size,
         convention=convention,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=default_device(),
     )
     path = result.write(output)
     for name in METRICS:

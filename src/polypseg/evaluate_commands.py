@@ -56,17 +56,15 @@ def _source(model: str | None, predictions: Path | None, *, allow_missing: bool)
 
     if predictions is not None:
         return FilePredictions(path=predictions, allow_missing=allow_missing)
-    import torch
-
     from polypseg.hub import load
+    from polypseg.processing import default_device, results_name
 
     segmenter = load(str(model))
-    origin = getattr(segmenter.model.config, "weights_origin", None) or {}
     return ModelPredictions(
-        name=origin.get("model_id") or Path(str(model)).name,
+        name=results_name(segmenter.model.config, str(model)),
         model=segmenter.model,
         processor=segmenter.processor,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=default_device(),
     )
 
 

@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -20,9 +19,8 @@ from tqdm import tqdm
 
 from polypseg.artifacts import environment_record, write_csv, write_json
 from polypseg.data.polyps import PolypDataset
-from polypseg.errors import UsageError
 from polypseg.metrics import METRICS, Scores, mean_with_interval, pixel_counts, score
-from polypseg.processing import polyp_logits
+from polypseg.processing import polyp_logits, resize_map
 
 FrameChange: TypeAlias = Callable[[Image.Image, str], Image.Image]
 """An RGB frame and its id -> the frame that the model sees, of the same size."""
@@ -119,19 +117,14 @@ def evaluate_model(
     ``change`` alters each frame (not its mask) before the model sees it. Raises UsageError for an unknown part or
     convention, PolypSegError for a broken image or mask.
     """
-    parts = dataset.split(split)
-    if part not in parts:
-        raise UsageError(f"split {split!r} of {dataset.spec.title} has the parts {', '.join(parts)}, not {part!r}")
-    ids = parts[part][:limit]
-    if not ids:
-        raise UsageError(f"part {part!r} of split {split!r} of {dataset.spec.title} is empty")
+    ids, label = dataset.part(split, part, limit=limit)
     score(np.zeros((1, 3)), convention=convention)  # an unknown convention fails before the work
     model = model.to(device).eval()
     counts: list[tuple[int, int, int]] = []
     with tqdm(
         total=len(ids), desc=f"evaluating on {dataset.spec.title}", unit="image", leave=False, disable=None
     ) as progress:
-        for pixel_values, masks in _batches(dataset, processor, ids, batch_size=batch_size, change=change):
+        for pixel_values, masks in prepared_batches(dataset, processor, ids, batch_size=batch_size, change=change):
             logits = model(pixel_values=pixel_values.to(device)).logits
             for z, mask in zip(polyp_logits(logits.float(), model.config).cpu(), masks, strict=True):
                 counts.append(pixel_counts(predicted_mask(z, mask.shape), mask.astype(bool)))
@@ -141,9 +134,9 @@ def evaluate_model(
         dataset=dataset.spec.name,
         title=dataset.spec.title,
         split=split,
-        part=part if limit is None or limit >= len(parts[part]) else f"{part}-first{limit}",
+        part=label,
         content_id=dataset.content_id,
-        ids=tuple(ids),
+        ids=ids,
         counts=np.array(counts, dtype=np.int64),
         convention=convention,
         origin=getattr(model.config, "weights_origin", None) or {},
@@ -162,12 +155,11 @@ def predict_masks(model: Any, processor: Any, frames: Sequence[Image.Image]) -> 
 
 def predicted_mask(logits: Tensor, size: tuple[int, ...]) -> NDArray[np.bool_]:
     """Polyp logits (h, w) -> boolean mask of ``size`` (H, W): bilinear, no antialias, probability > 0.5."""
-    resized = F.interpolate(logits[None, None], size=tuple(size), mode="bilinear", align_corners=False)
-    return (resized[0, 0] > 0).numpy()
+    return (resize_map(logits, size) > 0).numpy()
 
 
-def _batches(
-    dataset: PolypDataset, processor: Any, ids: Sequence[str], *, batch_size: int, change: FrameChange | None
+def prepared_batches(
+    dataset: PolypDataset, processor: Any, ids: Sequence[str], *, batch_size: int, change: FrameChange | None = None
 ) -> Iterator[tuple[Tensor, list[NDArray[np.uint8]]]]:
     """Prepared batches (B, 3, h, w) with their masks; the next one is decoded while the model works."""
 

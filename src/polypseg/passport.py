@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from polypseg.artifacts import read_json, write_text
-from polypseg.data.catalog import DATASETS
+from polypseg.data.catalog import CLIP_COLUMN, DATASETS
 from polypseg.data.check import HASH_DISTANCE, fingerprint
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import PolypSegError, UsageError, unknown_name
@@ -25,7 +25,6 @@ from polypseg.errors import PolypSegError, UsageError, unknown_name
 PASSPORT = "passport.json"
 """File name beside the weights."""
 FORMAT = 1
-CLIP_COLUMN = "sequence_id"
 SAME_CONTENT, SAME_ID, NEAR_DUPLICATE, SAME_CLIP = KINDS = ("same content", "same id", "near-duplicate", "same clip")
 _T = TypeVar("_T")
 _DIGITS = 32

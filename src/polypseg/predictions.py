@@ -6,20 +6,21 @@ Each source gives (id, probability) for the asked images, in order: float32 (H, 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from polypseg.artifacts import file_sha256
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError, first_line
+from polypseg.evaluation import prepared_batches
 from polypseg.modeling import PolypSegConfig
-from polypseg.processing import build_image_processor, polyp_logits
+from polypseg.processing import build_image_processor, polyp_logits, resize_map
 
 Probability = NDArray[np.float32]
 Output = Literal["logits", "probability"]
@@ -185,14 +186,12 @@ def _from_logits(
     output: Output = "logits",
 ) -> Iterator[tuple[str, Probability]]:
     """Run a model over prepared batches; logits are resized before the sigmoid, as in evaluation."""
-    for start in range(0, len(ids), batch_size):
-        chunk = ids[start : start + batch_size]
-        pairs = [dataset.pair(dataset.by_id[record_id]) for record_id in chunk]
-        pixels = processor(images=[frame for frame, _ in pairs], return_tensors="pt")["pixel_values"]
+    names = iter(ids)
+    for pixels, masks in prepared_batches(dataset, processor, ids, batch_size=batch_size):
         with torch.inference_mode():  # inside the loop: a generator must not leave the mode on for its caller
             results = forward(pixels)
-            maps = [probability_map(z, mask.shape, output=output) for z, (_, mask) in zip(results, pairs, strict=True)]
-        yield from zip(chunk, maps, strict=True)
+            maps = [probability_map(z, mask.shape, output=output) for z, mask in zip(results, masks, strict=True)]
+        yield from zip(islice(names, len(maps)), maps, strict=True)
 
 
 def probability_map(values: Tensor, size: tuple[int, ...], *, output: Output = "logits") -> Probability:
@@ -200,7 +199,7 @@ def probability_map(values: Tensor, size: tuple[int, ...], *, output: Output = "
 
     Above 0.5 exactly where evaluation.predicted_mask is true, also where the sigmoid would round to 0.5.
     """
-    resized = F.interpolate(values[None, None], size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
+    resized = resize_map(values, size)
     if output == "probability":
         return resized.clamp(0, 1).numpy()
     probability = torch.sigmoid(resized)

@@ -7,6 +7,7 @@ from typing import Any
 
 import safetensors
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
@@ -93,6 +94,22 @@ def _is_intact_export(folder: Path, *, weights: str) -> bool:
         return False
     manifest = read_manifest(folder / MANIFEST)
     return manifest.get(SAFE_WEIGHTS_NAME) == weights and manifest.get(CONFIG_NAME) == file_sha256(folder / CONFIG_NAME)
+
+
+def results_name(config: Any, name_or_path: str) -> str:
+    """What results call a model: the id of its record, else the last part of its name or path."""
+    record = getattr(config, "weights_origin", None) or {}
+    return str(record.get("model_id") or Path(name_or_path).name)
+
+
+def default_device() -> str:
+    """``cuda`` where there is one, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resize_map(values: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Logits or probabilities (h, w) -> (H, W) of ``size``, as the protocol resizes: bilinear, no antialias."""
+    return F.interpolate(values[None, None], size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
 
 
 def polyp_logits(logits: Tensor, config: Any) -> Tensor:

@@ -10,7 +10,6 @@ from tqdm import tqdm
 from polypseg.artifacts import environment_record, write_csv, write_json
 from polypseg.conventions import CONVENTIONS, choose_conventions
 from polypseg.data.polyps import PolypDataset
-from polypseg.errors import UsageError
 from polypseg.evaluation import INTERVAL
 from polypseg.measures import TOLERANCE, ImageMeasures, measure_image
 from polypseg.predictions import PredictionSource
@@ -98,12 +97,7 @@ def score_predictions(
     predictions that do not fit the dataset, PolypSegError for a broken file.
     """
     choose_conventions(conventions)  # an unknown name fails before the work
-    parts = dataset.split(split)
-    if part not in parts:
-        raise UsageError(f"split {split!r} of {dataset.spec.title} has the parts {', '.join(parts)}, not {part!r}")
-    ids = parts[part][:limit]
-    if not ids:
-        raise UsageError(f"part {part!r} of split {split!r} of {dataset.spec.title} is empty")
+    ids, label = dataset.part(split, part, limit=limit)
     images = []
     progress = tqdm(
         source.predict(dataset, ids),
@@ -124,9 +118,9 @@ def score_predictions(
         dataset=dataset.spec.name,
         title=dataset.spec.title,
         split=split,
-        part=part if limit is None or limit >= len(parts[part]) else f"{part}-first{limit}",
+        part=label,
         content_id=dataset.content_id,
-        ids=tuple(ids),
+        ids=ids,
         images=tuple(images),
         conventions=tuple(conventions),
     )

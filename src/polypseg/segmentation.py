@@ -11,13 +11,12 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from polypseg.errors import UsageError
-from polypseg.processing import polyp_logits
+from polypseg.processing import polyp_logits, resize_map
 
 MIN_AREA = 64
 """Pixels; smaller connected regions are in the mask but not in the list of lesions."""
@@ -108,10 +107,8 @@ class Segmenter:
         for start in range(0, len(frames), batch_size):
             batch = frames[start : start + batch_size]
             for frame, logits in zip(batch, self._logits(batch), strict=True):
-                resized = F.interpolate(
-                    logits[None, None], size=(frame.height, frame.width), mode="bilinear", align_corners=False
-                )
-                predictions.append(read_logits(resized[0, 0], threshold=threshold, min_area=min_area))
+                resized = resize_map(logits, (frame.height, frame.width))
+                predictions.append(read_logits(resized, threshold=threshold, min_area=min_area))
         return predictions
 
     @torch.inference_mode()

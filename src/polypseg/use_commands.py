@@ -67,13 +67,12 @@ def segment(
     device: Annotated[str | None, Option(help="cpu or cuda; default: cuda where there is one.")] = None,
 ) -> None:
     """Segment images and videos: masks, overlays, tables of area, boxes and scores. For research only."""
-    import torch
-
     from polypseg.hub import load
+    from polypseg.processing import default_device
     from polypseg.segment_files import segment_files
 
     report = segment_files(
-        load(model, revision=revision).to(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        load(model, revision=revision).to(device or default_device()),
         inputs,
         output,
         threshold=threshold,
@@ -127,15 +126,15 @@ def robustness(
     """Measure a model under endoscopy corruptions at five severities: curves and drops."""
     from polypseg.data import open_dataset
     from polypseg.hub import load
+    from polypseg.processing import results_name
     from polypseg.robustness import measure_robustness
 
     segmenter = load(model)
-    origin = getattr(segmenter.model.config, "weights_origin", None) or {}
     result = measure_robustness(
         segmenter.model,
         segmenter.processor,
         open_dataset(dataset, source=source),
-        model_id=origin.get("model_id") or Path(model).name,
+        model_id=results_name(segmenter.model.config, model),
         split=split,
         part=part,
         kinds=kinds or (),

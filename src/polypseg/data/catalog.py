@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from polypseg.errors import unknown_name
 
+CLIP_COLUMN = "sequence_id"
+"""Of the sets whose frames are video clips: which clip a frame belongs to."""
 _CLIP_ENDS = (
     25, 50, 67, 78, 103, 126, 151, 177, 199, 205, 227, 252, 277, 297, 317,
     342, 363, 383, 408, 428, 447, 466, 478, 503, 528, 546, 571, 591, 612,
@@ -90,7 +92,7 @@ DATASETS: dict[str, DatasetSpec] = {
             count=612,
             image_folder="Original",
             mask_folder="Ground Truth",
-            groups={"sequence_id": clinicdb_sequence},
+            groups={CLIP_COLUMN: clinicdb_sequence},
             locations=("CVC-ClinicDB", "CVC-ClinicDB.zip", "cvc_clinicdb"),
             request=(
                 "Register at https://polyp.grand-challenge.org/CVCClinicDB/ and follow the download link there; "

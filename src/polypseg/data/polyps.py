@@ -17,7 +17,7 @@ from PIL import Image
 
 from polypseg.artifacts import cache_folder, explain_write_errors
 from polypseg.data import images, synthetic
-from polypseg.data.catalog import DatasetSpec, get_spec
+from polypseg.data.catalog import CLIP_COLUMN, DatasetSpec, get_spec
 from polypseg.data.sources import IMAGE_SUFFIXES, Source, open_source
 from polypseg.data.splits import Split, make_split
 from polypseg.errors import PolypSegError, UsageError
@@ -95,8 +95,21 @@ class PolypDataset:
 
     def split(self, name: str = "reference") -> Split:
         """The parts of a named split as id lists. Raises UsageError when the dataset has no such split."""
-        sequences = {r.id: r.groups["sequence_id"] for r in self.records if "sequence_id" in r.groups}
+        sequences = {r.id: r.groups[CLIP_COLUMN] for r in self.records if CLIP_COLUMN in r.groups}
         return make_split(self.spec.name, name, ids=self.ids, sequences=sequences)
+
+    def part(self, split: str, part: str, *, limit: int | None = None) -> tuple[tuple[str, ...], str]:
+        """The ids of a part of a split, with ``limit`` only the first ones, and what results call it.
+
+        Raises UsageError for an unknown split or part, or an empty one.
+        """
+        parts = self.split(split)
+        if part not in parts:
+            raise UsageError(f"split {split!r} of {self.spec.title} has the parts {', '.join(parts)}, not {part!r}")
+        ids = tuple(parts[part][:limit])
+        if not ids:
+            raise UsageError(f"part {part!r} of split {split!r} of {self.spec.title} is empty")
+        return ids, part if len(ids) == len(parts[part]) else f"{part}-first{limit}"
 
     def frame(self, record: Record) -> Image.Image:
         """The decoded RGB frame. Raises PolypSegError naming the file when it is broken."""

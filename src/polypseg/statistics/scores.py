@@ -9,14 +9,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from polypseg.data.catalog import DATASETS
+from polypseg.data.catalog import CLIP_COLUMN, DATASETS
 from polypseg.errors import UsageError, unknown_name
 from polypseg.metrics import METRICS
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
-CLIP_COLUMN = "sequence_id"
-"""The column of a dataset that says which frames come from one video clip."""
 
 
 @dataclass(frozen=True, kw_only=True)
