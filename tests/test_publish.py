@@ -15,37 +15,21 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from hub.process import HubProcess, running_hub
 from polypseg.export import export_model
 from polypseg.manifest import MANIFEST, list_files, read_manifest, write_manifest
-from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
-from polypseg.processing import build_image_processor
+from tiny_models import SMOKE_NAME, SMOKE_ORIGIN, write_tiny_model
 
 pytestmark = pytest.mark.slow
-ORIGIN = {
-    "model_id": "resnet10t_deeplabv3plus.random",
-    "row": "resnet50_deeplabv3plus.random",
-    "encoder_initialisation": "random",
-    "scale": "small",
-    "recipe": "smoke",
-    "recipe_changes": [],
-    "finetuned_on": "synthetic_a reference/train",
-    "n": 120,
-    "finished": True,
-}
-REPO = "polypseg/resnet10t_deeplabv3plus.random-smoke-synthetic_a"
+REPO = f"polypseg/{SMOKE_NAME}"
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
     """A small CNN model as `polypseg export` writes it."""
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    config = PolypSegConfig(encoder="resnet10t", image_size=64, decoder_channels=32, weights_origin=ORIGIN)
-    PolypSegForSemanticSegmentation(config).save_pretrained(folder / "best")
-    build_image_processor(config).save_pretrained(folder / "best")
+    write_tiny_model(folder / "best", origin=SMOKE_ORIGIN, decoder_channels=32)
     return export_model(folder / "best", folder / "exported", organisation="polypseg").folder
 
 

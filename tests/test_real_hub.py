@@ -11,23 +11,10 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from huggingface_hub import HfApi
 
 from polypseg.export import export_model
-from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
-from polypseg.processing import build_image_processor
-
-ORIGIN = {
-    "model_id": "resnet10t_deeplabv3plus.random",
-    "encoder_initialisation": "random",
-    "scale": "small",
-    "recipe": "smoke",
-    "recipe_changes": [],
-    "finetuned_on": "synthetic_a reference/train",
-    "n": 120,
-    "finished": True,
-}
+from tiny_models import SMOKE_NAME, SMOKE_ORIGIN, write_tiny_model
 
 
 @pytest.mark.slow
@@ -36,11 +23,7 @@ ORIGIN = {
     reason="opt-in: set HF_HUB_OFFLINE=0, HF_TOKEN and POLYPSEG_REAL_HUB=1 to publish on huggingface.co",
 )
 def test_a_private_model_goes_to_the_real_hub_and_back(tmp_path):
-    torch.manual_seed(0)
-    config = PolypSegConfig(encoder="resnet10t", image_size=64, decoder_channels=8, weights_origin=ORIGIN)
-    PolypSegForSemanticSegmentation(config).save_pretrained(tmp_path / "best")
-    build_image_processor(config).save_pretrained(tmp_path / "best")
-    folder = export_model(tmp_path / "best", tmp_path / "exported").folder
+    folder = export_model(write_tiny_model(tmp_path / "best", origin=SMOKE_ORIGIN), tmp_path / "exported").folder
     environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
 
     def polypseg(*words: object) -> str:
@@ -51,7 +34,7 @@ def test_a_private_model_goes_to_the_real_hub_and_back(tmp_path):
         return done.stdout
 
     api = HfApi(token=environment["HF_TOKEN"])
-    repo_id = f"{api.whoami()['name']}/resnet10t_deeplabv3plus.random-smoke-synthetic_a"
+    repo_id = f"{api.whoami()['name']}/{SMOKE_NAME}"
     try:
         assert "fetched back and equal" in polypseg("push", folder, "--private")
         assert "already there" in polypseg("push", folder, "--private")

@@ -23,12 +23,13 @@ import yaml
 from PIL import Image
 from transformers import DPTConfig, DPTForSemanticSegmentation
 
-from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation
+from polypseg import PolypSegConfig
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.errors import UsageError
 from polypseg.processing import build_image_processor
 from polypseg.segmentation import MIN_AREA, Segmenter
 from polypseg.space import EXAMPLES, GRADIO, SpaceModel, describe_model, export_space, run_demo_app
+from tiny_models import SMOKE_ORIGIN, write_tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ALLOWED = {"gradio", "torch", "transformers", "numpy", "PIL", "cv2"}
@@ -183,22 +184,7 @@ def test_export_leaves_another_folder_alone(tmp_path):
 @pytest.fixture(scope="module")
 def own_model(tmp_path_factory) -> Path:
     """A run's best/ folder: this package's own class, no code beside it."""
-    folder = tmp_path_factory.mktemp("run") / "best"
-    torch.manual_seed(0)
-    origin = {
-        "model_id": "resnet10t_deeplabv3plus.random",
-        "encoder_initialisation": "random",
-        "scale": "small",
-        "recipe": "smoke",
-        "finetuned_on": "synthetic_a reference/train",
-        "n": 8,
-        "finished": True,
-    }
-    config = PolypSegConfig(encoder="resnet10t", decoder_channels=8, image_size=32, weights_origin=origin)
-    model = PolypSegForSemanticSegmentation(config)
-    model.save_pretrained(folder)
-    build_image_processor(config).save_pretrained(folder)
-    return folder
+    return write_tiny_model(tmp_path_factory.mktemp("run") / "best", origin=SMOKE_ORIGIN | {"n": 8}, image_size=32)
 
 
 def test_export_refuses_a_model_that_needs_this_package(own_model, tmp_path):

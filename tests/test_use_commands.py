@@ -6,11 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
-from polypseg.processing import build_image_processor
+from tiny_models import write_tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -18,12 +16,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A tiny model folder, as fine-tuning leaves it."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model") / "best"
-    config = PolypSegConfig(encoder="resnet10t", image_size=64, decoder_channels=8)
-    PolypSegForSemanticSegmentation(config).save_pretrained(folder)
-    build_image_processor(config).save_pretrained(folder)
-    return folder
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "best")
 
 
 def polypseg(*words: object) -> subprocess.CompletedProcess[str]:

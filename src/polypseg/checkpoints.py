@@ -2,16 +2,18 @@
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
+import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
 
-from polypseg.artifacts import file_sha256
+from polypseg.artifacts import atomic_path, file_sha256, write_json
 from polypseg.errors import PolypSegError, UsageError, first_line
 from polypseg.key_maps import count_and_first
 from polypseg.modeling import PolypSegForSemanticSegmentation
@@ -28,7 +30,7 @@ from polypseg.upstream_formats import (
     require_file,
     with_counters,
 )
-from polypseg.zoo import RANDOM, STARTER
+from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD, RANDOM, STARTER
 
 STARTER_ENCODER = "tf_efficientnet_lite0"
 PRETRAINING_KEY = "polypseg_pretraining"
@@ -117,6 +119,39 @@ def pretraining_origin(source: str | None) -> dict[str, Any] | None:
         return None
     origin: dict[str, Any] = json.loads(text)
     return origin | {"sha256": file_sha256(path)}
+
+
+def write_timm_encoder(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    *,
+    architecture: str,
+    num_features: int,
+    facts: Mapping[str, Any],
+    origin: Mapping[str, Any],
+    key: str,
+) -> Path:
+    """Write ``folder``, which timm loads as ``local-dir:<folder>``; return the path of its ``model.safetensors``.
+
+    ``facts``: what timm must know of the architecture. ``origin`` goes under ``key`` into the file's header and into
+    config.json. ImageNet's mean and standard deviation are those of every encoder here.
+    """
+    config = {
+        "architecture": architecture,
+        "num_classes": 0,
+        "num_features": num_features,
+        "pretrained_cfg": {**facts, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "num_classes": 0},
+        key: origin,
+    }
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        safetensors.torch.save_file(
+            {name: value.contiguous() for name, value in state.items()},
+            temporary / "model.safetensors",
+            metadata={"format": "pt", key: json.dumps(origin)},
+        )
+        write_json(temporary / "config.json", config)
+    return folder / "model.safetensors"
 
 
 def stated_method(source: str | None) -> str | None:

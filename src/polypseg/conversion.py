@@ -4,21 +4,19 @@ Nothing is written before the converted weights have given the outputs of a seco
 from the file's own tensors (``source_networks``).
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
 import torch
 from torch import Tensor
 
 from polypseg import zoo
-from polypseg.artifacts import atomic_path, file_sha256, write_json
-from polypseg.checkpoints import CONVERSION_KEY, PRETRAINING_KEY, identify_encoder, recorded_method
+from polypseg.artifacts import atomic_path, file_sha256
+from polypseg.checkpoints import CONVERSION_KEY, PRETRAINING_KEY, identify_encoder, recorded_method, write_timm_encoder
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.key_maps import count_and_first
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
@@ -43,7 +41,7 @@ from polypseg.upstream_formats import (
     recognise,
     with_counters,
 )
-from polypseg.zoo import CORPORA, ENCODERS, IMAGENET_MEAN, IMAGENET_STD, METHODS, ZooEntry
+from polypseg.zoo import CORPORA, ENCODERS, METHODS, ZooEntry
 
 TOLERANCE = 1e-5
 """Largest difference between the two networks' float32 outputs, relative to the largest output (at least 1)."""
@@ -178,22 +176,15 @@ def _convert_encoder(path: Path, output: Path, entry: ZooEntry | None) -> None:
     if facts is None:
         raise PolypSegError(f"timm has no facts of {name}: install a version that the package allows")
     known = facts.to_dict()
-    config = {
-        "architecture": name,
-        "num_classes": 0,
-        "num_features": int(_build_timm(name).num_features),
-        "pretrained_cfg": {key: known[key] for key in TIMM_FACTS if key in known}
-        | {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "num_classes": 0},
-        CONVERSION_KEY: origin,
-    }
-    with atomic_path(output) as temporary:
-        temporary.mkdir()
-        safetensors.torch.save_file(
-            {key: value.contiguous() for key, value in state.items()},
-            temporary / "model.safetensors",
-            metadata={"format": "pt", CONVERSION_KEY: json.dumps(origin)},
-        )
-        write_json(temporary / "config.json", config)
+    write_timm_encoder(
+        output,
+        state,
+        architecture=name,
+        num_features=int(_build_timm(name).num_features),
+        facts={key: known[key] for key in TIMM_FACTS if key in known},
+        origin=origin,
+        key=CONVERSION_KEY,
+    )
 
 
 def _build_timm(name: str) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,27 @@ from polypseg.processing import polyp_logits, resize_map
 FrameChange: TypeAlias = Callable[[Image.Image, str], Image.Image]
 """An RGB frame and its id -> the frame that the model sees, of the same size."""
 INTERVAL = "95 % percentile bootstrap over images, 5000 resamples, seed 0"
+
+
+class OnePart(Protocol):
+    """A result on one part of one dataset."""
+
+    @property
+    def dataset(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def part(self) -> str: ...
+    @property
+    def content_id(self) -> str: ...
+
+
+def dataset_record(result: OnePart) -> dict[str, Any]:
+    """What a result file says of the images."""
+    record = {"name": result.dataset, "title": result.title, "split": result.split, "part": result.part}
+    return record | {"content_id": result.content_id, "synthetic": result.dataset.startswith("synthetic_")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +100,7 @@ class EvaluationResult:
             {
                 "model_id": self.model_id,
                 "weights_origin": self.origin,
-                "dataset": {
-                    "name": self.dataset,
-                    "title": self.title,
-                    "split": self.split,
-                    "part": self.part,
-                    "content_id": self.content_id,
-                    "synthetic": self.dataset.startswith("synthetic_"),
-                },
+                "dataset": dataset_record(self),
                 "n": len(rows),
                 "convention": self.convention,
                 "interval": INTERVAL,

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from polypseg.artifacts import environment_record, write_csv, write_json
 from polypseg.conventions import CONVENTIONS, choose_conventions
 from polypseg.data.polyps import PolypDataset
-from polypseg.evaluation import INTERVAL
+from polypseg.evaluation import INTERVAL, dataset_record
 from polypseg.measures import TOLERANCE, ImageMeasures, measure_image
 from polypseg.predictions import PredictionSource
 
@@ -59,14 +59,7 @@ class SuiteResult:
             {
                 "name": self.name,
                 "predictions": self.origin,
-                "dataset": {
-                    "name": self.dataset,
-                    "title": self.title,
-                    "split": self.split,
-                    "part": self.part,
-                    "content_id": self.content_id,
-                    "synthetic": self.dataset.startswith("synthetic_"),
-                },
+                "dataset": dataset_record(self),
                 "n": len(rows),
                 "interval": INTERVAL,
                 "surface_tolerance_pixels": self.images[0].tolerance,

@@ -204,9 +204,7 @@ def _tests(plan: StudyPlan, inside: PolypDataset, outside: PolypDataset) -> list
 
 def _result_path(plan: StudyPlan, job: Job, test: Test) -> Path:
     dataset, split, part = test
-    limit = plan.limit
-    if limit is not None and limit < len(dataset.split(split)[part]):
-        part = f"{part}-first{limit}"
+    _, part = dataset.part(split, part, limit=plan.limit)
     return plan.output / "results" / job.entry.model_id / f"{dataset.spec.name}.{split}.{part}.json"
 
 

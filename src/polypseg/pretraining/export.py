@@ -1,18 +1,16 @@
 """What a finished pretraining run leaves: the encoder for timm and for fine-tuning, curves, and what it learnt."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from polypseg.artifacts import atomic_path, read_json, write_json
-from polypseg.checkpoints import PRETRAINING_KEY
+from polypseg.artifacts import read_json
+from polypseg.checkpoints import PRETRAINING_KEY, write_timm_encoder
 from polypseg.data.frames import FrameStore
 from polypseg.data.labelled import LabelledFrames
 from polypseg.pretraining.mae import MAE
@@ -60,23 +58,16 @@ def export_encoder(
         "source": frames.path.name,
         "content_id": frames.content_id,
     }
-    state = {key: value.detach().cpu().contiguous() for key, value in method.encoder.state_dict().items()}
-    timm_facts = method.encoder.pretrained_cfg
-    config = {
-        "architecture": recipe.encoder,
-        "num_classes": 0,
-        "num_features": method.encoder.num_features,
-        "pretrained_cfg": {key: timm_facts[key] for key in TIMM_FACTS if key in timm_facts}
-        | {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "num_classes": 0},
-        PRETRAINING_KEY: origin,
-    }
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        safetensors.torch.save_file(
-            state, temporary / "model.safetensors", metadata={"format": "pt", PRETRAINING_KEY: json.dumps(origin)}
-        )
-        write_json(temporary / "config.json", config)
-    return folder / "model.safetensors"
+    known = method.encoder.pretrained_cfg
+    return write_timm_encoder(
+        folder,
+        {key: value.detach().cpu() for key, value in method.encoder.state_dict().items()},
+        architecture=recipe.encoder,
+        num_features=method.encoder.num_features,
+        facts={key: known[key] for key in TIMM_FACTS if key in known},
+        origin=origin,
+        key=PRETRAINING_KEY,
+    )
 
 
 def write_run_report(
