@@ -1,4 +1,4 @@
-"""Pretrain an encoder without labels: MoCo v3, Barlow Twins or MAE, as the recipe says.
+"""Pretrain an encoder: MoCo v3, Barlow Twins, MAE or, as their baseline, with labels, as the recipe says.
 
 accelerate launch training_scripts/pretrain.py --recipe pretrain_moco_v3_resnet50 \
     --frames data/hyper-kvasir-unlabeled-images.zip --labelled data/labeled-images --output runs/moco
@@ -23,7 +23,7 @@ from polypseg.runs import check_processes, make_accelerator
 
 def main(
     recipe: Annotated[str, Option(help="Recipe file, or the name of a bundled one (pretrain_...).")],
-    frames: Annotated[Path, Option(help="Folder, zip archive or tar shards of frames; labels are not used.")],
+    frames: Annotated[Path, Option(help="Folder, zip archive or tar shards of frames; only supervised uses labels.")],
     output: Annotated[Path, Option(help="The run's folder.")],
     labelled: Annotated[Path | None, Option(help="Frames in one folder a class, for the report at the end.")] = None,
     set_: Annotated[list[str] | None, Option("--set", help="Override, e.g. training.epochs=2.")] = None,
@@ -31,7 +31,7 @@ def main(
     workers: Annotated[int, Option(min=0, help="Worker processes that make views; 0: the main process.")] = 0,
     num_processes: Annotated[int | None, Option(help="Fail unless so many processes run.")] = None,
 ) -> None:
-    """Pretrain an encoder without labels."""
+    """Pretrain an encoder."""
     settings = load_pretraining_recipe(recipe, overrides=set_ or [])
     store = open_frames(frames)
     classes = load_labelled(labelled, image_size=settings.data.image_size) if labelled else None

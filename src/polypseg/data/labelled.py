@@ -49,7 +49,7 @@ def load_labelled(path: Path, *, image_size: int) -> LabelledFrames:
     """
     store = open_frames(path)
     names = tuple(store.name(i) for i in range(len(store)))
-    classes, labels = _classes_of(names, path)
+    classes, labels = classes_of(names, path)
     images = np.empty((len(names), image_size, image_size, 3), dtype=np.uint8)
     prints: dict[str, Fingerprint] = {}
     for i, name in enumerate(tqdm(names, desc=f"reading {path.name}", unit="frame", leave=False, disable=None)):
@@ -68,7 +68,7 @@ def load_labelled(path: Path, *, image_size: int) -> LabelledFrames:
     return frames
 
 
-def _classes_of(names: Sequence[str], path: Path) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+def classes_of(names: Sequence[str], path: Path) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """Sorted class names and (N,) labels from the frames' parent folders."""
     parents = [PurePosixPath(name).parent.name for name in names]
     if "" in parents:

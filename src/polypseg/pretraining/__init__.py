@@ -1,1 +1,1 @@
-"""Self-supervised pretraining of timm encoders: MoCo v3, Barlow Twins and MAE, one file a method."""
+"""Pretraining of timm encoders: MoCo v3, Barlow Twins, MAE and, as their baseline, supervised; one file a method."""

@@ -33,6 +33,7 @@ EMBEDDINGS = {
     "moco_v3": "the encoder's pooled features (CNN) or class token (ViT)",
     "barlow_twins": "the encoder's pooled features (CNN) or class token (ViT)",
     "mae": "mean of the patch tokens after the final norm",
+    "supervised": "the encoder's pooled features (CNN) or class token (ViT)",
 }
 
 

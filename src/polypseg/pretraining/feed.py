@@ -28,12 +28,22 @@ class FrameFeed(Dataset[Example]):
     """Views of frames, indexed by (epoch, frame).
 
     An example has ``views`` (V, S, S, 3) uint8, ``unreadable`` () int64, the frame that could not be read and was
-    replaced by the next readable one, else -1, and with ``tokens`` also ``noise`` (tokens,) float32 in [0, 1).
+    replaced by the next readable one, else -1, with ``tokens`` also ``noise`` (tokens,) float32 in [0, 1), and with
+    ``labels`` also ``label`` () int64, of the frame that was read.
     """
 
-    def __init__(self, frames: FrameStore, settings: Sequence[ViewSettings], *, size: int, seed: int, tokens: int = 0):
+    def __init__(
+        self,
+        frames: FrameStore,
+        settings: Sequence[ViewSettings],
+        *,
+        size: int,
+        seed: int,
+        tokens: int = 0,
+        labels: NDArray[np.int64] | None = None,
+    ):
         self.frames, self.settings = frames, tuple(settings)
-        self.size, self.seed, self.tokens = size, seed, tokens
+        self.size, self.seed, self.tokens, self.labels = size, seed, tokens, labels
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -55,7 +65,11 @@ class FrameFeed(Dataset[Example]):
                 "views": torch.from_numpy(views),
                 "unreadable": torch.tensor(index if attempt else -1, dtype=torch.int64),
             }
-            return example | ({"noise": torch.from_numpy(noise)} if self.tokens else {})
+            if self.tokens:
+                example["noise"] = torch.from_numpy(noise)
+            if self.labels is not None:
+                example["label"] = torch.tensor(self.labels[used])
+            return example
         raise PolypSegError(
             f"{MOST_REPLACEMENTS} frames in a row of {self.frames.path} cannot be read, "
             f"last {self.frames.name(used)}: {last}"

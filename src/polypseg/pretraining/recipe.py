@@ -1,4 +1,4 @@
-"""Recipes of self-supervised pretraining: one schema a method, in YAML like those of fine-tuning."""
+"""Recipes of pretraining: one schema a method, in YAML like those of fine-tuning."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,6 +119,14 @@ class MAESection(RecipeSection):
     normalise_targets: bool
 
 
+class SupervisedSection(RecipeSection):
+    """See ``Supervised``."""
+
+    classes: int = Field(ge=2)
+    """Of the corpus, which must have just so many."""
+    label_smoothing: float = Field(ge=0, lt=1)
+
+
 class PretrainingRecipe(NamedRecipe):
     """What the recipes of all methods share."""
 
@@ -128,7 +136,7 @@ class PretrainingRecipe(NamedRecipe):
     seed: int = Field(ge=0)
     data: PretrainingDataRecipe
     views: tuple[ViewRecipe, ...]
-    """One for each view of a frame: two for MoCo v3 and Barlow Twins, one for MAE."""
+    """One for each view of a frame: two for MoCo v3 and Barlow Twins, one for MAE and supervised training."""
     training: PretrainingTrainingRecipe
     optimiser: OptimiserRecipe
 
@@ -177,6 +185,18 @@ class MAERecipe(PretrainingRecipe):
         return super().method_options() | {"image_size": self.data.image_size}
 
 
+class SupervisedRecipe(PretrainingRecipe):
+    """Classification of labelled images."""
+
+    method: Literal["supervised"]
+    supervised: SupervisedSection
+
+    @model_validator(mode="after")
+    def _check(self) -> "SupervisedRecipe":
+        _check_views(self, 1)
+        return self
+
+
 def _check_views(recipe: PretrainingRecipe, wanted: int) -> None:
     if len(recipe.views) != wanted:
         raise ValueError(f"{recipe.method} takes {wanted} view(s) of a frame, not {len(recipe.views)}")
@@ -196,6 +216,7 @@ RECIPES: dict[str, type[PretrainingRecipe]] = {
     "moco_v3": MoCoV3Recipe,
     "barlow_twins": BarlowTwinsRecipe,
     "mae": MAERecipe,
+    "supervised": SupervisedRecipe,
 }
 
 

@@ -30,6 +30,7 @@ from polypseg.pretraining.mae import MAE
 from polypseg.pretraining.moco_v3 import MoCoV3
 from polypseg.pretraining.optimisation import LARS, warmup_cosine
 from polypseg.pretraining.recipe import OptimiserRecipe, PretrainingRecipe
+from polypseg.pretraining.supervised import Supervised, read_labels
 from polypseg.representation import embedding_spread, normalise
 from polypseg.runs import (
     InterruptedRunError,
@@ -42,7 +43,7 @@ from polypseg.runs import (
 )
 from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD
 
-METHOD_CLASSES: dict[str, Any] = {"moco_v3": MoCoV3, "barlow_twins": BarlowTwins, "mae": MAE}
+METHOD_CLASSES: dict[str, Any] = {"moco_v3": MoCoV3, "barlow_twins": BarlowTwins, "mae": MAE, "supervised": Supervised}
 COLLAPSED = 0.02
 """Spread of embeddings below which the run warns: nearly all frames look the same to the encoder."""
 WARN_EVERY = 100
@@ -71,13 +72,18 @@ def build_method(recipe: PretrainingRecipe) -> Any:
 
 
 def build_feed(method: nn.Module, frames: FrameStore, recipe: PretrainingRecipe) -> FrameFeed:
-    """The recipe's views of the frames, with noise for a method that hides patches."""
+    """The recipe's views of the frames, with noise for a method that hides patches, labels for one that needs them.
+
+    Raises UsageError when the frames are not of the recipe's classes.
+    """
+    labels = read_labels(frames, classes=method.head.out_features) if isinstance(method, Supervised) else None
     return FrameFeed(
         frames,
         [view.settings() for view in recipe.views],
         size=recipe.data.image_size,
         seed=recipe.seed,
         tokens=getattr(method, "patches", 0),
+        labels=labels,
     )
 
 
@@ -250,11 +256,11 @@ class _Run:
         return value, float(embedding_spread(gather_rows(torch.cat(embeddings))))
 
     def _inputs(self, batch: Example) -> list[Tensor]:
-        """views (N, V, S, S, 3) uint8 -> (N, V, 3, S, S) normalised, on the device; and the noise, if any."""
+        """views (N, V, S, S, 3) uint8 -> (N, V, 3, S, S) normalised, on the device; and noise or labels, if any."""
         device = self.accelerator.device
         views = normalise(batch["views"].to(device, non_blocking=True), mean=IMAGENET_MEAN, std=IMAGENET_STD)
-        noise = batch.get("noise")
-        return [views] if noise is None else [views, noise.to(device, non_blocking=True)]
+        others = [batch[key].to(device, non_blocking=True) for key in ("noise", "label") if key in batch]
+        return [views, *others]
 
     def _set_rates(self) -> None:
         """The learning rate of this step in every group."""
