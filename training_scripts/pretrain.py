@@ -25,6 +25,7 @@ def main(
     recipe: Annotated[str, Option(help="Recipe file, or the name of a bundled one (pretrain_...).")],
     frames: Annotated[Path, Option(help="Folder, zip archive or tar shards of frames; only supervised uses labels.")],
     output: Annotated[Path, Option(help="The run's folder.")],
+    corpus: Annotated[str | None, Option(help="What model ids call the frames, where they are not the row's.")] = None,
     labelled: Annotated[Path | None, Option(help="Frames in one folder a class, for the report at the end.")] = None,
     set_: Annotated[list[str] | None, Option("--set", help="Override, e.g. training.epochs=2.")] = None,
     resume: Annotated[bool, Option("--resume", help="Continue the run in --output.")] = False,
@@ -40,7 +41,7 @@ def main(
     method = build_method(settings)
     progress = pretrain(method, store, settings, accelerator, run_dir=output, resume=resume, workers=workers)
     if accelerator.is_main_process:
-        weights = export_encoder(method, settings, progress, store, folder=output / "encoder")
+        weights = export_encoder(method, settings, progress, store, folder=output / "encoder", corpus=corpus)
         report = write_run_report(method, settings, progress, store, folder=output / "report", labelled=classes)
         accelerator.print(f"encoder: {weights}\nreport: {', '.join(map(str, report))}")
 

@@ -188,8 +188,25 @@ def study(
     ] = False,
     limit: Annotated[int | None, Option(min=1, help="Test on the first N images of each set only.")] = None,
     allow_partial: Annotated[bool, Option("--allow-partial", help="Accept a part of a dataset.")] = False,
+    grid: Annotated[
+        str | None, Option(help="Fill a matrix instead: a grid file, or the name of a bundled one. Run it many times.")
+    ] = None,
+    frames: Annotated[list[str] | None, Option(help="CORPUS=PATH of a grid's corpus. Repeat for several.")] = None,
 ) -> None:
-    """Train and evaluate rows of the table on two datasets and write the paper's comparison."""
+    """Train and evaluate rows of the table on two datasets and write the paper's comparison; or fill a grid."""
+    if grid is not None:
+        from polypseg.grid.command import fill_grid
+
+        fill_grid(
+            grid,
+            output=output,
+            dataset=in_distribution,
+            source=in_source,
+            split=split,
+            frames=frames or [],
+            allow_partial=allow_partial,
+        )
+        return
     from polypseg.study import StudyPlan, run_study
 
     plan = StudyPlan(

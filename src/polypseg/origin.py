@@ -94,12 +94,12 @@ def read_origin(weights_origin: Mapping[str, Any] | None) -> Origin:
 
 
 def _row(record: Mapping[str, Any]) -> ZooEntry | None:
-    """By id; a small model has another encoder's name before the same decoder and pretraining."""
+    """By id; a small model has another encoder's name before the same decoder and pretraining, or names its row."""
     model_id = str(record.get("model_id", ""))
     for entry in zoo.ZOO:
         if model_id == entry.model_id or model_id.endswith(f"_{entry.decoder}.{entry.tag}"):
             return entry
-    return None
+    return zoo.get(record["row"]) if "row" in record else None
 
 
 def _reasons(record: Mapping[str, Any], kind: Kind, entry: ZooEntry | None) -> Iterator[tuple[str, str]]:

@@ -150,6 +150,8 @@ class ModelRecipe(RecipeSection):
 
     encoder: str | None
     """timm name of another encoder, for small-scale runs."""
+    decoder: str | None = None
+    """Another decoder than the row's, for architecture grids; see PolypSegConfig."""
     decoder_channels: int | None = Field(ge=1)
     decoder_dropout: float | None = Field(ge=0, lt=1)
 
@@ -210,15 +212,21 @@ def load_recipe(name_or_path: str | Path, *, overrides: Sequence[str] = ()) -> R
 def read_recipe(name_or_path: str | Path, *, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
     """The plain values of a recipe with its overrides, and the file they come from. Raises UsageError."""
     path = find_recipe(name_or_path)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"recipe {path} is empty or not a mapping")
+    content = read_yaml(path, kind="recipe")
     for override in overrides:
         _apply(content, override)
     return content, str(path)
+
+
+def read_yaml(path: Path, *, kind: str) -> dict[str, Any]:
+    """A mapping from a YAML file without repeated keys. Raises UsageError that names the file and its ``kind``."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{kind} {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{kind} {path} is empty or not a mapping")
+    return content
 
 
 def parse_recipe(content: dict[str, Any], *, source: str) -> Recipe:
@@ -226,13 +234,15 @@ def parse_recipe(content: dict[str, Any], *, source: str) -> Recipe:
     return validate_recipe(Recipe, content, source=source)
 
 
-def validate_recipe(schema: type[AnyRecipe], content: dict[str, Any], *, source: str) -> AnyRecipe:
+def validate_recipe(
+    schema: type[AnyRecipe], content: dict[str, Any], *, source: str, kind: str = "recipe"
+) -> AnyRecipe:
     """Plain values as a recipe of one kind. Raises UsageError that names ``source`` and every problem."""
     try:
         return schema.model_validate(content)
     except ValidationError as error:
         problems = [_problem(schema, detail) for detail in error.errors()]
-        raise UsageError(f"recipe {source}: " + "; ".join(problems)) from error
+        raise UsageError(f"{kind} {source}: " + "; ".join(problems)) from error
 
 
 def changes_from_bundled(recipe: "NamedRecipe") -> list[str]:

@@ -71,7 +71,8 @@ def build_model(
     """The model of a row with the recipe's changes, decoders freshly initialised from the recipe's seed.
 
     ``encoder_weights`` as in ``load_encoder_weights``; None or "random" for random initialisation. What was loaded is
-    recorded in ``config.weights_origin``, and a model of another encoder or start than the row's has an id of its own.
+    recorded in ``config.weights_origin``, and a model of another encoder, decoder, corpus or start than the row's has an
+    id of its own.
     An encoder of ``pretrain.py`` brings its own record. Raises UsageError for an impossible configuration or image
     size, and for an encoder pretrained by another method than the row's (or by any, where the row has none).
     """
@@ -99,7 +100,8 @@ def build_model(
     if loaded != RANDOM and entry.method == "none":
         raise UsageError(f"{entry.short_name} stands for random initialisation: choose the row of {encoder_weights}")
     full = config.encoder == fields["encoder"]
-    tag = RANDOM if loaded == RANDOM else entry.tag
+    corpus = (pretraining or {}).get("corpus", entry.corpus)
+    tag = RANDOM if loaded == RANDOM else f"{entry.method}_{corpus}"
     config.weights_origin = {
         "model_id": f"{entry.encoder if full else config.encoder}_{config.decoder}.{tag}",
         "row": entry.model_id,

@@ -112,6 +112,38 @@ def _identity(lines: Iterable[str]) -> str:
     return digest.hexdigest()[:16]
 
 
+class FrameSubset:
+    """Some frames of a store: a seeded sample that larger samples of the same seed contain.
+
+    Raises UsageError for a share outside (0, 1].
+    """
+
+    def __init__(self, frames: FrameStore, *, share: float, seed: int = 0):
+        if not 0 < share <= 1:
+            raise UsageError(f"a share of {frames.path} must be above 0 and at most 1, not {share}")
+        order = np.random.default_rng(seed).permutation(len(frames))
+        self.path, self._frames = frames.path, frames
+        self._chosen = np.sort(order[: max(1, round(share * len(frames)))])
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def name(self, index: int) -> str:
+        """As of the whole store."""
+        return self._frames.name(int(self._chosen[index]))
+
+    def read(self, index: int) -> bytes:
+        """As of the whole store."""
+        return self._frames.read(int(self._chosen[index]))
+
+    @cached_property
+    def content_id(self) -> str:
+        """Of the store's content and the choice; the store's own where all frames are chosen."""
+        if len(self) == len(self._frames):
+            return self._frames.content_id
+        return _identity([self._frames.content_id, *map(str, self._chosen)])
+
+
 class PackedNames:
     """Many names in two buffers."""
 

@@ -38,12 +38,19 @@ EMBEDDINGS = {
 
 
 def export_encoder(
-    method: Any, recipe: PretrainingRecipe, progress: PretrainingProgress, frames: FrameStore, *, folder: Path
+    method: Any,
+    recipe: PretrainingRecipe,
+    progress: PretrainingProgress,
+    frames: FrameStore,
+    *,
+    folder: Path,
+    corpus: str | None = None,
 ) -> Path:
     """Write ``folder``, which timm loads as ``local-dir:<folder>``; return the path of its ``model.safetensors``.
 
     Keys are timm's, which for ResNet50 and ViT-B are those of the published weights. The file's header and
-    ``config.json`` say what it was trained with and on.
+    ``config.json`` say what it was trained with and on. ``corpus`` is what the ids of models call the frames where they
+    are not the row's, such as ``natural_images``.
     """
     origin = {
         "method": recipe.method,
@@ -59,6 +66,8 @@ def export_encoder(
         "source": frames.path.name,
         "content_id": frames.content_id,
     }
+    if corpus is not None:
+        origin["corpus"] = corpus
     known = method.encoder.pretrained_cfg
     return write_timm_encoder(
         folder,

@@ -1,0 +1,161 @@
+"""The work of a grid as tasks: pretrain an encoder, fine-tune a cell, evaluate it. Each knows when it is done."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from accelerate.state import AcceleratorState
+
+from polypseg.checkpoints import describe_source
+from polypseg.data.frames import FrameStore, open_frames
+from polypseg.data.polyps import PolypDataset
+from polypseg.errors import UsageError
+from polypseg.grid.cells import Cell, Start, grid_cells
+from polypseg.grid.schema import Grid
+from polypseg.pretraining.export import export_encoder, write_run_report
+from polypseg.pretraining.run import build_method, pretrain
+from polypseg.runs import make_accelerator
+from polypseg.training import build_model, finetune, run_is_finished
+from polypseg.zoo import RANDOM
+
+ENCODER_FILE = Path("encoder") / "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridData:
+    """Where a grid's images are."""
+
+    output: Path
+    """The grid's folder, which all workers share."""
+    training: PolypDataset
+    split: str
+    corpora: Mapping[str, Path] = field(default_factory=dict)
+    """Name of the grid's corpus -> folder, archive or shards."""
+
+    def frames(self, start: Start) -> FrameStore:
+        """The frames that a start is pretrained on. Raises UsageError for a corpus without a place."""
+        if start.corpus not in self.corpora:
+            raise UsageError(f"where is the corpus {start.corpus}? give --frames {start.corpus}=PATH")
+        return start.frames(open_frames(self.corpora[start.corpus]))
+
+
+class Task(Protocol):
+    """A piece of work that one worker does at a time."""
+
+    @property
+    def name(self) -> str:
+        """Unique in the grid; also the name of its claim."""
+
+    @property
+    def needs(self) -> "tuple[Task, ...]":
+        """Tasks that must be done before."""
+
+    def is_done(self) -> bool:
+        """Whether its result is there."""
+
+    def run(self) -> None:
+        """Do it, or continue what an interrupted worker left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainTask:
+    """Pretrain the encoder of a start and leave it in ``encoders/<start>/encoder``."""
+
+    start: Start
+    data: GridData
+
+    @property
+    def name(self) -> str:
+        return f"pretrain {self.start.name}"
+
+    @property
+    def needs(self) -> tuple[Task, ...]:
+        return ()
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.data.output / "encoders" / self.start.name
+
+    @property
+    def encoder(self) -> Path:
+        """The finished encoder."""
+        return self.folder / ENCODER_FILE
+
+    def is_done(self) -> bool:
+        return self.encoder.is_file()
+
+    def run(self) -> None:
+        frames = self.data.frames(self.start)
+        recipe = self.start.recipe(frames)
+        AcceleratorState._reset_state()
+        accelerator = make_accelerator(recipe.training.precision, run_dir=self.folder)
+        method = build_method(recipe)
+        progress = pretrain(method, frames, recipe, accelerator, run_dir=self.folder, resume=True)
+        write_run_report(method, recipe, progress, frames, folder=self.folder / "report", labelled=None)
+        export_encoder(
+            method, recipe, progress, frames, folder=self.folder / ENCODER_FILE.parent, corpus=self.start.corpus
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneTask:
+    """Train one cell with one seed; the model is then in ``runs/<cell>/seed-<seed>/best``."""
+
+    grid: Grid
+    cell: Cell
+    seed: int
+    data: GridData
+
+    @property
+    def name(self) -> str:
+        return f"finetune {self.cell.name} seed {self.seed}"
+
+    @property
+    def needs(self) -> tuple[Task, ...]:
+        start = self.cell.start(self.grid, self.seed)
+        made_here = start is not None and start.plan.recipe is not None
+        return (PretrainTask(start=start, data=self.data),) if start is not None and made_here else ()
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.data.output / "runs" / self.cell.name / f"seed-{self.seed}"
+
+    def encoder_weights(self) -> str:
+        """What the encoder starts from, as ``load_encoder_weights`` takes it."""
+        start = self.cell.start(self.grid, self.seed)
+        if start is None:
+            return RANDOM
+        return start.plan.weights or str(PretrainTask(start=start, data=self.data).encoder)
+
+    def is_done(self) -> bool:
+        recipe = self.cell.recipe(self.grid, self.seed)
+        return run_is_finished(self.folder, recipe, start=describe_source(self.encoder_weights()))
+
+    def run(self) -> None:
+        recipe = self.cell.recipe(self.grid, self.seed)
+        AcceleratorState._reset_state()
+        accelerator = make_accelerator(recipe.training.precision, run_dir=self.folder)
+        model = build_model(self.cell.entry, recipe, encoder_weights=self.encoder_weights())
+        finetune(
+            model, self.data.training, recipe, accelerator, run_dir=self.folder, split=self.data.split, resume=True
+        )
+
+
+def grid_tasks(grid: Grid, data: GridData) -> list[Task]:
+    """All tasks, in an order in which one worker can do them. Raises UsageError for a corpus without a place."""
+    trained = [
+        FinetuneTask(grid=grid, cell=cell, seed=seed, data=data) for seed in grid.seeds for cell in grid_cells(grid)
+    ]
+    before: dict[str, Task] = {need.name: need for task in trained for need in task.needs}
+    for need in before.values():
+        if isinstance(need, PretrainTask):
+            need.start.recipe(data.frames(need.start))
+    return [*before.values(), *trained]
+
+
+def describe_grid(grid: Grid) -> dict[str, Any]:
+    """What the grid's record says of its plan."""
+    return grid.model_dump(mode="json") | {"cells": [cell.name for cell in grid_cells(grid)]}
