@@ -131,6 +131,8 @@ class FinetuneTask:
         return start.plan.weights or str(PretrainTask(start=start, data=self.data).encoder)
 
     def is_done(self) -> bool:
+        if not all(need.is_done() for need in self.needs):
+            return False
         recipe = self.cell.recipe(self.grid, self.seed)
         return run_is_finished(self.folder, recipe, start=describe_source(self.encoder_weights()))
 
