@@ -192,6 +192,7 @@ def study(
         str | None, Option(help="Fill a matrix instead: a grid file, or the name of a bundled one. Run it many times.")
     ] = None,
     frames: Annotated[list[str] | None, Option(help="CORPUS=PATH of a grid's corpus. Repeat for several.")] = None,
+    plan: Annotated[bool, Option("--plan", help="With --grid: print what is left and its cost, and stop.")] = False,
 ) -> None:
     """Train and evaluate rows of the table on two datasets and write the paper's comparison; or fill a grid."""
     if grid is not None:
@@ -205,11 +206,12 @@ def study(
             split=split,
             frames=frames or [],
             allow_partial=allow_partial,
+            only_plan=plan,
         )
         return
     from polypseg.study import StudyPlan, run_study
 
-    plan = StudyPlan(
+    chosen = StudyPlan(
         output=output,
         scale=scale,
         models=tuple(models or ()),
@@ -224,7 +226,7 @@ def study(
         limit=limit,
         allow_partial=allow_partial,
     )
-    run_study(plan)
+    run_study(chosen)
 
 
 def main() -> None:

@@ -7,8 +7,9 @@ from rich.console import Console
 
 from polypseg.data.polyps import open_dataset
 from polypseg.errors import UsageError, unknown_name
+from polypseg.grid.cost import cost_table, plan_cost
 from polypseg.grid.schema import Grid, load_grid
-from polypseg.grid.tasks import GridData
+from polypseg.grid.tasks import GridData, grid_tasks
 from polypseg.grid.work import run_grid
 
 
@@ -21,8 +22,12 @@ def fill_grid(
     split: str,
     frames: Sequence[str],
     allow_partial: bool,
+    only_plan: bool,
 ) -> None:
-    """Do what is left of a grid. Raises UsageError for a wrong grid, corpus or dataset before any work."""
+    """Print what is left of a grid and its cost, and do it unless ``only_plan``.
+
+    Raises UsageError for a wrong grid, corpus or dataset before any work.
+    """
     grid = load_grid(name)
     data = GridData(
         output=output,
@@ -30,7 +35,12 @@ def fill_grid(
         split=split,
         corpora=_places(grid, frames),
     )
-    run_grid(grid, data, console=Console())
+    console = Console()
+    waiting = [task for task in grid_tasks(grid, data) if not task.is_done()]
+    if waiting:
+        console.print(cost_table(plan_cost(waiting)))
+    if not only_plan:
+        run_grid(grid, data, console=console)
 
 
 def _places(grid: Grid, frames: Sequence[str]) -> dict[str, Path]:
