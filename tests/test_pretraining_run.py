@@ -35,6 +35,7 @@ METHODS = {
     "moco_v3": ["encoder=test_resnet", "moco_v3.hidden_width=32", "moco_v3.output_width=16"],
     "barlow_twins": ["encoder=test_resnet", "barlow_twins.projector_width=32"],
     "mae": ["encoder=test_vit", "mae.decoder_width=16", "mae.decoder_depth=1", "mae.decoder_heads=2"],
+    "supervised": ["encoder=test_resnet", "supervised.classes=2"],
 }
 
 
@@ -267,3 +268,14 @@ def test_pretrained_encoder_goes_into_the_matching_row_and_no_other(frames, tmp_
     assert len(origin["sha256"]) == 64 and origin["content_id"] == store.content_id
     with pytest.raises(UsageError, match="pretrained with barlow_twins, but RN-HK-MC stands for moco_v3"):
         build_model(zoo.get("RN-HK-MC"), finetuning, encoder_weights=str(path))
+
+
+def test_supervised_pretraining_refuses_another_number_of_classes(frames, tmp_path):
+    with pytest.raises(UsageError, match="has 2 classes, not 3"):
+        run("supervised", frames, tmp_path / "run", "supervised.classes=3")
+
+
+def test_supervised_pretraining_learns_the_labels(frames, tmp_path):
+    longer = ("training.epochs=8", "optimiser.base_learning_rate=0.05", "supervised.label_smoothing=0.0")
+    progress, *_ = run("supervised", frames, tmp_path / "run", *longer)
+    assert np.mean(progress.losses[-5:]) < 0.25 < 0.5 < np.mean(progress.losses[:3])

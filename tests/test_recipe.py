@@ -40,7 +40,12 @@ def refusal(path: Path | str, *overrides: str) -> str:
 def test_recipe_finetune_holds_exactly_the_references_values():
     recipe = load_recipe("finetune")
     assert recipe.seed == 42
-    assert recipe.model.model_dump() == {"encoder": None, "decoder": None, "decoder_channels": None, "decoder_dropout": None}
+    assert recipe.model.model_dump() == {
+        "encoder": None,
+        "decoder": None,
+        "decoder_channels": None,
+        "decoder_dropout": None,
+    }
     assert recipe.data.image_size == 224
     assert recipe.augmentation.model_dump() == {
         "brightness": 0.4,

@@ -27,19 +27,29 @@ PAUSE = 5.0
 """Seconds between two looks for work while others hold all that is left."""
 
 
-def run_grid(grid: Grid, data: GridData, *, console: Console, lease: float = LEASE, pause: float = PAUSE) -> None:
+def run_grid(grid: Grid, data: GridData, *, console: Console) -> None:
     """Do what is left of a grid, beside any number of other workers, and return when all of it is done.
 
     Raises UsageError when the folder holds another grid, and whatever a task raises: the finished tasks stay.
     """
     tasks = grid_tasks(grid, data)
     _record(grid, data)
+    work_through(tasks, data.output / "claims", console=console)
+
+
+def work_through(
+    tasks: Sequence[Task], claims: Path, *, console: Console, lease: float = LEASE, pause: float = PAUSE
+) -> None:
+    """Do each task that no other worker does, in order; return when all are done, by whomever.
+
+    ``claims``: folder of the leases, shared by the workers, who must agree on ``lease`` in seconds.
+    """
     while True:
         waiting = [task for task in tasks if not task.is_done()]
         if not waiting:
-            console.print(f"{grid.name}: all {len(tasks)} tasks are done", highlight=False)
+            console.print(f"all {len(tasks)} tasks are done", highlight=False)
             return
-        if not _do_one(waiting, data.output / "claims", done=len(tasks) - len(waiting), console=console, lease=lease):
+        if not _do_one(waiting, claims, done=len(tasks) - len(waiting), console=console, lease=lease):
             console.print(f"{len(waiting)} task(s) are with other workers; waiting", highlight=False)
             time.sleep(pause)
 
