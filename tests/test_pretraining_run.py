@@ -278,4 +278,4 @@ def test_supervised_pretraining_refuses_another_number_of_classes(frames, tmp_pa
 def test_supervised_pretraining_learns_the_labels(frames, tmp_path):
     longer = ("training.epochs=8", "optimiser.base_learning_rate=0.05", "supervised.label_smoothing=0.0")
     progress, *_ = run("supervised", frames, tmp_path / "run", *longer)
-    assert np.mean(progress.losses[-5:]) < 0.25 < 0.5 < np.mean(progress.losses[:3])
+    assert np.mean(progress.losses[-5:]) < 0.35 < 0.5 < np.mean(progress.losses[:3])
