@@ -160,3 +160,30 @@ def test_a_converted_model_that_was_trained_further_is_neither(tmp_path):
 )
 def test_weights_of_unknown_terms_are_not_called_free(record, identifier):
     assert model_license(read_origin(record)).identifier == identifier
+
+
+@pytest.mark.parametrize(
+    ("record", "label"),
+    [
+        (trained("RN-IN-MC"), "RN-IN-MC"),
+        (
+            trained("RN-IN-MC", scale="small", model_id="resnet10t_deeplabv3plus.moco_v3_natural_images")
+            | {"row": ROW["RN-IN-MC"].model_id, "pretraining": {"corpus": "natural_images"}},
+            "resnet10t-NI-MC",
+        ),
+        (
+            trained("VT-HK-MA", scale="small", model_id="vit_tiny_patch16_224_dpt.mae_hyperkvasir")
+            | {"row": ROW["VT-HK-MA"].model_id, "pretraining": {"corpus": "hyperkvasir"}},
+            "vit_tiny-HK-MA",
+        ),
+        (
+            trained(
+                "RN-NA-NA", scale="small", model_id="resnet10t_deeplabv3plus.random", encoder_initialisation="random"
+            ),
+            "resnet10t-NA-NA",
+        ),
+        ({"model_id": "somebodys"}, "somebodys"),
+    ],
+)
+def test_label_names_a_small_model_by_what_it_is(record, label):
+    assert read_origin(record).label == label

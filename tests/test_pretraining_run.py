@@ -126,6 +126,21 @@ def test_resume_after_sigint_continues_to_the_same_weights(method, frames, tmp_p
 
 
 @pytest.mark.slow
+def test_sigterm_to_the_whole_process_group_still_saves(frames, tmp_path):
+    """As launchers and Slurm send it: the workers that make views hear it too."""
+    long = ("--set", "training.epochs=500", "--set", "training.checkpoint_steps=2", "--workers", "1")
+    words = [sys.executable, *command("barlow_twins", frames, tmp_path / "run", *long)]
+    process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not list((tmp_path / "run" / "checkpoints").glob("step-*")) and time.time() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "continue with --resume" in errors and "killed by signal" not in errors
+
+
+@pytest.mark.slow
 def test_resume_after_sigkill_continues_to_the_same_weights(frames, tmp_path):
     """The process dies without warning after a checkpoint; the run goes on from it."""
     every = ("--set", "training.checkpoint_steps=2")

@@ -5,7 +5,7 @@ converted from the reference's own files, may bear one of the twelve ids; everyt
 Their authors publish no checksums, so the record is believed and the file's own digest stands in it and on the card.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ STUDY_TRAINING_IMAGES = 800
 HARMLESS_CHANGES = ("seed", "model.encoder", "training.precision", "training.checkpoint_steps")
 """Recipe settings that another seed or another machine may need, and that make no other study of it; a model's id names
 its encoder."""
+HARMLESS_PRETRAINING_CHANGES = ("training.precision", "training.checkpoint_steps", "moco_v3.encoder_chunk")
+"""Settings of a pretraining recipe that change where or how fast it runs, not what it computes."""
 CORPUS_FRAMES = {"hyperkvasir": 99_417, "imagenet1k": 1_281_167}
 """Frames of a complete corpus; a hundredth of them may be unreadable."""
 
@@ -50,6 +52,26 @@ class Origin:
     def repo_name(self) -> str:
         """The name under which the weights are published: the id, with the suffix of what they are not."""
         return f"{self.model_id}-{self.suffix}" if self.suffix else self.model_id
+
+    @property
+    def label(self) -> str:
+        """Short name for tables and plots: the paper's at full size (``RN-IN-MC``), else with the encoder's own name.
+
+        ``resnet10t-NI-MC`` is a small encoder pretrained with MoCo v3 on natural images that are no ImageNet-1k.
+        """
+        if self.entry is None:
+            return self.model_id
+        if self.record.get("scale") == "full":
+            return self.entry.short_name
+        _, corpus, method = self.entry.short_name.split("-")
+        named = (self.record.get("pretraining") or {}).get("corpus", self.entry.corpus)
+        if named != self.entry.corpus:
+            corpus = "".join(word[0] for word in named.split("_")).upper()
+        architecture = self.model_id.split(".", maxsplit=1)[0]
+        encoder = architecture.removesuffix(f"_{self.entry.decoder}").split("_patch", maxsplit=1)[0]
+        if self.record.get("encoder_initialisation") == RANDOM:
+            corpus = method = "NA"
+        return f"{encoder}-{corpus}-{method}"
 
     @property
     def summary(self) -> str:
@@ -130,7 +152,7 @@ def _training_reasons(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         short = recipe.removeprefix("finetune_")
         suffix = "" if short == "small" and record.get("scale") == "small" else short.replace("_", "-")
         yield suffix, f"it was trained with recipe {recipe}, not {STUDY_RECIPE}"
-    changes = [c for c in record.get("recipe_changes") or [] if c.partition("=")[0] not in HARMLESS_CHANGES]
+    changes = _beyond(record, HARMLESS_CHANGES)
     if changes:
         yield "variant", f"its recipe was changed: {', '.join(changes)}"
     if data != STUDY_DATA:
@@ -140,6 +162,11 @@ def _training_reasons(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "part", f"it saw {record.get('n')} training images, not {STUDY_TRAINING_IMAGES}"
     if not record.get("finished"):
         yield "unfinished", "its training run did not end"
+
+
+def _beyond(record: Mapping[str, Any], harmless: Sequence[str]) -> list[str]:
+    """The changes of a record's recipe that are not harmless."""
+    return [change for change in record.get("recipe_changes") or [] if change.partition("=")[0] not in harmless]
 
 
 def _encoder_reasons(record: Mapping[str, Any], entry: ZooEntry) -> Iterator[tuple[str, str]]:
@@ -158,7 +185,7 @@ def _encoder_reasons(record: Mapping[str, Any], entry: ZooEntry) -> Iterator[tup
     if pretraining and entry.method != "none":
         wanted = f"pretrain_{entry.method}_{entry.encoder}"
         frames = CORPUS_FRAMES[entry.corpus]
-        if pretraining.get("recipe") != wanted or pretraining.get("recipe_changes"):
+        if pretraining.get("recipe") != wanted or _beyond(pretraining, HARMLESS_PRETRAINING_CHANGES):
             yield "variant", f"its encoder was not pretrained with the unchanged recipe {wanted}"
         elif not 0.99 * frames <= pretraining.get("frames", 0) <= frames:
             yield "variant", f"its encoder saw {pretraining.get('frames')} frames, not {frames} ({entry.corpus})"

@@ -6,6 +6,7 @@ workers, and a resumed run sees what an uninterrupted one would have seen.
 
 import hashlib
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -143,6 +144,15 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, int(index)) for index in order[begin : begin + share]]
 
 
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """Start a loader's worker deaf to SIGINT and SIGTERM, which reach the whole process group.
+
+    A worker that died of one would fail the main process before it has saved its checkpoint; it ends with its parent.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def training_loader(
     feed: TrainingFeed, batches: GlobalBatches, *, workers: int, pin_memory: bool
 ) -> "DataLoader[Example]":
@@ -156,5 +166,6 @@ def training_loader(
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
         pin_memory=pin_memory,
+        worker_init_fn=leave_signals_to_the_main_process,
         generator=torch.Generator(),
     )

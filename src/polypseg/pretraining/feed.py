@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from polypseg.data.feed import Example, GlobalBatches
+from polypseg.data.feed import Example, GlobalBatches, leave_signals_to_the_main_process
 from polypseg.data.frames import FrameStore
 from polypseg.errors import PolypSegError
 from polypseg.pretraining.views import ViewSettings, is_jpeg, make_views
@@ -94,6 +94,7 @@ def frame_loader(feed: FrameFeed, batches: GlobalBatches, *, workers: int, pin_m
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
+        worker_init_fn=leave_signals_to_the_main_process,
         generator=torch.Generator(),
     )
 
