@@ -8,12 +8,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
 from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation, soft_dice_loss
-from polypseg.modeling.encoders_polypseg import sincos_position_embedding
+from polypseg.modeling.encoders_polypseg import feature_levels, sincos_position_embedding
 
 SMALL = {
     "resnet18": PolypSegConfig(encoder="resnet18", decoder="deeplabv3plus", decoder_channels=32),
     "tf_efficientnet_lite0": PolypSegConfig(encoder="tf_efficientnet_lite0", decoder_channels=32),
     "vit_tiny": PolypSegConfig(encoder="vit_tiny_patch16_224", decoder="dpt", decoder_channels=32),
+    "resnet_dpt": PolypSegConfig(encoder="resnet18", decoder="dpt", decoder_channels=32),
+    "vit_deeplabv3plus": PolypSegConfig(
+        encoder="vit_tiny_patch16_224", decoder="deeplabv3plus", decoder_channels=32, decoder_dropout=0.1
+    ),
     "vit_frozen": PolypSegConfig(
         encoder="vit_tiny_patch16_224",
         decoder="dpt",
@@ -44,7 +48,7 @@ def test_every_trainable_parameter_receives_a_gradient(model):
     model(image(), labels=torch.rand(2, 64, 96)).loss.backward()
     assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert all(p.requires_grad for p in model.parameters())
-    if model.config.decoder == "dpt":
+    if model.has_vit:
         trains = "encoder.pos_embed" in dict(model.named_parameters())
         assert trains == model.config.position_embedding_trainable
 
@@ -67,13 +71,15 @@ def test_other_sizes_work(model, size):
         assert model.eval()(image(*size, batch=1)).logits.shape == (1, 2, *size)
 
 
-def test_convolutional_models_take_any_size():
-    model = PolypSegForSemanticSegmentation(SMALL["resnet18"]).eval()
+@pytest.mark.parametrize("name", ["resnet18", "resnet_dpt"])
+def test_convolutional_models_take_any_size(name):
+    model = PolypSegForSemanticSegmentation(SMALL[name]).eval()
     assert model(image(101, 67)).logits.shape == (2, 2, 101, 67)
 
 
-def test_impossible_sizes_are_refused_in_english():
-    vit = PolypSegForSemanticSegmentation(SMALL["vit_tiny"])
+@pytest.mark.parametrize("name", ["vit_tiny", "vit_deeplabv3plus"])
+def test_impossible_sizes_are_refused_in_english(name):
+    vit = PolypSegForSemanticSegmentation(SMALL[name])
     with pytest.raises(ValueError, match=r"multiples of 16 pixels, not 100x64"):
         vit(image(100, 64))
     with pytest.raises(ValueError, match="too small"):
@@ -88,11 +94,12 @@ def test_impossible_sizes_are_refused_in_english():
     ("arguments", "message"),
     [
         ({"encoder": "resnet5000"}, "timm knows no encoder 'resnet5000'"),
-        ({"encoder": "resnet18", "decoder": "dpt"}, "no plain ViT"),
-        (
-            {"encoder": "vit_tiny_patch16_224", "decoder": "deeplabv3plus"},
-            "strided features|features of stride",
-        ),
+        ({"encoder": "resnet5000", "decoder": "dpt"}, "timm knows no encoder 'resnet5000'"),
+        ({"encoder": "mixer_s16_224", "decoder": "dpt"}, "'mixer_s16_224' is no plain ViT and no CNN with strided"),
+        ({"encoder": "vgg11"}, "'vgg11' is no plain ViT and no CNN with strided features at output stride 16"),
+        ({"encoder": "swin_tiny_patch4_window7_224"}, "no plain ViT and no CNN"),
+        ({"encoder": "vit_tiny_patch16_224", "decoder_channels": 0}, "must be positive"),
+        ({"encoder": "vit_small_patch32_224"}, r"DeepLabV3\+ reads a ViT of 16x16 patches, not of \(32, 32\)"),
         ({"decoder": "unet"}, "unknown decoder 'unet'"),
         ({"position_embedding": "rotary"}, "unknown position_embedding"),
     ],
@@ -100,6 +107,55 @@ def test_impossible_sizes_are_refused_in_english():
 def test_impossible_configurations_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         PolypSegForSemanticSegmentation(PolypSegConfig(**arguments))
+
+
+def test_levels_come_from_the_strides_of_the_pyramid_and_the_depth_of_the_vit():
+    levels = {name: PolypSegForSemanticSegmentation(config).levels for name, config in SMALL.items()}
+    assert levels["resnet18"] == [1, 4] and levels["resnet_dpt"] == [1, 2, 3, 4]
+    assert levels["vit_tiny"] == [2, 5, 8, 11] and levels["vit_deeplabv3plus"] == [2, 11]
+    model = PolypSegForSemanticSegmentation(SMALL["vit_deeplabv3plus"])
+    assert [tuple(x.shape) for x in model.extract_features(image(64, 96))] == [(2, 192, 16, 24), (2, 192, 4, 6)]
+
+
+def test_dpt_refuses_a_pyramid_without_its_strides():
+    class Info:
+        def reduction(self) -> list[int]:
+            return [2, 4, 16]
+
+    encoder = nn.Identity()
+    encoder.feature_info = Info()
+    with pytest.raises(ValueError, match=r"stride 4, 8, 16 and 16, not \[2, 4, 16\]"):
+        feature_levels(encoder, decoder="dpt")
+
+
+def test_the_encoder_does_not_depend_on_the_decoder():
+    """Else a grid of encoders and decoders would change two things at once."""
+    for encoder in ("resnet10t", "vit_tiny_patch16_224"):
+        encoders = []
+        for decoder in ("deeplabv3plus", "dpt"):
+            torch.manual_seed(0)
+            config = PolypSegConfig(encoder=encoder, decoder=decoder, decoder_channels=8)
+            encoders.append(PolypSegForSemanticSegmentation(config).eval())
+        states = [model.encoder.state_dict() for model in encoders]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+        torch.testing.assert_close(encoders[0].extract_features(image())[-1], encoders[1].extract_features(image())[-1])
+
+
+@pytest.mark.parametrize("name", ["resnet_dpt", "vit_deeplabv3plus"])
+def test_a_few_steps_lower_the_loss_of_the_other_pairs(name):
+    torch.manual_seed(0)
+    model = PolypSegForSemanticSegmentation(SMALL[name]).train()
+    optimiser, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+    pixels, labels = image(64, 64, batch=4), torch.zeros(4, 64, 64)
+    labels[:, 16:48, 16:48] = 1
+    for _ in range(6):
+        loss = model(pixels, labels=labels).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0] and losses[-1] < losses[0] - 0.1
 
 
 def test_gradient_checkpointing_changes_no_gradient(model):

@@ -103,6 +103,9 @@ def test_to_native_dpt_refuses_a_cnn():
     model = PolypSegForSemanticSegmentation(PolypSegConfig(encoder="resnet10t", decoder_channels=8))
     with pytest.raises(UsageError, match="deeplabv3plus model has no native class"):
         to_native_dpt(model)
+    model = PolypSegForSemanticSegmentation(PolypSegConfig(encoder="resnet10t", decoder="dpt", decoder_channels=8))
+    with pytest.raises(UsageError, match="a resnet10t dpt model has no native class"):
+        to_native_dpt(model)
 
 
 @pytest.mark.parametrize(

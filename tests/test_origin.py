@@ -5,7 +5,7 @@ import pytest
 from polypseg.errors import UsageError
 from polypseg.licences import model_license
 from polypseg.origin import read_origin
-from polypseg.zoo import ZOO
+from polypseg.zoo import EXTRA, ZOO
 
 ROW = {entry.short_name: entry for entry in ZOO}
 
@@ -187,3 +187,26 @@ def test_weights_of_unknown_terms_are_not_called_free(record, identifier):
 )
 def test_label_names_a_small_model_by_what_it_is(record, label):
     assert read_origin(record).label == label
+
+
+def test_extra_row_keeps_its_id_and_is_none_of_the_twelve():
+    (row,) = EXTRA
+    origin = read_origin(
+        trained("VT-IN-SL", model_id=row.model_id, row=row.model_id, encoder_initialisation=f"timm:{row.upstream.timm}")
+    )
+    assert origin.entry is row and origin.repo_name == row.model_id
+    assert not origin.official and origin.shortcomings == ("it is an extra model beside the study's",)
+
+
+@pytest.mark.parametrize(
+    ("model_id", "row", "scale", "label"),
+    [
+        # Not VT-IN-MC's, whose decoder and pretraining they have; and no label is that of the study's pair.
+        ("resnet50_dpt.moco_v3_imagenet1k", "RN-IN-MC", "full", "resnet50_dpt-IN-MC"),
+        ("resnet10t_dpt.moco_v3_imagenet1k", "RN-IN-MC", "small", "resnet10t_dpt-IN-MC"),
+        ("vit_tiny_deeplabv3plus.random", "VT-NA-NA", "small", "vit_tiny_deeplabv3plus-NA-NA"),
+    ],
+)
+def test_pair_that_the_study_does_not_have_descends_from_the_row_of_its_encoder(model_id, row, scale, label):
+    origin = read_origin(trained(row, model_id=model_id, scale=scale, recipe_changes=["model.decoder=x"]))
+    assert origin.entry is ROW[row] and origin.label == label and not origin.official

@@ -6,11 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 
 from polypseg import zoo
 from polypseg.errors import UsageError
 from polypseg.hub_configs import render_model_configs, write_model_configs
 from polypseg.modeling import PolypSegConfig
+from polypseg.study import StudyPlan, plan_jobs
+from polypseg.use_commands import models as list_models
 from polypseg.zoo import ZOO, ZooEntry
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -97,6 +100,45 @@ def test_config_feeds_imagenet_statistics_at_224(entry):
     assert (config.decoder, config.position_embedding) == (entry.decoder, entry.position_embedding)
 
 
+class TestExtraRows:
+    """Rows beside the study's twelve."""
+
+    def test_supervised_vit_that_saw_imagenet_1k_only_is_timms_augreg_in1k(self):
+        entry, study = zoo.get("VT-IN1K-SL"), zoo.get("VT-IN-SL")
+        facts = timm.get_pretrained_cfg(entry.upstream.timm)
+        assert entry.upstream.timm == "vit_base_patch16_224.augreg_in1k"
+        assert (facts.architecture, facts.num_classes) == (entry.config().encoder, 1000)
+        assert "i1k" in facts.url and "in21k" not in facts.url  # the npz that never saw ImageNet-21k
+        assert (entry.license, facts.license) == ("apache-2.0", "apache-2.0")
+        assert facts.mean == facts.std == (0.5, 0.5, 0.5) and "mean = std = 0.5" in entry.notes
+        assert entry.config_fields() == study.config_fields()  # only the weights differ
+        assert "Not one of the study's twelve" in entry.notes
+
+    def test_ids_and_short_names_are_nobody_elses(self):
+        names = [name for row in zoo.rows() for name in (row.model_id, row.short_name)]
+        assert len(set(names)) == len(names) == 2 * len(ZOO) + 2 * len(zoo.EXTRA)
+        assert not [row for row in zoo.EXTRA if row in ZOO]
+        assert zoo.get("VT-IN1K-SL").model_id == "vit_base_dpt.supervised_imagenet1k_only"
+
+    def test_small_scales_run_them_too(self, tmp_path):
+        (job,) = plan_jobs(StudyPlan(output=tmp_path, models=("VT-IN1K-SL",)))
+        assert job.recipe.model.encoder == "vit_tiny_patch16_224"
+
+    def test_models_command_lists_them_apart_with_the_reason(self, capsys, tmp_path):
+        list_models(results=tmp_path / "none")
+        shown = capsys.readouterr().out
+        twelve, apart = shown.split("Extra models, not of the study")
+        for entry in zoo.EXTRA:
+            assert entry.model_id not in twelve and entry.model_id in apart and entry.notes in apart
+        assert all(entry.model_id in twelve for entry in ZOO)
+
+    def test_a_study_of_all_models_leaves_them_out_and_one_of_them_starts_from_its_weights(self, tmp_path):
+        full = {"scale": "full", "start_from_available": True}
+        assert [job.entry for job in plan_jobs(StudyPlan(output=tmp_path, **full))] == list(ZOO)
+        (job,) = plan_jobs(StudyPlan(output=tmp_path, models=("VT-IN1K-SL",), **full))
+        assert job.start.source == "timm:vit_base_patch16_224.augreg_in1k" and job.start.as_published
+
+
 def test_notes_tell_that_the_supervised_vit_saw_imagenet_21k():
     assert "ImageNet-21k" in zoo.get("VT-IN-SL").notes
 
@@ -144,12 +186,13 @@ def test_hub_config_loads_as_the_rows_config(entry):
 
 def test_render_model_configs_covers_a_row_added_to_the_table(thirteenth):
     rendered = render_model_configs()
-    assert len(rendered) == 13
+    assert len(rendered) == len(list(COMMITTED.iterdir())) + 1
     assert json.loads(rendered[f"{thirteenth.model_id}.json"])["encoder"] == "vit_base_patch16_224"
 
 
 def test_write_model_configs_removes_the_file_of_a_row_that_is_gone(thirteenth, monkeypatch, tmp_path):
-    assert len(write_model_configs(tmp_path)) == 13
+    write_model_configs(tmp_path)
+    assert (tmp_path / f"{thirteenth.model_id}.json").is_file()
     monkeypatch.setattr(zoo, "ZOO", ZOO)
     write_model_configs(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {f"{entry.model_id}.json" for entry in ZOO}
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in COMMITTED.iterdir()}

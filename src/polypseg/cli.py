@@ -32,6 +32,7 @@ for command in (
     use_commands.robustness,
 ):
     app.command()(command)
+app.command("license")(use_commands.license_)
 
 
 def run_app(command: typer.Typer) -> None:
@@ -192,6 +193,10 @@ def study(
         str | None, Option(help="Fill a matrix instead: a grid file, or the name of a bundled one. Run it many times.")
     ] = None,
     frames: Annotated[list[str] | None, Option(help="CORPUS=PATH of a grid's corpus. Repeat for several.")] = None,
+    test_source: Annotated[
+        list[str] | None, Option(help="DATASET=PATH of a grid's test set. Default: looked for in the data folder.")
+    ] = None,
+    negatives: Annotated[Path | None, Option(help="Folder of frames without polyps, for a grid's tests.")] = None,
     plan: Annotated[bool, Option("--plan", help="With --grid: print what is left and its cost, and stop.")] = False,
 ) -> None:
     """Train and evaluate rows of the table on two datasets and write the paper's comparison; or fill a grid."""
@@ -205,6 +210,8 @@ def study(
             source=in_source,
             split=split,
             frames=frames or [],
+            tests=test_source or [],
+            negatives=negatives,
             allow_partial=allow_partial,
             only_plan=plan,
         )

@@ -58,7 +58,7 @@ def resolve_id(name: str) -> str:
     """``RN-IN-MC`` or a bare model id -> the repository's id; anything with an owner stays. Raises UsageError."""
     if "/" in name:
         return name
-    names = {key: entry.model_id for entry in zoo.ZOO for key in (entry.model_id, entry.short_name)}
+    names = {key: entry.model_id for entry in zoo.rows() for key in (entry.model_id, entry.short_name)}
     known = names.get(name)
     if known is None and "." not in name:  # no id of the table's grammar: most likely a mistyped short name
         zoo.get(name)

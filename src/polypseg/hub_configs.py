@@ -9,7 +9,7 @@ from polypseg.artifacts import write_text
 
 def render_model_configs() -> dict[str, str]:
     """File name -> text, one a row of the table."""
-    return {f"{entry.model_id}.json": _render(entry) for entry in zoo.ZOO}
+    return {f"{entry.model_id}.json": _render(entry) for entry in zoo.rows()}
 
 
 def _render(entry: zoo.ZooEntry) -> str:

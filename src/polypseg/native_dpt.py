@@ -101,8 +101,9 @@ def to_native_dpt(model: PolypSegForSemanticSegmentation) -> DPTForSemanticSegme
 
 def _native_config(model: PolypSegForSemanticSegmentation) -> DPTConfig:
     config, encoder = model.config, model.encoder
-    if config.decoder != "dpt":
-        raise UsageError(f"a {config.decoder} model has no native class in transformers: it travels with its code")
+    if config.decoder != "dpt" or not model.has_vit:
+        what = f"{config.encoder} {config.decoder}"
+        raise UsageError(f"a {what} model has no native class in transformers: it travels with its code")
     block, patch = encoder.blocks[0], encoder.patch_embed.patch_size
     activation = block.mlp.act if isinstance(block, Block) else None
     for fits, what in (

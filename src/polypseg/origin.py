@@ -61,7 +61,7 @@ class Origin:
         """
         if self.entry is None:
             return self.model_id
-        if self.record.get("scale") == "full":
+        if self.model_id == self.entry.model_id:
             return self.entry.short_name
         _, corpus, method = self.entry.short_name.split("-")
         named = (self.record.get("pretraining") or {}).get("corpus", self.entry.corpus)
@@ -116,12 +116,17 @@ def read_origin(weights_origin: Mapping[str, Any] | None) -> Origin:
 
 
 def _row(record: Mapping[str, Any]) -> ZooEntry | None:
-    """By id; a small model has another encoder's name before the same decoder and pretraining, or names its row."""
+    """By id, else the row that the record names, else the row of the same decoder and pretraining.
+
+    ``resnet50_dpt.moco_v3_imagenet1k`` has VT-IN-MC's decoder and pretraining and descends from RN-IN-MC all the same.
+    """
     model_id = str(record.get("model_id", ""))
-    for entry in zoo.ZOO:
-        if model_id == entry.model_id or model_id.endswith(f"_{entry.decoder}.{entry.tag}"):
-            return entry
-    return zoo.get(record["row"]) if "row" in record else None
+    stated = zoo.get(record["row"]) if "row" in record else None
+    exact = next((entry for entry in zoo.rows() if entry.model_id == model_id), None)
+    if exact is None and stated is not None and model_id.endswith(f".{stated.tag}"):
+        return stated
+    alike = (entry for entry in zoo.rows() if model_id.endswith(f"_{entry.decoder}.{entry.tag}"))
+    return exact or next(alike, stated)
 
 
 def _reasons(record: Mapping[str, Any], kind: Kind, entry: ZooEntry | None) -> Iterator[tuple[str, str]]:
@@ -137,6 +142,8 @@ def _reasons(record: Mapping[str, Any], kind: Kind, entry: ZooEntry | None) -> I
         yield ("" if entry and record["model_id"] != entry.model_id else "small"), "its encoder is not the study's size"
     if entry is None:
         yield "", "it belongs to no row of the table"
+    elif entry in zoo.EXTRA:
+        yield "", "it is an extra model beside the study's"
     if kind == "trained":
         yield from _training_reasons(record)
     elif kind == "converted" and not str(record.get("finetuned_on", "")).startswith("Kvasir-SEG"):

@@ -19,7 +19,7 @@ from polypseg.artifacts import file_sha256, read_json
 from polypseg.cards import lint_card, load_card
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.hub import hub_api, hub_errors
-from polypseg.licences import UNKNOWN, ModelLicense, model_license
+from polypseg.licences import ModelLicense, license_contradictions, model_license
 from polypseg.manifest import MANIFEST, NOT_LISTED, describe_problems, find_problems, read_manifest
 from polypseg.origin import Origin, read_origin
 
@@ -160,17 +160,10 @@ def _check_folder(folder: Path) -> tuple[Origin, ModelLicense, dict[str, str]]:
     if origin.repo_name in names and not origin.official:
         raise UsageError(f"{folder} may not be published as {origin.repo_name}: {'; '.join(origin.shortcomings)}")
     card = load_card(folder / "README.md")
-    findings = lint_card(card, folder=folder)
-    terms = model_license(origin)
-    if terms.identifier == UNKNOWN:
-        raise UsageError(f"{folder} may not be published: {terms.chain[1]} Train it from weights of a known licence")
-    stated = tuple(card.data.get(key) for key in ("license", "license_name", "license_link"))
-    wanted = (terms.identifier, terms.name, terms.link)
-    if stated[:2] != wanted[:2] or stated[2] not in (None, terms.link):
-        findings.append(f"it states the licence {stated}, but the weights' origin demands {wanted}")
+    findings = [*lint_card(card, folder=folder), *license_contradictions(origin, card, config)]
     if findings:
         raise UsageError(f"the card {folder / 'README.md'} does not pass: {'; '.join(findings)}")
-    return origin, terms, manifest | {MANIFEST: file_sha256(folder / MANIFEST)}
+    return origin, model_license(origin), manifest | {MANIFEST: file_sha256(folder / MANIFEST)}
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def plan_jobs(plan: StudyPlan) -> list[Job]:
         stand_in = [f"model.encoder={scale.encoders[row.encoder]}"] if row.encoder in scale.encoders else []
         recipe = load_recipe(scale.recipe, overrides=[*stand_in, *plan.overrides])
         if scale.encoders:  # rows that share a start would otherwise be copies of each other
-            recipe = recipe.model_copy(update={"seed": recipe.seed + zoo.ZOO.index(row)})
+            recipe = recipe.model_copy(update={"seed": recipe.seed + zoo.rows().index(row)})
         jobs.append(Job(entry=row, recipe=recipe, start=_choose_start(row, recipe, given.get(row.model_id))))
     missing = [job.entry.model_id for job in jobs if not job.start.as_published]
     if plan.scale == "full" and missing and not plan.start_from_available:

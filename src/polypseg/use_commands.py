@@ -1,4 +1,4 @@
-"""Commands that use models: segment files, look at them in a browser, measure their robustness."""
+"""Commands that use models: list them, tell their licence, segment files, run the app, measure robustness."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,24 +16,27 @@ ModelOption = Annotated[str, Option("--model", help="Model folder, Hub id, or id
 def models(
     results: Annotated[Path, Option(help="Folder of evaluation results.")] = Path("model_cards/results"),
 ) -> None:
-    """List the twelve models: id, licence, results where there are any, where the pretraining weights come from."""
+    """List the models: id, licence, results where there are any, where the pretraining weights come from."""
     from rich.table import Table
 
+    from polypseg import zoo
     from polypseg.cli import print_whole
-    from polypseg.zoo import CORPORA, METHODS, ZOO
 
     columns = TESTS if results.is_dir() else {}
     headings = ("short", "model id", "pretraining", "corpus", "licence", *columns, "weights", "licence stated at")
-    table = Table(*headings, title="The twelve models")
-    for entry in ZOO:
-        upstream = entry.upstream
-        scores = [_score(results / entry.model_id / name, official=True) for name in columns.values()]
-        names = (entry.short_name, entry.model_id, METHODS[entry.method], CORPORA[entry.corpus])
-        table.add_row(*names, upstream.license, *scores, upstream.location, upstream.license_source)
-    print_whole(table)
+    for title, rows in (("The twelve models", zoo.ZOO), ("Extra models, not of the study", zoo.EXTRA)):
+        table = Table(*headings, title=title)
+        for entry in rows:
+            upstream = entry.upstream
+            scores = [_score(results / entry.model_id / name, official=True) for name in columns.values()]
+            names = (entry.short_name, entry.model_id, zoo.METHODS[entry.method], zoo.CORPORA[entry.corpus])
+            table.add_row(*names, upstream.license, *scores, upstream.location, upstream.license_source)
+        print_whole(table)
+    for entry in zoo.EXTRA:
+        print(f"{entry.short_name}: {entry.notes}")
     if not columns:
         print(f"no results here ({results} is no folder): name one with --results")
-    others = sorted({path.parent.name for path in results.glob("*/*.json")} - {entry.model_id for entry in ZOO})
+    others = sorted({path.parent.name for path in results.glob("*/*.json")} - {row.model_id for row in zoo.rows()})
     if others:
         more = Table("model id", *columns, title="Other models with results")
         for name in others:
@@ -52,6 +55,20 @@ def _score(path: Path, *, official: bool = False) -> str:
     dice = content["metrics"]["dice"]
     interval = "" if dice["low"] is None else f" [{dice['low']:.3f}, {dice['high']:.3f}]"
     return f"{dice['mean']:.3f}{interval}, n = {content['n']}"
+
+
+def license_(
+    model: Annotated[str, Argument(help="Id or short name of the table, model folder, or Hub id.")],
+    revision: Annotated[str | None, Option(help="Tag, branch or commit of a Hub model.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Derive a model's licence step by step from code, weights and images, and say what you may do with it."""
+    import json
+
+    from polypseg.licences import report_license
+
+    report = report_license(model, revision=revision)
+    print(json.dumps(report.as_json(), indent=2) if as_json else "\n".join(report.lines()))
 
 
 def segment(

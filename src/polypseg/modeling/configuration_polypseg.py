@@ -19,7 +19,7 @@ class PolypSegConfig(PreTrainedConfig):
     model_type = "polypseg"
 
     encoder: str = "resnet50"
-    """timm architecture: any CNN with strided features for ``deeplabv3plus``, any plain ViT for ``dpt``."""
+    """timm architecture: a CNN with strided features or a plain ViT; ``deeplabv3plus`` reads ViTs of 16x16 patches."""
     decoder: str = "deeplabv3plus"
     """``deeplabv3plus`` (Chen et al. 2018) or ``dpt`` (Ranftl et al. 2021)."""
     decoder_channels: int = 256

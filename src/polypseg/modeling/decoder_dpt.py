@@ -1,7 +1,8 @@
 """The DPT decoder (Ranftl et al. 2021, arXiv 2103.13413) in the variant of the reference study.
 
-Class token ignored, BatchNorm in the fusion blocks, and no skip unit in the deepest fusion block: it receives
-nothing coarser, and the reference skips the unit there, so here it does not exist.
+Reads a ViT's tokens, as in the paper, or a CNN's pyramid. Class token ignored, BatchNorm in the fusion blocks, and no
+skip unit in the deepest fusion block: it receives nothing coarser, and the reference skips the unit there, so here it
+does not exist.
 """
 
 import torch.nn.functional as F
@@ -43,27 +44,45 @@ class Fusion(nn.Module):
         return self.project(x)
 
 
-class DPTDecoder(nn.Module):
-    """Tokens of four blocks, all on the patch grid (h, w) -> one logit map of the image's size."""
+def reassemble_tokens(width: int, channels: int) -> nn.ModuleList:
+    """Of a ViT: four maps (B, width, h, w) on the patch grid -> (B, channels, ...) of 4, 2, 1, 1/2 times its size."""
+    widths = [
+        max(1, width // 8),
+        max(1, width // 4),
+        max(1, width // 2),
+        width,
+    ]  # (96, 192, 384, 768) for ViT-B
+    resample = [
+        nn.ConvTranspose2d(widths[0], widths[0], 4, stride=4),
+        nn.ConvTranspose2d(widths[1], widths[1], 2, stride=2),
+        nn.Identity(),
+        nn.Conv2d(widths[3], widths[3], 3, stride=2, padding=1),
+    ]
+    return nn.ModuleList(
+        nn.Sequential(nn.Conv2d(width, w, 1), resize, nn.Conv2d(w, channels, 3, padding=1, bias=False))
+        for w, resize in zip(widths, resample, strict=True)
+    )
 
-    def __init__(self, width: int, *, channels: int, dropout: float):
+
+def project_pyramid(widths: list[int], channels: int) -> nn.ModuleList:
+    """Of a CNN: maps of strides 4, 8, 16, 16 -> (B, channels, ...) at strides 4, 8, 16, 32.
+
+    A pyramid needs no reassembling: one 3x3 convolution a level, as in MiDaS (Ranftl et al. 2020, arXiv 1907.01341).
+    The dilated last stage stays at stride 16, so its convolution takes every second cell, as a ViT's last level does.
+    """
+    strides = (1, 1, 1, 2)
+    return nn.ModuleList(
+        nn.Conv2d(width, channels, 3, stride=stride, padding=1, bias=False)
+        for width, stride in zip(widths, strides, strict=True)
+    )
+
+
+class DPTDecoder(nn.Module):
+    """Four feature maps, brought to strides 4, 8, 16, 32 by ``reassemble`` -> one logit map of the image's size."""
+
+    def __init__(self, reassemble: nn.ModuleList, *, channels: int, dropout: float):
         super().__init__()
-        widths = [
-            max(1, width // 8),
-            max(1, width // 4),
-            max(1, width // 2),
-            width,
-        ]  # (96, 192, 384, 768) for ViT-B
-        resample = [
-            nn.ConvTranspose2d(widths[0], widths[0], 4, stride=4),
-            nn.ConvTranspose2d(widths[1], widths[1], 2, stride=2),
-            nn.Identity(),
-            nn.Conv2d(widths[3], widths[3], 3, stride=2, padding=1),
-        ]
-        self.reassemble = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width, w, 1), resize, nn.Conv2d(w, channels, 3, padding=1, bias=False))
-            for w, resize in zip(widths, resample, strict=True)
-        )
+        self.reassemble = reassemble
         self.fusion = nn.ModuleList(Fusion(channels, has_coarser=level < 3) for level in range(4))
         self.head = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
@@ -74,7 +93,7 @@ class DPTDecoder(nn.Module):
         )
 
     def forward(self, features: list[Tensor], image_size: tuple[int, int]) -> Tensor:
-        """Four (B, D, h, w) and (H, W) -> (B, 1, H, W)."""
+        """Four (B, Ci, hi, wi) and (H, W) -> (B, 1, H, W)."""
         levels = [reassemble(x) for reassemble, x in zip(self.reassemble, features, strict=True)]
         finest = levels[0].shape[2:]
         sizes = [(2 * finest[0], 2 * finest[1]), *(level.shape[2:] for level in levels[:3])]

@@ -1,7 +1,11 @@
 """timm encoders behind one contract: pixel values (B, 3, H, W) -> list of feature maps (B, C, h, w).
 
-CNNs run at output stride 16 (DeepLabV3+, section 4.1); ViTs give the tokens of four blocks without the final norm.
+CNNs run at output stride 16 (DeepLabV3+, section 4.1); ViTs give the tokens of their blocks without the final norm.
+Which levels are read depends on the decoder, the encoder itself does not: a change of decoder changes nothing else.
 """
+
+from functools import cache
+from typing import Any
 
 import timm
 import torch
@@ -9,6 +13,27 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+_META = {"device": torch.device("meta")}
+TOKEN_STRIDE = (16, 16)
+"""Patch size of the ViTs that DeepLabV3+ can read: its deep map is of stride 16."""
+
+
+@cache
+def _architecture(name: str) -> type[nn.Module]:
+    """The class behind a timm name. Raises ValueError when timm does not know it."""
+    if not timm.is_model(name):
+        raise ValueError(f"timm knows no encoder {name!r}; see timm.list_models()")
+    with torch.device("meta"):  # draws no random number: the seed belongs to the model
+        return type(timm.create_model(name, pretrained=False))
+
+
+def is_plain_vit(name: str) -> bool:
+    """Whether a timm name is a plain ViT, which gives tokens; everything else is taken for a CNN.
+
+    Raises ValueError when timm does not know ``name``.
+    """
+    return _architecture(name) is VisionTransformer
 
 
 def build_cnn_encoder(name: str) -> nn.Module:
@@ -21,17 +46,16 @@ def build_cnn_encoder(name: str) -> nn.Module:
     try:
         encoder = timm.create_model(name, pretrained=False, features_only=True, output_stride=16)
     except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
-        raise ValueError(f"encoder {name!r} has no strided features for DeepLabV3+: {error}") from error
+        raise ValueError(
+            f"encoder {name!r} is no plain ViT and no CNN with strided features at output stride 16"
+        ) from error
     strides = encoder.feature_info.reduction()
     if 4 not in strides or strides[-1] != 16:
-        raise ValueError(f"encoder {name!r} has features of stride {strides}; DeepLabV3+ needs 4 and, last, 16")
+        raise ValueError(f"encoder {name!r} has features of stride {strides}; a decoder needs 4 and, last, 16")
     if isinstance(timm.create_model(name, pretrained=False, **_META), ResNet):
         _dilate_whole_last_stage(encoder)
         _reset_residual_gains(encoder)
     return encoder
-
-
-_META = {"device": torch.device("meta")}
 
 
 def _dilate_whole_last_stage(encoder: nn.Module) -> None:
@@ -52,18 +76,15 @@ def _reset_residual_gains(encoder: nn.Module) -> None:
 
 
 def build_vit_encoder(name: str, *, position_embedding: str, position_embedding_trainable: bool) -> VisionTransformer:
-    """A plain timm ViT without head and final norm (DPT reads blocks before it), for any grid of patches.
+    """A plain timm ViT without head and final norm (decoders read blocks before it), for any grid of patches.
 
     Raises ValueError when ``name`` is not a timm ``VisionTransformer`` of at least 4 blocks with position embeddings.
     """
-    if not timm.is_model(name):
-        raise ValueError(f"timm knows no encoder {name!r}; see timm.list_models()")
-    try:
+    encoder = None
+    if is_plain_vit(name):
         encoder = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
-    except TypeError:  # the architecture does not know dynamic_img_size
-        encoder = None
-    if type(encoder) is not VisionTransformer or encoder.pos_embed is None or len(encoder.blocks) < 4:
-        raise ValueError(f"encoder {name!r} is no plain ViT with position embeddings; DPT needs one")
+    if encoder is None or encoder.pos_embed is None or len(encoder.blocks) < 4:
+        raise ValueError(f"encoder {name!r} is no plain ViT of at least 4 blocks with position embeddings")
     encoder.prune_intermediate_layers(vit_block_indices(encoder), prune_norm=True, prune_head=True)
     if position_embedding != "learned":
         table = sincos_position_embedding(
@@ -83,6 +104,36 @@ def vit_block_indices(encoder: VisionTransformer) -> list[int]:
     """The four equally spaced blocks that DPT reads: [2, 5, 8, 11] of 12."""
     depth = len(encoder.blocks)
     return [depth * level // 4 - 1 for level in (1, 2, 3, 4)]
+
+
+def feature_levels(encoder: Any, *, decoder: str) -> list[int]:
+    """Which levels of an encoder the decoder reads, finest first: blocks of a ViT or stages of a CNN's pyramid.
+
+    DPT reads four: the blocks of ``vit_block_indices``, or the stages of strides 4, 8, 16 and, dilated, 16.
+    DeepLabV3+ reads two: DPT's first and last block, or the stages of stride 4 and, last, 16. Raises ValueError for a
+    pyramid without these strides and for DeepLabV3+ on patches of another size than 16.
+    """
+    if isinstance(encoder, VisionTransformer):
+        blocks = vit_block_indices(encoder)
+        if decoder == "dpt":
+            return blocks
+        if tuple(encoder.patch_embed.patch_size) != TOKEN_STRIDE:
+            raise ValueError(f"DeepLabV3+ reads a ViT of 16x16 patches, not of {encoder.patch_embed.patch_size}")
+        return [blocks[0], blocks[-1]]
+    strides = encoder.feature_info.reduction()
+    if decoder != "dpt":
+        return [strides.index(4), len(strides) - 1]
+    if strides[-4:] != [4, 8, 16, 16]:
+        raise ValueError(f"DPT reads a CNN whose last features are of stride 4, 8, 16 and 16, not {strides}")
+    return list(range(len(strides) - 4, len(strides)))
+
+
+def level_widths(encoder: Any, levels: list[int]) -> list[int]:
+    """Channels of the feature maps at ``levels``."""
+    if isinstance(encoder, VisionTransformer):
+        return [encoder.embed_dim] * len(levels)
+    channels = encoder.feature_info.channels()
+    return [channels[level] for level in levels]
 
 
 def sincos_position_embedding(layout: str, *, grid: tuple[int, int], width: int) -> Tensor:

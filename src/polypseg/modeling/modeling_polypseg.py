@@ -3,6 +3,8 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_outputs import SemanticSegmenterOutput
@@ -10,14 +12,18 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_polypseg import PolypSegConfig
 from .decoder_deeplabv3plus import DeepLabV3PlusDecoder
-from .decoder_dpt import DPTDecoder
-from .encoders_polypseg import build_cnn_encoder, build_vit_encoder, vit_block_indices
+from .decoder_dpt import DPTDecoder, project_pyramid, reassemble_tokens
+from .encoders_polypseg import build_cnn_encoder, build_vit_encoder, feature_levels, is_plain_vit, level_widths
 
 SMALLEST_SIDE = 32  # pixels; below, DeepLabV3+'s deepest map is a single cell
 
 
 class PolypSegForSemanticSegmentation(PreTrainedModel):
-    """A timm encoder with a DeepLabV3+ or DPT decoder that marks polyps."""
+    """A timm encoder (CNN or plain ViT) with a DeepLabV3+ or DPT decoder that marks polyps.
+
+    The study pairs CNNs with DeepLabV3+ and ViTs with DPT; the two other pairs separate encoder from decoder. Raises
+    ValueError for an encoder that timm does not know or that the decoder cannot read.
+    """
 
     config_class = PolypSegConfig
     config: PolypSegConfig
@@ -26,26 +32,36 @@ class PolypSegForSemanticSegmentation(PreTrainedModel):
 
     def __init__(self, config: PolypSegConfig):
         super().__init__(config)
-        sizes: dict[str, Any] = {"channels": config.decoder_channels, "dropout": config.decoder_dropout}
-        if config.decoder == "dpt":
-            self.encoder = build_vit_encoder(
+        if is_plain_vit(config.encoder):
+            self.encoder: Any = build_vit_encoder(
                 config.encoder,
                 position_embedding=config.position_embedding,
                 position_embedding_trainable=config.position_embedding_trainable,
             )
-            self.decoder: nn.Module = DPTDecoder(self.encoder.embed_dim, **sizes)
         else:
             self.encoder = build_cnn_encoder(config.encoder)
-            levels = self.encoder.feature_info
-            self.skip_level = levels.reduction().index(4)
-            self.decoder = DeepLabV3PlusDecoder(levels.channels()[self.skip_level], levels.channels()[-1], **sizes)
+        self.levels = feature_levels(self.encoder, decoder=config.decoder)
+        self.decoder = self._build_decoder()
         self.post_init()
+
+    def _build_decoder(self) -> nn.Module:
+        widths, channels = level_widths(self.encoder, self.levels), self.config.decoder_channels
+        sizes: dict[str, Any] = {"channels": channels, "dropout": self.config.decoder_dropout}
+        if self.config.decoder == "deeplabv3plus":
+            return DeepLabV3PlusDecoder(*widths, **sizes)
+        reassemble = reassemble_tokens(widths[0], channels) if self.has_vit else project_pyramid(widths, channels)
+        return DPTDecoder(reassemble, **sizes)
+
+    @property
+    def has_vit(self) -> bool:
+        """Whether the encoder is a plain ViT, which gives tokens on a patch grid, and not a CNN."""
+        return isinstance(self.encoder, VisionTransformer)
 
     def check_image_size(self, height: int, width: int) -> None:
         """Raise ValueError when images of this size do not fit the encoder."""
         if min(height, width) < SMALLEST_SIDE:
             raise ValueError(f"images of {height}x{width} are too small: each side needs {SMALLEST_SIDE} pixels")
-        if self.config.decoder == "dpt":
+        if self.has_vit:
             rows, columns = self.encoder.patch_embed.patch_size
             if height % rows or width % columns:
                 raise ValueError(
@@ -53,14 +69,23 @@ class PolypSegForSemanticSegmentation(PreTrainedModel):
                 )
 
     def extract_features(self, pixel_values: Tensor) -> list[Tensor]:
-        """pixel_values (B, 3, H, W) -> the feature maps that the decoder reads; ValueError as ``check_image_size``."""
-        self.check_image_size(pixel_values.shape[-2], pixel_values.shape[-1])
-        if self.config.decoder == "dpt":
-            return self.encoder.forward_intermediates(
-                pixel_values, indices=vit_block_indices(self.encoder), norm=False, intermediates_only=True
-            )
-        pyramid = self.encoder(pixel_values)
-        return [pyramid[self.skip_level], pyramid[-1]]
+        """pixel_values (B, 3, H, W) -> the feature maps that the decoder reads; ValueError as ``check_image_size``.
+
+        DeepLabV3+ wants its skip at stride 4, which a ViT does not have: there an early block's tokens are spread
+        bilinearly over H/4 x W/4. They bring early features to the skip but no finer detail than the patches.
+        """
+        height, width = pixel_values.shape[-2:]
+        self.check_image_size(height, width)
+        if not self.has_vit:
+            pyramid = self.encoder(pixel_values)
+            return [pyramid[level] for level in self.levels]
+        tokens: list[Tensor] = self.encoder.forward_intermediates(
+            pixel_values, indices=self.levels, norm=False, intermediates_only=True
+        )
+        if self.config.decoder == "deeplabv3plus":
+            size = (height // 4, width // 4)
+            tokens[0] = F.interpolate(tokens[0], size=size, mode="bilinear", align_corners=True)
+        return tokens
 
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **_: Any
