@@ -14,11 +14,12 @@ import safetensors.torch
 import torch
 from PIL import Image
 from torch import nn
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from polypseg import export as export_module
 from polypseg.artifacts import file_sha256
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.export import FP16_WEIGHTS, export_model, half
+from polypseg.export import FP16_WEIGHTS, export_model, half, write_weights
 from polypseg.manifest import MANIFEST, find_mismatches, list_files, read_manifest
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.processing import build_image_processor, load_model
@@ -269,3 +270,18 @@ def test_saving_a_run_after_an_export_brings_no_code_along(exported, tmp_path):
     model = PolypSegForSemanticSegmentation(PolypSegConfig(encoder="resnet10t", decoder_channels=8))
     model.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.py"))
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), [("resnet10t", "dpt"), ("vit_tiny_patch16_224", "deeplabv3plus")])
+def test_pairs_that_the_study_does_not_have_travel_with_their_code(encoder, decoder, tmp_path):
+    torch.manual_seed(0)
+    config = PolypSegConfig(encoder=encoder, decoder=decoder, decoder_channels=8, image_size=64)
+    model = PolypSegForSemanticSegmentation(config).eval()
+    write_weights(model, tmp_path)
+    assert (tmp_path / "decoder_dpt.py").is_file()
+    reference = json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModelForSemanticSegmentation"]
+    copied = get_class_from_dynamic_module(reference, str(tmp_path))  # not the package's class
+    assert copied.__module__.startswith("transformers_modules")
+    loaded = copied.from_pretrained(tmp_path).eval()
+    image = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(loaded(image).logits, model(image).logits, rtol=0, atol=1e-5)

@@ -22,9 +22,10 @@ from polypseg.data.polyps import SyntheticOptions
 from polypseg.errors import UsageError
 from polypseg.grid import GridData, grid_cells, load_grid, run_grid
 from polypseg.grid.cost import plan_cost
-from polypseg.grid.tasks import FinetuneTask, PretrainTask, grid_tasks
+from polypseg.grid.tasks import EvaluateTask, FinetuneTask, PretrainTask, grid_tasks
 from polypseg.grid.work import work_through
 from polypseg.modeling import PolypSegForSemanticSegmentation
+from polypseg.receipts import find_receipts
 
 TINY = {
     "name": "tiny",
@@ -53,6 +54,7 @@ TINY = {
         "recipe": "finetune_tiny",
         "overrides": ["training.max_steps=1", "training.total_batch_size=4", "model.decoder_channels=8"],
     },
+    "evaluation": {"tests": ["negatives"]},
 }
 
 
@@ -220,17 +222,24 @@ def test_killed_workers_task_is_done_by_another(tmp_path):
 
 def test_grid_trains_every_cell_and_a_second_call_trains_none(tmp_path, toys):
     grid = load_grid(write_grid(tmp_path))
-    data = GridData(output=tmp_path / "out", training=synthetic(), split="reference", corpora={"toys": toys})
+    data = GridData(
+        output=tmp_path / "out", training=synthetic(), split="reference", corpora={"toys": toys}, negatives=toys
+    )
     quiet = Console(file=io.StringIO())
     run_grid(grid, data, console=quiet)
     tasks = grid_tasks(grid, data)
-    assert [type(task) for task in tasks] == [PretrainTask] + 6 * [FinetuneTask]
+    assert [type(task) for task in tasks] == [PretrainTask] + 6 * [FinetuneTask, EvaluateTask]
     assert all(task.is_done() for task in tasks)
     model = PolypSegForSemanticSegmentation.from_pretrained(tasks[1].folder / "best")
     origin = model.config.weights_origin
     assert origin["model_id"] == "test_resnet_deeplabv3plus.supervised_toys"
     assert origin["row"] == "resnet50_deeplabv3plus.supervised_imagenet1k"
     assert (origin["pretraining"]["steps"], origin["pretraining"]["corpus"]) == (3, "toys")
+    receipts = find_receipts(tmp_path / "out" / "receipts")
+    assert len(receipts) == 6 and {len(content["images"]) for content in receipts.values()} == {20}
+    assert {content["model"]["row"] for content in receipts.values()} == {
+        cell.entry.model_id for cell in grid_cells(grid)
+    }
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
     run_grid(grid, data, console=quiet)
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}

@@ -1,15 +1,32 @@
 """What a passport promises: all that a model saw of a test is found, what it did not see is not, and files are safe."""
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from numpy.typing import NDArray
 from PIL import Image
 
-from polypseg.data.polyps import open_dataset
+from polypseg import export as export_module
+from polypseg import passport as passport_module
+from polypseg import zoo
+from polypseg.artifacts import write_json
+from polypseg.card_facts import planned_facts
+from polypseg.cards import render_card
+from polypseg.checkpoints import PRETRAINING_KEY, write_timm_encoder
+from polypseg.data.frames import open_frames
+from polypseg.data.polyps import SyntheticOptions, open_dataset
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.evaluate_commands import Seen as EvaluateSeen
+from polypseg.evaluate_commands import evaluate
+from polypseg.export import export_model
+from polypseg.manifest import MANIFEST, read_manifest
 from polypseg.passport import (
     KINDS,
     NEAR_DUPLICATE,
@@ -21,10 +38,19 @@ from polypseg.passport import (
     Passport,
     Seen,
     SplitManifest,
+    attach_passport,
+    check_seen,
     find_collisions,
+    frames_manifest,
+    kept_manifest,
     make_manifest,
     refuse_collisions,
+    seen_by_encoder,
 )
+from polypseg.receipts import check_receipt, read_receipt
+from polypseg.recipe import load_recipe
+from polypseg.training import build_model, finetune
+from tiny_models import SMOKE_ORIGIN, write_tiny_model
 
 WIDTH, HEIGHT = 96, 80
 
@@ -343,3 +369,215 @@ def test_the_two_public_sets_do_not_collide(kvasir, clinicdb):
         assert all(
             find_collisions(passport, clinicdb["reference", p]).found == () for p in ("train", "validation", "test")
         )
+
+
+# -- kept manifests ----------------------------------------------------------------------------------------------------
+
+
+def test_kept_manifest_reads_the_images_once_and_makes_a_damaged_copy_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYPSEG_CACHE", str(tmp_path / "cache"))
+    data = open_dataset("folder", source=write_folder(tmp_path / "a", {"one": 1, "two": 2}))
+    first = kept_manifest(data, split="full", part="full")
+    assert first == make_manifest(data, split="full", part="full")
+    assert kept_manifest(data, split="full", part="full", limit=1).part == "full-first1"
+    (whole, _) = sorted((tmp_path / "cache" / "manifests").iterdir(), key=lambda path: -path.stat().st_size)
+    with monkeypatch.context() as patched:
+        patched.setattr(passport_module, "fingerprint", lambda frame: pytest.fail("read again"))
+        assert kept_manifest(data, split="full", part="full") == first
+    whole.write_text("{")
+    assert kept_manifest(data, split="full", part="full") == first
+
+
+def test_frames_manifest_leaves_out_what_could_not_be_read(tmp_path):
+    folder = write_folder(tmp_path / "a", {"one": 1, "two": 2}) / "images"
+    (folder / "bad.png").write_bytes(b"no image")
+    frames = open_frames(folder.parent, corpus_folder="images")
+    assert [frames.name(k) for k in range(3)] == ["images/bad.png", "images/one.png", "images/two.png"]
+    manifest = frames_manifest(frames, left_out={0})
+    labelled = make_manifest(
+        open_dataset("folder", source=write_folder(tmp_path / "b", {"x": 2})), split="full", part="full"
+    )
+    (hit,) = find_collisions(passport_of(manifest), labelled).found
+    assert (hit.kind, hit.seen_id) == (SAME_CONTENT, "images/two.png")
+    with pytest.raises(PolypSegError, match=r"bad\.png"):
+        frames_manifest(frames)
+
+
+# -- what a run writes -------------------------------------------------------------------------------------------------
+
+
+TINY = ["data.image_size=64", "model.encoder=resnet10t", "model.decoder_channels=8", "training.total_batch_size=8"]
+TINY += ["training.epochs=1"]
+
+
+def write_encoder(folder: Path, passport: Passport) -> Path:
+    """An encoder as `pretrain.py` leaves it; its record names the passport beside it."""
+    digest = hashlib.sha256(passport.save(folder.with_name("pretraining")).read_bytes()).hexdigest()
+    path = write_timm_encoder(
+        folder,
+        timm.create_model("resnet10t", num_classes=0).state_dict(),
+        architecture="resnet10t",
+        num_features=512,
+        facts={},
+        origin={"method": "moco_v3", "recipe": "r", "frames": 30, "source": "frames", "passport": digest},
+        key=PRETRAINING_KEY,
+    )
+    passport.save(folder)
+    return path
+
+
+def test_finetuning_leaves_the_passport_of_all_stages_and_export_takes_it_along(tmp_path, monkeypatch):
+    """An encoder that `pretrain.py` left with its passport, fine-tuning, then an export and a card."""
+    stage = Seen(stage="pretraining", description="30 frames", manifest=manifest_with(images_of(30), dataset="frames"))
+    weights = write_encoder(tmp_path / "encoder", Passport(model_id="r", seen=(stage,)))
+
+    def train(*, resume: bool) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        recipe = load_recipe("smoke", overrides=TINY)
+        model = build_model(zoo.get("RN-HK-MC"), recipe, encoder_weights=str(weights))
+        accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path / "run")
+        finetune(model, data, recipe, accelerator, run_dir=tmp_path / "run", resume=resume)
+
+    data = open_dataset("synthetic_a", synthetic_options=SyntheticOptions(count=20, size=(64, 64)))
+    train(resume=False)
+    best = tmp_path / "run" / "best"
+    passport = Passport.load(best)
+    assert [seen.stage for seen in passport.seen] == ["pretraining", "fine-tuning", "validation"]
+    assert [len(seen.manifest.images) for seen in passport.seen] == [30, 16, 2]
+    assert [image.id for image in passport.seen[1].manifest.images] == data.split("reference")["train"]
+    written = (best / PASSPORT).read_bytes()
+    record = json.loads((best / "config.json").read_text())["weights_origin"]
+    assert record["passport"] == hashlib.sha256(written).hexdigest() and record["finished"] is True
+
+    (best / PASSPORT).unlink()  # as a version without passports leaves a run
+    train(resume=True)
+    assert (best / PASSPORT).read_bytes() == written
+
+    monkeypatch.setattr(export_module, "_write_card", lambda *_, **__: None)
+    done = export_model(best, tmp_path / "exported", organisation="someone")
+    assert (done.folder / PASSPORT).read_bytes() == written and PASSPORT in read_manifest(done.folder / MANIFEST)
+    tested = make_manifest(data, split="reference", part="train")
+    with pytest.raises(UsageError, match="16 of 16 images"):
+        check_seen(done.folder, tested)
+    (done.folder / PASSPORT).unlink()
+    with pytest.raises(PolypSegError, match=r"passport\.json is missing that the weights' record names"):
+        check_seen(done.folder, tested)
+    (weights.parent / PASSPORT).unlink()
+    with pytest.raises(PolypSegError, match="missing that the weights' record names"):
+        build_model(zoo.get("RN-HK-MC"), load_recipe("smoke", overrides=TINY), encoder_weights=str(weights))
+    facts = replace(planned_facts(zoo.get("RN-HK-MC"), organisation="someone"), passport=passport)
+    card = str(render_card(facts))
+    assert "## What the model saw" in card and "- pretraining: 30 frames (30 images)" in card
+    assert "What the model saw" not in str(render_card(replace(facts, passport=None)))
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"encoder_initialisation": "random"}, ()),
+        ({"encoder_initialisation": zoo.STARTER}, (zoo.STARTER,)),
+        (
+            {"encoder_initialisation": "timm:resnet50.tv_in1k", "row": "resnet50_deeplabv3plus.supervised_imagenet1k"},
+            ("ImageNet-1k, as timm:resnet50.tv_in1k",),
+        ),
+        (
+            {"encoder_initialisation": "file e", "pretraining": {"frames": 30, "source": "frames"}},
+            ("30 frames of frames",),
+        ),
+    ],
+)
+def test_what_is_not_listed_is_a_stage_all_the_same(record, expected, tmp_path):
+    seen = seen_by_encoder(str(tmp_path / "model.safetensors"), record)
+    assert tuple(stage.description for stage in seen) == expected
+    assert all(stage.manifest is None and stage.stage == "pretraining" for stage in seen)
+
+
+# -- before a test -----------------------------------------------------------------------------------------------------
+
+
+def model_folder(path: Path, passport: Passport | None, *, named: bool = False) -> Path:
+    write_json(path / "config.json", {"weights_origin": {"model_id": "m"}})
+    if passport is not None and named:
+        attach_passport(path, passport)
+    elif passport is not None:
+        passport.save(path)
+    return path
+
+
+def test_check_seen_refuses_reports_or_excludes(tmp_path):
+    images = images_of(30, clip=True)
+    seen, tested = manifest_with(images[:5]), manifest_with((*images[5:8], *images[20:]), part="test")
+    folder = model_folder(tmp_path / "best", passport_of(seen), named=True)
+    with pytest.raises(UsageError, match=r"same clip: 3.*--seen report.*--seen exclude"):
+        check_seen(folder, tested)
+    same, report = check_seen(folder, tested, rule="report")
+    assert same is tested and len(report.collisions.images()) == 3 and report.excluded == () and report.reason is None
+    left, excluded = check_seen(folder, tested, rule="exclude")
+    assert [image.id for image in left.images] == [image.id for image in images[20:]]
+    assert left.part == "test-unseen10" and excluded.excluded == ("6", "7", "8")
+    assert excluded.passport == hashlib.sha256((folder / PASSPORT).read_bytes()).hexdigest()
+    with pytest.raises(UsageError, match="saw every image"):
+        check_seen(folder, tested.restrict(["6"], split="x", part="y"), rule="exclude")
+    unseen, nothing = check_seen(folder, tested.restrict(["25"], split="x", part="y"), rule="exclude")
+    assert unseen.part == "y" and nothing.collisions.found == ()
+
+
+def test_check_seen_says_that_a_model_has_no_passport_and_stops_at_another_one(tmp_path):
+    tested = manifest_with(images_of(2))
+    _, unknown = check_seen(model_folder(tmp_path / "a", None), tested)
+    assert unknown.collisions is None and "no passport.json" in unknown.reason
+    _, files = check_seen(None, tested)
+    assert files.collisions is None and "without a passport" in files.reason
+    folder = model_folder(tmp_path / "b", passport_of(manifest_with(images_of(2, start=50))), named=True)
+    passport_of(manifest_with(images_of(1, start=90))).save(folder)
+    with pytest.raises(PolypSegError, match="not the one that the weights' record names"):
+        check_seen(folder, tested, rule="report")
+
+
+def evaluate_with(folder: Path, **options) -> None:
+    """`polypseg evaluate` of a tiny model with a passport, before any prediction is made."""
+    evaluate(model=str(folder), convention=["paper"], **options)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("dataset", "split", "tested", "found"),
+    [
+        ("kvasir_seg", "official", 100, r"same content: 88, same id: 88"),
+        ("kvasir_seg", "reference", 100, r"2 of 100 images .*near-duplicate: 2"),
+        ("cvc_clinicdb", "reference", 61, r"61 of 61 images .*same clip: 61"),
+    ],
+)
+def test_evaluate_refuses_what_the_training_part_gives_away(
+    dataset, split, tested, found, kvasir, clinicdb, real_data, tmp_path
+):
+    parts, place = {"kvasir_seg": (kvasir, "Kvasir-SEG"), "cvc_clinicdb": (clinicdb, "CVC-ClinicDB")}[dataset]
+    folder = write_tiny_model(tmp_path / "best", origin=SMOKE_ORIGIN)
+    attach_passport(folder, passport_of(parts[split, "train"]))
+    where = {"dataset": dataset, "source": real_data / place, "split": "reference", "part": "test"}
+    with pytest.raises(UsageError, match=found) as caught:
+        evaluate_with(folder, output=tmp_path / "results", **where)
+    assert "--seen report" in str(caught.value) and not (tmp_path / "results").exists()
+    if dataset == "kvasir_seg":
+        left, check = check_seen(folder, parts["reference", "test"], rule="exclude")
+        assert len(left.images) == tested - len(check.excluded) == {"official": 12, "reference": 98}[split]
+
+
+def test_evaluate_tests_the_rest_and_names_it(tmp_path):
+    data = open_dataset("folder", source=write_folder(tmp_path / "data", {"a": 1, "b": 2, "c": 3}))
+    whole = make_manifest(data, split="full", part="full")
+    folder = write_tiny_model(tmp_path / "best", origin=SMOKE_ORIGIN)
+    attach_passport(folder, passport_of(whole.restrict(["b"], split="full", part="train")))
+    where = {"dataset": "folder", "source": tmp_path / "data", "output": tmp_path / "results"}
+    with pytest.raises(UsageError, match="1 of 3 images"):
+        evaluate_with(folder, **where)
+    evaluate_with(folder, seen=EvaluateSeen.exclude, name="mine", save_masks=True, **where)
+    evaluate_with(folder, seen=EvaluateSeen.report, name="mine", **where)
+    results = tmp_path / "results" / "mine"
+    left = read_receipt(results / "folder.full.full-unseen2.receipt.json")
+    assert [row["id"] for row in left["images"]] == ["a", "c"] and left["seen"]["excluded"] == ["b"]
+    whole_receipt = read_receipt(results / "folder.full.full.receipt.json")
+    assert whole_receipt["n"] == 3 and whole_receipt["collisions"]["images"][0]["id"] == "b"
+    assert whole_receipt["model"]["seed"] == 42 and len(whole_receipt["model"]["sha256"]) == 64
+    assert all(check_receipt(path) == [] for path in results.glob("*.receipt.json"))
+    assert sorted(path.name for path in (results / "masks" / "folder").iterdir()) == ["a.png", "c.png"]

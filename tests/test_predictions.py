@@ -380,7 +380,7 @@ def test_colours_class_numbers_and_damage_are_refused_by_name(data, tmp_path):
 def test_suite_files_hold_every_convention_and_agree_with_each_other(source, data, tmp_path):
     result = score_predictions(source, data, limit=5, tolerance=3.0)
     path = result.write(tmp_path)
-    assert path == tmp_path / "m" / "synthetic_b.full.full-first5.suite.json"
+    assert path == tmp_path / "m" / "synthetic_b.full.full-first5.receipt.json"
     content = json.loads(path.read_text())
     assert content["n"] == 5 and content["dataset"]["synthetic"] and content["surface_tolerance_pixels"] == 3
     assert set(content["scores"]) == set(content["definitions"])

@@ -73,7 +73,8 @@ def test_evaluate_scores_a_model_and_its_saved_maps_alike(model, tmp_path):
     done = polypseg("evaluate", "--model", model, *common)
     assert done.returncode == 0, done.stderr
     assert (
-        "paper" in done.stdout and (tmp_path / "results" / "best" / "synthetic_b.full.full-first3.suite.json").is_file()
+        "paper" in done.stdout
+        and (tmp_path / "results" / "best" / "synthetic_b.full.full-first3.receipt.json").is_file()
     )
     assert polypseg("evaluate", *common).returncode == 2
 

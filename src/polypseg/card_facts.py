@@ -11,6 +11,7 @@ from polypseg.artifacts import read_json
 from polypseg.data.catalog import DATASETS, DatasetSpec
 from polypseg.errors import UsageError
 from polypseg.origin import STUDY_DATA, STUDY_RECIPE, STUDY_TRAINING_IMAGES, Origin, read_origin
+from polypseg.passport import PASSPORT, Passport
 from polypseg.recipe import Recipe, load_recipe, parse_recipe
 from polypseg.zoo import RANDOM, ZooEntry
 
@@ -69,6 +70,8 @@ class CardFacts:
     results: tuple[Mapping[str, Any], ...] = ()
     """Contents of result files, as EvaluationResult.write leaves them."""
     compute: ComputeFacts = field(default_factory=ComputeFacts)
+    passport: Passport | None = None
+    """What the model saw; None where it is not recorded."""
     widget_pictures: tuple[str, ...] = ()
     """Those of PICTURES that are there."""
     examples: str | None = None
@@ -112,9 +115,10 @@ def collect_facts(
         stage="published",
         organisation=organisation or default_organisation(),
         revision=revision or f"v{__version__}",
-        recipe=_run_recipe(run) if run else _bundled_recipe(origin),
+        recipe=_run_recipe(run) if run else recorded_recipe(origin.record),
         results=_read_results(folder / "results", origin),
         compute=_compute_facts(run) if run else ComputeFacts(),
+        passport=Passport.load(folder) if (folder / PASSPORT).is_file() else None,
         widget_pictures=tuple(name for name in PICTURES if (folder / name).is_file()),
         examples=EXAMPLES if (folder / EXAMPLES).is_file() else None,
         dice_distributions=DICE_DISTRIBUTIONS if (folder / DICE_DISTRIBUTIONS).is_file() else None,
@@ -155,6 +159,7 @@ def planned_facts(entry: ZooEntry, *, organisation: str) -> CardFacts:
 def measured_facts(folder: Path, *, organisation: str) -> CardFacts:
     """The facts of a small model whose results, but not its weights, are in this repository: results/<model id>."""
     from polypseg.modeling import PolypSegConfig
+    from polypseg.modeling.encoders_polypseg import is_plain_vit
 
     contents = list(read_results(folder).values())
     if not contents:
@@ -172,7 +177,7 @@ def measured_facts(folder: Path, *, organisation: str) -> CardFacts:
         origin=origin,
         encoder=encoder,
         decoder=decoder,
-        native=decoder == "dpt",
+        native=decoder == "dpt" and is_plain_vit(encoder),
         inputs=InputFacts(
             size=config.image_size, mean=tuple(config.image_mean or ()), std=tuple(config.image_std or ())
         ),
@@ -211,11 +216,11 @@ def _read_results(folder: Path, origin: Origin) -> tuple[Mapping[str, Any], ...]
     return contents
 
 
-def _bundled_recipe(origin: Origin) -> Recipe | None:
-    """The recipe that a record names, with its changes; None where this package has none of that name."""
-    name = origin.record.get("recipe")
+def recorded_recipe(record: Mapping[str, Any]) -> Recipe | None:
+    """The recipe that a model's record names, with its changes; None where this package has none of that name."""
+    name = record.get("recipe")
     try:
-        return load_recipe(str(name), overrides=list(origin.record.get("recipe_changes") or [])) if name else None
+        return load_recipe(str(name), overrides=list(record.get("recipe_changes") or [])) if name else None
     except UsageError:
         return None
 

@@ -62,7 +62,11 @@ _ENCODER_REFERENCES = {"resnet": "he2015resnet", "vit_": "dosovitskiy2020vit", "
 _METHOD_REFERENCES = {"moco_v3": "chen2021mocov3", "barlow_twins": "zbontar2021barlow", "mae": "he2021mae"}
 _RECIPE_REFERENCES = {"augreg": "steiner2021augreg"}
 """Part of the name of published weights -> the paper of their training recipe."""
-_CORPUS_HUB_IDS = {"imagenet1k": "ILSVRC/imagenet-1k", "hyperkvasir": "SimulaMet-HOST/HyperKvasir"}
+_CORPUS_HUB_IDS = {
+    "imagenet1k": "ILSVRC/imagenet-1k",
+    "imagenet1k_only": "ILSVRC/imagenet-1k",
+    "hyperkvasir": "SimulaMet-HOST/HyperKvasir",
+}
 """Sets that their own publishers have put on the Hub. Kvasir-SEG and CVC-ClinicDB are not among them."""
 _METRIC_TITLES = {"dice": "mDice", "iou": "mIoU", "precision": "mPrecision", "recall": "mRecall"}
 _SAME_IMAGES = {"hyperkvasir_segmented": "kvasir_seg"}
@@ -85,6 +89,7 @@ def render_card(facts: CardFacts) -> ModelCard:
         recipe_rows=_recipe_rows(facts.recipe),
         tests=[_test_row(facts, test) for test in _tests(facts)],
         result_notes=[_result_notes(result) for result in facts.results],
+        saw=_saw_lines(facts),
         collision=_split_collision(finetuning_dataset(facts.origin)),
         test_caveats=_test_caveats(facts),
         references=[load_references()[key] for key in _reference_keys(facts)],
@@ -233,6 +238,15 @@ def _data_facts(facts: CardFacts) -> dict[str, Any]:
         "corpus": corpus if corpus and _corpus_is_published(facts.origin) else None,
         "corpus_population": population_of(corpus) if corpus else None,
     }
+
+
+def _saw_lines(facts: CardFacts) -> list[str]:
+    """What the passport lists, one line a stage."""
+    return [
+        f"{seen.stage}: {seen.description}"
+        + (" (not listed)" if seen.manifest is None else f" ({len(seen.manifest.images)} images)")
+        for seen in (facts.passport.seen if facts.passport else ())
+    ]
 
 
 def _recipe_rows(recipe: Recipe | None) -> list[tuple[str, str]]:
@@ -392,13 +406,16 @@ def _compute_lines(compute: ComputeFacts) -> list[str]:
 
 def render_pages(results: Path, *, organisation: str) -> dict[str, str]:
     """File name -> text: a card for every row of the table and for every model with results, and their index."""
-    rows = [planned_facts(entry, organisation=organisation) for entry in zoo.ZOO]
-    known = {facts.origin.model_id for facts in rows}
+    rows, extra = (
+        [planned_facts(entry, organisation=organisation) for entry in table] for table in (zoo.ZOO, zoo.EXTRA)
+    )
+    known = {facts.origin.model_id for facts in [*rows, *extra]}
     folders = sorted(path for path in results.iterdir() if path.is_dir() and path.name not in known)
     measured = [measured_facts(folder, organisation=organisation) for folder in folders]
-    pages = {f"{facts.origin.repo_name}.md": str(render_card(facts)) for facts in [*rows, *measured]}
+    pages = {f"{facts.origin.repo_name}.md": str(render_card(facts)) for facts in [*rows, *extra, *measured]}
     index = load_template("index.md.jinja").render(
         rows=[_index_row(facts) for facts in rows],
+        extra=[_index_row(facts) for facts in extra],
         measured=[_index_row(facts) for facts in measured],
         tests=[_title(test) for test in EXPECTED_TESTS],
         disclaimer=DISCLAIMER,

@@ -25,6 +25,7 @@ for command in (
     hub_commands.verify,
     use_commands.models,
     evaluate_commands.evaluate,
+    evaluate_commands.check_receipts,
     evaluate_commands.diagnose,
     use_commands.segment,
     use_commands.demo_app,

@@ -1,17 +1,32 @@
-"""Commands that score: any source of predictions by every metric convention, and published pairs of numbers."""
+"""Commands that score: any source of predictions by every metric convention, receipts, published pairs of numbers."""
 
+from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 if TYPE_CHECKING:
     from polypseg.predictions import PredictionSource
+    from polypseg.scoring import SuiteResult
+    from polypseg.suite import Outcome, SuitePlan
+
+_SHOWN = 20
+"""Differences of a receipt that are printed."""
+
+
+class Seen(StrEnum):
+    """What becomes of a test of which the model saw images; passport.Rule."""
+
+    refuse = "refuse"
+    report = "report"
+    exclude = "exclude"
 
 
 def evaluate(
-    dataset: Annotated[str, Option(help="Dataset of the table; see `polypseg data list`.")],
+    dataset: Annotated[str | None, Option(help="Dataset of the table; see `polypseg data list`.")] = None,
     model: Annotated[str | None, Option(help="Model folder, Hub id, or id of the table.")] = None,
     predictions: Annotated[
         Path | None, Option(help="Folder or archive of predicted masks or probability maps, named as the images.")
@@ -22,50 +37,216 @@ def evaluate(
     convention: Annotated[list[str] | None, Option(help="A convention; repeat for several. Default: all.")] = None,
     allow_missing: Annotated[bool, Option("--allow-missing", help="Count images without file as empty.")] = False,
     limit: Annotated[int | None, Option(min=1, help="Only the first N images.")] = None,
+    seen: Annotated[
+        Seen, Option(help="Test images that the model's passport lists: refuse the test, report or exclude them.")
+    ] = Seen.refuse,
+    suite: Annotated[bool, Option("--suite", help="Run every test of the suite whose images are at hand.")] = False,
+    only: Annotated[list[str] | None, Option(help="With --suite: a test; repeat for several.")] = None,
+    sources: Annotated[
+        list[str] | None, Option(help="With --suite: DATASET=PATH where a dataset lies; repeat for several.")
+    ] = None,
+    own: Annotated[
+        list[str] | None, Option(help="With --suite: NAME=PATH of your own images and masks; repeat for several.")
+    ] = None,
+    negatives: Annotated[Path | None, Option(help="With --suite: folder of frames without polyps.")] = None,
+    alarm_area: Annotated[
+        int, Option(min=1, help="Pixels from which a component on a frame without polyp is a false alarm.")
+    ] = 1,
+    allow_partial: Annotated[bool, Option("--allow-partial", help="Accept a part of a dataset, and say so.")] = False,
+    save_masks: Annotated[bool, Option("--save-masks", help="Keep the predicted masks as 1-bit PNG files.")] = False,
+    name: Annotated[str | None, Option(help="Name in the results; default: the recorded id or the folder's.")] = None,
     output: Annotated[Path, Option(help="Folder of results.")] = Path("results"),
 ) -> None:
-    """Score a model, or anybody's predicted masks, by every metric convention by name, from one pass."""
-    from rich.table import Table
-
-    from polypseg.cli import print_whole
+    """Score a model, or anybody's predicted masks, by every metric convention, and write a receipt of each test."""
     from polypseg.conventions import CONVENTIONS, choose_conventions
     from polypseg.data import open_dataset
     from polypseg.errors import UsageError
-    from polypseg.scoring import score_predictions
+    from polypseg.passport import kept_manifest, name_partial
+    from polypseg.suite import SuitePlan, score_images
 
     if (model is None) == (predictions is None):
         raise UsageError("give either --model or --predictions")
     names = tuple(convention or CONVENTIONS)
     choose_conventions(names)
-    data = open_dataset(dataset, source=source)
-    chosen = _source(model, predictions, allow_missing=allow_missing)
-    result = score_predictions(chosen, data, split=split, part=part, conventions=names, limit=limit)
-    table = Table("convention", "score", "mean", "95 % interval", "n", title=f"{result.name}: {result.title}")
-    for name, scores in result.summary().items():
-        for score, value in scores.items():
-            bounds = "" if value["low"] is None else f"{value['low']:.4f} to {value['high']:.4f}"
-            mean = "not defined" if value["mean"] is None else f"{value['mean']:.4f}"
-            table.add_row(name, score, mean, bounds, str(value["n"]))
-    print_whole(table)
+    plan = SuitePlan(
+        output=output,
+        only=tuple(only or ()),
+        sources=_places(sources, option="--sources"),
+        own=_places(own, option="--own"),
+        negatives=negatives,
+        conventions=names,
+        rule=seen.value,
+        allow_partial=allow_partial,
+        save_masks=save_masks,
+        alarm_area=alarm_area,
+    )
+    if suite:
+        if model is None or dataset is not None or limit is not None or source is not None:
+            raise UsageError("--suite chooses the datasets for a --model: leave out --dataset, --source and --limit")
+        _evaluate_suite(model, plan, name=name)
+        return
+    if dataset is None or only or sources or own or negatives:
+        raise UsageError("name one test with --dataset, or run them all with --suite (and --only, --sources, ...)")
+    data = open_dataset(dataset, source=source, allow_partial=allow_partial)
+    manifest = name_partial(kept_manifest(data, split=split, part=part, limit=limit), data)
+    chosen = _source(model, predictions, allow_missing=allow_missing, name=name)
+    result = score_images(chosen, plan, data, manifest, model_folder=_model_folder(model))
+    _print_scores(result)
     print(f"definitions, intervals and every image: {result.write(output)}")
 
 
-def _source(model: str | None, predictions: Path | None, *, allow_missing: bool) -> "PredictionSource":
+_DONE = {Seen.report: "They were tested all the same.", Seen.exclude: "They were left out."}
+
+
+def _print_scores(result: "SuiteResult") -> None:
+    from rich.table import Table
+
+    from polypseg.cli import print_whole
+
+    title = f"{result.name}: {result.title}, {result.split} {result.part}"
+    table = Table("convention", "score", "mean", "95 % interval over images", "n", title=title)
+    for convention, scores in result.summary().items():
+        for score, value in scores.items():
+            table.add_row(convention, score, _mean(value["mean"]), _bounds(value), str(value["n"]))
+    print_whole(table)
+    collisions = result.seen.collisions
+    if collisions is None:
+        print(f"not checked against what the model saw: {result.seen.reason}")
+    elif collisions.found:
+        print(f"{collisions.summary} {_DONE[Seen(result.seen.rule)]}")
+    alarms = result.false_alarms()
+    if alarms is not None:
+        rate = alarms["per_100_frames"]
+        print(f"false alarms: {rate['mean']:.1f} per 100 frames without polyp [{rate['low']:.1f}, {rate['high']:.1f}]")
+
+
+def _mean(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:.4f}"
+
+
+def _bounds(value: Mapping[str, Any]) -> str:
+    return "" if value["low"] is None else f"{value['low']:.4f} to {value['high']:.4f}"
+
+
+def _evaluate_suite(model: str, plan: "SuitePlan", *, name: str | None) -> None:
+    from polypseg.errors import PolypSegError
+    from polypseg.suite import run_suite
+
+    chosen = _source(model, None, allow_missing=False, name=name)
+    outcomes = run_suite(chosen, plan, model_folder=_model_folder(model))
+    _print_suite(chosen.name, outcomes)
+    print(f"receipts and summary: {plan.output / chosen.name}")
+    lost = [outcome for outcome in outcomes if outcome.status in ("refused", "failed")]
+    if lost:
+        first = f"{lost[0].test}: {lost[0].reason}"
+        raise PolypSegError(f"{len(lost)} of {len(outcomes)} tests were refused or failed, first {first}")
+
+
+def _print_suite(name: str, outcomes: "list[Outcome]") -> None:
+    from rich.table import Table
+
+    from polypseg.cli import print_whole
+
+    columns = ("test", "n", "clusters", "Dice", "95 % interval by cluster", "false alarms per 100 frames", "seen")
+    table = Table(*columns, title=f"{name}: the generalisation suite")
+    for o in outcomes:
+        if o.status != "tested":
+            table.add_row(o.test, "", "", o.status, "", "", "")
+            continue
+        dice, alarms = {"low": o.dice_low, "high": o.dice_high}, ""
+        if o.false_alarms_per_100 is not None:
+            alarms = f"{o.false_alarms_per_100:.1f} [{o.false_alarms_low:.1f}, {o.false_alarms_high:.1f}]"
+        seen = "unknown" if o.seen_images is None else str(o.seen_images)
+        mean = "" if o.dice is None else f"{o.dice:.4f}"
+        table.add_row(o.test, str(o.n), str(o.clusters or ""), mean, _bounds(dice), alarms, seen)
+    print_whole(table)
+    for o in outcomes:
+        if o.status != "tested":
+            print(f"{o.test}: {o.status}: {o.reason}")
+
+
+def _places(given: list[str] | None, *, option: str) -> dict[str, Path]:
+    """NAME=PATH arguments. Raises UsageError for one of another form, and for a name given twice."""
+    from polypseg.errors import UsageError
+
+    places: dict[str, Path] = {}
+    for text in given or []:
+        name, _, path = text.partition("=")
+        if not name or not path or name in places:
+            raise UsageError(f"{option} {text!r}: give NAME=PATH, each name once")
+        places[name] = Path(path)
+    return places
+
+
+def _model_folder(model: str | None) -> Path | None:
+    """Where a model's files lie; a Hub model is fetched."""
+    from polypseg.hub import fetch
+
+    if model is None:
+        return None
+    return Path(model) if Path(model).is_dir() else fetch(model)
+
+
+def _source(
+    model: str | None, predictions: Path | None, *, allow_missing: bool, name: str | None
+) -> "PredictionSource":
     from polypseg.prediction_files import FilePredictions
-    from polypseg.predictions import ModelPredictions
+    from polypseg.scoring import RenamedPredictions
 
     if predictions is not None:
-        return FilePredictions(path=predictions, allow_missing=allow_missing)
-    from polypseg.hub import load
-    from polypseg.processing import default_device, results_name
+        files = FilePredictions(path=predictions, allow_missing=allow_missing)
+        return files if name is None else RenamedPredictions(name=name, source=files)
+    from transformers.utils import SAFE_WEIGHTS_NAME
 
-    segmenter = load(str(model))
+    from polypseg.hub import load
+    from polypseg.predictions import ModelPredictions
+    from polypseg.processing import current_record, default_device, results_name
+
+    folder = _model_folder(model)
+    assert folder is not None
+    segmenter = load(folder)
+    config = segmenter.model.config
+    if not getattr(config, "weights_origin", None) and (folder / SAFE_WEIGHTS_NAME).is_file():
+        config.weights_origin = current_record({}, folder)  # the digest at least
     return ModelPredictions(
-        name=results_name(segmenter.model.config, str(model)),
+        name=name or results_name(config, str(model)),
         model=segmenter.model,
         processor=segmenter.processor,
         device=default_device(),
     )
+
+
+def check_receipts(
+    paths: Annotated[list[Path], Argument(help="Receipts, or folders that hold them.")],
+) -> None:
+    """Compute every score and interval of evaluation receipts again from their images; exit 1 for any difference."""
+    from polypseg.errors import PolypSegError, UsageError
+    from polypseg.receipts import SUFFIX, check_receipt
+
+    absent = [str(path) for path in paths if not path.exists()]
+    if absent:
+        raise UsageError(f"{absent[0]} does not exist: give receipts of `polypseg evaluate`, or folders of them")
+    files = [file for path in paths for file in (sorted(path.rglob(f"*{SUFFIX}")) if path.is_dir() else [path])]
+    if not files:
+        raise UsageError(f"no *{SUFFIX} in {', '.join(map(str, paths))}: run `polypseg evaluate` first")
+    wrong: dict[Path, str] = {}
+    for file in files:
+        try:
+            found = check_receipt(file)
+        except PolypSegError as error:
+            found = [str(error)]
+        print(f"{file}: {'as computed again' if not found else f'{len(found)} difference(s)'}", flush=True)
+        for line in found[:_SHOWN]:
+            print(f"  {line}")
+        if len(found) > _SHOWN:
+            print(f"  and {len(found) - _SHOWN} more")
+        if found:
+            wrong[file] = found[0]
+    if wrong:
+        file, first = next(iter(wrong.items()))
+        raise PolypSegError(
+            f"{len(wrong)} of {len(files)} receipts are not what their images give, first {file}: {first}"
+        )
 
 
 def diagnose(

@@ -4,7 +4,7 @@ ViT models become native ``DPTForSemanticSegmentation`` (no remote code); CNN mo
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DPTForSemanticSegmentation
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from polypseg.artifacts import atomic_path, write_json
+from polypseg.artifacts import atomic_path, write_json, write_text
 from polypseg.card_facts import read_results
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.hub import check_folder
@@ -24,6 +24,7 @@ from polypseg.manifest import MANIFEST, write_manifest
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.native_dpt import from_native_dpt, to_native_dpt
 from polypseg.origin import Origin, read_origin
+from polypseg.passport import KEY, PASSPORT, find_passport
 from polypseg.processing import (
     SOURCE_SHA256,
     build_image_processor,
@@ -31,6 +32,7 @@ from polypseg.processing import (
     load_model,
     without_shard_bars,
 )
+from polypseg.receipts import find_receipts
 from polypseg.recipe import bundled_folder
 
 FP16_WEIGHTS = "model.fp16.safetensors"
@@ -74,6 +76,7 @@ def export_model(source: Path, output: Path, *, results: Path | None = None, org
         build_image_processor(model.config).save_pretrained(temporary)
         for name in ("handler.py", "requirements.txt"):
             shutil.copyfile(bundled_folder("hub_folder") / name, temporary / name)
+        _copy_passport(source, temporary, record=record)
         taken, left_out = _copy_results(results, origin, temporary / RESULTS)
         written, processor = load_model(str(temporary))
         difference = largest_difference(model, written)
@@ -114,7 +117,7 @@ def _our_model(source: Path) -> PolypSegForSemanticSegmentation:
 
 def write_weights(model: PolypSegForSemanticSegmentation, folder: Path) -> None:
     """config.json, the weights in float32 and float16, and for CNN models the code, into an existing folder."""
-    published: Any = to_native_dpt(model) if model.config.decoder == "dpt" else model
+    published: Any = to_native_dpt(model) if model.config.decoder == "dpt" and model.has_vit else model
     if published is model:
         with _code_travels_along():
             model.save_pretrained(folder)
@@ -162,8 +165,14 @@ def largest_difference(model: PolypSegForSemanticSegmentation, written: Any) -> 
     return difference
 
 
+def _copy_passport(source: Path, folder: Path, *, record: Mapping[str, Any]) -> None:
+    """What the model saw travels with it. Raises PolypSegError where its record names another passport."""
+    if find_passport(source, named=record.get(KEY)) is not None:
+        shutil.copyfile(source / PASSPORT, folder / PASSPORT)
+
+
 def _copy_results(results: Path | None, origin: Origin, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Copy the results of these weights, under whatever name; those of the same id but of other weights stay out."""
+    """Copy results and receipts of these weights, under whatever name; results of the id's other weights stay out."""
     taken, left_out = [], []
     for place in sorted(path for path in results.iterdir() if path.is_dir()) if results else []:
         for path, content in read_results(place).items():
@@ -175,6 +184,10 @@ def _copy_results(results: Path | None, origin: Origin, folder: Path) -> tuple[t
             elif place.name == origin.model_id:
                 what = f"is of other weights ({recorded[:12]})" if recorded else "does not say of which weights it is"
                 left_out.append(f"{path.name}: {what}")
+        for path, content in find_receipts(place).items():
+            if (content["model"] or {}).get("sha256") == origin.record[SOURCE_SHA256]:
+                write_text(folder / path.name, path.read_text(encoding="utf-8"))
+                taken.append(path.name)
     return tuple(taken), tuple(left_out)
 
 

@@ -4,27 +4,40 @@ An image is kept as its id, a hash of its decoded pixels and a perceptual hash; 
 JPEG decoders may differ in single grey levels, which changes the first hash: the second still finds the image.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from tqdm import tqdm
+from transformers.utils import CONFIG_NAME
 
-from polypseg.artifacts import read_json, write_text
+from polypseg import zoo
+from polypseg.artifacts import cache_folder, file_sha256, read_json, write_text
 from polypseg.data.catalog import CLIP_COLUMN, DATASETS
 from polypseg.data.check import HASH_DISTANCE, fingerprint
+from polypseg.data.frames import FrameStore
+from polypseg.data.images import decode_frame
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import PolypSegError, UsageError, unknown_name
 
 PASSPORT = "passport.json"
 """File name beside the weights."""
+KEY = "passport"
+"""Key of ``weights_origin``: SHA-256 of the passport beside the weights."""
 FORMAT = 1
+STAGES = PRETRAINING, FINETUNING, VALIDATION = "pretraining", "fine-tuning", "validation"
+"""Validation: images by which the weights were chosen."""
 SAME_CONTENT, SAME_ID, NEAR_DUPLICATE, SAME_CLIP = KINDS = ("same content", "same id", "near-duplicate", "same clip")
 _T = TypeVar("_T")
 _DIGITS = 32
@@ -103,7 +116,19 @@ class SplitManifest:
     @classmethod
     def load(cls, path: Path) -> "SplitManifest":
         """Read a manifest. Raises PolypSegError when it is missing, damaged or of another format."""
-        return _understand(path, lambda content: _manifest(content["manifest"]))
+        return _understand(path, lambda content: cls.from_content(content["manifest"]))
+
+    @classmethod
+    def from_content(cls, content: Mapping[str, Any]) -> "SplitManifest":
+        """The manifest of ``content``. Raises ValueError when its columns are not of the images of its digest."""
+        clips = content["clips"] or [None] * len(content["ids"])
+        columns = (content["ids"], content["pixels"], content["hashes"], clips)
+        images = tuple(ImagePrint(id=i, pixels=p, hash=h, clip=c) for i, p, h, c in zip(*columns, strict=True))
+        names = ("dataset", "split", "part", "content_id")
+        manifest = cls(**{name: content[name] for name in names}, images=images)
+        if manifest.digest != content["digest"] or len(manifest.packed_hashes) != len(images):
+            raise ValueError("its images are not those of its digest")
+        return manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +136,7 @@ class Seen:
     """What a model saw at one stage."""
 
     stage: str
-    """"pretraining", "fine-tuning", or "validation": images by which its weights were chosen."""
+    """One of ``STAGES``."""
     description: str
     """What the images are, for messages."""
     manifest: SplitManifest | None = None
@@ -142,29 +167,52 @@ class Passport:
         return _understand(folder / PASSPORT, _passport)
 
 
-def make_manifest(dataset: PolypDataset, *, split: str = "reference", part: str = "train") -> SplitManifest:
+def make_manifest(
+    dataset: PolypDataset, *, split: str = "reference", part: str = "train", limit: int | None = None
+) -> SplitManifest:
     """Read the images of a part and note what identifies them; ``full``/``full`` stands for the whole set.
 
-    Raises UsageError for an unknown split or part, PolypSegError for an image that cannot be decoded.
+    ``limit`` takes only the first images, which the part's name then says. Raises UsageError for an unknown split or
+    part, PolypSegError for an image that cannot be decoded.
     """
     parts = dataset.split(split)
     if part not in parts:
         raise unknown_name(f"part of split {split!r}", part, parts)
+    ids, label = (tuple(parts[part]), part) if limit is None else dataset.part(split, part, limit=limit)
     prints = []
-    for record_id in tqdm(parts[part], desc=f"noting {dataset.spec.title}", unit="image", leave=False, disable=None):
+    for record_id in tqdm(ids, desc=f"noting {dataset.spec.title}", unit="image", leave=False, disable=None):
         record = dataset.by_id[record_id]
-        found = fingerprint(dataset.frame(record))
-        prints.append(
-            ImagePrint(
-                id=record_id,
-                pixels=found.digest[:_DIGITS],
-                hash=np.packbits(found.bits).tobytes().hex(),
-                clip=record.groups.get(CLIP_COLUMN),
-            )
-        )
+        prints.append(image_print(record_id, dataset.frame(record), clip=record.groups.get(CLIP_COLUMN)))
     return SplitManifest(
-        dataset=dataset.spec.name, split=split, part=part, content_id=dataset.content_id, images=tuple(prints)
+        dataset=dataset.spec.name, split=split, part=label, content_id=dataset.content_id, images=tuple(prints)
     )
+
+
+def image_print(name: str, frame: Image.Image, *, clip: str | None = None) -> ImagePrint:
+    """What is kept of an RGB frame."""
+    found = fingerprint(frame)
+    return ImagePrint(id=name, pixels=found.digest[:_DIGITS], hash=np.packbits(found.bits).tobytes().hex(), clip=clip)
+
+
+def kept_manifest(
+    dataset: PolypDataset, *, split: str = "reference", part: str = "train", limit: int | None = None
+) -> SplitManifest:
+    """As ``make_manifest``; the images of the same content are read once and their prints kept in the cache folder."""
+    ids, label = dataset.part(split, part, limit=limit)
+    key = hashlib.sha256("\0".join((dataset.content_id, split, label, *ids)).encode()).hexdigest()[:16]
+    path = cache_folder() / "manifests" / f"{dataset.spec.name}-{key}.json"
+    with contextlib.suppress(PolypSegError):  # missing, or damaged: it is made again
+        return SplitManifest.load(path)
+    manifest = make_manifest(dataset, split=split, part=part, limit=limit)
+    manifest.save(path)
+    return manifest
+
+
+def name_partial(manifest: SplitManifest, dataset: PolypDataset) -> SplitManifest:
+    """The manifest, its part named ``<part>-partial<n>`` where the dataset is not complete."""
+    if dataset.spec.count in (None, len(dataset.records)):
+        return manifest
+    return replace(manifest, part=f"{manifest.part}-partial{len(manifest.images)}")
 
 
 # -- collisions --------------------------------------------------------------------------------------------------------
@@ -242,8 +290,12 @@ def find_collisions(passport: Passport, manifest: SplitManifest) -> Collisions:
     return Collisions(title=manifest.title, tested=len(manifest.images), found=tuple(found), unchecked=unchecked)
 
 
+class SeenError(UsageError):
+    """A model was to be tested on images that it saw."""
+
+
 def refuse_collisions(passport: Passport, manifest: SplitManifest, *, kinds: Sequence[str] = KINDS) -> Collisions:
-    """The collisions, where none is of the given kinds. Raises UsageError that counts them and names the first."""
+    """The collisions, where none is of the given kinds. Raises SeenError that counts them and names the first."""
     for kind in kinds:
         if kind not in KINDS:
             raise unknown_name("kind of collision", kind, KINDS)
@@ -251,8 +303,154 @@ def refuse_collisions(passport: Passport, manifest: SplitManifest, *, kinds: Seq
     refused = tuple(hit for hit in collisions.found if hit.kind in kinds)
     if refused:
         told = Collisions(title=collisions.title, tested=collisions.tested, found=refused)
-        raise UsageError(f"{told.summary} Test on images that it has not seen, or ask for a report of the collisions")
+        raise SeenError(
+            f"{told.summary} Test on images that it has not seen, have them listed in the receipt (--seen report), or "
+            "leave them out (--seen exclude)"
+        )
     return collisions
+
+
+# -- the passports of runs ---------------------------------------------------------------------------------------------
+
+
+def frames_manifest(frames: FrameStore, *, left_out: Collection[int] = ()) -> SplitManifest:
+    """The manifest of a pretraining corpus; ``left_out``: numbers of frames that could not be read and were replaced.
+
+    Raises PolypSegError for any other frame that cannot be decoded.
+    """
+
+    def note(index: int) -> ImagePrint:
+        name = frames.name(index)
+        return image_print(name, decode_frame(frames.read(index), name=str(frames.path / name)))
+
+    numbers = [index for index in range(len(frames)) if index not in left_out]
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        noted = tqdm(
+            pool.map(note, numbers),
+            total=len(numbers),
+            desc="noting frames",
+            unit="frame",
+            mininterval=1 if sys.stderr.isatty() else 30,
+            leave=False,
+        )
+        prints = tuple(noted)
+    name = frames.path.name
+    return SplitManifest(dataset=name, split="full", part="full", content_id=frames.content_id, images=prints)
+
+
+def seen_by_encoder(encoder_weights: str | None, record: Mapping[str, Any]) -> tuple[Seen, ...]:
+    """What a model's encoder saw before fine-tuning, from ``weights_origin`` and the passport beside its file.
+
+    Published weights and runs without passport are stages whose images are not listed. Raises PolypSegError for a
+    passport that is damaged or not the one that the encoder's record names.
+    """
+    start, pretraining = str(record["encoder_initialisation"]), record.get("pretraining")
+    if start == zoo.RANDOM:
+        return ()
+    if pretraining:
+        found = find_passport(Path(str(encoder_weights)).parent, named=pretraining.get("passport"))
+        if found is not None:
+            return found[0].seen
+        start = f"{pretraining['frames']} frames of {pretraining.get('source', 'an unnamed source')}"
+    elif start != zoo.STARTER:
+        start = f"{zoo.CORPORA[zoo.get(record['row']).corpus]}, as {start}"
+    return (Seen(stage=PRETRAINING, description=start),)
+
+
+def finetuning_passport(
+    dataset: PolypDataset, *, split: str, model_id: str, encoder_seen: Sequence[Seen] = ()
+) -> Passport:
+    """What a fine-tuned model saw: its encoder's frames, the training part, and the validation part that chose it."""
+    stages = {"train": FINETUNING, "validation": VALIDATION}
+    manifests = {part: kept_manifest(dataset, split=split, part=part) for part in stages}
+    seen = (
+        Seen(stage=stages[part], description=manifest.title, manifest=manifest) for part, manifest in manifests.items()
+    )
+    return Passport(model_id=model_id, seen=(*encoder_seen, *seen))
+
+
+def attach_passport(folder: Path, passport: Passport) -> Path:
+    """Write a passport into a model's folder and its digest into config.json; return the passport's path."""
+    path = passport.save(folder)
+    config = read_json(folder / CONFIG_NAME)
+    config["weights_origin"] = (config.get("weights_origin") or {}) | {KEY: file_sha256(path)}
+    write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")  # as transformers writes it
+    return path
+
+
+def find_passport(folder: Path, *, named: str | None) -> tuple[Passport, str] | None:
+    """The passport of a folder with its SHA-256; None where there is none. ``named``: the digest in the record.
+
+    Raises PolypSegError where the record names a passport that is missing or another one.
+    """
+    path = folder / PASSPORT
+    digest = file_sha256(path) if path.is_file() else None
+    if named not in (None, digest):
+        state = "missing" if digest is None else "not the one"
+        raise PolypSegError(f"{path} is {state} that the weights' record names: get the folder again")
+    return None if digest is None else (Passport.load(folder), digest)
+
+
+# -- before a test -----------------------------------------------------------------------------------------------------
+
+Rule = Literal["refuse", "report", "exclude"]
+"""What becomes of a test of which the model saw images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeenCheck:
+    """What was done about the images of a test that the model may have seen."""
+
+    rule: Rule
+    passport: str | None = None
+    """SHA-256 of the model's passport.json; None where it has none."""
+    collisions: Collisions | None = None
+    reason: str | None = "these predictions come without a passport"
+    """Why nothing was checked; None where it was."""
+    excluded: tuple[str, ...] = ()
+    """Ids that were left out of the test."""
+
+    def content(self) -> dict[str, Any]:
+        """For JSON, without the collisions themselves."""
+        return {
+            "rule": self.rule,
+            "passport": self.passport,
+            "reason": self.reason,
+            "excluded": list(self.excluded),
+        }
+
+
+def check_seen(
+    folder: Path | None, manifest: SplitManifest, *, rule: Rule = "refuse"
+) -> tuple[SplitManifest, SeenCheck]:
+    """The images to test on, and what is known of whether the model in ``folder`` saw them.
+
+    refuse: raise SeenError for any collision, frames of a seen clip included. report: test all and list them. exclude:
+    test the others, under a part's name that says so; SeenError when none is left. A model without passport is tested,
+    and the check says so. Raises PolypSegError for a damaged passport.
+    """
+    if folder is None:
+        return manifest, SeenCheck(rule=rule)
+    config = read_json(folder / CONFIG_NAME)
+    carried = find_passport(folder, named=(config.get("weights_origin") or {}).get(KEY))
+    if carried is None:
+        return manifest, SeenCheck(rule=rule, reason=f"the model has no {PASSPORT}: what it saw is not known")
+    passport, digest = carried
+    if rule == "refuse":
+        found = refuse_collisions(passport, manifest)
+        return manifest, SeenCheck(rule=rule, passport=digest, collisions=found, reason=None)
+    found = find_collisions(passport, manifest)
+    excluded = found.images() if rule == "exclude" else ()
+    if excluded:
+        manifest = _without(manifest, set(excluded))
+    return manifest, SeenCheck(rule=rule, passport=digest, collisions=found, reason=None, excluded=excluded)
+
+
+def _without(manifest: SplitManifest, excluded: set[str]) -> SplitManifest:
+    left = [image.id for image in manifest.images if image.id not in excluded]
+    if not left:
+        raise SeenError(f"the model saw every image of {manifest.title}: choose another test, or --seen report")
+    return manifest.restrict(left, split=manifest.split, part=f"{manifest.part}-unseen{len(left)}")
 
 
 def _compare(stage: str, seen: SplitManifest, tested: SplitManifest) -> list[Collision]:
@@ -315,18 +513,9 @@ def _understand(path: Path, read: Callable[[Any], _T]) -> _T:
 
 def _passport(content: dict[str, Any]) -> Passport:
     stages = [
-        Seen(**stage | {"manifest": None if stage["manifest"] is None else _manifest(stage["manifest"])})
+        Seen(
+            **stage | {"manifest": None if stage["manifest"] is None else SplitManifest.from_content(stage["manifest"])}
+        )
         for stage in content["seen"]
     ]
     return Passport(model_id=content["model_id"], seen=tuple(stages))
-
-
-def _manifest(content: dict[str, Any]) -> SplitManifest:
-    """A manifest from its columns. Raises ValueError when they are not of the images that its digest stands for."""
-    columns = (content["ids"], content["pixels"], content["hashes"], content["clips"] or [None] * len(content["ids"]))
-    images = tuple(ImagePrint(id=i, pixels=p, hash=h, clip=c) for i, p, h, c in zip(*columns, strict=True))
-    names = ("dataset", "split", "part", "content_id")
-    manifest = SplitManifest(**{name: content[name] for name in names}, images=images)
-    if manifest.digest != content["digest"] or len(manifest.packed_hashes) != len(images):
-        raise ValueError("its images are not those of its digest")
-    return manifest

@@ -1,18 +1,40 @@
 """Any source of predictions on any part of a dataset, measured once and scored by every convention by name."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from polypseg.artifacts import environment_record, write_csv, write_json
+from polypseg import zoo
+from polypseg.artifacts import atomic_path, environment_record, write_csv
+from polypseg.card_facts import recorded_recipe
 from polypseg.conventions import CONVENTIONS, choose_conventions
 from polypseg.data.polyps import PolypDataset
-from polypseg.evaluation import INTERVAL, dataset_record
+from polypseg.evaluation import dataset_record
 from polypseg.measures import TOLERANCE, ImageMeasures, measure_image
-from polypseg.predictions import PredictionSource
+from polypseg.passport import SeenCheck, SplitManifest, kept_manifest
+from polypseg.predictions import PredictionSource, Probability
+from polypseg.processing import SOURCE_SHA256
+from polypseg.receipts import (
+    BY_CLUSTER,
+    BY_IMAGE,
+    RECEIPT,
+    SEED,
+    Layout,
+    cluster_scores,
+    describe,
+    false_alarms,
+    image_rows,
+    pack_tables,
+    receipt_path,
+    save_receipt,
+)
+from polypseg.statistics import RESAMPLES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,56 +44,122 @@ class SuiteResult:
     name: str
     origin: dict[str, Any] = field(default_factory=dict)
     """Where the predictions come from."""
-    dataset: str
     title: str
-    split: str
-    part: str
-    content_id: str
-    ids: tuple[str, ...]
+    """Of the dataset."""
+    manifest: SplitManifest
+    """The tested images, in order."""
     images: tuple[ImageMeasures, ...]
+    largest: tuple[int, ...]
+    """Pixels of each prediction's largest component."""
     conventions: tuple[str, ...] = tuple(CONVENTIONS)
+    seen: SeenCheck = field(default_factory=lambda: SeenCheck(rule="refuse"))
+    alarm_area: int = 1
+    """Pixels from which a component on a frame without polyp is a false alarm."""
+
+    @property
+    def dataset(self) -> str:
+        return self.manifest.dataset
+
+    @property
+    def split(self) -> str:
+        return self.manifest.split
+
+    @property
+    def part(self) -> str:
+        return self.manifest.part
+
+    @property
+    def content_id(self) -> str:
+        return self.manifest.content_id
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(image.id for image in self.manifest.images)
 
     def summary(self) -> dict[str, dict[str, dict[str, Any]]]:
         """convention -> output -> {"mean", "low", "high", "n"}."""
         return {c.name: c.summary(self.images) for c in choose_conventions(self.conventions)}
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row an image: id, measures, and ``convention.output`` where a convention scores images one by one.
+        """One row an image; see ``receipts.image_rows``."""
+        return image_rows(self.images, self.manifest, choose_conventions(self.conventions), largest=self.largest)
 
-        None where an image has no such score.
-        """
-        rows: list[dict[str, Any]] = [
-            {"id": record_id, **image.row()} for record_id, image in zip(self.ids, self.images, strict=True)
-        ]
-        for convention in choose_conventions(self.conventions):
-            for output, values in (convention.per_image(self.images) or {}).items():
-                for row, value in zip(rows, values, strict=True):
-                    row[f"{convention.name}.{output}"] = float(value) if value == value else None
-        return rows
+    def false_alarms(self) -> dict[str, Any] | None:
+        """What is predicted on frames without polyp; see ``receipts.false_alarms``."""
+        pixels = [image.pixels for image in self.manifest.images]
+        return false_alarms(self.rows(), pixels, minimal_area=self.alarm_area)
+
+    def content(self) -> dict[str, Any]:
+        """The receipt: docs/receipts.md describes its fields."""
+        conventions, layout = choose_conventions(self.conventions), Layout.of(self.manifest)
+        origin = {key: value for key, value in self.origin.items() if key != "weights_origin"}
+        collisions = self.seen.collisions
+        return {
+            "receipt": RECEIPT,
+            "name": self.name,
+            "model": model_record(self.origin["weights_origin"]) if "weights_origin" in self.origin else None,
+            "predictions": origin,
+            "dataset": dataset_record(self)
+            | {"manifest": self.manifest.digest, "clips_known": layout.clips is not None},
+            "n": len(self.images),
+            "seen": self.seen.content(),
+            "collisions": None if collisions is None else collisions.content(),
+            "surface_tolerance_pixels": self.images[0].tolerance,
+            "bootstrap": {"by_image": BY_IMAGE, "by_cluster": BY_CLUSTER, "resamples": RESAMPLES, "seed": SEED},
+            "clusters": layout.record(),
+            "scores": self.summary(),
+            "scores_by_cluster": cluster_scores(self.images, layout, conventions),
+            "false_alarms": self.false_alarms(),
+            "definitions": describe(conventions),
+            "images": self.rows(),
+            "manifest": self.manifest.content(),
+            "tables": pack_tables(self.images, conventions),
+            "environment": environment_record(),
+        }
 
     def write(self, folder: Path) -> Path:
-        """Write ``<folder>/<name>/<dataset>.<split>.<part>.suite.json`` and its rows as CSV; return the JSON's path."""
-        rows = self.rows()
-        path = folder / self.name / f"{self.dataset}.{self.split}.{self.part}.suite.json"
-        write_csv(path.with_suffix(".csv"), rows)
-        return write_json(
-            path,
-            {
-                "name": self.name,
-                "predictions": self.origin,
-                "dataset": dataset_record(self),
-                "n": len(rows),
-                "interval": INTERVAL,
-                "surface_tolerance_pixels": self.images[0].tolerance,
-                "definitions": {
-                    c.name: {"title": c.title, "formula": c.formula, "empty": c.empty, "source": c.source}
-                    for c in choose_conventions(self.conventions)
-                },
-                "scores": self.summary(),
-                "images": rows,
-                "environment": environment_record(),
-            },
-        )
+        """Write ``<folder>/<name>/<dataset>.<split>.<part>.receipt.json`` and a CSV of its rows; return the path."""
+        content = self.content()
+        path = receipt_path(folder, self.name, self.manifest)
+        write_csv(path.with_suffix(".csv"), content["images"])
+        return save_receipt(path, content)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What is kept of one prediction."""
+
+    image: ImageMeasures
+    largest: int
+    """Pixels of its largest component."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenamedPredictions:
+    """A source of predictions under another name."""
+
+    name: str
+    source: PredictionSource
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        return self.source.origin
+
+    def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
+        """As the source predicts."""
+        return self.source.predict(dataset, ids)
+
+
+def model_record(weights_origin: dict[str, Any]) -> dict[str, Any]:
+    """What a receipt says of a model: digest of its weights, its row of the table and its recipe's seed where known."""
+    recipe = recorded_recipe(weights_origin)
+    row = weights_origin.get("row", weights_origin.get("model_id"))
+    return {
+        "sha256": weights_origin.get(SOURCE_SHA256),
+        "row": row if row in {entry.model_id for entry in zoo.ZOO} else None,
+        "seed": None if recipe is None else recipe.seed,
+        "weights_origin": weights_origin,
+    }
 
 
 def score_predictions(
@@ -83,37 +171,66 @@ def score_predictions(
     conventions: Sequence[str] = tuple(CONVENTIONS),
     limit: int | None = None,
     tolerance: float = TOLERANCE,
+    manifest: SplitManifest | None = None,
+    seen: SeenCheck | None = None,
+    measured: MutableMapping[str, Measured] | None = None,
+    masks: Path | None = None,
+    alarm_area: int = 1,
 ) -> SuiteResult:
     """Measure a source's predictions on one part of a split; ``limit`` takes only the first images of it.
 
-    ``tolerance`` is the surface Dice's, in pixels. Raises UsageError for an unknown part or convention and for
-    predictions that do not fit the dataset, PolypSegError for a broken file.
+    ``tolerance`` is the surface Dice's, in pixels. ``manifest``: the images instead of a part, with ``seen`` as
+    ``passport.check_seen`` gives them. ``measured``: measures by id from an earlier call with the same source and
+    dataset, which are used and added to. ``masks``: folder that receives each predicted mask as ``<id>.png``, 1 bit.
+    ``alarm_area``: pixels from which a component on a frame without polyp is a false alarm.
+    Raises UsageError for an unknown part or convention and for predictions that do not fit the dataset, PolypSegError
+    for a broken file.
     """
     choose_conventions(conventions)  # an unknown name fails before the work
-    ids, label = dataset.part(split, part, limit=limit)
-    images = []
+    if manifest is None:
+        manifest = kept_manifest(dataset, split=split, part=part, limit=limit)
+    known = {} if measured is None else measured
+    ids = [image.id for image in manifest.images]
+    new = [record_id for record_id in ids if record_id not in known]
     progress = tqdm(
-        source.predict(dataset, ids),
-        total=len(ids),
+        source.predict(dataset, new) if new else (),
+        total=len(new),
         desc=f"scoring on {dataset.spec.title}",
         unit="image",
         leave=False,
         disable=None,
     )
-    for wanted, (record_id, probability) in zip(ids, progress, strict=True):
+    for wanted, (record_id, probability) in zip(new, progress, strict=True):
         if record_id != wanted:
             raise ValueError(f"{source.name} predicts {record_id} where {wanted} was asked for")
         mask = dataset.mask(dataset.by_id[record_id]).astype(bool)
-        images.append(measure_image(probability, mask, tolerance=tolerance))
+        known[record_id] = Measured(
+            image=measure_image(probability, mask, tolerance=tolerance), largest=largest_component(probability)
+        )
+        if masks is not None:
+            save_mask(probability, masks / f"{record_id}.png")
     return SuiteResult(
         name=source.name,
         origin=source.origin,
-        dataset=dataset.spec.name,
         title=dataset.spec.title,
-        split=split,
-        part=label,
-        content_id=dataset.content_id,
-        ids=ids,
-        images=tuple(images),
+        manifest=manifest,
+        images=tuple(known[record_id].image for record_id in ids),
+        largest=tuple(known[record_id].largest for record_id in ids),
         conventions=tuple(conventions),
+        seen=seen or SeenCheck(rule="refuse"),
+        alarm_area=alarm_area,
     )
+
+
+def largest_component(probability: Probability) -> int:
+    """Pixels of the largest 8-connected component where a map (H, W) exceeds 0.5; 0 where nothing does."""
+    mask = (probability > np.float32(0.5)).astype(np.uint8)
+    _, _, facts, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    return int(facts[1:, cv2.CC_STAT_AREA].max(initial=0))
+
+
+def save_mask(probability: Probability, path: Path) -> Path:
+    """Write where a map (H, W) exceeds 0.5 as a 1-bit PNG, in one step."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(probability > np.float32(0.5)).save(temporary, format="PNG")
+    return path

@@ -6,6 +6,7 @@ What is drawn depends on (seed, epoch, position) only, so a resumed run ends wit
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +38,7 @@ from polypseg.distributed import synchronise_batchnorm
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.metrics import standard_scores
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
+from polypseg.passport import PASSPORT, Passport, attach_passport, finetuning_passport, seen_by_encoder
 from polypseg.processing import build_image_processor, without_shard_bars
 from polypseg.recipe import Recipe, ScheduleRecipe, changes_from_bundled
 from polypseg.runs import (
@@ -71,9 +73,8 @@ def build_model(
     """The model of a row with the recipe's changes, decoders freshly initialised from the recipe's seed.
 
     ``encoder_weights`` as in ``load_encoder_weights``; None or "random" for random initialisation. What was loaded is
-    recorded in ``config.weights_origin``, and a model of another encoder, decoder, corpus or start than the row's has an
-    id of its own.
-    An encoder of ``pretrain.py`` brings its own record. Raises UsageError for an impossible configuration or image
+    recorded in ``config.weights_origin``; a model of another encoder, decoder, corpus or start than the row's has an id
+    of its own. An encoder of ``pretrain.py`` brings its own record. Raises UsageError for an impossible configuration or image
     size, and for an encoder pretrained by another method than the row's (or by any, where the row has none).
     """
     fields = entry.config_fields() | {"image_size": recipe.data.image_size}
@@ -108,6 +109,7 @@ def build_model(
         "encoder_initialisation": loaded,
         "scale": "full" if full else "small",
     } | ({"pretraining": pretraining} if pretraining else {})
+    model.encoder_seen = seen_by_encoder(encoder_weights, config.weights_origin)
     return model
 
 
@@ -151,6 +153,7 @@ class _Run:
     ):
         self.recipe, self.accelerator, self.run_dir = recipe, accelerator, run_dir
         self.progress = Progress()
+        self.dataset, self.split, self.encoder_seen = dataset, split, getattr(model, "encoder_seen", ())
         parts = dataset.split(split)
         if not {"train", "validation"} <= set(parts):
             raise UsageError(
@@ -248,6 +251,12 @@ class _Run:
             with atomic_path(self.run_dir / "best") as temporary, without_shard_bars():
                 self._kept_model().save_pretrained(temporary)
                 build_image_processor(self.config).save_pretrained(temporary)
+                attach_passport(temporary, self._passport)
+
+    @cached_property
+    def _passport(self) -> Passport:
+        model_id = str((self.config.weights_origin or {}).get("model_id", "unknown"))
+        return finetuning_passport(self.dataset, split=self.split, model_id=model_id, encoder_seen=self.encoder_seen)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -260,6 +269,8 @@ class _Run:
                 self._finish_epoch(bar)
         self.accelerator.end_training()
         if self.accelerator.is_main_process:
+            if not (self.run_dir / "best" / PASSPORT).is_file():  # of a run that an older version began
+                attach_passport(self.run_dir / "best", self._passport)
             _mark_finished(self.run_dir / "best" / CONFIG_NAME)
 
     def _train_epoch(self, bar: "tqdm[Any]", stop: StopFlag) -> None:

@@ -1,6 +1,6 @@
 """``polypseg study --grid``: from what was typed to the work."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -8,7 +8,7 @@ from rich.console import Console
 from polypseg.data.polyps import open_dataset
 from polypseg.errors import UsageError, unknown_name
 from polypseg.grid.cost import cost_table, plan_cost
-from polypseg.grid.schema import Grid, load_grid
+from polypseg.grid.schema import load_grid
 from polypseg.grid.tasks import GridData, grid_tasks
 from polypseg.grid.work import run_grid
 
@@ -21,6 +21,8 @@ def fill_grid(
     source: Path | None,
     split: str,
     frames: Sequence[str],
+    tests: Sequence[str],
+    negatives: Path | None,
     allow_partial: bool,
     only_plan: bool,
 ) -> None:
@@ -33,7 +35,9 @@ def fill_grid(
         output=output,
         training=open_dataset(dataset, source=source, allow_partial=allow_partial),
         split=split,
-        corpora=_places(grid, frames),
+        corpora=named_places(frames, option="--frames", known=grid.corpora),
+        tests=named_places(tests, option="--test-source"),
+        negatives=negatives,
     )
     console = Console()
     waiting = [task for task in grid_tasks(grid, data) if not task.is_done()]
@@ -43,14 +47,14 @@ def fill_grid(
         run_grid(grid, data, console=console)
 
 
-def _places(grid: Grid, frames: Sequence[str]) -> dict[str, Path]:
-    """``CORPUS=PATH`` pairs as a table."""
+def named_places(pairs: Sequence[str], *, option: str, known: Iterable[str] | None = None) -> dict[str, Path]:
+    """``NAME=PATH`` arguments as a table. Raises UsageError for another form and a name that is not ``known``."""
     places = {}
-    for pair in frames:
-        corpus, separator, path = pair.partition("=")
+    for pair in pairs:
+        name, separator, path = pair.partition("=")
         if not separator or not path:
-            raise UsageError(f"--frames {pair!r} must look like CORPUS=PATH")
-        if corpus not in grid.corpora:
-            raise unknown_name("corpus", corpus, grid.corpora)
-        places[corpus] = Path(path)
+            raise UsageError(f"{option} {pair!r} must look like NAME=PATH")
+        if known is not None and name not in known:
+            raise unknown_name(f"name in {option}:", name, known)
+        places[name] = Path(path)
     return places

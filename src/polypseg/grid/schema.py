@@ -65,6 +65,17 @@ class FinetuningPlan(RecipeSection):
     overrides: tuple[str, ...] = ()
 
 
+class EvaluationPlan(RecipeSection):
+    """How all cells are tested; images that a model saw are tested all the same, and the receipt says which."""
+
+    tests: tuple[str, ...] = ()
+    """Of the suite; none: all whose images are at hand."""
+    conventions: tuple[str, ...] = ("paper",)
+    """Of the metrics; receipts hold what each needs to be checked, so few make small ones."""
+    allow_partial: bool = False
+    """Whether parts of the test sets will do."""
+
+
 class Grid(NamedRecipe):
     """A study as a matrix. Every start meets every architecture of its families, share, image size and seed."""
 
@@ -82,6 +93,7 @@ class Grid(NamedRecipe):
     repeat_pretraining: bool = False
     """Whether each seed pretrains anew; else all seeds of a cell share one encoder."""
     finetuning: FinetuningPlan
+    evaluation: EvaluationPlan | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Grid":

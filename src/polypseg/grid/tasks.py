@@ -12,10 +12,13 @@ from polypseg.data.frames import FrameStore, open_frames
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError
 from polypseg.grid.cells import Cell, Start, grid_cells
-from polypseg.grid.schema import Grid
+from polypseg.grid.schema import EvaluationPlan, Grid
+from polypseg.predictions import ModelPredictions
 from polypseg.pretraining.export import export_encoder, write_run_report
 from polypseg.pretraining.run import build_method, pretrain
+from polypseg.processing import default_device, load_model
 from polypseg.runs import make_accelerator
+from polypseg.suite import SuitePlan, run_suite
 from polypseg.training import build_model, finetune, run_is_finished
 from polypseg.zoo import RANDOM
 
@@ -32,6 +35,10 @@ class GridData:
     split: str
     corpora: Mapping[str, Path] = field(default_factory=dict)
     """Name of the grid's corpus -> folder, archive or shards."""
+    tests: Mapping[str, Path] = field(default_factory=dict)
+    """Test dataset -> folder or archive; others are looked for in the data folder."""
+    negatives: Path | None = None
+    """Folder of frames without polyps."""
 
     def frames(self, start: Start) -> FrameStore:
         """The frames that a start is pretrained on. Raises UsageError for a corpus without a place."""
@@ -146,8 +153,56 @@ class FinetuneTask:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateTask:
+    """Test one trained cell; receipts and masks are then in ``receipts/<cell>.seed-<seed>``."""
+
+    trained: FinetuneTask
+    how: EvaluationPlan
+
+    @property
+    def name(self) -> str:
+        return f"evaluate {self.trained.cell.name} seed {self.trained.seed}"
+
+    @property
+    def needs(self) -> tuple[Task, ...]:
+        return (self.trained,)
+
+    @property
+    def label(self) -> str:
+        """The model's name in results."""
+        return f"{self.trained.cell.name}.seed-{self.trained.seed}"
+
+    def plan(self) -> SuitePlan:
+        """What is tested."""
+        data = self.trained.data
+        return SuitePlan(
+            output=data.output / "receipts",
+            only=self.how.tests,
+            conventions=self.how.conventions,
+            sources=data.tests,
+            negatives=data.negatives,
+            rule="report",
+            allow_partial=self.how.allow_partial,
+            save_masks=True,
+        )
+
+    def is_done(self) -> bool:
+        summary = self.plan().output / self.label / "suite.json"  # written last
+        return self.trained.is_done() and summary.is_file()
+
+    def run(self) -> None:
+        folder = self.trained.folder / "best"
+        model, processor = load_model(str(folder))
+        source = ModelPredictions(name=self.label, model=model, processor=processor, device=default_device())
+        run_suite(source, self.plan(), model_folder=folder)
+
+
 def grid_tasks(grid: Grid, data: GridData) -> list[Task]:
-    """All tasks, in an order in which one worker can do them. Raises UsageError for a corpus without a place."""
+    """All tasks, in an order in which one worker can do them.
+
+    Raises UsageError for a corpus without a place and an unknown test.
+    """
     trained = [
         FinetuneTask(grid=grid, cell=cell, seed=seed, data=data) for seed in grid.seeds for cell in grid_cells(grid)
     ]
@@ -155,9 +210,16 @@ def grid_tasks(grid: Grid, data: GridData) -> list[Task]:
     for need in before.values():
         if isinstance(need, PretrainTask):
             need.start.recipe(data.frames(need.start))
-    return [*before.values(), *trained]
+    tasks = [*before.values()]
+    for task in trained:
+        tasks.append(task)
+        if grid.evaluation is not None:
+            evaluation = EvaluateTask(trained=task, how=grid.evaluation)
+            evaluation.plan().tests()  # an unknown test fails before any work
+            tasks.append(evaluation)
+    return tasks
 
 
 def describe_grid(grid: Grid) -> dict[str, Any]:
-    """What the grid's record says of its plan."""
-    return grid.model_dump(mode="json") | {"cells": [cell.name for cell in grid_cells(grid)]}
+    """What the grid's record says of its training; how it is tested may change without training anew."""
+    return grid.model_dump(mode="json", exclude={"evaluation"}) | {"cells": [cell.name for cell in grid_cells(grid)]}

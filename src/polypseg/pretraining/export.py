@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from polypseg.artifacts import read_json
+from polypseg.artifacts import file_sha256, read_json, write_text
 from polypseg.checkpoints import PRETRAINING_KEY, write_timm_encoder
 from polypseg.data.frames import FrameStore
 from polypseg.data.labelled import LabelledFrames
+from polypseg.passport import KEY, PASSPORT
 from polypseg.pretraining.mae import MAE
 from polypseg.pretraining.recipe import PretrainingRecipe
 from polypseg.pretraining.run import PretrainingProgress, build_feed, build_method
@@ -69,7 +70,10 @@ def export_encoder(
     if corpus is not None:
         origin["corpus"] = corpus
     known = method.encoder.pretrained_cfg
-    return write_timm_encoder(
+    passport = folder.parent / PASSPORT
+    if passport.is_file():
+        origin[KEY] = file_sha256(passport)
+    written = write_timm_encoder(
         folder,
         {key: value.detach().cpu() for key, value in method.encoder.state_dict().items()},
         architecture=recipe.encoder,
@@ -78,6 +82,9 @@ def export_encoder(
         origin=origin,
         key=PRETRAINING_KEY,
     )
+    if passport.is_file():
+        write_text(folder / PASSPORT, passport.read_text(encoding="utf-8"))
+    return written
 
 
 def write_run_report(

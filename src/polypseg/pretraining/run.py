@@ -23,6 +23,7 @@ from polypseg.data.feed import Example, GlobalBatches
 from polypseg.data.frames import FrameStore
 from polypseg.distributed import gather_rows, synchronise_batchnorm
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.passport import PASSPORT, PRETRAINING, Passport, Seen, frames_manifest
 from polypseg.pretraining.barlow_twins import BarlowTwins
 from polypseg.pretraining.encoders import build_encoder
 from polypseg.pretraining.feed import FrameFeed, UnreadableFrames, frame_loader
@@ -199,6 +200,15 @@ class _Run:
         self._save()
         self._summarise()
         self.accelerator.end_training()
+        if self.accelerator.is_main_process and not (self.run_dir / PASSPORT).is_file():
+            self._write_passport()  # last: the other processes need not wait for it
+
+    def _write_passport(self) -> None:
+        """Note every frame of the corpus, so that a test on one of them is noticed."""
+        manifest = frames_manifest(self.frames, left_out=set(self.progress.unreadable))
+        description = f"{len(manifest.images)} frames of {self.frames.path.name}"
+        seen = Seen(stage=PRETRAINING, description=description, manifest=manifest)
+        Passport(model_id=self.recipe.name, seen=(seen,)).save(self.run_dir)
 
     def _train_epoch(self, bar: "tqdm[Any]", stop: StopFlag) -> None:
         progress = self.progress

@@ -1,0 +1,338 @@
+"""What a receipt promises: every number in it follows from its images, and whatever was changed is named."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from polypseg.artifacts import read_json
+from polypseg.data import open_dataset
+from polypseg.errors import PolypSegError, UsageError
+from polypseg.evaluate_commands import check_receipts
+from polypseg.evaluation import EvaluationResult
+from polypseg.receipts import (
+    check_receipt,
+    digest_of,
+    false_alarms,
+    find_receipts,
+    pack,
+    read_receipt,
+    refuse_other_weights,
+    save_receipt,
+    unpack,
+)
+from polypseg.scoring import score_predictions
+from polypseg.statistics import mean_intervals, read_score_set
+
+FRAMES = ("1", "2", "26", "27", "3", "51", "52", "53", "54")
+"""Of CVC-ClinicDB's clips 1, 2 and 3, sorted as strings; 54 repeats 53."""
+CONVENTIONS = ("paper", "pooled", "pranet", "size", "lesions", "calibration")
+
+
+class Guesses:
+    """Smooth random maps that lean towards the true mask."""
+
+    name = "guesses"
+    origin = {"source": "model", "weights_origin": {"sha256": "a" * 64, "row": "vit_base_dpt.random"}}  # noqa: RUF012
+
+    def predict(self, dataset, ids):
+        for record_id in ids:
+            mask = dataset.mask(dataset.by_id[record_id])
+            frame = "53" if record_id == "54" else record_id
+            noise = gaussian_filter(np.random.default_rng(int(frame)).normal(size=mask.shape), 4)
+            yield record_id, (1 / (1 + np.exp(-40 * noise - 2 * (mask - 0.5)))).astype(np.float32)
+
+
+def write_clinicdb(folder: Path) -> Path:
+    """Frames of 40x56 pixels with a square polyp; none on frame 27."""
+    for name in FRAMES:
+        rng = np.random.default_rng(53 if name == "54" else int(name))
+        frame, mask = rng.integers(0, 256, (40, 56, 3), dtype=np.uint8), np.zeros((40, 56), np.uint8)
+        if name != "27":
+            mask[5 : 10 + int(rng.integers(4, 20)), 8 : 14 + int(rng.integers(4, 30))] = 255
+        for part, pixels in (("Original", frame), ("Ground Truth", mask)):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / part / f"{name}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = write_clinicdb(tmp_path_factory.mktemp("clinicdb"))
+    return open_dataset("cvc_clinicdb", source=folder, allow_partial=True)
+
+
+@pytest.fixture(scope="module")
+def written(dataset, tmp_path_factory):
+    """A receipt of some conventions."""
+    return score_predictions(Guesses(), dataset, conventions=CONVENTIONS).write(tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture
+def content(written):
+    return copy.deepcopy(read_receipt(written))
+
+
+def differences(content: dict, folder: Path) -> list[str]:
+    """Of a content whose digest was made to fit."""
+    return check_receipt(save_receipt(folder / "x.receipt.json", content | {"digest": ""}))
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def test_a_receipt_of_every_convention_is_computed_again_without_a_difference(dataset, tmp_path):
+    path = score_predictions(Guesses(), dataset).write(tmp_path)
+    assert path == tmp_path / "guesses" / "cvc_clinicdb.full.full.receipt.json"
+    assert check_receipt(path) == []
+    assert list(find_receipts(tmp_path)) == [path]
+
+
+def test_a_receipt_says_what_was_tested_on_what(content):
+    assert content["model"]["sha256"] == "a" * 64 and content["model"]["row"] == "vit_base_dpt.random"
+    assert content["model"]["seed"] is None and content["predictions"] == {"source": "model"}
+    assert content["n"] == 9 and [row["clip"] for row in content["images"]] == list("112213333")
+    assert content["collisions"] is None and "without a passport" in content["seen"]["reason"]
+    assert content["clusters"] == {
+        "by": "clip",
+        "images": 9,
+        "observations": 8,
+        "repeats_merged": 1,
+        "clusters": 3,
+    }
+    assert content["environment"]["versions"]["polypseg"] and content["bootstrap"]["seed"] == 0
+
+
+def test_the_seed_is_that_of_the_recorded_recipe(dataset, tmp_path):
+    class Trained(Guesses):
+        origin = {  # noqa: RUF012
+            "source": "model",
+            "weights_origin": {
+                "model_id": "vit_base_dpt.random",
+                "recipe": "finetune",
+                "recipe_changes": ["seed=7"],
+                "finetuned_on": "kvasir_seg reference/train",
+            },
+        }
+
+    result = score_predictions(Trained(), dataset, limit=2, conventions=("paper",))
+    assert result.content()["model"]["seed"] == 7
+
+
+def test_repeats_count_once_in_the_interval_by_cluster_and_clips_are_drawn_whole(content):
+    dice = np.array([row["paper.dice"] for row in content["images"]])
+    found = content["scores_by_cluster"]["paper"]["dice"]
+    assert content["scores"]["paper"]["dice"]["mean"] == pytest.approx(dice.mean())
+    assert found["mean"] == pytest.approx(dice[:8].mean()) and (found["n"], found["clusters"]) == (8, 3)
+    expected = mean_intervals(read_score_set({"m": [content]}, metric="paper.dice"))["m"]
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
+    assert 1 <= found["effective_size"] <= 8
+
+
+def test_scores_of_the_whole_set_have_an_interval_over_clips_too(content):
+    """Against a bootstrap written out: three clips drawn, their counts summed, percentiles at the expanded tails."""
+    from polypseg.statistics.intervals import expanded_tails
+
+    rows, rng = content["images"][:8], np.random.default_rng(5)
+    counts = np.array([[row["intersection"], row["predicted"] + row["true"]] for row in rows], dtype=float)
+    clips = np.array([int(row["clip"]) for row in rows]) - 1
+    sums = np.stack([counts[clips == clip].sum(axis=0) for clip in range(3)])
+    drawn = sums[rng.integers(0, 3, (20_000, 3))].sum(axis=1)
+    low, high = np.quantile(2 * drawn[:, 0] / drawn[:, 1], expanded_tails(2))
+    found = content["scores_by_cluster"]["pooled"]["dice"]
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.005)
+
+
+def test_packed_tables_come_back(content):
+    whole = np.random.default_rng(0).integers(0, 2**33, (3, 2, 256))
+    assert (unpack(pack(whole)) == whole).all() and unpack(pack(whole)).dtype == np.int64
+    numbers = np.random.default_rng(0).normal(size=(4, 2))
+    assert (unpack(json.loads(json.dumps(pack(numbers)))) == numbers).all()
+    with pytest.raises(ValueError, match="unknown type"):
+        unpack(pack(numbers) | {"type": "|O"})
+
+
+# -- what is checked ---------------------------------------------------------------------------------------------------
+
+
+def change_row(column: str, value: object):
+    return lambda content: content["images"][2].update({column: value})
+
+
+def change_score(key: str, convention: str, output: str, field: str):
+    def change(content):
+        content[key][convention][output][field] += 0.001
+
+    return change
+
+
+def delete_row(content):
+    del content["images"][4]
+
+
+def forget_image(content):
+    """A row less, and everything that counts rows made to fit."""
+    del content["images"][4]
+    content["n"] -= 1
+
+
+def change_pixels(content):
+    content["manifest"]["pixels"][0] = "0" * 32
+
+
+def change_definition(content):
+    content["definitions"]["paper"]["formula"] += " or so"
+
+
+def drop_table(content):
+    del content["tables"]["curve"]
+
+
+def change_table(content):
+    content["tables"]["squared_error"] = pack(unpack(content["tables"]["squared_error"]) * 1.01)
+
+
+def invent_collisions(content):
+    hit = {"kind": "same id", "id": "1", "seen_id": "1", "stage": "fine-tuning", "seen_in": "x", "bits": 0}
+    kinds = {"same content": 0, "same id": 0, "near-duplicate": 0, "same clip": 0}
+    content["collisions"] = {"tested": 9, "colliding": 0, "kinds": kinds, "unchecked": [], "images": [hit]}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (change_row("paper.dice", 0.123), "images[26].paper.dice: stored 0.123"),
+        (change_row("intersection", 1), "images[26].paper.dice"),
+        (change_row("largest_component", 10**6), "images[26].largest_component"),
+        (change_row("id", "28"), "images: their ids are not those of the manifest"),
+        (change_row("clip", "3"), "images[26].clip: stored '3', recomputed '2'"),
+        (change_row("lesions", 5), "scores.lesions.sensitivity.mean"),
+        (change_score("scores", "paper", "dice", "mean"), "scores.paper.dice.mean"),
+        (change_score("scores", "pooled", "iou", "high"), "scores.pooled.iou.high"),
+        (change_score("scores", "pranet", "max_dice", "low"), "scores.pranet.max_dice.low"),
+        (change_score("scores_by_cluster", "paper", "dice", "low"), "scores_by_cluster.paper.dice.low"),
+        (change_score("scores_by_cluster", "paper", "iou", "effective_size"), "scores_by_cluster.paper.iou.effective"),
+        (change_score("scores_by_cluster", "calibration", "ece", "mean"), "scores_by_cluster.calibration.ece.mean"),
+        (lambda content: content["clusters"].update(repeats_merged=0), "clusters.repeats_merged"),
+        (lambda content: content.update(n=10), "n: stored 10, but there are 9 images"),
+        (lambda content: content["false_alarms"].update(alarms=0), "false_alarms.alarms"),
+        (lambda content: content["dataset"].update(part="test"), "dataset.part"),
+        (delete_row, "n: stored 9, but there are 8 images"),
+        (forget_image, "images: their ids are not those of the manifest"),
+        (change_pixels, "manifest: its images are not those of its digest"),
+        (change_definition, "definitions.paper.formula"),
+        (drop_table, "tables.curve: is missing or damaged ('curve'); not recomputable: pranet, structure"),
+        (change_table, "scores.calibration.brier.mean"),
+        (invent_collisions, "collisions.colliding: stored 0, recomputed 1"),
+        (lambda content: content["seen"].update(reason=None), "collisions: neither listed nor a reason"),
+        (lambda content: content.pop("clusters"), "the receipt is damaged"),
+    ],
+)
+def test_whatever_is_changed_is_named(content, change, field, tmp_path):
+    change(content)
+    found = differences(content, tmp_path)
+    assert any(line.startswith(field) for line in found), found
+
+
+def test_a_change_that_no_score_depends_on_breaks_the_digest(content, tmp_path, written):
+    path = tmp_path / "x.receipt.json"
+    path.write_text(written.read_text().replace('"command"', '"commend"'))
+    (line,) = check_receipt(path)
+    assert line.startswith("digest:")
+    assert digest_of(content) == content["digest"]
+
+
+def test_other_files_are_no_receipts(tmp_path):
+    path = tmp_path / "a.receipt.json"
+    for text, found in (("{}", "no evaluation receipt"), ('{"receipt": 2}', "of format 2"), ("{", "cannot read")):
+        path.write_text(text)
+        with pytest.raises(PolypSegError, match=found):
+            check_receipt(path)
+
+
+def test_check_receipts_names_the_file_and_the_field(content, written, tmp_path, capsys):
+    check_receipts([written.parent])
+    assert "as computed again" in capsys.readouterr().out
+    content["scores"]["paper"]["dice"]["mean"] += 0.01
+    save_receipt(tmp_path / "good" / "x.receipt.json", read_receipt(written))
+    bad = save_receipt(tmp_path / "worse" / "y.receipt.json", content)
+    with pytest.raises(PolypSegError, match=r"1 of 2 receipts .*y\.receipt\.json: scores\.paper\.dice\.mean") as caught:
+        check_receipts([tmp_path])
+    assert caught.value.exit_code == 1
+    printed = capsys.readouterr().out
+    assert f"{bad}: 1 difference(s)" in printed and "recomputed" in printed
+    with pytest.raises(UsageError, match="nothing does not exist"):
+        check_receipts([tmp_path / "nothing"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="run `polypseg evaluate` first"):
+        check_receipts([tmp_path / "empty"])
+
+
+def test_results_of_other_weights_are_not_replaced(written):
+    refuse_other_weights(written, sha256="a" * 64)
+    refuse_other_weights(written.with_name("none"), sha256="b" * 64)
+    with pytest.raises(UsageError, match=r"is of other weights .*--name"):
+        refuse_other_weights(written, sha256="b" * 64)
+
+
+# -- false alarms ------------------------------------------------------------------------------------------------------
+
+
+def test_false_alarms_count_distinct_frames_without_polyp_from_a_minimal_area():
+    areas = (0, 3, 12, 50, 50)
+    rows = [{"true": 0, "predicted": 2 * a, "height": 10, "width": 20, "largest_component": a} for a in areas] + [
+        {"true": 9, "predicted": 99, "height": 10, "width": 20, "largest_component": 99}
+    ]
+    found = false_alarms(rows, ["a", "b", "c", "d", "d", "e"], minimal_area=10)
+    assert (found["frames"], found["alarms"]) == (4, 2)
+    # Wilson's interval of 2 in 4: centre 0.5, half width z sqrt(1 + z^2/4 ...)/(...), from the formula
+    z, n, p = 1.959964, 4, 0.5
+    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert found["per_100_frames"]["low"] == pytest.approx(100 * (0.5 - half), abs=1e-4)
+    assert found["per_100_frames"]["high"] == pytest.approx(100 * (0.5 + half), abs=1e-4)
+    assert found["predicted_share"]["mean"] == pytest.approx((0 + 6 + 24 + 100) / 200 / 4)
+    assert false_alarms(rows, list("abcdef"), minimal_area=1)["alarms"] == 4
+    assert false_alarms(rows[-1:], ["e"], minimal_area=1) is None
+
+
+# -- receipts as scores ------------------------------------------------------------------------------------------------
+
+
+def test_read_score_set_takes_a_receipts_columns_clips_and_repeats(content):
+    scores = read_score_set({"m": [content]}, metric="paper.iou")
+    assert scores.images == 9 and scores.observations == 8 and scores.cluster_sizes.tolist() == [3, 2, 3]
+    assert scores.per_observation()[0] == pytest.approx([row["paper.iou"] for row in content["images"]][:8])
+    assert (
+        read_score_set({"m": [content]}).values == read_score_set({"m": [content]}, metric="paper.dice").values
+    ).all()
+    with pytest.raises(UsageError, match=r"Did you mean 'paper\.dice'"):
+        read_score_set({"m": [content]}, metric="paper.dise")
+    with pytest.raises(UsageError, match=r"size\.dice_small is undefined on \d of 9 images"):
+        read_score_set({"m": [content]}, metric="size.dice_small")
+
+
+def test_read_score_set_compares_a_receipt_with_a_result_file(content, dataset, tmp_path):
+    counts = np.array([[row[key] for key in ("intersection", "predicted", "true")] for row in content["images"]])
+    older = EvaluationResult(
+        model_id="m",
+        dataset="cvc_clinicdb",
+        title="CVC-ClinicDB",
+        split="full",
+        part="full",
+        content_id=dataset.content_id,
+        ids=tuple(FRAMES),
+        counts=counts,
+    )
+    files = {"old": [read_json(older.write(tmp_path))], "new": [content]}
+    for metric in ("paper.recall", "recall"):
+        old, new = read_score_set(files, metric=metric).per_observation()
+        assert old == pytest.approx(new)
+    with pytest.raises(UsageError, match=r"unknown metric 'pranet\.mean_dice'"):
+        read_score_set(files, metric="pranet.mean_dice")
+    files["old"][0]["convention"] = "ssl4gie"
+    with pytest.raises(UsageError, match="differ in the convention"):
+        read_score_set(files, metric="recall")
