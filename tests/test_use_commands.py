@@ -1,6 +1,7 @@
 """Commands that use models, as a user types them."""
 
 import csv
+import json
 import subprocess
 import sys
 
@@ -84,3 +85,22 @@ def test_diagnose_reads_published_digits():
     assert pooled.returncode == 0 and pooled.stdout.startswith("pooled"), pooled.stdout + pooled.stderr
     assert polypseg("diagnose", "0.90", "0.95").stdout.startswith("impossible")
     assert polypseg("diagnose", "high", "0.8").returncode == 2
+
+
+def test_evaluate_takes_a_segmentation_models_pytorch_folder(tmp_path):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    network = smp.Unet("resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=(8, 8, 8)).eval()
+    network.save_pretrained(tmp_path / "unet")
+    common = ("--model", tmp_path / "unet", "--dataset", "synthetic_b", "--limit", 2, "--convention", "paper")
+    missing = polypseg("evaluate", *common, "--output", tmp_path)
+    assert missing.returncode == 2 and "give --image-size" in missing.stderr
+    done = polypseg("evaluate", *common, "--image-size", 64, "--output", tmp_path / "results")
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "results" / "unet").glob("*.receipt.json")
+    receipt = json.loads(path.read_text())
+    assert receipt["predictions"]["class"] == "Unet" and receipt["n"] == 2 and receipt["model"] is None
+
+
+def test_evaluate_names_an_onnx_file_that_is_not_there(tmp_path):
+    done = polypseg("evaluate", "--model", tmp_path / "net.onnx", "--dataset", "synthetic_b", "--limit", 1)
+    assert done.returncode == 2 and "net.onnx does not exist" in done.stderr

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 if TYPE_CHECKING:
-    from polypseg.predictions import PredictionSource
+    from polypseg.predictions import Output, PredictionSource
     from polypseg.scoring import SuiteResult
     from polypseg.suite import Outcome, SuitePlan
 
+ONNX = ".onnx"
 _SHOWN = 20
 """Differences of a receipt that are printed."""
 
@@ -27,7 +28,16 @@ class Seen(StrEnum):
 
 def evaluate(
     dataset: Annotated[str | None, Option(help="Dataset of the table; see `polypseg data list`.")] = None,
-    model: Annotated[str | None, Option(help="Model folder, Hub id, or id of the table.")] = None,
+    model: Annotated[
+        str | None,
+        Option(help="Model folder (transformers or segmentation_models_pytorch), Hub id, id of the table, ONNX file."),
+    ] = None,
+    image_size: Annotated[
+        int | None, Option(min=32, help="Side that a model was trained at, where its files do not say.")
+    ] = None,
+    gives_probabilities: Annotated[
+        bool, Option("--gives-probabilities", help="The ONNX or smp model ends in probabilities, not in logits.")
+    ] = False,
     predictions: Annotated[
         Path | None, Option(help="Folder or archive of predicted masks or probability maps, named as the images.")
     ] = None,
@@ -66,6 +76,7 @@ def evaluate(
 
     if (model is None) == (predictions is None):
         raise UsageError("give either --model or --predictions")
+    model_output: Output = "probability" if gives_probabilities else "logits"
     names = tuple(convention or CONVENTIONS)
     choose_conventions(names)
     plan = SuitePlan(
@@ -83,13 +94,17 @@ def evaluate(
     if suite:
         if model is None or dataset is not None or limit is not None or source is not None:
             raise UsageError("--suite chooses the datasets for a --model: leave out --dataset, --source and --limit")
-        _evaluate_suite(model, plan, name=name)
+        chosen = _model(model, name=name, image_size=image_size, output=model_output)
+        _evaluate_suite(chosen, plan, folder=_model_folder(model))
         return
     if dataset is None or only or sources or own or negatives:
         raise UsageError("name one test with --dataset, or run them all with --suite (and --only, --sources, ...)")
     data = open_dataset(dataset, source=source, allow_partial=allow_partial)
     manifest = name_partial(kept_manifest(data, split=split, part=part, limit=limit), data)
-    chosen = _source(model, predictions, allow_missing=allow_missing, name=name)
+    if predictions is not None:
+        chosen = _files(predictions, allow_missing=allow_missing, name=name)
+    else:
+        chosen = _model(str(model), name=name, image_size=image_size, output=model_output)
     result = score_images(chosen, plan, data, manifest, model_folder=_model_folder(model))
     _print_scores(result)
     print(f"definitions, intervals and every image: {result.write(output)}")
@@ -128,12 +143,11 @@ def _bounds(value: Mapping[str, Any]) -> str:
     return "" if value["low"] is None else f"{value['low']:.4f} to {value['high']:.4f}"
 
 
-def _evaluate_suite(model: str, plan: "SuitePlan", *, name: str | None) -> None:
+def _evaluate_suite(chosen: "PredictionSource", plan: "SuitePlan", *, folder: Path | None) -> None:
     from polypseg.errors import PolypSegError
     from polypseg.suite import run_suite
 
-    chosen = _source(model, None, allow_missing=False, name=name)
-    outcomes = run_suite(chosen, plan, model_folder=_model_folder(model))
+    outcomes = run_suite(chosen, plan, model_folder=folder)
     _print_suite(chosen.name, outcomes)
     print(f"receipts and summary: {plan.output / chosen.name}")
     lost = [outcome for outcome in outcomes if outcome.status in ("refused", "failed")]
@@ -182,28 +196,35 @@ def _model_folder(model: str | None) -> Path | None:
     """Where a model's files lie; a Hub model is fetched."""
     from polypseg.hub import fetch
 
-    if model is None:
+    if model is None or Path(model).suffix == ONNX:
         return None
     return Path(model) if Path(model).is_dir() else fetch(model)
 
 
-def _source(
-    model: str | None, predictions: Path | None, *, allow_missing: bool, name: str | None
-) -> "PredictionSource":
+def _files(predictions: Path, *, allow_missing: bool, name: str | None) -> "PredictionSource":
     from polypseg.prediction_files import FilePredictions
     from polypseg.scoring import RenamedPredictions
 
-    if predictions is not None:
-        files = FilePredictions(path=predictions, allow_missing=allow_missing)
-        return files if name is None else RenamedPredictions(name=name, source=files)
+    files = FilePredictions(path=predictions, allow_missing=allow_missing)
+    return files if name is None else RenamedPredictions(name=name, source=files)
+
+
+def _model(model: str, *, name: str | None, image_size: int | None, output: "Output") -> "PredictionSource":
     from transformers.utils import SAFE_WEIGHTS_NAME
 
+    from polypseg.errors import UsageError
     from polypseg.hub import load
-    from polypseg.predictions import ModelPredictions
+    from polypseg.predictions import ModelPredictions, OnnxPredictions, is_smp_folder, open_smp
     from polypseg.processing import current_record, default_device, results_name
 
     folder = _model_folder(model)
-    assert folder is not None
+    if folder is None:
+        path = Path(model)
+        if not path.is_file():
+            raise UsageError(f"{path} does not exist: give an ONNX file")
+        return OnnxPredictions(name=name or path.stem, path=path, image_size=image_size, output=output)
+    if is_smp_folder(folder):
+        return open_smp(folder, name=name or folder.resolve().name, image_size=image_size, output=output)
     segmenter = load(folder)
     config = segmenter.model.config
     if not getattr(config, "weights_origin", None) and (folder / SAFE_WEIGHTS_NAME).is_file():

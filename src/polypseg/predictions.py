@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from polypseg.artifacts import file_sha256
+from polypseg.artifacts import file_sha256, read_json
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError, first_line
 from polypseg.evaluation import prepared_batches
@@ -155,6 +155,33 @@ class OnnxPredictions:
         if isinstance(width, int) and width != size:
             raise UsageError(f"{self.path} takes {width}x{size} pixels: give a processor for sizes that are not square")
         return _square_processor(size)
+
+
+def open_smp(path: Path, *, name: str, image_size: int | None, output: Output = "logits") -> SmpPredictions:
+    """A folder that ``save_pretrained`` of segmentation_models_pytorch wrote.
+
+    Raises UsageError without that package or without ``image_size``, which such folders do not record, and for a folder
+    that cannot be loaded.
+    """
+    try:
+        smp = importlib.import_module("segmentation_models_pytorch")
+    except ImportError as error:
+        raise UsageError(
+            f"{path} needs segmentation_models_pytorch: run `python -m pip install segmentation-models-pytorch`"
+        ) from error
+    if image_size is None:
+        raise UsageError(f"{path} does not say for which size its model was trained: give --image-size")
+    try:
+        model = smp.from_pretrained(str(path))
+    except Exception as error:  # of huggingface_hub, safetensors, torch or smp
+        raise UsageError(f"cannot load {path} as a segmentation_models_pytorch model: {first_line(error)}") from error
+    return SmpPredictions(name=name, model=model, image_size=image_size, output=output)
+
+
+def is_smp_folder(path: Path) -> bool:
+    """Whether a folder was written by ``save_pretrained`` of segmentation_models_pytorch."""
+    config = path / "config.json"
+    return config.is_file() and "_model_class" in read_json(config)
 
 
 def _square_processor(size: int, **statistics: Sequence[float]) -> Any:
