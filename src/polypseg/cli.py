@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from polypseg import evaluate_commands, hub_commands, use_commands
+from polypseg import evaluate_commands, hub_commands, report_commands, use_commands
 from polypseg.errors import PolypSegError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ for command in (
     evaluate_commands.evaluate,
     evaluate_commands.check_receipts,
     evaluate_commands.diagnose,
+    report_commands.report,
     use_commands.segment,
     use_commands.demo_app,
     use_commands.export_space,

@@ -1,0 +1,249 @@
+"""The report's page: what the template is given, and the template rendered."""
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from polypseg import __version__, zoo
+from polypseg.card_facts import Test
+from polypseg.licences import ModelLicense, model_license
+from polypseg.origin import read_origin
+from polypseg.recipe import bundled_folder
+from polypseg.report.analysis import Analysis
+from polypseg.report.documents import Document
+from polypseg.report.figures import Picture
+from polypseg.report.gallery import Gallery
+from polypseg.report.material import Material, Receipt, entry_of, label
+from polypseg.report.tables import METRIC_TITLES, Cell, Column, Row, Table, metric_cells, slug
+from polypseg.report.wording import number, rank_change_verdict
+from polypseg.zoo import RANDOM
+
+WORST = 5
+"""Images of each test named as the worst of a model."""
+_ENCODERS = {"resnet50": "ResNet50", "vit_base": "ViT-B"}
+_DECODERS = {"deeplabv3plus": "DeepLabV3+", "dpt": "DPT"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """What the page says of one row."""
+
+    anchor: str
+    name: str
+    title: str
+    summary: str
+    shortcomings: Sequence[str]
+    licence: ModelLicense | None
+    weights: Sequence[tuple[str, str]]
+    """Seed and digest."""
+    seen: Sequence[tuple[str, str]]
+    """Test, and what the model saw of it."""
+    scores: Table
+    worst: Sequence[tuple[str, Sequence[tuple[str, str]]]]
+    """Test, and the images with the least Dice, as written."""
+
+
+def render_page(
+    analysis: Analysis,
+    *,
+    title: str,
+    tables: Mapping[str, Table],
+    pictures: Mapping[str, Picture],
+    galleries: Sequence[Gallery],
+    reading: str,
+    documents: Mapping[str, Sequence[Document]],
+) -> str:
+    """The whole report as one HTML document without any reference to another file."""
+    folder, material = bundled_folder("report"), analysis.material
+    style, script = ((folder / name).read_text(encoding="utf-8") for name in ("style.css", "report.js"))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    verdict, sentences = rank_change_verdict(analysis.change) if analysis.change else ("", ())
+    return environment.get_template("report.html.jinja").render(
+        title=title,
+        style=style,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        version=__version__,
+        scale=scale_sentences(material),
+        samples=sample_table(analysis),
+        counts={
+            "models": len(material.models),
+            "receipts": len(material.receipts),
+            "seeds": sorted({len(material.used(m, t)) for m in material.models for t in material.tests} - {0}),
+        },
+        bootstrap=material.receipts[0].content["bootstrap"],
+        compared_seeds=analysis.inside.seeds if analysis.inside else 0,
+        tables=tables,
+        pictures=pictures,
+        verdict=verdict,
+        sentences=[sentence for sentence in sentences if sentence],
+        galleries=galleries,
+        reading=reading,
+        documents=documents,
+        models=[model_section(analysis, model) for model in material.models],
+        missing=material.missing(),
+        definitions=material.receipts[0].content["definitions"],
+    )
+
+
+def scale_sentences(material: Material) -> list[str]:
+    """What stands in for the study's encoders and corpora, where the weights are not of full size."""
+    small = [r for r in material.receipts if r.weights_origin and r.weights_origin.get("scale") != "full"]
+    if not small:
+        return []
+    stand_ins, corpora = dict[str, None](), dict[str, None]()
+    for receipt in small:
+        entry, origin = entry_of(receipt.row), receipt.weights_origin
+        encoder = str(origin.get("model_id", "an unknown encoder"))
+        if entry:
+            encoder = encoder.removesuffix(f"_{entry.decoder}.{entry.tag}")
+            stand_ins[f"{encoder} for {_ENCODERS.get(entry.encoder, entry.encoder)}"] = None
+        corpora[_corpus(origin)] = None
+    pretrained = [corpus for corpus in corpora if corpus]
+    return [
+        f"Small encoders stand in for the study’s: {', '.join(stand_ins)}." if stand_ins else "Small encoders.",
+        f"Their encoders started from: {'; '.join(pretrained)}." if pretrained else "All encoders started at random.",
+        "No number here is one of the full-size models of the same name.",
+    ]
+
+
+def _corpus(origin: Mapping[str, Any]) -> str:
+    """What an encoder was pretrained on, in words; empty for a random start."""
+    run = origin.get("pretraining")
+    if run:
+        name = str(run.get("corpus") or run.get("source", "frames not recorded"))
+        count = run.get("frames")
+        return f"pretraining on {name}" + (f" ({count:,} frames)" if isinstance(count, int) else "")
+    start = str(origin.get("encoder_initialisation", "weights not recorded"))
+    return "" if start == RANDOM else start
+
+
+def sample_table(analysis: Analysis) -> Table:
+    """What was tested on: images, independent units, what they are worth."""
+    material = analysis.material
+    rows = []
+    for test in material.tests:
+        facts = [mean for (_, t, metric), mean in analysis.means.items() if t == test and metric == "dice"]
+        receipt = next(r for r in material.receipts if r.test == test)
+        clusters, worth = receipt.content["clusters"], [fact["effective_size"] for fact in facts]
+        unit = "video clips" if clusters["by"] == "clip" else "images"
+        merged = clusters["repeats_merged"]
+        spread = f"{min(worth):.0f}" if round(min(worth)) == round(max(worth)) else f"{min(worth):.0f}–{max(worth):.0f}"
+        role = (
+            "in distribution" if test == material.inside else "out of distribution" if test == material.outside else ""
+        )
+        rows.append(
+            Row(
+                [
+                    Cell(material.test_title(test), role),
+                    Cell(str(clusters["images"]), f"{merged} repeats merged" if merged else ""),
+                    Cell(f"{clusters['clusters']} {unit}"),
+                    Cell(spread),
+                    Cell(str(len(facts))),
+                    Cell(_seen_most(material, test)),
+                ]
+            )
+        )
+    return Table(
+        name="samples",
+        caption="What was tested on. Worth: effective sample size for mean Dice, least to greatest over models. "
+        "Seen: images that a model saw in training or whose near-duplicate or clip it saw, at most.",
+        columns=[
+            Column("Test", numeric=False),
+            *(Column(t) for t in ("Images", "Drawn as", "Worth", "Models", "Seen")),
+        ],
+        rows=rows,
+    )
+
+
+def _seen_most(material: Material, test: Test) -> str:
+    """The greatest number of a test's images that a model's passport collides with."""
+    counts = [
+        None if receipt.content["collisions"] is None else int(receipt.content["collisions"]["colliding"])
+        for receipt in material.receipts
+        if receipt.test == test
+    ]
+    known = [count for count in counts if count is not None]
+    if not known:
+        return "not checked"
+    return str(max(known)) if len(known) == len(counts) else f"{max(known)}, partly not checked"
+
+
+def model_section(analysis: Analysis, model: str) -> ModelSection:
+    """Start, recipe, licence, weights, what it saw, its scores on every test and its worst images."""
+    material = analysis.material
+    receipts = material.of(model)
+    first = receipts[0]
+    origin = read_origin(first.weights_origin) if first.weights_origin else None
+    weights = dict.fromkeys((str(r.seed), r.model_sha256 or "not recorded") for r in receipts)
+    tests = [test for test in material.tests if material.used(model, test)]
+    return ModelSection(
+        anchor=slug("model", model),
+        name=label(model),
+        title=_row_title(first),
+        summary=origin.summary if origin else "Predictions of weights that the receipt does not record.",
+        shortcomings=origin.shortcomings if origin else (),
+        licence=model_license(origin) if origin else None,
+        weights=list(weights),
+        seen=[(material.test_title(test), _seen(material.of(model, test))) for test in tests],
+        scores=_scores_table(analysis, model, tests),
+        worst=[(material.test_title(test), _worst(material.used(model, test))) for test in tests[:2]],
+    )
+
+
+def _row_title(receipt: Receipt) -> str:
+    """The row in words, and the id of the weights that stand for it."""
+    entry, model_id = entry_of(receipt.row), receipt.weights_origin.get("model_id")
+    if entry is None:
+        return "not a row of the table"
+    corpus = "" if entry.corpus == "none" else f" on {zoo.CORPORA[entry.corpus]}"
+    title = f"{_ENCODERS.get(entry.encoder, entry.encoder)} + {_DECODERS.get(entry.decoder, entry.decoder)}"
+    stand_in = "" if receipt.weights_origin.get("scale") == "full" else f"; in its place {model_id}"
+    return f"{title}, {zoo.METHODS[entry.method]}{corpus}{stand_in}"
+
+
+def _seen(receipts: Sequence[Receipt]) -> str:
+    """What the weights are known to have seen of a test, once for all seeds that agree."""
+    return " ".join(dict.fromkeys(_seen_of(receipt) for receipt in receipts))
+
+
+def _seen_of(receipt: Receipt) -> str:
+    seen, collisions = receipt.content["seen"], receipt.content["collisions"]
+    if collisions is None:
+        return f"Not checked: {seen['reason']}."
+    kinds = ", ".join(f"{kind}: {count}" for kind, count in collisions["kinds"].items() if count)
+    text = f"{collisions['colliding']} of {collisions['tested']} images collide with what the model saw"
+    unchecked = f" Not checked, as not listed: {'; '.join(collisions['unchecked'])}." if collisions["unchecked"] else ""
+    left_out = f"; {len(seen['excluded'])} were left out" if seen["excluded"] else ""
+    return f"{text}{f' ({kinds})' if kinds else ''}{left_out}.{unchecked}"
+
+
+def _scores_table(analysis: Analysis, model: str, tests: Sequence[Test]) -> Table:
+    material, rows = analysis.material, []
+    for test in tests:
+        used = material.used(model, test)
+        facts = Cell(material.test_title(test), f"n = {len(used[0].images)}, seeds {len(used)}")
+        rows.append(Row([facts, *metric_cells(analysis, model, test)]))
+    return Table(
+        name=slug("scores", model),
+        caption="",
+        columns=[Column("Test", numeric=False), *(Column(title) for title in METRIC_TITLES.values())],
+        rows=rows,
+    )
+
+
+def _worst(used: Sequence[Receipt]) -> list[tuple[str, str]]:
+    dice = np.mean([receipt.scores("dice") for receipt in used], axis=0)
+    places = np.argsort(dice, kind="stable")[:WORST]
+    return [(str(used[0].images[place]["id"]), number(float(dice[place]), digits=2)) for place in places.tolist()]

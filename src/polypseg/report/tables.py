@@ -1,0 +1,471 @@
+"""The report's tables, each as cells for the page and as plain records for CSV and JSON."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from polypseg import zoo
+from polypseg.card_facts import Test
+from polypseg.metrics import METRICS
+from polypseg.report.analysis import Analysis
+from polypseg.report.material import Material, Receipt, entry_of, label, part_words
+from polypseg.report.wording import between, number, p_value, percent, rank
+from polypseg.statistics import Interval
+from polypseg.zoo import RANDOM
+
+METRIC_TITLES = {"dice": "Dice", "iou": "IoU", "precision": "Precision", "recall": "Recall"}
+CALIBRATION = {
+    "ece_inside": "ECE inside",
+    "brier_inside": "Brier inside",
+    "ece_outside": "ECE outside",
+    "brier_outside": "Brier outside",
+}
+SEEDS_NOTE = ", below Dice also the least and the greatest mean of the training runs"
+_SHORT = 12
+"""Hex digits shown of a digest."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's heading."""
+
+    title: str
+    group: str = ""
+    """Heading above neighbouring columns of the same group."""
+    numeric: bool = True
+    smallest_first: bool = False
+    """Whether the first click sorts upwards."""
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: what is shown, what it is sorted by, and where it comes from."""
+
+    text: str
+    note: str = ""
+    """Second line: an interval."""
+    more: str = ""
+    """Third line."""
+    sort: float | str | None = None
+    href: str = ""
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row; ``id`` is its anchor."""
+
+    cells: Sequence[Cell]
+    id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of the page and, by its records, a file."""
+
+    name: str
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+    records: Sequence[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """Headings above the columns with the columns each spans; [] where there are none."""
+        spans: list[tuple[str, int]] = []
+        for column in self.columns:
+            if spans and spans[-1][0] == column.group:
+                spans[-1] = (column.group, spans[-1][1] + 1)
+            else:
+                spans.append((column.group, 1))
+        return spans if any(name for name, _ in spans) else []
+
+
+def slug(*words: str) -> str:
+    """An anchor made of words."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
+
+
+# -- where a number comes from -----------------------------------------------------------------------------------------
+
+
+def receipt_line(receipt: Receipt) -> str:
+    """File, digest, revision and versions of a receipt, in a line."""
+    environment = receipt.content["environment"]
+    versions = environment["versions"]
+    revision = str(environment["git_revision"] or "no revision")[:_SHORT]
+    seed = "" if receipt.seed is None else f"seed {receipt.seed}, "
+    tools = ", ".join(f"{name} {versions[name]}" for name in ("polypseg", "torch") if name in versions)
+    return f"{receipt.path.name}: {seed}sha256 {receipt.file_sha256[:_SHORT]}, git {revision}, {tools}"
+
+
+def from_receipts(receipts: Sequence[Receipt]) -> dict[str, Any]:
+    """``href`` and ``title`` of a cell that is computed from these receipts."""
+    if not receipts:
+        return {}
+    first = receipts[0]
+    return {
+        "href": "#" + slug("receipt", first.row, *first.test),
+        "title": "\n".join(["From:", *(receipt_line(receipt) for receipt in receipts)]),
+    }
+
+
+def _model_cell(material: Material, model: str) -> Cell:
+    return Cell(label(model), note=start_words(material, model), sort=label(model), href="#" + slug("model", model))
+
+
+def start_words(material: Material, model: str) -> str:
+    """What the encoder of a row's weights started from, in a few words."""
+    origin, entry = material.of(model)[0].weights_origin, entry_of(model)
+    start, run = str(origin.get("encoder_initialisation", "")), origin.get("pretraining")
+    if start == RANDOM:
+        return "random" if entry is None or entry.method == "none" else "random, for want of weights"
+    if run:
+        method = zoo.METHODS.get(str(run.get("method")), run.get("method"))
+        return f"{method or run.get('recipe')}, {run.get('corpus') or run.get('source')}"
+    if entry is None or origin.get("scale") != "full":
+        return start
+    return f"{zoo.METHODS[entry.method]}, {zoo.CORPORA[entry.corpus]}"
+
+
+# -- the tables --------------------------------------------------------------------------------------------------------
+
+
+def comparison_table(analysis: Analysis) -> Table:
+    """The paper's table: both tests' four metrics, the seeds' spread of Dice, ranks and their change."""
+    material = analysis.material
+    sides = [("in", material.inside), ("out", material.outside)]
+    columns = [Column("Model", numeric=False, smallest_first=True)]
+    for where, test in sides:
+        group = f"{'In' if where == 'in' else 'Out of'} distribution: {material.test_title(test)}"
+        columns += [Column(title, group) for title in METRIC_TITLES.values()]
+    columns += [
+        Column("In", "Rank by Dice", smallest_first=True),
+        Column("Out", "Rank by Dice", smallest_first=True),
+        Column("Change", "Rank by Dice", hint="Positive: the model rises out of distribution"),
+    ]
+    ranks = {row["model"]: row for row in analysis.change.rows()} if analysis.change else {}
+    rows, records = [], []
+    for model in material.models:
+        cells = [_model_cell(material, model)]
+        record: dict[str, Any] = {"model": model, "start": start_words(material, model)}
+        for where, test in sides:
+            cells += metric_cells(analysis, model, test)
+            record |= _metric_record(analysis, model, test, prefix=f"{where}_")
+        cells += _rank_cells(ranks.get(model))
+        record |= {key: ranks[model][key] if model in ranks else None for key in _RANKS}
+        rows.append(Row(cells))
+        records.append(record)
+    return Table(
+        name="comparison",
+        caption=f"Mean over images, 95 % interval{SEEDS_NOTE}. Rank: 1 is best; below it its 95 % range over draws.",
+        columns=columns,
+        rows=rows,
+        records=records,
+    )
+
+
+_RANKS = (
+    "rank_inside", "rank_inside_low", "rank_inside_high", "rank_outside", "rank_outside_low", "rank_outside_high",
+    "rank_change",
+)  # fmt: skip
+
+
+def metric_cells(analysis: Analysis, model: str, test: Test) -> list[Cell]:
+    """A row's four means on a test with interval, for Dice the seeds' spread too; dashes where it was not tested."""
+    source = from_receipts(analysis.material.used(model, test))
+    cells = []
+    for metric in METRICS:
+        mean = analysis.means.get((model, test, metric))
+        if mean is None:
+            cells.append(Cell("–"))
+            continue
+        interval = between(mean["mean_low"], mean["mean_high"])
+        spread = seeds_spread(analysis.seed_means[model, test, metric]) if metric == "dice" else ""
+        cells.append(Cell(number(mean["mean"]), interval, spread, mean["mean"], **source))
+    return cells
+
+
+def seeds_spread(means: Sequence[float]) -> str:
+    """The least and the greatest mean of several training runs; empty for one."""
+    return f"{number(min(means))}–{number(max(means))}" if len(means) > 1 else ""
+
+
+def _metric_record(analysis: Analysis, model: str, test: Test, *, prefix: str = "") -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    facts = analysis.means.get((model, test, "dice"), {})
+    for key in ("images", "clusters", "seeds", "effective_size"):
+        record[f"{prefix}{key}"] = facts.get(key)
+    for metric in METRICS:
+        mean = analysis.means.get((model, test, metric), {})
+        for key, name in (("mean", ""), ("mean_low", "_low"), ("mean_high", "_high")):
+            record[f"{prefix}{metric}{name}"] = mean.get(key)
+    means = analysis.seed_means.get((model, test, "dice"), ())
+    record[f"{prefix}dice_of_seeds"] = " ".join(repr(mean) for mean in means)
+    record[f"{prefix}receipts"] = " ".join(r.file_sha256 for r in analysis.material.used(model, test))
+    return record
+
+
+def _rank_cells(row: dict[str, Any] | None) -> list[Cell]:
+    if row is None:
+        return [Cell("–")] * 3
+    cells = [
+        Cell(
+            rank(row[f"rank_{where}"]),
+            f"{row[f'rank_{where}_low']}–{row[f'rank_{where}_high']}",
+            sort=row[f"rank_{where}"],
+        )
+        for where in ("inside", "outside")
+    ]
+    change = row["rank_change"]
+    arrow = "▲" if change > 0 else "▼" if change < 0 else ""
+    return [
+        *cells,
+        Cell(f"{arrow} {number(change, digits=0 if change % 1 == 0 else 1, signed=True)}".strip(), sort=change),
+    ]
+
+
+def tests_table(analysis: Analysis, tests: Iterable[Test]) -> Table:
+    """Every test of ``tests``, one row a model."""
+    material = analysis.material
+    rows, records = [], []
+    for test in tests:
+        for model in material.models:
+            used = material.used(model, test)
+            if used:
+                images = len(used[0].images)
+                cells = [
+                    Cell(used[0].dataset["title"], part_words(test), sort=material.test_title(test)),
+                    _model_cell(material, model),
+                    Cell(str(images), _units(used[0]), sort=images),
+                    *metric_cells(analysis, model, test),
+                ]
+                rows.append(Row(cells))
+                names = dict(zip(("dataset", "split", "part"), test, strict=True))
+                records.append({**names, "model": model, **_metric_record(analysis, model, test)})
+    return Table(
+        name="tests",
+        caption=f"Mean over images, 95 % interval{SEEDS_NOTE}.",
+        columns=[
+            Column("Test", numeric=False, smallest_first=True),
+            Column("Model", numeric=False, smallest_first=True),
+            Column("Images"),
+            *(Column(title) for title in METRIC_TITLES.values()),
+        ],
+        rows=rows,
+        records=records,
+    )
+
+
+def _units(receipt: Receipt) -> str:
+    clusters = receipt.content["clusters"]
+    return f"{clusters['clusters']} clips" if clusters["by"] == "clip" else ""
+
+
+def _interval_cell(value: Interval, *, signed: bool = False, **more: Any) -> Cell:
+    return Cell(
+        number(value.estimate, signed=signed),
+        between(value.low, value.high, signed=signed),
+        sort=value.estimate,
+        **more,
+    )
+
+
+def _p_cell(p: float, reading: str = "") -> Cell:
+    return Cell(p_value(p).removeprefix("p ").removeprefix("= "), reading, sort=p)
+
+
+def gap_table(analysis: Analysis) -> Table:
+    """What each model loses out of distribution."""
+    material = analysis.material
+    rows = []
+    for gap in analysis.gaps:
+        source = from_receipts(
+            [*material.used(gap.model, material.inside), *material.used(gap.model, material.outside)]
+        )
+        relative = Cell("–") if gap.relative is None else _interval_cell(gap.relative, **source)
+        values = [_interval_cell(value, **source) for value in (gap.inside, gap.outside, gap.gap)]
+        rows.append(Row([_model_cell(material, gap.model), *values, relative]))
+    return Table(
+        name="gaps",
+        caption="Mean Dice, 95 % interval. Loss: in − out of distribution, the tests’ images drawn independently; "
+        "relative: as a share of the mean in distribution.",
+        columns=[
+            Column("Model", numeric=False, smallest_first=True),
+            Column("In"),
+            Column("Out"),
+            Column("Loss", smallest_first=True),
+            Column("Relative loss", smallest_first=True),
+        ],
+        rows=rows,
+        records=[gap.row() for gap in analysis.gaps],
+    )
+
+
+def contrast_table(analysis: Analysis) -> Table:
+    """Differences between groups of rows."""
+    rows = [
+        Row(
+            [
+                Cell(
+                    c.name.replace(" - ", " − "),
+                    f"{len(c.groups[0])} and {len(c.groups[1])} models",
+                    sort=c.name,
+                    title=_sides(c.groups),
+                ),
+                *(_interval_cell(value, signed=True) for value in (c.inside, c.outside, c.gap)),
+            ]
+        )
+        for c in analysis.contrasts
+    ]
+    return Table(
+        name="contrasts",
+        caption="Mean Dice of the first group minus the second’s, and of their losses, with 95 % intervals.",
+        columns=[Column("Contrast", numeric=False, smallest_first=True), Column("In"), Column("Out"), Column("Loss")],
+        rows=rows,
+        records=[c.row() for c in analysis.contrasts],
+    )
+
+
+def _sides(groups: tuple[tuple[str, ...], tuple[str, ...]]) -> str:
+    return " against ".join(", ".join(label(model) for model in side) for side in groups)
+
+
+def pair_table(analysis: Analysis) -> Table:
+    """All pairs of models: differences with Holm-adjusted p in both tests, and whether their order turns."""
+    if analysis.change is None:
+        return Table(name="pairs", caption="", columns=[], rows=[])
+    rows, records = [], []
+    for one, other, pair in zip(*analysis.comparisons, analysis.change.pairs, strict=True):
+        rows.append(
+            Row(
+                [
+                    Cell(f"{label(one.a)} − {label(one.b)}", sort=label(one.a) + label(one.b)),
+                    _interval_cell(one.difference, signed=True),
+                    _p_cell(one.p_holm, one.reading),
+                    _interval_cell(other.difference, signed=True),
+                    _p_cell(other.p_holm, other.reading),
+                    Cell(
+                        percent(pair["flip_probability"]),
+                        "turned" if pair["flipped"] else "",
+                        sort=pair["flip_probability"],
+                    ),
+                    _p_cell(pair["p_flip_holm"]),
+                ]
+            )
+        )
+        sides = {
+            f"{key}_{where}": value for where, c in (("in", one), ("out", other)) for key, value in c.row().items()
+        }
+        records.append({**pair, **{k: v for k, v in sides.items() if not k.startswith(("a_", "b_"))}})
+    margin = analysis.comparisons[0][0].margin
+    return Table(
+        name="pairs",
+        caption="Difference of mean Dice with 95 % interval, and p of the sign-flip test over clusters, adjusted "
+        f"(Holm) for all pairs of a test; equivalent: the interval lies within ± {margin}. Order turns: share of "
+        "draws, and p that the two are not in opposite orders, adjusted for all pairs.",
+        columns=[
+            Column("Pair", numeric=False, smallest_first=True),
+            Column("Difference", "In distribution"),
+            Column("p (Holm)", "In distribution", smallest_first=True),
+            Column("Difference", "Out of distribution"),
+            Column("p (Holm)", "Out of distribution", smallest_first=True),
+            Column("Share", "Order turns"),
+            Column("p (Holm)", "Order turns", smallest_first=True),
+        ],
+        rows=rows,
+        records=records,
+    )
+
+
+def calibration_table(analysis: Analysis) -> Table:
+    """Calibration errors as the receipts state them, mean over seeds."""
+    material = analysis.material
+    rows, records = [], []
+    tests = [test for test in (material.inside, material.outside) if test in material.tests]
+    for model in material.models:
+        cells, record = [_model_cell(material, model)], dict[str, Any](model=model)
+        for test in tests:
+            used = [r for r in material.used(model, test) if "calibration" in r.content["scores"]]
+            for output in CALIBRATION:
+                values = [r.content["scores"]["calibration"][output]["mean"] for r in used]
+                value = None if not values or None in values else sum(values) / len(values)
+                cells.append(Cell(number(value), sort=value, **from_receipts(used)))
+                record[f"{test[0]}.{output}"] = value
+        rows.append(Row(cells))
+        records.append(record)
+    return Table(
+        name="calibration",
+        caption="Expected calibration error (10 bins) and Brier score over the pixels inside and outside the true "
+        "polyp, mean over seeds; 0 is best.",
+        columns=[
+            Column("Model", numeric=False, smallest_first=True),
+            *(
+                Column(t, material.test_title(test), smallest_first=True)
+                for test in tests
+                for t in CALIBRATION.values()
+            ),
+        ],
+        rows=rows,
+        records=records,
+    )
+
+
+def receipt_table(material: Material) -> Table:
+    """The appendix: every receipt."""
+    rows, records, anchors = [], [], set[str]()
+    for model in material.models:
+        for receipt in material.of(model):
+            anchor = slug("receipt", model, *receipt.test)
+            environment = receipt.content["environment"]
+            versions = environment["versions"]
+            facts = {
+                "model": label(model),
+                "test": material.test_title(receipt.test),
+                "seed": receipt.seed,
+                "images": len(receipt.images),
+                "file": receipt.path.name,
+                "folder": receipt.name,
+                "receipt_sha256": receipt.file_sha256,
+                "weights_sha256": receipt.model_sha256,
+                "content_id": receipt.dataset["content_id"],
+                "git_revision": environment["git_revision"],
+                **versions,
+            }
+            cells = [
+                Cell(
+                    facts["model"],
+                    "" if receipt.seed is None else f"seed {receipt.seed}",
+                    sort=facts["model"],
+                    href="#" + slug("model", model),
+                ),
+                Cell(facts["test"], f"n = {facts['images']}, content {facts['content_id']}", sort=facts["test"]),
+                Cell(receipt.name, facts["file"], sort=facts["file"]),
+                Cell(receipt.file_sha256[:_SHORT], sort=receipt.file_sha256, title=receipt.file_sha256),
+                Cell((receipt.model_sha256 or "not recorded")[:_SHORT], title=receipt.model_sha256 or ""),
+                Cell(
+                    str(environment["git_revision"] or "none")[:_SHORT],
+                    f"polypseg {versions.get('polypseg', '?')}, torch {versions.get('torch', '?')}",
+                    title=", ".join(f"{name} {version}" for name, version in versions.items()),
+                ),
+            ]
+            rows.append(Row(cells, id="" if anchor in anchors else anchor))
+            anchors.add(anchor)
+            records.append(facts)
+    return Table(
+        name="receipts",
+        caption="Digests are the first 12 of 64 hex digits; the whole ones are in the tooltip and in receipts.csv.",
+        columns=[
+            Column("Model", numeric=False, smallest_first=True),
+            Column("Test", numeric=False, smallest_first=True),
+            Column("Receipt", numeric=False, smallest_first=True),
+            *(
+                Column(t, numeric=False, smallest_first=True)
+                for t in ("Its sha256", "Weights’ sha256", "Computed with")
+            ),
+        ],
+        rows=rows,
+        records=records,
+    )

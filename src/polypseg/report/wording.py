@@ -1,0 +1,132 @@
+"""How numbers are written, and what may be said of a change of ranking."""
+
+from collections.abc import Sequence
+
+from polypseg.report.material import label
+from polypseg.statistics import Interval, RankChange
+
+ALPHA = 0.05
+MINUS = "−"
+
+
+def number(value: float | None, *, digits: int = 3, signed: bool = False) -> str:
+    """A score with a true minus sign; a dash where there is none."""
+    if value is None:
+        return "–"
+    text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+    zero = float(text) == 0
+    return (text.lstrip("+-") if zero else text).replace("-", MINUS)
+
+
+def between(low: float | None, high: float | None, *, signed: bool = False) -> str:
+    """An interval in brackets; empty where there is none."""
+    if low is None or high is None:
+        return ""
+    return f"[{number(low, signed=signed)}, {number(high, signed=signed)}]"
+
+
+def percent(share: float) -> str:
+    """A share as whole percent that says neither 0 nor 100 of what is neither."""
+    if 0 < share < 0.01:
+        return "< 1 %"
+    if 0.99 < share < 1:
+        return "> 99 %"
+    return f"{100 * share:.0f} %"
+
+
+def p_value(p: float) -> str:
+    """``p = 0.013``, ``p < 0.001``."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def rank(value: float) -> str:
+    """``3``, and ``3.5`` for a shared place."""
+    return f"{value:g}"
+
+
+def span(interval: Interval) -> str:
+    """``0.61 [0.33, 0.79]`` with two digits, for correlations."""
+    bounds = (
+        ""
+        if interval.low is None or interval.high is None
+        else (f" [{number(interval.low, digits=2)}, {number(interval.high, digits=2)}]")
+    )
+    return number(interval.estimate, digits=2) + bounds
+
+
+def rank_change_verdict(change: RankChange) -> tuple[str, tuple[str, ...]]:
+    """A short answer to "is the ranking change real?" and the sentences behind it."""
+    agreement, count = change.agreement, len(change.models)
+    moved = sum(row["rank_change"] != 0 for row in change.rows())
+    certain = [pair for pair in change.pairs if pair["p_flip_holm"] < ALPHA]
+    rejected = agreement.p_one_order < ALPHA
+    flipped = sum(pair["flipped"] for pair in change.pairs)
+    observed = (
+        f"{moved} of {count} models change rank between the two tests; {flipped} of {len(change.pairs)} pairs stand in "
+        f"opposite orders. Kendall’s τ between the rankings is {span(agreement.tau)}."
+    )
+    sentences = [observed, _test_sentence(agreement.p_one_order, rejected=rejected)]
+    if agreement.tau.estimate < 1 - 1e-9:
+        sentences.append(_noise_sentence(change))
+    sentences.append(_pair_sentence(certain, flipped=flipped))
+    sentences.append(_winner_sentence(change))
+    return _answer(change, rejected=rejected, certain=bool(certain)), tuple(sentences)
+
+
+def _answer(change: RankChange, *, rejected: bool, certain: bool) -> str:
+    if change.agreement.tau.estimate >= 1 - 1e-9:
+        return "There is none: the models stand in the same order in both tests."
+    if rejected and certain:
+        return "Yes: the order changes, and single pairs that change places can be named."
+    if rejected:
+        return "Yes for the order as a whole; no single pair that changes places can be named."
+    if certain:
+        return "For single pairs yes; for the order as a whole it is not shown."
+    return "Not shown: these images are compatible with one order of the models in both tests."
+
+
+def _test_sentence(p: float, *, rejected: bool) -> str:
+    if rejected:
+        return f"That one order, ties allowed, is true in both tests is rejected ({p_value(p)})."
+    return (
+        f"That one order, ties allowed, is true in both tests is not rejected ({p_value(p)}), which does not prove "
+        "that the order is the same: smaller changes may lie hidden in the noise."
+    )
+
+
+def _noise_sentence(change: RankChange) -> str:
+    agreement = change.agreement
+    retests = f"{number(agreement.retest_inside, digits=2)} in and {number(agreement.retest_outside, digits=2)} out of"
+    share = "" if agreement.noise_share is None else f" ({percent(agreement.noise_share)} of the disagreement)"
+    return (
+        f"If one strict order were true in both, noise alone would leave a τ of about "
+        f"{number(agreement.expected_tau, digits=2)}{share}; two draws of images agree with each other by a τ of "
+        f"{retests} distribution. These describe, they do not test."
+    )
+
+
+def _pair_sentence(certain: Sequence[dict[str, object]], *, flipped: int) -> str:
+    if not certain:
+        return (
+            ""
+            if not flipped
+            else ("No pair is shown to change places (both differences beyond chance, Holm over all pairs).")
+        )
+    names = ", ".join(f"{label(str(pair['a']))} and {label(str(pair['b']))}" for pair in certain)
+    return (
+        f"Shown to change places (both differences beyond chance, Holm-adjusted p < {ALPHA} over all pairs): {names}."
+    )
+
+
+def _winner_sentence(change: RankChange) -> str:
+    rows = change.rows()
+    best, out = min(rows, key=lambda row: row["rank_inside"]), min(rows, key=lambda row: row["rank_outside"])
+    stays = percent(change.agreement.winner_stays)
+    if best["model"] == out["model"]:
+        return (
+            f"The best model in distribution, {label(best['model'])}, is the best outside too, in {stays} of the draws."
+        )
+    return (
+        f"The best model in distribution, {label(best['model'])}, has rank {rank(best['rank_outside'])} outside and is "
+        f"the best there in {stays} of the draws; by its mean the best outside is {label(out['model'])}."
+    )
