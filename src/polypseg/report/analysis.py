@@ -71,7 +71,7 @@ def analyse(material: Material, *, resamples: int = RESAMPLES) -> Analysis:
         for test in (material.inside, material.outside)
     )
     several = len(material.compared) > 1
-    groups = study_groups(list(material.compared))
+    groups = study_groups(list(material.compared), names=material.names)
     return Analysis(
         **common,  # type: ignore[arg-type]
         inside=inside,

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from polypseg.report.analysis import Analysis
-from polypseg.report.material import label
 from polypseg.report.wording import ALPHA
 from polypseg.statistics import Interval
 
@@ -141,7 +140,7 @@ def _distributions(analysis: Analysis) -> Picture | None:
             axis.plot(dice.mean(), row + 0.38, "o", ms=3.6, color=INK, mew=0)
         axis.set(xlim=(-0.01, 1.01), xlabel="Dice of an image")
         axis.set_title(f"{material.test_title(test)}\nn = {len(dice[0])}")
-    axes[0].set_yticks(range(len(material.models)), [label(m) for m in material.models])
+    axes[0].set_yticks(range(len(material.models)), [material.label(m) for m in material.models])
     axes[0].set_ylim(len(material.models) - 0.4, -0.6)
     return _picture(
         figure,
@@ -156,14 +155,14 @@ def _slopes(analysis: Analysis) -> Picture | None:
     change = analysis.change
     if change is None:
         return None
-    rows, count = change.rows(), len(change.models)
+    rows, count, names = change.rows(), len(change.models), analysis.material.names
     figure, (axis,) = _axes(WIDTH, 0.3 * count + 0.6)
     for place, where in ((0, "inside"), (1, "outside")):
         for offset, row in _spread_ties(rows, f"rank_{where}"):
             side, away = ("right", -1) if place == 0 else ("left", 1)
             spread = f"{row[f'rank_{where}_low']}–{row[f'rank_{where}_high']}"
             y = row[f"rank_{where}"] + offset
-            name, rank = label(row["model"]), f"{row[f'rank_{where}']:g}"
+            name, rank = analysis.material.label(row["model"]), f"{row[f'rank_{where}']:g}"
             text = f"{name}  {rank}" if place == 0 else f"{rank}  {name}"
             axis.text(place + 0.05 * away, y, text, ha=side, va="center", color=colour(row["model"]))
             axis.text(place + 0.75 * away, y, spread, ha=side, va="center", color=MUTED, fontsize=7.5)
@@ -184,7 +183,8 @@ def _slopes(analysis: Analysis) -> Picture | None:
         title="Rank by mean Dice in and out of distribution",
         caption="Rank by mean Dice, 1 is best. 95 %: range of a model's rank over joint draws of images"
         f"{' and seeds' if analysis.inside and analysis.inside.seeds > 1 else ''}. "
-        "Blue: ResNet50 + DeepLabV3+ rows; orange: ViT-B + DPT rows. Thick: part of a pair shown to change places.",
+        f"Blue: {names.get('resnet50', 'ResNet50')} + DeepLabV3+ rows; orange: {names.get('vit_base', 'ViT-B')} + DPT "
+        "rows. Thick: part of a pair shown to change places.",
     )
 
 
@@ -207,7 +207,7 @@ def _rank_probabilities(analysis: Analysis) -> Picture | None:
         order = np.argsort(ranking.ranks, kind="stable")
         shares = ranking.probability[order]
         _cells(axis, np.where(shares >= 0.005, shares, np.nan))
-        axis.set_yticks(range(count), [label(change.models[m]) for m in order])
+        axis.set_yticks(range(count), [analysis.material.label(change.models[m]) for m in order])
         axis.set_xticks(range(count), range(1, count + 1))
         axis.set_xlabel("rank")
         axis.set_title(f"{where} distribution")
@@ -247,8 +247,14 @@ def _flips(analysis: Analysis) -> Picture | None:
         for column in range(row):
             if {names[row], names[column]} in certain:
                 axis.add_patch(Rectangle((column - 0.46, row - 1.46), 0.92, 0.92, fill=False, edgecolor=INK, lw=1.2))
-    axis.set_yticks(range(count - 1), [label(m) for m in names[1:]])
-    axis.set_xticks(range(count - 1), [label(m) for m in names[:-1]], rotation=45, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(count - 1), [analysis.material.label(m) for m in names[1:]])
+    axis.set_xticks(
+        range(count - 1),
+        [analysis.material.label(m) for m in names[:-1]],
+        rotation=45,
+        ha="right",
+        rotation_mode="anchor",
+    )
     axis.tick_params(axis="x", labelcolor=INK)
     return _picture(
         figure,
@@ -313,12 +319,12 @@ def _gaps(analysis: Analysis) -> Picture | None:
     if not analysis.gaps:
         return None
     ordered = sorted(analysis.gaps, key=lambda gap: gap.gap.estimate)
-    panels = [("loss of mean Dice", [(label(g.model), colour(g.model), g.gap) for g in ordered])]
+    panels = [("loss of mean Dice", [(analysis.material.label(g.model), colour(g.model), g.gap) for g in ordered])]
     if all(gap.relative for gap in ordered):
         panels.append(
             (
                 "loss relative to in distribution",
-                [(label(g.model), colour(g.model), g.relative) for g in ordered if g.relative],
+                [(analysis.material.label(g.model), colour(g.model), g.relative) for g in ordered if g.relative],
             )
         )
     return _forest(

@@ -17,7 +17,7 @@ from polypseg.data.polyps import PolypDataset, open_dataset
 from polypseg.dataset_cards import may_be_public
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.metrics import pixel_counts, standard_scores
-from polypseg.report.material import Material, Receipt, entry_of, label
+from polypseg.report.material import Material, Receipt, entry_of
 from polypseg.report.wording import number
 
 SIDE = 360
@@ -92,8 +92,8 @@ def build_galleries(material: Material, *, masks: Path | None, sources: Mapping[
 
 def _gallery(material: Material, test: Test, *, masks: Path | None, source: Path | None) -> Gallery:
     attribution = permission(test[0])
-    chosen = chosen_models(material, test)
-    seeds = {model: material.used(model, test) for model in material.models if material.used(model, test)}
+    chosen = [material.label(model) for model in chosen_models(material, test)]
+    seeds = {material.label(m): material.used(m, test) for m in material.models if material.used(m, test)}
     dice = np.stack([np.mean([r.scores("dice") for r in used], axis=0) for used in seeds.values()])  # (M, N)
     ids = [row["id"] for row in next(iter(seeds.values()))[0].images]
     drawn = attribution is not None and masks is not None and (source is not None or test[0].startswith("synthetic_"))
@@ -147,7 +147,7 @@ def _scores(
     seeds: Mapping[str, Sequence[Receipt]], chosen: Sequence[str], dice: NDArray[np.float64]
 ) -> list[tuple[str, str]]:
     by_model = dict(zip(seeds, dice, strict=True))
-    shown = [(label(model), number(by_model[model], digits=2)) for model in chosen]
+    shown = [(model, number(by_model[model], digits=2)) for model in chosen]
     return [*shown, (f"all {len(by_model)}", f"{number(dice.mean(), digits=2)} ± {number(dice.std(), digits=2)}")]
 
 
@@ -165,7 +165,7 @@ def _with_picture(case: Case, dataset: PolypDataset, chosen: Mapping[str, Receip
             masks / receipt.name / "masks" / dataset.spec.name / f"{case.id}.png", truth, case.id, receipt
         )
         seed = "" if receipt.seed is None else f", seed {receipt.seed}"
-        outlines.append(Outline(name=label(model) + seed, kind=kind, path=outline(mask, factor)))
+        outlines.append(Outline(name=model + seed, kind=kind, path=outline(mask, factor)))
     return Case(
         why=case.why,
         id=case.id,

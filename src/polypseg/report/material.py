@@ -13,6 +13,7 @@ from polypseg import zoo
 from polypseg.artifacts import file_sha256
 from polypseg.card_facts import Test, test_of
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.origin import read_origin
 from polypseg.receipts import check_receipt, find_receipts, unpack
 
 CONVENTION = "paper"
@@ -127,6 +128,29 @@ class Material:
         kept = {id(r) for model in self.models for test in self.tests for r in self.used(model, test)}
         return tuple(r for r in self.receipts if id(r) not in kept)
 
+    @cached_property
+    def _labels(self) -> dict[str, str]:
+        return {model: _label(model, self.of(model)[0].weights_origin) for model in self.models}
+
+    def label(self, model: str) -> str:
+        """Short name of a row's weights: the paper's at full size, else one of the small encoder's own facts."""
+        return self._labels[model]
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """What stands for the table's families and corpora in small studies: key of the table -> words."""
+        found: dict[str, dict[str, None]] = {}
+        for receipt in self.receipts:
+            entry, origin = entry_of(receipt.row), receipt.weights_origin
+            if entry is None or not origin or origin.get("scale") == "full":
+                continue
+            encoder = str(origin.get("model_id", "")).split(".", maxsplit=1)[0].removesuffix(f"_{entry.decoder}")
+            found.setdefault(entry.encoder, {})[encoder.split("_patch", maxsplit=1)[0]] = None
+            corpus = (origin.get("pretraining") or {}).get("corpus")
+            if corpus and entry.corpus != "none":
+                found.setdefault(entry.corpus, {})[str(corpus).replace("_", " ")] = None
+        return {key: " and ".join(words) for key, words in found.items()}
+
     def test_title(self, test: Test) -> str:
         """``Kvasir-SEG, reference test part``."""
         titles = (r.dataset["title"] for r in self.receipts if r.test == test)
@@ -143,17 +167,23 @@ class Material:
         if absent:
             found.append(f"No receipt of {len(absent)} of the table’s {len(zoo.ZOO)} rows: {', '.join(absent)}.")
         for test in self.tests:
-            lacking = [label(model) for model in self.models if not self.of(model, test)]
+            lacking = [self.label(model) for model in self.models if not self.of(model, test)]
             if lacking:
                 found.append(f"{self.test_title(test)}: not tested for {', '.join(lacking)}.")
         if self.unused():
-            names = ", ".join(f"{label(r.row)} seed {r.seed}" for r in self.unused())
+            names = ", ".join(f"{self.label(r.row)} seed {r.seed}" for r in self.unused())
             found.append(f"Rows are compared with as many seeds each; receipts beyond that are not used: {names}.")
         return found
 
 
-def label(model: str) -> str:
-    """The paper's short name of a row, or the name itself."""
+def _label(model: str, weights_origin: Mapping[str, Any]) -> str:
+    if weights_origin and weights_origin.get("scale") != "full":
+        return read_origin(weights_origin).label
+    return table_name(model)
+
+
+def table_name(model: str) -> str:
+    """The paper's short name of the table's row, or the name itself."""
     entry = entry_of(model)
     return entry.short_name if entry else model
 

@@ -18,7 +18,7 @@ from polypseg.report.analysis import Analysis
 from polypseg.report.documents import Document
 from polypseg.report.figures import Picture
 from polypseg.report.gallery import Gallery
-from polypseg.report.material import Material, Receipt, entry_of, label
+from polypseg.report.material import Material, Receipt, entry_of
 from polypseg.report.tables import METRIC_TITLES, Cell, Column, Row, Table, metric_cells, slug
 from polypseg.report.wording import number, rank_change_verdict
 from polypseg.zoo import RANDOM
@@ -68,7 +68,7 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    verdict, sentences = rank_change_verdict(analysis.change) if analysis.change else ("", ())
+    verdict, sentences = rank_change_verdict(analysis.change, label=material.label) if analysis.change else ("", ())
     return environment.get_template("report.html.jinja").render(
         title=title,
         style=style,
@@ -102,14 +102,8 @@ def scale_sentences(material: Material) -> list[str]:
     small = [r for r in material.receipts if r.weights_origin and r.weights_origin.get("scale") != "full"]
     if not small:
         return []
-    stand_ins, corpora = dict[str, None](), dict[str, None]()
-    for receipt in small:
-        entry, origin = entry_of(receipt.row), receipt.weights_origin
-        encoder = str(origin.get("model_id", "an unknown encoder"))
-        if entry:
-            encoder = encoder.removesuffix(f"_{entry.decoder}.{entry.tag}")
-            stand_ins[f"{encoder} for {_ENCODERS.get(entry.encoder, entry.encoder)}"] = None
-        corpora[_corpus(origin)] = None
+    stand_ins = [f"{material.names[key]} for {title}" for key, title in _ENCODERS.items() if key in material.names]
+    corpora = dict.fromkeys(_corpus(receipt.weights_origin) for receipt in small)
     pretrained = [corpus for corpus in corpora if corpus]
     return [
         f"Small encoders stand in for the study’s: {', '.join(stand_ins)}." if stand_ins else "Small encoders.",
@@ -190,7 +184,7 @@ def model_section(analysis: Analysis, model: str) -> ModelSection:
     tests = [test for test in material.tests if material.used(model, test)]
     return ModelSection(
         anchor=slug("model", model),
-        name=label(model),
+        name=material.label(model),
         title=_row_title(first),
         summary=origin.summary if origin else "Predictions of weights that the receipt does not record.",
         shortcomings=origin.shortcomings if origin else (),

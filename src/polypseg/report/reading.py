@@ -12,7 +12,7 @@ from polypseg.card_facts import Test
 from polypseg.errors import UsageError, first_line, unknown_name
 from polypseg.metrics import METRICS
 from polypseg.report.analysis import Analysis
-from polypseg.report.material import label, parse_test
+from polypseg.report.material import parse_test, table_name
 from polypseg.report.wording import between, number, p_value, percent, rank, span
 from polypseg.statistics import agreement_row
 
@@ -37,7 +37,7 @@ def render_reading(path: Path, analysis: Analysis) -> str:
 
 def _numbers(analysis: Analysis) -> dict[str, Any]:
     material, change = analysis.material, analysis.change
-    models = {name: model for model in material.models for name in (label(model), model)}
+    models = {name: model for model in material.models for name in (material.label(model), table_name(model), model)}
 
     def test_of(name: str) -> Test:
         return {"in": material.inside, "out": material.outside}.get(name) or parse_test(name)

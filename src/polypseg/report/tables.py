@@ -9,7 +9,7 @@ from polypseg import zoo
 from polypseg.card_facts import Test
 from polypseg.metrics import METRICS
 from polypseg.report.analysis import Analysis
-from polypseg.report.material import Material, Receipt, entry_of, label, part_words
+from polypseg.report.material import Material, Receipt, entry_of, part_words
 from polypseg.report.wording import between, number, p_value, percent, rank
 from polypseg.statistics import Interval
 from polypseg.zoo import RANDOM
@@ -113,7 +113,12 @@ def from_receipts(receipts: Sequence[Receipt]) -> dict[str, Any]:
 
 
 def _model_cell(material: Material, model: str) -> Cell:
-    return Cell(label(model), note=start_words(material, model), sort=label(model), href="#" + slug("model", model))
+    return Cell(
+        material.label(model),
+        note=start_words(material, model),
+        sort=material.label(model),
+        href="#" + slug("model", model),
+    )
 
 
 def start_words(material: Material, model: str) -> str:
@@ -313,7 +318,7 @@ def contrast_table(analysis: Analysis) -> Table:
                     c.name.replace(" - ", " − "),
                     f"{len(c.groups[0])} and {len(c.groups[1])} models",
                     sort=c.name,
-                    title=_sides(c.groups),
+                    title=_sides(analysis.material, c.groups),
                 ),
                 *(_interval_cell(value, signed=True) for value in (c.inside, c.outside, c.gap)),
             ]
@@ -329,14 +334,15 @@ def contrast_table(analysis: Analysis) -> Table:
     )
 
 
-def _sides(groups: tuple[tuple[str, ...], tuple[str, ...]]) -> str:
-    return " against ".join(", ".join(label(model) for model in side) for side in groups)
+def _sides(material: Material, groups: tuple[tuple[str, ...], tuple[str, ...]]) -> str:
+    return " against ".join(", ".join(material.label(model) for model in side) for side in groups)
 
 
 def pair_table(analysis: Analysis) -> Table:
     """All pairs of models: differences with Holm-adjusted p in both tests, and whether their order turns."""
     if analysis.change is None:
         return Table(name="pairs", caption="", columns=[], rows=[])
+    label = analysis.material.label
     rows, records = [], []
     for one, other, pair in zip(*analysis.comparisons, analysis.change.pairs, strict=True):
         rows.append(
@@ -422,7 +428,7 @@ def receipt_table(material: Material) -> Table:
             environment = receipt.content["environment"]
             versions = environment["versions"]
             facts = {
-                "model": label(model),
+                "model": material.label(model),
                 "test": material.test_title(receipt.test),
                 "seed": receipt.seed,
                 "images": len(receipt.images),

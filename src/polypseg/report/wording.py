@@ -1,8 +1,7 @@
 """How numbers are written, and what may be said of a change of ranking."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from polypseg.report.material import label
 from polypseg.statistics import Interval, RankChange
 
 ALPHA = 0.05
@@ -54,8 +53,8 @@ def span(interval: Interval) -> str:
     return number(interval.estimate, digits=2) + bounds
 
 
-def rank_change_verdict(change: RankChange) -> tuple[str, tuple[str, ...]]:
-    """A short answer to "is the ranking change real?" and the sentences behind it."""
+def rank_change_verdict(change: RankChange, *, label: Callable[[str], str]) -> tuple[str, tuple[str, ...]]:
+    """A short answer to "is the ranking change real?" and the sentences behind it; ``label``: a row's name in text."""
     agreement, count = change.agreement, len(change.models)
     moved = sum(row["rank_change"] != 0 for row in change.rows())
     certain = [pair for pair in change.pairs if pair["p_flip_holm"] < ALPHA]
@@ -68,8 +67,8 @@ def rank_change_verdict(change: RankChange) -> tuple[str, tuple[str, ...]]:
     sentences = [observed, _test_sentence(agreement.p_one_order, rejected=rejected)]
     if agreement.tau.estimate < 1 - 1e-9:
         sentences.append(_noise_sentence(change))
-    sentences.append(_pair_sentence(certain, flipped=flipped))
-    sentences.append(_winner_sentence(change))
+    sentences.append(_pair_sentence(certain, flipped=flipped, label=label))
+    sentences.append(_winner_sentence(change, label=label))
     return _answer(change, rejected=rejected, certain=bool(certain)), tuple(sentences)
 
 
@@ -105,7 +104,7 @@ def _noise_sentence(change: RankChange) -> str:
     )
 
 
-def _pair_sentence(certain: Sequence[dict[str, object]], *, flipped: int) -> str:
+def _pair_sentence(certain: Sequence[dict[str, object]], *, flipped: int, label: Callable[[str], str]) -> str:
     if not certain:
         return (
             ""
@@ -118,7 +117,7 @@ def _pair_sentence(certain: Sequence[dict[str, object]], *, flipped: int) -> str
     )
 
 
-def _winner_sentence(change: RankChange) -> str:
+def _winner_sentence(change: RankChange, *, label: Callable[[str], str]) -> str:
     rows = change.rows()
     best, out = min(rows, key=lambda row: row["rank_inside"]), min(rows, key=lambda row: row["rank_outside"])
     stays = percent(change.agreement.winner_stays)

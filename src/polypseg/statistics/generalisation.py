@@ -104,8 +104,13 @@ def group_contrasts(
     return contrasts
 
 
-def study_groups(models: Sequence[str]) -> dict[str, Groups]:
-    """The study's questions as groups of the table's rows, of those in ``models``; one without a side is left out."""
+def study_groups(models: Sequence[str], *, names: Mapping[str, str] | None = None) -> dict[str, Groups]:
+    """The study's questions as groups of the table's rows, of those in ``models``; one without a side is left out.
+
+    ``names``: what the questions call an encoder or a corpus of the table, where others stand in for it.
+    """
+    called = {"vit_base": "ViT-B", "resnet50": "ResNet50", "imagenet1k": "ImageNet-1k", "hyperkvasir": "Hyperkvasir"}
+    called |= names or {}
     rows = [row for row in zoo.ZOO if row.model_id in models]
     self_supervised = ("moco_v3", "barlow_twins", "mae")
 
@@ -113,12 +118,12 @@ def study_groups(models: Sequence[str]) -> dict[str, Groups]:
         return tuple(r.model_id for r in rows if all(getattr(r, key) in values for key, values in wanted.items()))
 
     questions = {
-        "ViT-B - ResNet50": (ids(encoder=("vit_base",)), ids(encoder=("resnet50",))),
-        "self-supervised - supervised, ImageNet-1k": (
+        f"{called['vit_base']} - {called['resnet50']}": (ids(encoder=("vit_base",)), ids(encoder=("resnet50",))),
+        f"self-supervised - supervised, {called['imagenet1k']}": (
             ids(method=self_supervised, corpus=("imagenet1k",)),
             ids(method=("supervised",), corpus=("imagenet1k",)),
         ),
-        "ImageNet-1k - Hyperkvasir, self-supervised": (
+        f"{called['imagenet1k']} - {called['hyperkvasir']}, self-supervised": (
             ids(method=self_supervised, corpus=("imagenet1k",)),
             ids(method=self_supervised, corpus=("hyperkvasir",)),
         ),
