@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from polypseg import evaluate_commands, hub_commands, report_commands, use_commands
+from polypseg import evaluate_commands, hub_commands, report_commands, shift_commands, use_commands
 from polypseg.errors import PolypSegError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Find, fetch and check datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(shift_commands.shift_app, name="shift")
 for command in (
     hub_commands.convert,
     hub_commands.export,
