@@ -22,7 +22,7 @@ PLAIN = replace(CAMERAS["a"], text_share=0.0, box_share=0.0, polyp_area_spread=0
 INJECTED = {
     "colour": replace(PLAIN, mucosa=(0.62, 0.42, 0.42)),
     "sharpness": replace(PLAIN, blur=(0.02, 0.022)),
-    "border": replace(PLAIN, border="ellipse", border_size=0.9, border_colour=(15, 16, 19)),
+    "border": replace(PLAIN, border="ellipse", border_size=0.97, border_colour=(15, 16, 19)),
     "scale": replace(PLAIN, polyp_area_median=0.032),
     "compression": replace(PLAIN, jpeg_quality=(8, 9)),
 }

@@ -1,4 +1,4 @@
-"""What a model's card promises: facts with a source, numbers from result files, examples that run, nothing to hide."""
+"""What a model's card promises: facts with a source, numbers from receipts, examples that run, nothing to hide."""
 
 import ast
 import dataclasses
@@ -16,7 +16,14 @@ from transformers import DPTConfig, DPTForSemanticSegmentation
 
 from hub.cards import check_card
 from polypseg import zoo
-from polypseg.card_facts import PICTURES, collect_facts, measured_facts, planned_facts, pretrained_entry
+from polypseg.card_facts import (
+    PICTURES,
+    collect_facts,
+    measured_facts,
+    planned_facts,
+    pretrained_entry,
+    read_results,
+)
 from polypseg.card_pictures import SEED, SIZE, write_card_pictures
 from polypseg.cards import lint_card, load_card, render_card, render_pages, write_pages
 from polypseg.data.catalog import DATASETS, clinicdb_sequence
@@ -31,6 +38,7 @@ from polypseg.metrics import METRICS
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.origin import read_origin
 from polypseg.processing import build_image_processor, load_model
+from polypseg.receipts import digest_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = REPOSITORY / "model_cards"
@@ -85,23 +93,27 @@ def test_committed_card_passes_the_lint(path):
 
 
 @every_card
-def test_table_of_a_card_holds_the_result_files_numbers_and_no_others(path):
+def test_table_of_a_card_holds_the_receipts_numbers_and_no_others(path):
     card = ModelCard.load(path)
-    results = [json.loads(file.read_text()) for file in sorted((RESULTS / path.stem).glob("*.json"))]
+    results = read_results(RESULTS / path.stem)
     rows = [line for line in section(card, "Evaluation").splitlines() if CELL.search(line)]
     assert len(rows) == len(results)
     for result in results:
-        cells = [tuple(f"{value[key]:.3f}" for key in ("mean", "low", "high")) for value in result["metrics"].values()]
+        scores = result["scores_by_cluster"]["paper"]
+        cells = [tuple(f"{value[key]:.3f}" for key in ("mean", "low", "high")) for value in scores.values()]
         matching = [row for row in rows if CELL.findall(row) == cells]
-        assert len(matching) == 1 and f"| {result['n']} | {result['convention']} |" in matching[0]
-        assert result["dataset"]["title"] in matching[0]
+        assert len(matching) == 1 and result["dataset"]["title"] in matching[0]
+        size = re.search(r"\| (\d+)(?: in (\d+) clips \(effective n (\d+)\))? \|", matching[0])
+        assert int(size[1]) == result["n"]
+        if result["dataset"]["name"] == "cvc_clinicdb":
+            assert size[2] == "29" and int(size[3]) == round(scores["dice"]["effective_size"]) < result["n"]
     home = [row for row in rows if "Kvasir-SEG" in row]
     assert all(row.startswith("| in distribution |") for row in home)
     assert all(row.startswith("| out of distribution |") for row in rows if row not in home)
 
 
 @every_card
-def test_model_index_holds_the_result_files_numbers_and_no_others(path):
+def test_model_index_holds_the_receipts_numbers_and_no_others(path):
     index = metadata(ModelCard.load(path)).get("model-index", [])
     said = {
         (
@@ -115,20 +127,18 @@ def test_model_index_holds_the_result_files_numbers_and_no_others(path):
         for entry in model["results"]
         for metric in entry["metrics"]
     }
-    contents = [json.loads(file.read_text()) for file in (RESULTS / path.stem).glob("*.json")]
     assert said == {
         (c["dataset"]["name"], c["dataset"]["part"], name, round(value["mean"], 4), c["n"])
-        for c in contents
-        for name, value in c["metrics"].items()
+        for c in read_results(RESULTS / path.stem)
+        for name, value in c["scores_by_cluster"]["paper"].items()
     }
 
 
 @every_card
-def test_worst_images_of_a_card_are_those_of_the_result_files(path):
+def test_worst_images_of_a_card_are_those_of_the_receipts(path):
     text = section(ModelCard.load(path), "Limits and failures")
-    for file in (RESULTS / path.stem).glob("*.json"):
-        content = json.loads(file.read_text())
-        dice = {image["id"]: image["dice"] for image in content["images"]}
+    for content in read_results(RESULTS / path.stem):
+        dice = {image["id"]: image["paper.dice"] for image in content["images"]}
         line = next(line for line in text.splitlines() if content["dataset"]["title"] in line)
         named = re.findall(r"`(\w+)` \((\d\.\d{3})\)", line)
         assert len(named) == 5 and all(f"{dice[name]:.3f}" == value for name, value in named)
@@ -142,7 +152,7 @@ def test_planned_card_says_that_nothing_is_there(entry):
     assert "no weights have been published, and nothing has been evaluated" in card.text
     assert not re.search(r"\d\.\d{3}", section(card, "Evaluation")) and "model-index" not in metadata(card)
     rows = [line for line in section(card, "Evaluation").splitlines() if "distribution |" in line]
-    assert len(rows) == 3 and all(row.count("not evaluated") == 6 for row in rows)
+    assert len(rows) == 3 and all(row.count("not evaluated") == 5 for row in rows)
     assert "not recorded" in section(card, "Compute") and "Fine-tuned on kvasir_seg" not in card.text
 
 
@@ -276,20 +286,24 @@ def with_results(*results: dict) -> ModelCard:
 
 
 def result(name: str, split: str, part: str, ids: list[str], *, synthetic: bool = False) -> dict:
-    value = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    value = {"mean": 0.5, "low": 0.4, "high": 0.6, "clusters": len(ids), "effective_size": 1.5}
     dataset = {"name": name, "title": DATASETS[name].title, "split": split, "part": part}
-    image = {"dice": 0.5, "intersection": 1, "predicted": 2, "true": 2}
-    return {
-        "model_id": "m",
-        "weights_origin": {},
-        "dataset": dataset | {"content_id": "c", "synthetic": synthetic},
+    image = {"paper.dice": 0.5, "intersection": 1, "predicted": 2, "true": 2}
+    content = {
+        "receipt": 1,
+        "name": "m",
+        "model": {"sha256": None, "weights_origin": {}},
+        "dataset": dataset | {"content_id": "c", "manifest": "d", "synthetic": synthetic, "clips_known": False},
         "n": len(ids),
-        "convention": "standard",
-        "interval": "95 %",
-        "metrics": dict.fromkeys(METRICS, value),
+        "seen": {"rule": "report", "reason": "not asked", "excluded": []},
+        "collisions": None,
+        "bootstrap": {"by_cluster": "95 %"},
+        "clusters": {"repeats_merged": 0},
+        "scores_by_cluster": {"paper": dict.fromkeys(METRICS, value)},
         "images": [{"id": i, **image} for i in ids],
-        "environment": {},
+        "environment": {"created": "2026-01-01", "git_revision": None, "versions": {}},
     }
+    return content | {"digest": digest_of(content)}
 
 
 def test_card_says_how_many_test_images_were_training_images():
@@ -304,7 +318,13 @@ def test_card_says_how_many_test_images_were_training_images():
 
 @pytest.mark.parametrize(
     ("name", "part", "synthetic"),
-    [("synthetic_b", "full", True), ("kvasir_seg", "train", False), ("cvc_clinicdb", "full-first10", False)],
+    [
+        ("synthetic_b", "full", True),
+        ("kvasir_seg", "train", False),
+        ("cvc_clinicdb", "full-first10", False),
+        ("cvc_clinicdb", "full-partial12", False),
+        ("kvasir_seg", "test-unseen98", False),
+    ],
 )
 def test_model_index_leaves_out_what_must_not_be_quoted(name, part, synthetic):
     card = with_results(result(name, "full", part, ["1", "2"], synthetic=synthetic))
@@ -404,8 +424,8 @@ def test_usage_of_a_committed_card_is_python_and_pins_the_revision(path):
 def test_collect_facts_refuses_results_of_other_weights(folder, tmp_path):
     path = write_folder(tmp_path / "model", decoder="deeplabv3plus")
     (path / "results").mkdir()
-    other = result("kvasir_seg", "reference", "test", ["a"]) | {"weights_origin": {"sha256": "1" * 64}}
-    (path / "results" / "x.json").write_text(json.dumps(other))
+    other = result("kvasir_seg", "reference", "test", ["a"]) | {"model": {"sha256": "1" * 64, "weights_origin": {}}}
+    (path / "results" / "x.receipt.json").write_text(json.dumps(other))
     with pytest.raises(UsageError, match="results of other weights"):
         collect_facts(path, organisation="someone")
 
@@ -444,7 +464,7 @@ BROKEN = [
     (lambda t: t + "\n[More Information Needed]\n", "unfinished"),
     (lambda t: t + "\n![x](pictures/none.png)\n", "pictures/none.png does not exist"),
     (lambda t: t + "\n![x](../secret.png)\n", "outside the model's folder"),
-    (lambda t: re.sub(r"value: 0\.\d+", "value: 0.9999", t, count=1), "dice 0.9999 on cvc_clinicdb, which no result"),
+    (lambda t: re.sub(r"value: 0\.\d+", "value: 0.9999", t, count=1), "dice 0.9999 on cvc_clinicdb, which no receipt"),
 ]
 
 
@@ -462,6 +482,39 @@ def test_lint_finds(change, finding, tmp_path):
     assert changed != str(card)
     findings = lint_card(ModelCard(changed), folder=tmp_path)
     assert len(findings) == 1 and finding in findings[0], findings
+
+
+def test_lint_finds_a_receipt_that_was_changed(tmp_path):
+    (tmp_path / "results").mkdir()
+    content = result("kvasir_seg", "reference", "test", ["a", "b"])
+    (tmp_path / "results" / "x.receipt.json").write_text(json.dumps(content))
+    facts = dataclasses.replace(planned_facts(zoo.get("RN-IN-SL"), organisation="x"), results=(content,))
+    assert lint_card(render_card(facts), folder=tmp_path) == []
+    content["images"][0]["paper.dice"] = 0.9
+    (tmp_path / "results" / "x.receipt.json").write_text(json.dumps(content))
+    assert lint_card(render_card(facts), folder=tmp_path) == [
+        "its receipt of kvasir_seg reference test was changed after it was written"
+    ]
+
+
+def test_card_states_clips_repeats_and_what_the_model_saw():
+    content = result("cvc_clinicdb", "full", "full", ["1", "2", "3"])
+    content["dataset"]["clips_known"], content["clusters"]["repeats_merged"] = True, 1
+    kinds = {"same content": 0, "near-duplicate": 2}
+    content["collisions"] = {"colliding": 2, "tested": 3, "kinds": kinds, "unchecked": ["pretraining on P"]}
+    text = section(with_results(content), "Evaluation")
+    assert "| CVC-ClinicDB, all images | 3 in 3 clips (effective n 2) | 0.500 [0.400, 0.600] |" in text
+    assert "1 of the images repeat another pixel by pixel and count once" in text
+    said = "2 of 3 images collide with what the model saw (near-duplicate: 2)"
+    assert f"- CVC-ClinicDB, all images: {said}; not checked, as not listed: pretraining on P." in text
+
+
+def test_a_folder_of_result_files_of_another_format_is_a_clear_error(tmp_path):
+    folder = tmp_path / "resnet10t_deeplabv3plus.random"
+    folder.mkdir()
+    (folder / "kvasir_seg.reference.test.json").write_text(json.dumps({"metrics": {}, "images": []}))
+    with pytest.raises(UsageError, match=r"no receipts .*resnet10t_deeplabv3plus\.random.*not read: run"):
+        measured_facts(folder, organisation="x")
 
 
 @pytest.mark.parametrize("text", ["---\nlicense: [mit\n---\n", "---\n- mit\n---\n"])

@@ -1,7 +1,7 @@
 """Evaluation: the protocol by hand, batching, native mask size, any model, files that can be trusted."""
 
 import csv
-import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,12 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.data import SyntheticOptions, open_dataset
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.evaluate_commands import Seen
 from polypseg.evaluation import evaluate_model, predict_masks, predicted_mask
 from polypseg.metrics import METRICS
+from polypseg.passport import SeenError, attach_passport, finetuning_passport
 from polypseg.processing import build_image_processor, load_model, polyp_logits
+from polypseg.receipts import check_receipt, read_receipt
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -113,29 +116,59 @@ def test_predicted_masks_have_the_frames_sizes(model, data):
     ]  # fmt: skip
 
 
-def test_result_files_agree_with_each_other(model, data, tmp_path):
+def run_script(**options):
+    runpy.run_path(str(REPOSITORY / "training_scripts" / "evaluate.py"))["main"](**options)
+
+
+def test_script_writes_a_receipt_that_holds_the_protocols_scores(model, tmp_path, capsys):
+    """And that its CSV agrees with; the same scores as evaluate_model's; of both conventions where both are asked."""
+    data = open_dataset("synthetic_b")
+    model.save_pretrained(tmp_path / "m")
+    build_image_processor(model.config).save_pretrained(tmp_path / "m")
+    for convention in ("standard", "ssl4gie"):
+        options = {"convention": convention, "limit": 6, "output": tmp_path / convention}
+        run_script(model=str(tmp_path / "m"), dataset="synthetic_b", **options)
+    path = tmp_path / "standard" / "m" / "synthetic_b.full.full-first6.receipt.json"
+    content, both = read_receipt(path), read_receipt(tmp_path / "ssl4gie" / "m" / path.name)
+    assert check_receipt(path) == [] and content["n"] == 6 and content["dataset"]["synthetic"]
+    assert list(content["scores"]) == ["paper"] and list(both["scores"]) == ["paper", "ssl4gie"]
     result = evaluate(model, data, limit=6)
-    path = result.write(tmp_path)
-    assert path == tmp_path / "m" / "synthetic_b.full.full-first6.json"
-    content = json.loads(path.read_text())
-    assert content["n"] == 6 and content["dataset"]["synthetic"] and content["convention"] == "standard"
     rows = list(csv.DictReader(path.with_suffix(".csv").open()))
     for name in METRICS:
-        mean = np.mean([row[name] for row in content["images"]])
-        assert content["metrics"][name]["mean"] == pytest.approx(mean)
-        assert mean == pytest.approx(np.mean([float(row[name]) for row in rows]))
-        low, high = content["metrics"][name]["low"], content["metrics"][name]["high"]
-        assert low <= content["metrics"][name]["mean"] <= high
+        scores = result.scores()[name]
+        assert [row[f"paper.{name}"] for row in content["images"]] == pytest.approx(scores, abs=1e-9)
+        assert [float(row[f"paper.{name}"]) for row in rows] == pytest.approx(scores, abs=1e-9)
+        assert content["scores_by_cluster"]["paper"][name]["mean"] == pytest.approx(scores.mean())
+    shown = capsys.readouterr().out
+    assert f"{result.scores()['dice'].mean():.3f} [" in shown and "n = 6; not checked against what" in shown
+    with pytest.raises(UsageError, match="unknown metric convention 'ssl4gi'"):
+        run_script(model="x", dataset="synthetic_b", convention="ssl4gi")
 
 
-def test_convention_changes_only_what_it_names(model, data, tmp_path):
+def test_script_refuses_images_that_the_model_saw_unless_told_otherwise(model, tmp_path):
+    data = tmp_path / "data"
+    for part, mode in (("images", "RGB"), ("masks", "L")):
+        (data / part).mkdir(parents=True)
+        for index in range(10):
+            noise = np.random.default_rng(index).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(noise).convert(mode).save(data / part / f"{index}.png")
+    opened = open_dataset("folder", source=data)
+    model.save_pretrained(tmp_path / "m")
+    build_image_processor(model.config).save_pretrained(tmp_path / "m")
+    attach_passport(tmp_path / "m", finetuning_passport(opened, split="reference", model_id="m"))
+    options = {"model": str(tmp_path / "m"), "dataset": "folder", "source": data, "output": tmp_path / "results"}
+    with pytest.raises(SeenError, match="9 of 10 images"):
+        run_script(**options)
+    assert not (tmp_path / "results").exists()
+    run_script(**options, seen=Seen.report)
+    content = read_receipt(tmp_path / "results" / "m" / "folder.full.full.receipt.json")
+    assert content["n"] == 10 and content["collisions"]["colliding"] == 9
+
+
+def test_convention_changes_only_what_it_names(model, data):
     standard, reference = evaluate(model, data), evaluate(model, data, convention="ssl4gie")
     assert (standard.counts == reference.counts).all()
     np.testing.assert_allclose(standard.scores()["dice"], reference.scores()["dice"], atol=1e-7)
-    assert standard.write(tmp_path).name == "synthetic_b.full.full.json"
-    assert reference.write(tmp_path).name == "synthetic_b.full.full.ssl4gie.json"
-    names = sorted(path.name for path in (tmp_path / "m").iterdir())
-    assert len(names) == 4 and names[1] == "synthetic_b.full.full.json"
 
 
 def test_wrong_requests_fail_before_the_work(model, data):

@@ -17,12 +17,15 @@ from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from polypseg import export as export_module
-from polypseg.artifacts import file_sha256
+from polypseg.artifacts import file_sha256, read_json
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.export import FP16_WEIGHTS, export_model, half, write_weights
 from polypseg.manifest import MANIFEST, find_mismatches, list_files, read_manifest
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.processing import build_image_processor, load_model
+from polypseg.receipts import read_receipt, save_receipt
+from polypseg.scoring import score_predictions
+from receipt_factory import DrawnDataset, DrawnPredictions
 
 FIELDS = {
     "cnn": {"encoder": "resnet10t"},
@@ -175,42 +178,43 @@ def test_an_exported_folder_can_be_exported_again(source, exported, tmp_path, wi
     assert again.origin.record["sha256"] == file_sha256(source / "model.safetensors")
 
 
-def result(sha256: str | None) -> dict[str, object]:
-    """A result as evaluation writes it, shortened."""
-    scores = {name: {"mean": 0.5, "low": 0.4, "high": 0.6} for name in ("dice", "iou", "precision", "recall")}
-    return {
-        "model_id": "small.random",
-        "weights_origin": ORIGIN | ({"sha256": sha256} if sha256 else {}),
-        "dataset": {
-            "name": "synthetic_a",
-            "title": "synthetic frames, camera A",
-            "split": "reference",
-            "part": "test",
-            "content_id": "0123",
-            "synthetic": True,
-        },
-        "n": 2,
-        "convention": "standard",
-        "interval": "95 % percentile bootstrap over images, 5000 resamples, seed 0",
-        "metrics": scores,
-        "images": [
-            {"id": str(i), "dice": 0.5, "iou": 0.5, "precision": 0.5, "recall": 0.5, "intersection": 1, "predicted": 2}
-            | {"true": 2}
-            for i in range(2)
-        ],
-        "environment": {"created": "2026-01-01T00:00:00+00:00", "versions": {}},
-    }
+def write_result(folder: Path, *, sha256: str | None, name: str = "small.random", count: int = 3) -> Path:
+    """A receipt of made-up predictions by weights of that digest."""
+    origin = ORIGIN | ({"sha256": sha256} if sha256 else {})
+    dataset = DrawnDataset("kvasir_seg", count)
+    source = DrawnPredictions(name=name, weights_origin=origin, skill=1.0, seed=0)
+    manifest = dataset.manifest("reference", f"test{count}")
+    return score_predictions(source, dataset, manifest=manifest, conventions=("paper",)).write(folder)
 
 
-def test_only_results_of_these_very_weights_go_along(source, tmp_path, without_card):
-    folder = tmp_path / "results" / "small.random"
-    folder.mkdir(parents=True)
-    for name, sha256 in {"mine": file_sha256(source / "model.safetensors"), "other": "ab" * 32, "unsaid": None}.items():
-        (folder / f"{name}.json").write_text(json.dumps(result(sha256)))
-    done = export_model(source, tmp_path / "out", results=tmp_path / "results", organisation="someone")
-    assert done.results == ("mine.json",)
-    assert [reason.split(":")[0] for reason in done.left_out] == ["other.json", "unsaid.json"]
-    assert sorted(p.name for p in (tmp_path / "out" / "results").iterdir()) == ["mine.json"]
+def test_only_sound_receipts_of_these_very_weights_go_along(source, tmp_path, without_card):
+    ours, results = file_sha256(source / "model.safetensors"), tmp_path / "results"
+    mine, elsewhere = write_result(results, sha256=ours), write_result(results, sha256=ours, name="another", count=4)
+    write_result(results, sha256="ab" * 32, count=5)
+    write_result(results, sha256=None, count=6)
+    write_result(results, sha256="ab" * 32, name="another", count=7)  # nobody's business
+    forged = write_result(results, sha256=ours, count=8)
+    content = read_json(forged)
+    content["scores_by_cluster"]["paper"]["dice"]["mean"] += 0.1
+    save_receipt(forged, content)  # with a digest that fits
+    (results / "small.random" / "kvasir_seg.reference.test.json").write_text('{"metrics": {}}')  # of another format
+    done = export_model(source, tmp_path / "out", results=results, organisation="someone")
+    assert done.results == (elsewhere.name, mine.name)
+    assert [reason.split(": ")[0] for reason in done.left_out] == [
+        f"kvasir_seg.reference.test{count}.receipt.json" for count in (5, 6, 8)
+    ]
+    assert "other weights (abababababab)" in done.left_out[0] and "does not say" in done.left_out[1]
+    assert "scores_by_cluster.paper.dice.mean" in done.left_out[2]
+    assert sorted(path.name for path in (tmp_path / "out" / "results").iterdir()) == [mine.name, elsewhere.name]
+    assert read_receipt(tmp_path / "out" / "results" / mine.name) == read_receipt(mine)
+
+
+def test_results_without_a_receipt_are_a_usage_error(source, tmp_path, without_card):
+    (tmp_path / "results" / "small.random").mkdir(parents=True)
+    (tmp_path / "results" / "small.random" / "kvasir_seg.reference.test.json").write_text('{"metrics": {}}')
+    with pytest.raises(UsageError, match=r"no receipts .*another format are not read: run"):
+        export_model(source, tmp_path / "out", results=tmp_path / "results", organisation="someone")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_copy_with_other_outputs_is_not_kept(source, tmp_path, monkeypatch, without_card):
@@ -245,9 +249,7 @@ def test_changed_weights_lose_the_name_and_the_results_of_the_old_ones(source, t
         next(model.parameters()).mul_(1.01)
     model.save_pretrained(tmp_path / "further")
     processor.save_pretrained(tmp_path / "further")
-    results = tmp_path / "results" / "small.random"
-    results.mkdir(parents=True)
-    (results / "old.json").write_text(json.dumps(result(file_sha256(source / "model.safetensors"))))
+    write_result(tmp_path / "results", sha256=file_sha256(source / "model.safetensors"))
     done = export_model(tmp_path / "further", tmp_path / "out", results=tmp_path / "results", organisation="someone")
     assert done.results == () and "other weights" in done.left_out[0]
     assert "changed" in done.origin.suffix and any("changed" in why for why in done.origin.shortcomings)

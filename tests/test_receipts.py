@@ -9,11 +9,9 @@ import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from polypseg.artifacts import read_json
 from polypseg.data import open_dataset
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluate_commands import check_receipts
-from polypseg.evaluation import EvaluationResult
 from polypseg.receipts import (
     check_receipt,
     digest_of,
@@ -313,26 +311,3 @@ def test_read_score_set_takes_a_receipts_columns_clips_and_repeats(content):
         read_score_set({"m": [content]}, metric="paper.dise")
     with pytest.raises(UsageError, match=r"size\.dice_small is undefined on \d of 9 images"):
         read_score_set({"m": [content]}, metric="size.dice_small")
-
-
-def test_read_score_set_compares_a_receipt_with_a_result_file(content, dataset, tmp_path):
-    counts = np.array([[row[key] for key in ("intersection", "predicted", "true")] for row in content["images"]])
-    older = EvaluationResult(
-        model_id="m",
-        dataset="cvc_clinicdb",
-        title="CVC-ClinicDB",
-        split="full",
-        part="full",
-        content_id=dataset.content_id,
-        ids=tuple(FRAMES),
-        counts=counts,
-    )
-    files = {"old": [read_json(older.write(tmp_path))], "new": [content]}
-    for metric in ("paper.recall", "recall"):
-        old, new = read_score_set(files, metric=metric).per_observation()
-        assert old == pytest.approx(new)
-    with pytest.raises(UsageError, match=r"unknown metric 'pranet\.mean_dice'"):
-        read_score_set(files, metric="pranet.mean_dice")
-    files["old"][0]["convention"] = "ssl4gie"
-    with pytest.raises(UsageError, match="differ in the convention"):
-        read_score_set(files, metric="recall")

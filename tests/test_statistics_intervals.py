@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from scipy.special import ndtr
 
-from polypseg.data.catalog import clinicdb_sequence
+from polypseg.data.catalog import CLIP_COLUMN, DATASETS, clinicdb_sequence
 from polypseg.errors import UsageError
 from polypseg.statistics import (
     design_effect,
@@ -74,9 +74,14 @@ def test_score_set_refuses_what_cannot_be_compared(scores, labels, found):
 
 
 def result(model: str, dices: dict[str, float], *, dataset: str = "cvc_clinicdb", content: str = "c") -> dict:
-    images = [{"id": i, "dice": d, "iou": d / 2, "precision": d, "recall": d} for i, d in dices.items()]
-    facts = {"name": dataset, "title": "T", "split": "full", "part": "full", "content_id": content}
-    return {"model_id": model, "dataset": facts, "convention": "standard", "images": images}
+    """What is read of a receipt."""
+    clip = DATASETS[dataset].groups.get(CLIP_COLUMN, lambda *_: None)
+    images = [
+        {"id": i, "clip": clip(i, ""), "paper.dice": d, "paper.iou": d / 2, "paper.precision": d, "paper.recall": d}
+        for i, d in dices.items()
+    ]
+    facts = {"name": dataset, "title": "T", "split": "full", "part": "full", "manifest": content}
+    return {"receipt": 1, "name": model, "dataset": facts, "images": images, "manifest": {"pixels": list(dices)}}
 
 
 def test_read_score_set_finds_the_clips_of_clinicdb_and_merges_the_given_repeats():
@@ -98,8 +103,7 @@ def test_read_score_set_takes_every_seed_and_every_image_of_a_set_without_clips(
     ("other", "found"),
     [
         (result("b", {"1": 0.2, "3": 0.4}), "the images"),
-        (result("b", {"1": 0.2, "2": 0.4}, content="d"), "the content of the dataset"),
-        (result("b", {"1": 0.2, "2": 0.4}) | {"convention": "ssl4gie"}, "the convention"),
+        (result("b", {"1": 0.2, "2": 0.4}, content="d"), "the content of the images"),
     ],
 )
 def test_read_score_set_refuses_results_of_other_images(other, found):

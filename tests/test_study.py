@@ -13,29 +13,72 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from polypseg import study, zoo
-from polypseg.artifacts import read_json
 from polypseg.data import SyntheticOptions, open_dataset
 from polypseg.errors import UsageError
-from polypseg.study import Scale, StudyPlan, comparison_rows, plan_jobs, rank, run_study
+from polypseg.receipts import check_receipt, find_receipts, read_receipt
+from polypseg.statistics import analyse_rank_change, read_score_set
+from polypseg.study import Comparison, Scale, StudyPlan, plan_jobs, rank, run_study
+from receipt_factory import SKILLS, write_study
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-def fake_result(dice: float) -> dict:
-    values = {name: {"mean": dice, "low": dice - 0.1, "high": dice + 0.1} for name in study.METRICS}
-    return {"n": 3, "metrics": values, "images": [{"dice": dice}] * 3}
 
 
 def test_ranks_share_ties():
     assert rank({"a": 0.5, "b": 0.9, "c": 0.5, "d": 0.1}) == {"b": 1, "a": 2, "c": 2, "d": 4}
 
 
-def test_comparison_computes_the_rank_change():
-    results = {"a": [fake_result(0.9), fake_result(0.2)], "b": [fake_result(0.8), fake_result(0.7)]}
-    a, b = comparison_rows(results, {"a": "x", "b": "y"})
-    assert (a["rank_in"], a["rank_out"], a["rank_change"]) == (1, 2, -1)
-    assert (b["rank_in"], b["rank_out"], b["rank_change"]) == (2, 1, 1)
-    assert a["in_mdice"] == 0.9 and a["out_mdice_low"] == pytest.approx(0.1) and a["start"] == "x"
+@pytest.fixture(scope="module")
+def receipts(tmp_path_factory):
+    """Row -> receipts of made-up models on 10 frames and on 60 frames of three clips."""
+    found: dict[str, list] = {}
+    for content in find_receipts(write_study(tmp_path_factory.mktemp("receipts"), SKILLS, seeds=1)).values():
+        found.setdefault(content["model"]["row"], []).append(content)
+    return {name: sorted(pair, key=lambda content: content["n"]) for name, pair in found.items()}
+
+
+def test_comparison_shows_the_receipts_scores_by_clip_their_gap_and_the_rank_change(receipts):
+    rows = {row["model"]: row for row in Comparison.of(receipts).rows(dict.fromkeys(receipts, "x"))}
+    dice = {name: [np.mean([image["paper.dice"] for image in c["images"]]) for c in receipts[name]] for name in rows}
+    order = [sorted(dice, key=lambda name, k=k: -dice[name][k]) for k in (0, 1)]
+    assert order[0] != order[1]
+    for name, row in rows.items():
+        outside = receipts[name][1]
+        assert (row["in_mdice"], row["out_mdice"]) == pytest.approx(tuple(dice[name]))
+        clips = outside["scores_by_cluster"]["paper"]["dice"]
+        assert (row["out_mdice_low"], row["out_mdice_high"]) == (clips["low"], clips["high"]) and clips["clusters"] == 3
+        assert clips["low"] != outside["scores"]["paper"]["dice"]["low"]  # which is over images
+        assert row["out_effective_n"] == clips["effective_size"] and row["in_effective_n"] == 10
+        assert row["gap_mdice"] == pytest.approx(dice[name][0] - dice[name][1])
+        assert row["gap_mdice_low"] < row["gap_mdice"] < row["gap_mdice_high"]
+        assert [row["rank_in"], row["rank_out"]] == [1 + places.index(name) for places in order]
+        assert row["rank_change"] == row["rank_in"] - row["rank_out"] and row["start"] == "x"
+
+
+def test_comparison_asks_of_three_models_whether_the_change_of_ranking_is_real(receipts):
+    comparison = Comparison.of(receipts)
+    sets = [read_score_set({name: [pair[k]] for name, pair in receipts.items()}) for k in (0, 1)]
+    expected = analyse_rank_change(*sets).agreement
+    assert f"two rankings: {expected.tau.estimate:.3f} [{expected.tau.low:.3f}," in comparison.agreement()
+    assert f"p = {expected.p_one_order:.3f};" in comparison.agreement()
+    two = Comparison.of(dict(list(receipts.items())[:2]))
+    assert two.change is None and "asked of 3 models or more" in two.agreement() and len(two.gaps) == 2
+
+
+def test_comparison_refuses_receipts_of_different_images(receipts):
+    (first, pair), (second, other) = list(receipts.items())[:2]
+    with pytest.raises(UsageError, match="differ in the images"):
+        Comparison.of({first: pair, second: other[::-1]})
+
+
+def test_page_states_clips_seen_images_and_the_gap(receipts):
+    comparison = Comparison.of(receipts)
+    labels = {name: zoo.get(name).short_name for name in receipts}
+    rows = comparison.rows(dict.fromkeys(receipts, "x"))
+    text = study._markdown(rows, labels, comparison, titles=["A", "B"], note="Note.")
+    assert "## Out of distribution: B, n = 60 in 3 video clips" in text and "## In distribution: A, n = 10\n" in text
+    assert text.count("- not checked against what the model saw: these predictions come without a passport.") == 2
+    assert all(f"| {study._cell(row, 'gap_mdice')} | {row['rank_in']} |" in text for row in rows)
+    assert comparison.agreement() in text and "drawn" not in text.split("Intervals:")[0]
 
 
 class TestPlan:
@@ -137,14 +180,18 @@ def test_study_continues_from_rows_of_finetune_and_refuses_those_of_another_star
         overrides=settings,
         encoder_weights=("RN-IN-SL=random",),
         start_from_available=True,
-        limit=1,
+        limit=2,
     )
     (job,) = plan_jobs(plan)
     opened = open_dataset("folder", source=data)
     tests = study._tests(plan, opened, opened)
     study._run_job(job, plan, tests)
     assert before == (weights.stat().st_mtime_ns, [path.name for path in (run / "checkpoints").iterdir()])
-    assert [read_json(study._result_path(plan, job, test))["n"] for test in tests] == [1, 1]
+    written = [read_receipt(study._receipt_path(plan, job, test)) for test in tests]
+    assert [(receipt["n"], receipt["seen"]["rule"]) for receipt in written] == [(2, "report")] * 2
+    parts = opened.split("reference")
+    used = {*parts["train"], *parts["validation"]} & set(opened.split("full")["full"][:2])
+    assert used and [receipt["collisions"]["colliding"] for receipt in written] == [0, len(used)]
 
     file = tmp_path / "encoder.safetensors"
     save_file(timm.create_model("resnet18", pretrained=False).state_dict(), file)
@@ -175,9 +222,12 @@ def test_study_runs_end_to_end_and_a_second_call_changes_nothing(tmp_path, monke
     for figure in ("dice_distributions", "rank_changes", "overlays"):
         pixels = np.asarray(Image.open(tmp_path / "study" / "figures" / f"{figure}.png").convert("L"))
         assert pixels.size > 50_000 and pixels.std() > 5
-    result = tmp_path / "study" / "results" / "vit_base_dpt.mae_imagenet1k" / "synthetic_b.full.full-first4.json"
+    result = (
+        tmp_path / "study" / "results" / "vit_base_dpt.mae_imagenet1k" / "synthetic_b.full.full-first4.receipt.json"
+    )
     weights = tmp_path / "study" / "runs" / "vit_base_dpt.mae_imagenet1k" / "best" / "model.safetensors"
     before = (result.stat().st_mtime_ns, weights.stat().st_mtime_ns, text)
+    assert check_receipt(result) == [] and "images collide with what the model saw" in text
     run_study(plan)
     assert before == (result.stat().st_mtime_ns, weights.stat().st_mtime_ns, report.read_text())
     assert "report:" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Evaluate any semantic segmentation model on a part of a dataset, at the masks' own size.
+"""Evaluate any semantic segmentation model on a part of a dataset, at the masks' own size; leaves a receipt.
 
 python training_scripts/evaluate.py --model runs/rn-in-sl/best --dataset cvc_clinicdb --split full --part full
 """
@@ -10,12 +10,21 @@ from typing import Annotated
 import typer
 from typer import Option
 
+from polypseg.card_facts import cell_of, scores_of, seen_words, size_of
 from polypseg.cli import run_script
 from polypseg.data import open_dataset
-from polypseg.errors import UsageError
-from polypseg.evaluation import evaluate_model
+from polypseg.errors import UsageError, unknown_name
+from polypseg.evaluate_commands import Seen
+from polypseg.hub import fetch
 from polypseg.metrics import METRICS
+from polypseg.passport import kept_manifest, name_partial
+from polypseg.predictions import ModelPredictions
 from polypseg.processing import default_device, load_model, results_name
+from polypseg.receipts import read_receipt
+from polypseg.suite import SuitePlan, score_images
+
+CONVENTIONS = {"standard": ("paper",), "ssl4gie": ("paper", "ssl4gie")}
+"""Value of --convention -> conventions of the receipt."""
 
 
 def main(
@@ -26,37 +35,46 @@ def main(
     part: Annotated[str, Option(help="Part of the split.")] = "full",
     output: Annotated[Path, Option(help="Folder of results.")] = Path("results"),
     model_id: Annotated[str | None, Option(help="Name in the results; default: the recorded id.")] = None,
-    convention: Annotated[str, Option(help="Metric formulas: standard, or ssl4gie as the reference.")] = "standard",
+    convention: Annotated[
+        str, Option(help="Metric formulas: standard, or ssl4gie for the reference's too.")
+    ] = "standard",
+    seen: Annotated[
+        Seen, Option(help="Test images that the model's passport lists: refuse the test, report or exclude them.")
+    ] = Seen.refuse,
     batch_size: Annotated[int, Option(min=1, help="Images per forward pass.")] = 8,
     limit: Annotated[int | None, Option(min=1, help="Only the first N images.")] = None,
     allow_partial: Annotated[bool, Option("--allow-partial", help="Accept a part of the dataset.")] = False,
     revision: Annotated[str | None, Option(help="Commit of a Hub model; with its own code, all 40 digits.")] = None,
     trust_remote_code: Annotated[bool, Option("--trust-remote-code", help="Run code from the Hub repo.")] = False,
 ) -> None:
-    """Evaluate any semantic segmentation model on a part of a dataset."""
+    """Evaluate any semantic segmentation model on a part of a dataset and write a receipt."""
+    if convention not in CONVENTIONS:
+        raise unknown_name("metric convention", convention, CONVENTIONS)
     data = open_dataset(dataset, source=source, allow_partial=allow_partial)
-    pinned = Path(model).is_dir() or (revision and re.fullmatch(r"[0-9a-f]{40}", revision))
-    if trust_remote_code and not pinned:
+    manifest = name_partial(kept_manifest(data, split=split, part=part, limit=limit), data)
+    is_folder = Path(model).is_dir()
+    if trust_remote_code and not is_folder and not (revision and re.fullmatch(r"[0-9a-f]{40}", revision)):
         raise UsageError("code from the Hub is run at a full commit only: give --revision with its 40 digits")
     network, processor = load_model(model, revision=revision, trust_remote_code=trust_remote_code)
-    result = evaluate_model(
-        network,
-        processor,
+    result = score_images(
+        ModelPredictions(
+            name=model_id or results_name(network.config, model),
+            model=network,
+            processor=processor,
+            batch_size=batch_size,
+            device=default_device(),
+        ),
+        SuitePlan(output=output, conventions=CONVENTIONS[convention], rule=seen.value),
         data,
-        model_id=model_id or results_name(network.config, model),
-        split=split,
-        part=part,
-        limit=limit,
-        batch_size=batch_size,
-        convention=convention,
-        device=default_device(),
+        manifest,
+        model_folder=Path(model) if is_folder else fetch(model, revision=revision),
     )
     path = result.write(output)
+    content = read_receipt(path)
     for name in METRICS:
-        value = result.summary()[name]
-        interval = "" if value["low"] is None else f"  [{value['low']:.4f}, {value['high']:.4f}]"
-        typer.echo(f"m{name:<10} {value['mean']:.4f}{interval}")
-    typer.echo(f"n = {len(result.ids)}; every image is in {path}")
+        typer.echo(f"m{name:<10} {cell_of(scores_of(content)[name])}")
+    typer.echo(f"n = {size_of(content)}; {seen_words(content)}")
+    typer.echo(f"every image is in {path}")
 
 
 if __name__ == "__main__":

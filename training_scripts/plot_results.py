@@ -1,4 +1,4 @@
-"""Draw the per-image Dice distributions of one model's results, in and out of distribution.
+"""Draw the per-image Dice distributions of one model's receipts, in and out of distribution.
 
 python training_scripts/plot_results.py \
     --results model_cards/results/tf_efficientnet_lite0_deeplabv3plus.supervised_imagenet1k
@@ -11,24 +11,23 @@ import numpy as np
 from typer import Option
 
 from polypseg import plots
-from polypseg.artifacts import read_json
+from polypseg.card_facts import CONVENTION, no_results, read_results, scores_of
 from polypseg.cli import run_script
-from polypseg.errors import UsageError
 
 
-def main(results: Annotated[Path, Option(help="Folder with one model's result files.")]) -> None:
+def main(results: Annotated[Path, Option(help="Folder with one model's receipts.")]) -> None:
     """Draw the per-image Dice distributions of one model's results."""
-    contents = [read_json(path) for path in sorted(results.glob("*.json"), reverse=True)]
+    contents = read_results(results)[::-1]
     if not contents:
-        raise UsageError(f"no results in {results}: run training_scripts/evaluate.py first")
-    model_id = contents[0]["model_id"]
+        raise no_results(results)
+    name = contents[0]["name"]
     titles = [f"{c['dataset']['title']}, {c['dataset']['split']} {c['dataset']['part']}" for c in contents]
-    means = [f"{c['metrics']['dice']['mean']:.3f}" for c in contents]
+    means = [f"{scores_of(c)['dice']['mean']:.3f}" for c in contents]
     plots.plot_dice_distributions(
-        {model_id: [np.array([image["dice"] for image in c["images"]]) for c in contents]},
-        labels={model_id: "small model"},
+        {name: [np.array([image[f"{CONVENTION}.dice"] for image in c["images"]]) for c in contents]},
+        labels={name: "small model"},
         titles=titles,
-        note=f"{model_id}: a small model, none of the twelve; one seed. Mean Dice {' and '.join(means)}.",
+        note=f"{name}: a small model, none of the twelve; one seed. Mean Dice {' and '.join(means)}.",
         path=results / "dice_distributions.png",
     )
     print(results / "dice_distributions.png")

@@ -8,9 +8,10 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
-from polypseg.card_facts import read_results, test_of
+from polypseg.card_facts import read_results, scores_of, test_of
 from polypseg.dataset_cards import DISCLAIMER
 from polypseg.errors import UsageError, first_line
+from polypseg.receipts import digest_of
 
 LICENSE_IDS = frozenset(
     {"apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "mit", "other", "unknown"}
@@ -53,7 +54,7 @@ def lint_card(card: ModelCard, *, folder: Path | None = None) -> list[str]:
     """What is wrong with a card, one phrase each; empty when it may be published.
 
     With ``folder`` (the model folder that the card lies in) pictures must exist and the numbers of the model-index must
-    be those of ``results/*.json``.
+    be those of the receipts in ``results``, which must be as they were written.
     """
     text = str(card)
     try:
@@ -115,12 +116,13 @@ def _picture_findings(pictures: Iterable[str], *, folder: Path | None) -> Iterab
 
 
 def _number_findings(metadata: Mapping[str, Any], *, folder: Path) -> Iterable[str]:
-    """Every number of the model-index must be found in the folder's result files."""
+    """Every number of the model-index must be found in the folder's receipts, and these must bear their digests."""
     measured: dict[tuple[str, ...], set[float]] = {}
-    for result in read_results(folder / "results").values():
-        for metric, value in result["metrics"].items():
-            if isinstance(value, dict) and "mean" in value:
-                measured.setdefault((*test_of(result), metric), set()).add(round(value["mean"], 4))
+    for result in read_results(folder / "results"):
+        if digest_of(result) != result["digest"]:
+            yield f"its receipt of {' '.join(test_of(result))} was changed after it was written"
+        for metric, value in scores_of(result).items():
+            measured.setdefault((*test_of(result), metric), set()).add(round(value["mean"], 4))
     for model in metadata.get("model-index") or []:
         for entry in model["results"]:
             dataset = entry["dataset"]
@@ -128,4 +130,4 @@ def _number_findings(metadata: Mapping[str, Any], *, folder: Path) -> Iterable[s
                 key = (dataset["type"], str(dataset.get("config")), str(dataset.get("split")), metric["type"])
                 if metric["value"] not in measured.get(key, set()):
                     number = f"{metric['type']} {metric['value']} on {key[0]}"
-                    yield f"the model-index says {number}, which no result file says"
+                    yield f"the model-index says {number}, which no receipt says"

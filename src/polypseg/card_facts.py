@@ -1,4 +1,4 @@
-"""What a model's card says, collected: from the table, the weights' record, the run and the result files."""
+"""What a model's card says, collected: from the table, the weights' record, the run and the evaluation receipts."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from polypseg.data.catalog import DATASETS, DatasetSpec
 from polypseg.errors import UsageError
 from polypseg.origin import STUDY_DATA, STUDY_RECIPE, STUDY_TRAINING_IMAGES, Origin, read_origin
 from polypseg.passport import PASSPORT, Passport
+from polypseg.receipts import SUFFIX, find_receipts
 from polypseg.recipe import Recipe, load_recipe, parse_recipe
 from polypseg.zoo import RANDOM, ZooEntry
 
@@ -20,6 +21,8 @@ Stage = Literal["planned", "unpublished", "published"]
 Test = tuple[str, str, str]
 """Dataset, split and part."""
 
+CONVENTION = "paper"
+"""Whose scores cards, tables and the model-index show."""
 PICTURES = {
     "widget/frame_1.png": ("widget/mask_1.png", "Synthetic frame, camera A"),
     "widget/frame_2.png": ("widget/mask_2.png", "Synthetic frame, camera B"),
@@ -68,7 +71,7 @@ class CardFacts:
     """Tag that the usage examples pin."""
     recipe: Recipe | None = None
     results: tuple[Mapping[str, Any], ...] = ()
-    """Contents of result files, as EvaluationResult.write leaves them."""
+    """Contents of receipts that score by CONVENTION."""
     compute: ComputeFacts = field(default_factory=ComputeFacts)
     passport: Passport | None = None
     """What the model saw; None where it is not recorded."""
@@ -161,10 +164,10 @@ def measured_facts(folder: Path, *, organisation: str) -> CardFacts:
     from polypseg.modeling import PolypSegConfig
     from polypseg.modeling.encoders_polypseg import is_plain_vit
 
-    contents = list(read_results(folder).values())
+    contents = read_results(folder)
     if not contents:
-        raise UsageError(f"no results in {folder}: run training_scripts/evaluate.py first")
-    record = {**contents[0]["weights_origin"], "model_id": folder.name}
+        raise no_results(folder)
+    record = {**contents[0]["model"]["weights_origin"], "model_id": folder.name}
     recipe = load_recipe(record["recipe"])
     epochs = _read_rows(folder / "epochs.csv")
     record.setdefault("finished", len(epochs) == recipe.training.epochs)
@@ -184,7 +187,7 @@ def measured_facts(folder: Path, *, organisation: str) -> CardFacts:
         stage="unpublished",
         organisation=organisation,
         recipe=recipe,
-        results=tuple(contents),
+        results=contents,
         compute=ComputeFacts(hours=_training_hours(epochs, recipe)),
         dice_distributions=f"results/{folder.name}/{figure.name}" if figure.is_file() else None,
     )
@@ -196,21 +199,28 @@ def _encoder_of(model_id: str, decoder: str) -> str:
     return zoo.ENCODERS.get(name, name)
 
 
-def read_results(folder: Path) -> dict[Path, dict[str, Any]]:
-    """The evaluation results among a folder's JSON files, as EvaluationResult.write leaves them, by path.
+def read_results(folder: Path) -> tuple[dict[str, Any], ...]:
+    """Contents of the receipts in a folder and below it that are of a model and score by CONVENTION, by path.
 
-    Robustness curves, scores by every convention and other files are passed over.
+    Raises PolypSegError for a damaged receipt.
     """
-    contents = {path: read_json(path) for path in sorted(folder.glob("*.json"))}
-    keys = {"weights_origin", "dataset", "convention", "metrics", "images"}
-    return {path: content for path, content in contents.items() if isinstance(content, dict) and keys <= set(content)}
+    found = find_receipts(folder).values()
+    return tuple(content for content in found if content["model"] and CONVENTION in content["scores_by_cluster"])
+
+
+def no_results(folder: Path) -> UsageError:
+    """The error for a folder without such receipts."""
+    return UsageError(
+        f"no receipts (*{SUFFIX}) of a model by the convention {CONVENTION!r} in {folder}, and result files of another "
+        "format are not read: run training_scripts/evaluate.py or `polypseg evaluate` first"
+    )
 
 
 def _read_results(folder: Path, origin: Origin) -> tuple[Mapping[str, Any], ...]:
-    contents = tuple(read_results(folder).values())
+    contents = read_results(folder)
     ours = origin.record.get("sha256")
     for content in contents:
-        theirs = content["weights_origin"].get("sha256")
+        theirs = content["model"]["sha256"]
         if ours and theirs and ours != theirs:
             raise UsageError(f"{folder} holds results of other weights ({theirs[:12]}, not {ours[:12]}): export again")
     return contents
@@ -274,6 +284,38 @@ def pretrained_entry(origin: Origin) -> ZooEntry | None:
 
 
 def test_of(result: Mapping[str, Any]) -> Test:
-    """Dataset, split and part of a result file's content."""
+    """Dataset, split and part of a receipt's content."""
     dataset = result["dataset"]
     return dataset["name"], dataset["split"], dataset["part"]
+
+
+def scores_of(result: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """metric -> mean with its interval by cluster, by CONVENTION, of a receipt's content."""
+    scores: Mapping[str, Mapping[str, Any]] = result["scores_by_cluster"][CONVENTION]
+    return scores
+
+
+def cell_of(value: Mapping[str, Any]) -> str:
+    """``mean [low, high]`` of one of a receipt's scores, for a table."""
+    interval = "" if value["low"] is None else f" [{value['low']:.3f}, {value['high']:.3f}]"
+    return f"{value['mean']:.3f}{interval}"
+
+
+def size_of(result: Mapping[str, Any]) -> str:
+    """How many images a receipt is of, and what they weigh for the mean Dice where clips are known."""
+    if not result["dataset"]["clips_known"]:
+        return str(result["n"])
+    dice = scores_of(result)["dice"]
+    return f"{result['n']} in {dice['clusters']} clips (effective n {dice['effective_size']:.0f})"
+
+
+def seen_words(result: Mapping[str, Any]) -> str:
+    """What a receipt says of whether the model saw the tested images."""
+    collisions = result["collisions"]
+    if collisions is None:
+        return f"not checked against what the model saw: {result['seen']['reason']}"
+    kinds = ", ".join(f"{kind}: {count}" for kind, count in collisions["kinds"].items() if count)
+    found = f"{collisions['colliding']} of {collisions['tested']} images collide with what the model saw"
+    words = f"{found} ({kinds})" if kinds else found
+    words += f"; {len(result['seen']['excluded'])} were left out" if result["seen"]["excluded"] else ""
+    return words + "".join(f"; not checked, as not listed: {stage}" for stage in collisions["unchecked"])

@@ -14,7 +14,7 @@ from PIL import Image
 
 from polypseg import plots
 from polypseg.artifacts import atomic_path
-from polypseg.card_facts import DICE_DISTRIBUTIONS, EXAMPLES, PICTURES
+from polypseg.card_facts import CONVENTION, DICE_DISTRIBUTIONS, EXAMPLES, PICTURES
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.evaluation import predict_masks
 from polypseg.metrics import pixel_counts, score
@@ -53,7 +53,7 @@ def write_card_pictures(
 ) -> CardPictures:
     """Draw the pictures of a model's card into its folder.
 
-    ``name``: what the model is called in them; ``results``: contents of its result files. Takes two times FRAMES
+    ``name``: what the model is called in them; ``results``: contents of its receipts. Takes two times FRAMES
     forward passes.
     """
     examples = {camera: draw_examples(model, processor, camera=camera) for camera in CAMERAS}
@@ -116,11 +116,11 @@ def _write_examples(examples: Mapping[str, Sequence[Example]], path: Path, *, na
 
 def _write_distributions(results: Sequence[Mapping[str, Any]], folder: Path, *, name: str) -> str | None:
     """Dice of every image of the results that have more than one; None without such a result."""
-    shown = [r for r in results if r["convention"] == "standard" and sum("dice" in i for i in r["images"]) > 1]
+    shown = [result for result in results if result["n"] > 1]
     if not shown:
         return None
     plots.plot_dice_distributions(
-        {name: [np.array([image["dice"] for image in result["images"]]) for result in shown]},
+        {name: [np.array([image[f"{CONVENTION}.dice"] for image in result["images"]]) for result in shown]},
         labels={name: "this model"},
         titles=[str(result["dataset"]["title"]) for result in shown],
         note=f"{name}; one training run.",

@@ -1,4 +1,4 @@
-"""Model cards: every fact from the table, the weights' record and the result files; what was not measured says so.
+"""Model cards: every fact from the table, the weights' record and the receipts; what was not measured says so.
 
 The template is in hub_configs/cards and knows no model by name.
 """
@@ -14,15 +14,20 @@ from polypseg import __version__, zoo
 from polypseg.artifacts import write_text
 from polypseg.card_checks import lint_card, load_card
 from polypseg.card_facts import (
+    CONVENTION,
     PICTURES,
     CardFacts,
     ComputeFacts,
     Test,
+    cell_of,
     collect_facts,
     finetuning_dataset,
     measured_facts,
     planned_facts,
     pretrained_entry,
+    scores_of,
+    seen_words,
+    size_of,
     test_of,
 )
 from polypseg.data.catalog import DATASETS, DatasetSpec
@@ -89,6 +94,8 @@ def render_card(facts: CardFacts) -> ModelCard:
         recipe_rows=_recipe_rows(facts.recipe),
         tests=[_test_row(facts, test) for test in _tests(facts)],
         result_notes=[_result_notes(result) for result in facts.results],
+        convention=CONVENTION,
+        intervals=list(dict.fromkeys(result["bootstrap"]["by_cluster"] for result in facts.results)),
         saw=_saw_lines(facts),
         collision=_split_collision(finetuning_dataset(facts.origin)),
         test_caveats=_test_caveats(facts),
@@ -164,7 +171,7 @@ def _is_at_home(origin: Origin, dataset: str) -> bool:
 
 
 def _indexed_results(facts: CardFacts) -> list[EvalResult]:
-    """The model-index: complete parts of real datasets only, with the numbers of the result files."""
+    """The model-index: complete parts of real datasets only, with the numbers of the receipts."""
     return [
         EvalResult(
             task_type="image-segmentation",
@@ -173,15 +180,18 @@ def _indexed_results(facts: CardFacts) -> list[EvalResult]:
             dataset_name=_title(test_of(result), dataset=result["dataset"]["title"]),
             dataset_config=result["dataset"]["split"],
             dataset_split=result["dataset"]["part"],
-            dataset_args={"n": result["n"], "content_id": result["dataset"]["content_id"]},
+            dataset_args={
+                "n": result["n"],
+                "content_id": result["dataset"]["content_id"],
+                "manifest": result["dataset"]["manifest"],
+            },
             metric_type=name,
-            metric_name=f"{_METRIC_TITLES[name]} (mean over images, {result['convention']} convention)",
-            metric_value=round(result["metrics"][name]["mean"], 4),
+            metric_name=f"{_METRIC_TITLES[name]} (mean over images, convention {CONVENTION})",
+            metric_value=round(scores_of(result)[name]["mean"], 4),
         )
         for result in facts.results
         if is_quotable(result)
         for name in METRICS
-        if name in result["metrics"]
     ]
 
 
@@ -195,7 +205,8 @@ def _title(test: Test, *, dataset: str | None = None) -> str:
 def is_quotable(result: Mapping[str, Any]) -> bool:
     """Whether a result may stand where leaderboards read: real images, a whole part, not the training images."""
     part = result["dataset"]["part"]
-    return not result["dataset"]["synthetic"] and "-first" not in part and part not in ("train", "validation")
+    is_whole = not any(word in part for word in ("-first", "-partial", "-unseen"))
+    return not result["dataset"]["synthetic"] and is_whole and part not in ("train", "validation")
 
 
 def _pretraining_lines(facts: CardFacts) -> list[str]:
@@ -289,7 +300,7 @@ def _tests(facts: CardFacts) -> list[Test]:
 
 
 def _test_row(facts: CardFacts, test: Test) -> dict[str, Any]:
-    """One test for the table: its results, one a convention, or none."""
+    """One test for the table: its results, or none."""
     where = "in distribution" if _is_at_home(facts.origin, test[0]) else "out of distribution"
     matching = [result for result in facts.results if test_of(result) == test]
     return {
@@ -298,21 +309,13 @@ def _test_row(facts: CardFacts, test: Test) -> dict[str, Any]:
         "results": [
             {
                 "n": result["n"],
-                "convention": result["convention"],
-                "cells": [
-                    _cell(result["metrics"][metric]) if metric in result["metrics"] else NOT_EVALUATED
-                    for metric in METRICS
-                ],
+                "size": size_of(result),
+                "cells": [cell_of(scores_of(result)[metric]) for metric in METRICS],
                 "seen": _seen_images(facts.origin, result),
             }
             for result in matching
         ],
     }
-
-
-def _cell(value: Mapping[str, Any]) -> str:
-    interval = "" if value["low"] is None else f" [{value['low']:.3f}, {value['high']:.3f}]"
-    return f"{value['mean']:.3f}{interval}"
 
 
 def _seen_images(origin: Origin, result: Mapping[str, Any]) -> int:
@@ -333,28 +336,27 @@ def _test_caveats(facts: CardFacts) -> list[tuple[str, str]]:
 
 
 def _result_notes(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What the per-image scores of one result say about failures, and how the result was made."""
-    scored = [image for image in result.get("images", []) if "dice" in image]
-    images = sorted(scored, key=lambda image: (image["dice"], image["id"]))
-    environment = result.get("environment", {})
-    versions = environment.get("versions", {})
-    dataset = result["dataset"]
+    """What the per-image scores of one receipt say about failures, and how the receipt was made."""
+    dice = {image["id"]: image[f"{CONVENTION}.dice"] for image in result["images"]}
+    versions = result["environment"]["versions"]
+    dataset, repeats = result["dataset"], result["clusters"]["repeats_merged"]
     return {
-        "title": _title(test_of(result), dataset=result["dataset"]["title"]),
-        "convention": result["convention"],
+        "title": _title(test_of(result), dataset=dataset["title"]),
         "n": result["n"],
-        "interval": result["interval"],
-        "worst": [(image["id"], f"{image['dice']:.3f}") for image in images[:WORST]],
-        "missed": sum(image["true"] > 0 and image["intersection"] == 0 for image in images),
-        "below_half": sum(image["dice"] < 0.5 for image in images),
+        "repeats": f"; {repeats} of the images repeat another pixel by pixel and count once" if repeats else "",
+        "worst": [(name, f"{dice[name]:.3f}") for name in sorted(dice, key=lambda name: (dice[name], name))[:WORST]],
+        "missed": sum(image["true"] > 0 and image["intersection"] == 0 for image in result["images"]),
+        "below_half": sum(value < 0.5 for value in dice.values()),
         "closed": dataset["name"] not in DATASETS or not may_be_public(DATASETS[dataset["name"]]),
-        "date": str(environment.get("created", NOT_RECORDED))[:10],
-        "revision": str(environment.get("git_revision") or NOT_RECORDED)[:12],
+        "saw": seen_words(result),
+        "date": str(result["environment"]["created"])[:10],
+        "revision": str(result["environment"]["git_revision"] or NOT_RECORDED)[:12],
         "versions": ", ".join(
             f"{name} {versions[name]}" for name in ("polypseg", "torch", "transformers") if name in versions
         ),
-        "weights": str(result["weights_origin"].get("sha256", NOT_RECORDED))[:12],
-        "content_id": dataset["content_id"],
+        "weights": str(result["model"]["sha256"] or NOT_RECORDED)[:12],
+        "images": dataset["manifest"][:12],
+        "receipt": result["digest"][:12],
     }
 
 
@@ -425,7 +427,7 @@ def render_pages(results: Path, *, organisation: str) -> dict[str, str]:
 
 def _index_row(facts: CardFacts) -> dict[str, Any]:
     entry = facts.origin.entry
-    results = {test_of(result): result for result in facts.results if result["convention"] == "standard"}
+    results = {test_of(result): result for result in facts.results}
     return {
         "name": facts.origin.repo_name,
         "short": entry.short_name if entry else "",
@@ -433,7 +435,7 @@ def _index_row(facts: CardFacts) -> dict[str, Any]:
         "title": _architecture_title(facts),
         "start": _pretraining_lines(facts)[0].removeprefix("Pretraining: ").rstrip("."),
         "cells": [
-            f"{_cell(results[test]['metrics']['dice'])} (n = {results[test]['n']})"
+            f"{cell_of(scores_of(results[test])['dice'])}, n = {size_of(results[test])}"
             if test in results
             else NOT_EVALUATED
             for test in EXPECTED_TESTS

@@ -1,13 +1,12 @@
 """Evaluation by the reference's protocol: predict at the model's size, compare at the mask's own size.
 
 Per image first: logits are resized to the mask (bilinear, no antialias) and thresholded at probability 0.5 (strictly);
-then means over images, with bootstrap intervals. The result keeps every image's counts.
+then means over images, with bootstrap intervals. Results stay in memory; scoring.py writes receipts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -17,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from polypseg.artifacts import environment_record, write_csv, write_json
 from polypseg.data.polyps import PolypDataset
 from polypseg.metrics import METRICS, Scores, mean_with_interval, pixel_counts, score
 from polypseg.processing import polyp_logits, resize_map
@@ -43,7 +41,7 @@ class OnePart(Protocol):
 
 
 def dataset_record(result: OnePart) -> dict[str, Any]:
-    """What a result file says of the images."""
+    """What a receipt says of the images' origin."""
     record = {"name": result.dataset, "title": result.title, "split": result.split, "part": result.part}
     return record | {"content_id": result.content_id, "synthetic": result.dataset.startswith("synthetic_")}
 
@@ -73,42 +71,6 @@ class EvaluationResult:
         """Mean and interval of each metric over images."""
         scores = self.scores()
         return {name: mean_with_interval(scores[name]) for name in METRICS}
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row an image: id, scores, counts."""
-        scores, names = self.scores(), ("intersection", "predicted", "true")
-        return [
-            {
-                "id": record_id,
-                **{name: float(scores[name][i]) for name in METRICS},
-                **{name: int(self.counts[i, k]) for k, name in enumerate(names)},
-            }
-            for i, record_id in enumerate(self.ids)
-        ]
-
-    def write(self, folder: Path) -> Path:
-        """Write ``<folder>/<model_id>/<dataset>.<split>.<part>.json`` and a CSV of its rows; return the JSON's path.
-
-        A convention other than the standard one is named too: ``<dataset>.<split>.<part>.ssl4gie.json``.
-        """
-        rows = self.rows()
-        convention = "" if self.convention == "standard" else f".{self.convention}"
-        path = folder / self.model_id / f"{self.dataset}.{self.split}.{self.part}{convention}.json"
-        write_csv(path.with_suffix(".csv"), rows)
-        return write_json(
-            path,
-            {
-                "model_id": self.model_id,
-                "weights_origin": self.origin,
-                "dataset": dataset_record(self),
-                "n": len(rows),
-                "convention": self.convention,
-                "interval": INTERVAL,
-                "metrics": self.summary(),
-                "images": rows,
-                "environment": environment_record(),
-            },
-        )
 
 
 @torch.inference_mode()

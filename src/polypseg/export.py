@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import DPTForSemanticSegmentation
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from polypseg.artifacts import atomic_path, write_json, write_text
-from polypseg.card_facts import read_results
+from polypseg.artifacts import atomic_path, write_text
+from polypseg.card_facts import no_results, read_results
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.hub import check_folder
 from polypseg.manifest import MANIFEST, write_manifest
@@ -32,7 +32,7 @@ from polypseg.processing import (
     load_model,
     without_shard_bars,
 )
-from polypseg.receipts import find_receipts
+from polypseg.receipts import check_receipt, find_receipts
 from polypseg.recipe import bundled_folder
 
 FP16_WEIGHTS = "model.fp16.safetensors"
@@ -49,9 +49,9 @@ class Export:
     folder: Path
     origin: Origin
     results: tuple[str, ...]
-    """Names of the result files that were taken along."""
+    """Names of the receipts that were taken along."""
     left_out: tuple[str, ...]
-    """Result files of the same id that are not of these weights, each with the reason."""
+    """Receipts under the model's id that are not of these weights or not sound, each with the reason."""
     largest_difference: float
     """Between the logits of the source and of the written folder."""
 
@@ -59,9 +59,9 @@ class Export:
 def export_model(source: Path, output: Path, *, results: Path | None = None, organisation: str | None = None) -> Export:
     """Write the folder that is published, at ``output``, from a model folder such as ``runs/x/best``.
 
-    ``results``: folder of evaluation results, of which those of just these weights are taken along. The folder is read
-    back and its logits compared before it gets its name. Raises UsageError for a folder that is no model of ours,
-    PolypSegError when the copy's outputs differ.
+    ``results``: folder of receipts, of which those of just these weights are computed again and taken along. The folder
+    is read back and its logits compared before it gets its name. Raises UsageError for a folder that is no model of
+    ours and for ``results`` without receipts, PolypSegError when the copy's outputs differ.
     """
     _check_output(output, source=source)
     if results is not None and not results.is_dir():
@@ -172,22 +172,23 @@ def _copy_passport(source: Path, folder: Path, *, record: Mapping[str, Any]) -> 
 
 
 def _copy_results(results: Path | None, origin: Origin, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Copy results and receipts of these weights, under whatever name; results of the id's other weights stay out."""
+    """Copy sound receipts of these weights, under whatever name; those of the id's other weights stay out."""
+    found = find_receipts(results) if results else {}
+    if results and not found:
+        raise no_results(results)
     taken, left_out = [], []
-    for place in sorted(path for path in results.iterdir() if path.is_dir()) if results else []:
-        for path, content in read_results(place).items():
-            recorded = content["weights_origin"].get(SOURCE_SHA256)
-            if recorded == origin.record[SOURCE_SHA256]:
-                folder.mkdir(exist_ok=True)
-                write_json(folder / path.name, content)
-                taken.append(path.name)
-            elif place.name == origin.model_id:
-                what = f"is of other weights ({recorded[:12]})" if recorded else "does not say of which weights it is"
-                left_out.append(f"{path.name}: {what}")
-        for path, content in find_receipts(place).items():
-            if (content["model"] or {}).get("sha256") == origin.record[SOURCE_SHA256]:
-                write_text(folder / path.name, path.read_text(encoding="utf-8"))
-                taken.append(path.name)
+    for path, content in found.items():
+        recorded = (content["model"] or {}).get("sha256")
+        if recorded == origin.record[SOURCE_SHA256]:
+            wrong = check_receipt(path)
+            if wrong:
+                left_out.append(f"{path.name}: is not what its images give ({wrong[0]})")
+                continue
+            write_text(folder / path.name, path.read_text(encoding="utf-8"))
+            taken.append(path.name)
+        elif path.parent.name == origin.model_id:
+            what = f"is of other weights ({recorded[:12]})" if recorded else "does not say of which weights it is"
+            left_out.append(f"{path.name}: {what}")
     return tuple(taken), tuple(left_out)
 
 
@@ -198,6 +199,5 @@ def _write_card(
     from polypseg.card_pictures import write_card_pictures
     from polypseg.cards import collect_facts, render_card
 
-    results = list(read_results(folder / RESULTS).values())
-    write_card_pictures(model, processor, folder, name=name, results=results)
+    write_card_pictures(model, processor, folder, name=name, results=read_results(folder / RESULTS))
     render_card(collect_facts(folder, organisation=organisation, run_dir=run_dir)).save(folder / "README.md")

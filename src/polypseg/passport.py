@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
-from transformers.utils import CONFIG_NAME
 
 from polypseg import zoo
 from polypseg.artifacts import cache_folder, file_sha256, read_json, write_text
@@ -31,6 +30,8 @@ from polypseg.data.images import decode_frame
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import PolypSegError, UsageError, unknown_name
 
+CONFIG_NAME = "config.json"
+"""As in transformers, without the time to import it."""
 PASSPORT = "passport.json"
 """File name beside the weights."""
 KEY = "passport"
@@ -264,7 +265,7 @@ class Collisions:
         )
 
     def content(self) -> dict[str, Any]:
-        """For JSON: what a result file should say about itself."""
+        """For JSON: what a receipt says about itself."""
         return {
             "test": self.title,
             "tested": self.tested,

@@ -1,6 +1,7 @@
 """The study's main job: train rows of the table, test them at home and elsewhere, and compare.
 
-Resumes where it stopped: a finished run is not trained again, a result of the same weights is not computed again.
+Resumes where it stopped: a finished run is not trained again, a receipt of the same weights is not computed again.
+Tables, ranks and figures are made from the receipts only.
 """
 
 import importlib.util
@@ -18,21 +19,36 @@ from rich.console import Console
 from rich.table import Table
 
 from polypseg import plots, zoo
-from polypseg.artifacts import environment_record, file_sha256, read_json, write_csv, write_json, write_text
+from polypseg.artifacts import environment_record, file_sha256, write_csv, write_json, write_text
+from polypseg.card_facts import CONVENTION, cell_of, scores_of, seen_words
 from polypseg.checkpoints import STARTER_ENCODER, describe_source
 from polypseg.data.polyps import PolypDataset, SyntheticOptions, open_dataset
 from polypseg.errors import UsageError, unknown_name
-from polypseg.evaluation import INTERVAL, evaluate_model, predict_masks
+from polypseg.evaluation import predict_masks
 from polypseg.metrics import METRICS
+from polypseg.passport import SplitManifest, check_seen, kept_manifest, name_partial
+from polypseg.predictions import ModelPredictions
 from polypseg.processing import load_model
+from polypseg.receipts import BY_CLUSTER, read_receipt, receipt_path
 from polypseg.recipe import Recipe, load_recipe
 from polypseg.runs import make_accelerator
+from polypseg.scoring import score_predictions
+from polypseg.statistics import (
+    Gap,
+    RankChange,
+    ScoreSet,
+    agreement_row,
+    analyse_rank_change,
+    generalisation_gaps,
+    read_score_set,
+)
 from polypseg.training import build_model, finetune, run_is_finished
 from polypseg.zoo import RANDOM, ZooEntry
 
 SAMPLES = 3
 """Frames of each dataset that the overlay figure shows."""
-
+RANKED = 3
+"""Models from which on a change of their ranking is analysed."""
 
 Test: TypeAlias = tuple[PolypDataset, str, str]
 """Dataset, split and part on which models are compared."""
@@ -202,10 +218,13 @@ def _tests(plan: StudyPlan, inside: PolypDataset, outside: PolypDataset) -> list
     return [(inside, plan.split, "test"), (outside, "full", "full")]
 
 
-def _result_path(plan: StudyPlan, job: Job, test: Test) -> Path:
+def _manifest(plan: StudyPlan, test: Test) -> SplitManifest:
     dataset, split, part = test
-    _, part = dataset.part(split, part, limit=plan.limit)
-    return plan.output / "results" / job.entry.model_id / f"{dataset.spec.name}.{split}.{part}.json"
+    return name_partial(kept_manifest(dataset, split=split, part=part, limit=plan.limit), dataset)
+
+
+def _receipt_path(plan: StudyPlan, job: Job, test: Test) -> Path:
+    return receipt_path(plan.output / "results", job.entry.model_id, _manifest(plan, test))
 
 
 def _run_job(job: Job, plan: StudyPlan, tests: Sequence[Test]) -> None:
@@ -223,17 +242,11 @@ def _run_job(job: Job, plan: StudyPlan, tests: Sequence[Test]) -> None:
     if not pending:
         return
     model, processor = load_model(str(run_dir / "best"))
-    for dataset, split, part in pending:
-        evaluate_model(
-            model,
-            processor,
-            dataset,
-            model_id=job.entry.model_id,
-            split=split,
-            part=part,
-            limit=plan.limit,
-            device=accelerator.device,
-        ).write(plan.output / "results")
+    source = ModelPredictions(name=job.entry.model_id, model=model, processor=processor, device=accelerator.device)
+    for test in pending:
+        manifest, seen = check_seen(run_dir / "best", _manifest(plan, test), rule="report")
+        result = score_predictions(source, test[0], conventions=(CONVENTION,), manifest=manifest, seen=seen)
+        result.write(plan.output / "results")
 
 
 def _weights_digest(plan: StudyPlan, job: Job) -> str:
@@ -242,13 +255,13 @@ def _weights_digest(plan: StudyPlan, job: Job) -> str:
 
 
 def _is_current(plan: StudyPlan, job: Job, test: Test) -> bool:
-    """Whether a result exists for just these weights and just this content of the dataset."""
-    path = _result_path(plan, job, test)
+    """Whether a receipt exists for just these weights and just these images."""
+    path = _receipt_path(plan, job, test)
     if not path.is_file():
         return False
-    result = read_json(path)
-    same_weights = result["weights_origin"].get("sha256") == _weights_digest(plan, job)
-    return bool(same_weights and result["dataset"]["content_id"] == test[0].content_id)
+    receipt = read_receipt(path)
+    same_weights = receipt["model"]["sha256"] == _weights_digest(plan, job)
+    return bool(same_weights and receipt["dataset"]["manifest"] == _manifest(plan, test).digest)
 
 
 # -- the report -------------------------------------------------------------------------------------------------------
@@ -259,35 +272,68 @@ def rank(values: dict[str, float]) -> dict[str, int]:
     return {name: 1 + sum(other > value for other in values.values()) for name, value in values.items()}
 
 
-def comparison_rows(results: Mapping[str, Sequence[dict[str, Any]]], starts: dict[str, str]) -> list[dict[str, Any]]:
-    """One row a model: start, both sets' four means and intervals, both ranks by Dice and the change.
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What the receipts of several models on both sets say."""
 
-    results: model id -> (in-distribution, out-of-distribution) result files' contents. A positive change is a rise.
-    """
-    inside = rank({name: pair[0]["metrics"]["dice"]["mean"] for name, pair in results.items()})
-    outside = rank({name: pair[1]["metrics"]["dice"]["mean"] for name, pair in results.items()})
-    rows = []
-    for name, pair in results.items():
-        row: dict[str, Any] = {"model": name, "start": starts[name]}
-        for where, result in zip(("in", "out"), pair, strict=True):
-            for metric in METRICS:
-                value = result["metrics"][metric]
-                row |= {f"{where}_m{metric}": value["mean"]}
-                row |= {f"{where}_m{metric}_low": value["low"], f"{where}_m{metric}_high": value["high"]}
-        row |= {
-            "rank_in": inside[name],
-            "rank_out": outside[name],
-            "rank_change": inside[name] - outside[name],
-        }
-        rows.append(row)
-    return rows
+    results: Mapping[str, Sequence[dict[str, Any]]]
+    """Model id -> contents of its (in-distribution, out-of-distribution) receipts."""
+    gaps: tuple[Gap, ...]
+    """Of the Dice, one a model, in the order of ``results``."""
+    change: RankChange | None
+    """Of the ranking by Dice; None for fewer than RANKED models."""
+
+    @classmethod
+    def of(cls, results: Mapping[str, Sequence[dict[str, Any]]]) -> "Comparison":
+        """Compare receipts of the same images. Raises UsageError where they are of different ones."""
+        inside, outside = (_dice(results, where) for where in (0, 1))
+        change = analyse_rank_change(inside, outside) if len(results) >= RANKED else None
+        return cls(results=results, gaps=tuple(generalisation_gaps(inside, outside)), change=change)
+
+    def rows(self, starts: Mapping[str, str]) -> list[dict[str, Any]]:
+        """One row a model: start, both sets' four means, the Dice's effective n, its gap, both ranks and the change.
+
+        Every mean and gap has its interval by cluster. A positive change of rank is a rise.
+        """
+        dice = {name: [scores_of(result)["dice"] for result in pair] for name, pair in self.results.items()}
+        inside, outside = (rank({name: pair[k]["mean"] for name, pair in dice.items()}) for k in (0, 1))
+        rows = []
+        for (name, pair), gap in zip(self.results.items(), self.gaps, strict=True):
+            row: dict[str, Any] = {"model": name, "start": starts[name]}
+            for where, result in zip(("in", "out"), pair, strict=True):
+                for metric in METRICS:
+                    value = scores_of(result)[metric]
+                    row |= {f"{where}_m{metric}": value["mean"]}
+                    row |= {f"{where}_m{metric}_low": value["low"], f"{where}_m{metric}_high": value["high"]}
+                row[f"{where}_effective_n"] = scores_of(result)["dice"]["effective_size"]
+            row |= gap.gap.cells("gap_mdice")
+            row |= {"rank_in": inside[name], "rank_out": outside[name], "rank_change": inside[name] - outside[name]}
+            rows.append(row)
+        return rows
+
+    def agreement(self) -> str:
+        """Whether the change of ranking is real, in words."""
+        if self.change is None:
+            return f"Whether the change of ranking is real is asked of {RANKED} models or more."
+        found = self.change.agreement
+        tau = cell_of({"mean": found.tau.estimate, "low": found.tau.low, "high": found.tau.high})
+        return (
+            f"Kendall's tau of the two rankings: {tau}; it would be {found.expected_tau:.3f} on average if both sets "
+            f"had one true order and only the images varied. Test of one true order in both sets: p = "
+            f"{found.p_one_order:.3f}; a small p says that the order does change."
+        )
+
+
+def _dice(results: Mapping[str, Sequence[dict[str, Any]]], where: int) -> ScoreSet:
+    return read_score_set({name: [pair[where]] for name, pair in results.items()}, metric=f"{CONVENTION}.dice")
 
 
 def write_report(plan: StudyPlan, jobs: Sequence[Job], tests: Sequence[Test], *, console: Console) -> Path:
-    """Tables, figures and ``report.md`` from the results on disk; prints the table too."""
-    results = {job.entry.model_id: [read_json(_result_path(plan, job, test)) for test in tests] for job in jobs}
+    """Tables, figures and ``report.md`` from the receipts on disk; prints the table too."""
+    results = {job.entry.model_id: [read_receipt(_receipt_path(plan, job, test)) for test in tests] for job in jobs}
+    comparison = Comparison.of(results)
     labels = {job.entry.model_id: job.entry.short_name for job in jobs}
-    rows = comparison_rows(results, {job.entry.model_id: job.start.label for job in jobs})
+    rows = comparison.rows({job.entry.model_id: job.start.label for job in jobs})
     titles = [f"{dataset.spec.title}, {split} {part}" for dataset, split, part in tests]
     note = _caveat(plan, jobs, tests)
     figures = plan.output / "figures"
@@ -305,12 +351,13 @@ def write_report(plan: StudyPlan, jobs: Sequence[Job], tests: Sequence[Test], *,
             "scale": plan.scale,
             "tests": titles,
             "rows": rows,
-            "interval": INTERVAL,
+            "interval": BY_CLUSTER,
+            "rank_change": None if comparison.change is None else agreement_row(comparison.change.agreement),
             "caveat": note,
             "environment": environment_record(),
         },
     )
-    return write_text(plan.output / "report.md", _markdown(rows, labels, results, titles=titles, note=note))
+    return write_text(plan.output / "report.md", _markdown(rows, labels, comparison, titles=titles, note=note))
 
 
 def _caveat(plan: StudyPlan, jobs: Sequence[Job], tests: Sequence[Test]) -> str:
@@ -329,7 +376,7 @@ def _caveat(plan: StudyPlan, jobs: Sequence[Job], tests: Sequence[Test]) -> str:
 
 
 def _per_image_dice(result: dict[str, Any]) -> NDArray[np.float64]:
-    return np.array([row["dice"] for row in result["images"]])
+    return np.array([row[f"{CONVENTION}.dice"] for row in result["images"]])
 
 
 def _draw_overlays(
@@ -373,9 +420,7 @@ def _shrink(frame: Image.Image, truth: NDArray[np.uint8]) -> tuple[Image.Image, 
 
 
 def _cell(row: dict[str, Any], key: str) -> str:
-    low, high = row[f"{key}_low"], row[f"{key}_high"]
-    interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
-    return f"{row[key]:.3f}{interval}"
+    return cell_of({"mean": row[key], "low": row[f"{key}_low"], "high": row[f"{key}_high"]})
 
 
 def _print_table(
@@ -399,39 +444,59 @@ def _print_table(
 def _markdown(
     rows: Sequence[dict[str, Any]],
     labels: dict[str, str],
-    results: dict[str, list[dict[str, Any]]],
+    comparison: Comparison,
     *,
     titles: Sequence[str],
     note: str,
 ) -> str:
-    """The comparison as a page: what was tested, one table a dataset, ranks, starts, figures."""
-    counts = [pair["n"] for pair in next(iter(results.values()))]
-    lines = ["# Comparison", "", f"{note} Not a medical device.", "", f"Intervals: {INTERVAL}.", ""]
-    for where, title, n in zip(("in", "out"), titles, counts, strict=True):
+    """The comparison as a page: what was tested, one table a dataset, gaps, ranks, starts, figures."""
+    lines = ["# Comparison", "", f"{note} Not a medical device.", ""]
+    lines += [f"Scores: convention `{CONVENTION}`, from the receipts in `results`. Intervals: {BY_CLUSTER}.", ""]
+    for k, where in enumerate(("in", "out")):
+        receipts = {name: pair[k] for name, pair in comparison.results.items()}
         kind = "In distribution" if where == "in" else "Out of distribution"
+        lines += [f"## {kind}: {titles[k]}, {_size(next(iter(receipts.values())))}", ""]
+        lines += [f"- {words}." for words in _seen_lines(receipts, labels)]
         lines += [
-            f"## {kind}: {title}, n = {n}",
             "",
-            "| model | mDice | mIoU | mPrecision | mRecall | rank |",
+            "| model | mDice | mIoU | mPrecision | mRecall | effective n | rank |",
+            "|---|---|---|---|---|---|---|",
         ]
-        lines.append("|---|---|---|---|---|---|")
         for row in sorted(rows, key=lambda r, key=f"rank_{where}": r[key]):  # type: ignore[misc]
             cells = " | ".join(_cell(row, f"{where}_m{metric}") for metric in METRICS)
-            lines.append(f"| {labels[row['model']]} | {cells} | {row[f'rank_{where}']} |")
+            weight = f"{row[f'{where}_effective_n']:.0f}"
+            lines.append(f"| {labels[row['model']]} | {cells} | {weight} | {row[f'rank_{where}']} |")
         lines.append("")
     lines += [
-        "## Ranks and starts",
+        "The effective n is the number of independent images that would make the mean Dice as certain.",
         "",
-        "| model | rank in | rank out | change | encoder starts from |",
-        "|---|---|---|---|---|",
+        "## Gaps, ranks and starts",
+        "",
+        "Gap: mDice in distribution minus mDice out of distribution.",
+        "",
+        "| model | gap | rank in | rank out | change | encoder starts from |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        ranks = f"{row['rank_in']} | {row['rank_out']} | {row['rank_change']:+d}"
-        lines.append(f"| {labels[row['model']]} `{row['model']}` | {ranks} | {row['start']} |")
-    lines += [
-        "",
-        "![Dice distributions](figures/dice_distributions.png)",
-        "",
-        "![Rank changes](figures/rank_changes.png)",
-    ]
+        cells = f"{_cell(row, 'gap_mdice')} | {row['rank_in']} | {row['rank_out']} | {row['rank_change']:+d}"
+        lines.append(f"| {labels[row['model']]} `{row['model']}` | {cells} | {row['start']} |")
+    lines += ["", comparison.agreement()]
+    for title, name in (("Dice distributions", "dice_distributions"), ("Rank changes", "rank_changes")):
+        lines += ["", f"![{title}](figures/{name}.png)"]
     return "\n".join([*lines, "", "![Overlays](figures/overlays.png)", ""])
+
+
+def _size(receipt: Mapping[str, Any]) -> str:
+    clusters = receipt["clusters"]
+    repeats = f", {clusters['repeats_merged']} of them repeats" if clusters["repeats_merged"] else ""
+    clips = f" in {clusters['clusters']} video clips" if clusters["by"] == "clip" else ""
+    return f"n = {clusters['images']}{repeats}{clips}"
+
+
+def _seen_lines(receipts: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> list[str]:
+    """What the receipts of a test say of seen images, each statement once with the models that it is of."""
+    said: dict[str, list[str]] = {}
+    for name, receipt in receipts.items():
+        said.setdefault(seen_words(receipt), []).append(labels[name])
+    every = len(said) == 1
+    return [words if every else f"{', '.join(names)}: {words}" for words, names in said.items()]

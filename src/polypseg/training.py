@@ -74,8 +74,8 @@ def build_model(
 
     ``encoder_weights`` as in ``load_encoder_weights``; None or "random" for random initialisation. What was loaded is
     recorded in ``config.weights_origin``; a model of another encoder, decoder, corpus or start than the row's has an id
-    of its own. An encoder of ``pretrain.py`` brings its own record. Raises UsageError for an impossible configuration or
-    image size, and for an encoder pretrained by another method than the row's (or by any, where the row has none).
+    of its own. An encoder of ``pretrain.py`` brings its own record. Raises UsageError for an impossible configuration
+    or image size, and for an encoder pretrained by another method than the row's (or by any, where it has none).
     """
     fields = entry.config_fields() | {"image_size": recipe.data.image_size}
     changes = recipe.model.model_dump(exclude_none=True)

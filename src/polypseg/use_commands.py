@@ -1,20 +1,24 @@
 """Commands that use models: list them, tell their licence, segment files, run the app, measure robustness."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
+if TYPE_CHECKING:
+    from polypseg.card_facts import Test
+
+NOT_EVALUATED = "not evaluated"
 TESTS = {
-    "Kvasir-SEG test, mDice": "kvasir_seg.reference.test.json",
-    "CVC-ClinicDB, mDice": "cvc_clinicdb.full.full.json",
+    "Kvasir-SEG test, mDice": ("kvasir_seg", "reference", "test"),
+    "CVC-ClinicDB, mDice": ("cvc_clinicdb", "full", "full"),
 }
-"""Columns of the table of models -> result file."""
+"""Columns of the table of models -> dataset, split and part."""
 ModelOption = Annotated[str, Option("--model", help="Model folder, Hub id, or id of the table.")]
 
 
 def models(
-    results: Annotated[Path, Option(help="Folder of evaluation results.")] = Path("model_cards/results"),
+    results: Annotated[Path, Option(help="Folder of evaluation receipts.")] = Path("model_cards/results"),
 ) -> None:
     """List the models: id, licence, results where there are any, where the pretraining weights come from."""
     from rich.table import Table
@@ -22,39 +26,46 @@ def models(
     from polypseg import zoo
     from polypseg.cli import print_whole
 
-    columns = TESTS if results.is_dir() else {}
+    scores = _dice_by_model(results)
+    columns = TESTS if scores else {}
     headings = ("short", "model id", "pretraining", "corpus", "licence", *columns, "weights", "licence stated at")
     for title, rows in (("The twelve models", zoo.ZOO), ("Extra models, not of the study", zoo.EXTRA)):
         table = Table(*headings, title=title)
         for entry in rows:
             upstream = entry.upstream
-            scores = [_score(results / entry.model_id / name, official=True) for name in columns.values()]
+            cells = [scores.get((entry.model_id, test), NOT_EVALUATED) for test in columns.values()]
             names = (entry.short_name, entry.model_id, zoo.METHODS[entry.method], zoo.CORPORA[entry.corpus])
-            table.add_row(*names, upstream.license, *scores, upstream.location, upstream.license_source)
+            table.add_row(*names, upstream.license, *cells, upstream.location, upstream.license_source)
         print_whole(table)
     for entry in zoo.EXTRA:
         print(f"{entry.short_name}: {entry.notes}")
-    if not columns:
-        print(f"no results here ({results} is no folder): name one with --results")
-    others = sorted({path.parent.name for path in results.glob("*/*.json")} - {row.model_id for row in zoo.rows()})
+    if not scores:
+        print(f"no receipts in {results}: name a folder of them with --results")
+    others = sorted({name for name, _ in scores} - {row.model_id for row in zoo.rows()})
     if others:
         more = Table("model id", *columns, title="Other models with results")
         for name in others:
-            more.add_row(name, *(_score(results / name / file) for file in columns.values()))
+            more.add_row(name, *(scores.get((name, test), NOT_EVALUATED) for test in columns.values()))
         print_whole(more)
 
 
-def _score(path: Path, *, official: bool = False) -> str:
-    """Mean Dice with its interval and n, as a result file says; ``official``: only of weights that earned the id."""
-    from polypseg.artifacts import read_json
+def _dice_by_model(results: Path) -> "dict[tuple[str, Test], str]":
+    """(model id, test) -> mean Dice with its interval and n, as the receipts in a folder say.
+
+    Those of a row of the table count only if their weights earned its id.
+    """
+    if not results.is_dir():
+        return {}
+    from polypseg import zoo
+    from polypseg.card_facts import cell_of, read_results, scores_of, size_of, test_of
     from polypseg.origin import read_origin
 
-    content = read_json(path) if path.is_file() else None
-    if content is None or (official and not read_origin(content["weights_origin"]).official):
-        return "not evaluated"
-    dice = content["metrics"]["dice"]
-    interval = "" if dice["low"] is None else f" [{dice['low']:.3f}, {dice['high']:.3f}]"
-    return f"{dice['mean']:.3f}{interval}, n = {content['n']}"
+    ids = {row.model_id for row in zoo.rows()}
+    return {
+        (content["name"], test_of(content)): f"{cell_of(scores_of(content)['dice'])}, n = {size_of(content)}"
+        for content in read_results(results)
+        if content["name"] not in ids or read_origin(content["model"]["weights_origin"]).official
+    }
 
 
 def license_(

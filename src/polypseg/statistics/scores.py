@@ -9,14 +9,13 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from polypseg.data.catalog import CLIP_COLUMN, DATASETS
 from polypseg.errors import UsageError, unknown_name
 from polypseg.metrics import METRICS
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
-_FILE_CONVENTIONS = {"standard": "paper", "ssl4gie": "ssl4gie"}
-"""What a result file calls its convention -> the name in polypseg.conventions."""
+_CONVENTION = "paper"
+"""Of a metric that names none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,79 +136,62 @@ def read_score_set(
     metric: str = "dice",
     repeats: Sequence[Sequence[str]] = (),
 ) -> ScoreSet:
-    """Scores from the contents of receipts or result files: model id -> one content a seed.
+    """Scores from the contents of receipts: model id -> one content a seed.
 
     metric: a column of the images' rows, ``convention.output``, such as ``paper.dice`` (see polypseg.conventions);
-    without a convention ``paper`` is meant, or what a result file is of (see polypseg.evaluation). Frames of a dataset
-    with known clips are clustered by clip. repeats: groups of ids that show the same frame, such as the exact
-    duplicates of ``polypseg data check``; a receipt tells them by itself. Raises UsageError when the results are not of
-    the same images, and for a column that they do not have or that some images leave undefined.
+    without a convention ``paper`` is meant. Frames of known clips are clustered by clip. repeats: groups of ids that
+    show the same frame, beside images of equal pixels, which receipts tell by themselves. Raises UsageError when the
+    receipts are not of the same images, and for a column that they do not have or that some images leave undefined.
     """
     contents = [content for seeds in results.values() for content in seeds]
     if not contents or not all(results.values()):
-        raise UsageError("models can be compared only by results: each needs at least one result file")
+        raise UsageError("models can be compared only by results: each needs at least one receipt")
     if len({len(seeds) for seeds in results.values()}) > 1:
         counts = ", ".join(f"{name} {len(seeds)}" for name, seeds in results.items())
         raise UsageError(f"models are compared with as many seeds each, not {counts}: leave the surplus out")
     first = contents[0]
     ids = [row["id"] for row in first["images"]]
     for content in contents[1:]:
-        _check_same_images(first, content, ids, metric)
+        _check_same_images(first, content, ids)
     return score_set(
         {name: np.array([_column(content, metric) for content in seeds]) for name, seeds in results.items()},
         title=f"{first['dataset']['title']}, {first['dataset']['split']} {first['dataset']['part']}",
-        clusters=_clips(first, ids),
-        repeats=_repeats(contents, ids, repeats),
+        clusters=_clips(first),
+        repeats=_repeats(first, ids, repeats),
     )
-
-
-def _convention(content: Mapping[str, Any], metric: str) -> str:
-    """Which convention's scores ``metric`` means in this content."""
-    return metric.rpartition(".")[0] or str(_FILE_CONVENTIONS.get(content.get("convention", ""), "paper"))
 
 
 def _column(content: Mapping[str, Any], metric: str) -> list[float]:
     """One score an image."""
-    output, rows, is_receipt = metric.rpartition(".")[2], content["images"], "receipt" in content
-    wanted = f"{_convention(content, metric)}.{output}"
-    stored = METRICS if not is_receipt else [key for key in rows[0] if "." in key]
-    columns = {key if is_receipt else f"{_FILE_CONVENTIONS[content['convention']]}.{key}": key for key in stored}
+    wanted, rows = metric if "." in metric else f"{_CONVENTION}.{metric}", content["images"]
+    columns = [key for key in rows[0] if "." in key]
     if wanted not in columns:
         raise unknown_name("metric", metric, [*METRICS, *columns])
-    values = [row[columns[wanted]] for row in rows]
+    values = [row[wanted] for row in rows]
     undefined = sum(value is None for value in values)
     if undefined:
         raise UsageError(f"{wanted} is undefined on {undefined} of {len(rows)} images: choose another metric")
     return values
 
 
-def _clips(content: Mapping[str, Any], ids: Sequence[str]) -> list[str] | None:
-    """The clip of each image; None where the dataset tells none."""
-    name = content["dataset"]["name"]
-    clip = DATASETS[name].groups.get(CLIP_COLUMN) if name in DATASETS else None
-    return None if clip is None else [clip(record_id, "") for record_id in ids]
+def _clips(content: Mapping[str, Any]) -> list[str] | None:
+    """The clip of each image; None where the receipt does not know all of them."""
+    clips = [row["clip"] for row in content["images"]]
+    return None if None in clips else clips
 
 
-def _repeats(contents: Sequence[Mapping[str, Any]], ids: Sequence[str], groups: Sequence[Sequence[str]]) -> list[str]:
-    """A label an image, shared by repeats: by the given groups, else by equal pixels where a receipt knows them."""
-    known = next((content["manifest"]["pixels"] for content in contents if "manifest" in content), None)
-    labels = dict(zip(ids, ids if known is None else known, strict=True))
+def _repeats(content: Mapping[str, Any], ids: Sequence[str], groups: Sequence[Sequence[str]]) -> list[str]:
+    """A label an image, shared by repeats: by the given groups, else by equal pixels."""
+    labels = dict(zip(ids, content["manifest"]["pixels"], strict=True))
     labels |= {record_id: f"group {number}" for number, group in enumerate(groups) for record_id in group}
     return [labels[record_id] for record_id in ids]
 
 
-def _check_same_images(first: Mapping[str, Any], other: Mapping[str, Any], ids: list[str], metric: str) -> None:
-    names = [f"{_name(content)} on {content['dataset']['title']}" for content in (first, other)]
-    both_noted = all("manifest" in content["dataset"] for content in (first, other))
-    content_key = "manifest" if both_noted else "content_id"  # prints do not depend on how the images are stored
+def _check_same_images(first: Mapping[str, Any], other: Mapping[str, Any], ids: list[str]) -> None:
+    names = [f"{content['name']} on {content['dataset']['title']}" for content in (first, other)]
     for what, a, b in (
-        ("the content of the dataset", first["dataset"][content_key], other["dataset"][content_key]),
-        ("the convention", _convention(first, metric), _convention(other, metric)),
         ("the images", ids, [row["id"] for row in other["images"]]),
+        ("the content of the images", first["dataset"]["manifest"], other["dataset"]["manifest"]),
     ):
         if a != b:
             raise UsageError(f"{names[0]} and {names[1]} differ in {what}: evaluate both again on the same images")
-
-
-def _name(content: Mapping[str, Any]) -> str:
-    return str(content.get("model_id") or content.get("name"))
