@@ -24,7 +24,7 @@ def test_flat_frame_has_known_measures():
 def test_visible_field_is_the_drawn_disc():
     frame = np.full((200, 200, 3), 8, np.uint8)
     cv2.circle(frame, (100, 100), 80, (180, 90, 70), -1)
-    assert visible_field(frame).mean() == pytest.approx(np.pi * 80**2 / 200**2, rel=0.05)
+    assert visible_field(frame).mean() == pytest.approx(np.pi * 80**2 / 200**2, rel=0.03)
 
 
 @pytest.mark.parametrize(
