@@ -60,7 +60,7 @@ def test_command_is_real(command):
     else:
         assert words[0] == "polypseg"
         options = words[1:]
-        subcommand = words[1:3] if words[1] == "data" else words[1:2]
+        subcommand = words[1:3] if words[1] in ("data", "shift") else words[1:2]
         shown = help_text(sys.executable, "-m", "polypseg_command", *subcommand)
     for option in (word.split("=")[0] for word in options if word.startswith("--")):
         assert re.search(rf"{option}\b", shown), f"{option} is not an option of {command}"

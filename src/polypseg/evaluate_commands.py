@@ -68,6 +68,7 @@ def evaluate(
     output: Annotated[Path, Option(help="Folder of results.")] = Path("results"),
 ) -> None:
     """Score a model, or anybody's predicted masks, by every metric convention, and write a receipt of each test."""
+    from polypseg.arguments import named_places
     from polypseg.conventions import CONVENTIONS, choose_conventions
     from polypseg.data import open_dataset
     from polypseg.errors import UsageError
@@ -82,8 +83,8 @@ def evaluate(
     plan = SuitePlan(
         output=output,
         only=tuple(only or ()),
-        sources=_places(sources, option="--sources"),
-        own=_places(own, option="--own"),
+        sources=named_places(sources, option="--sources"),
+        own=named_places(own, option="--own"),
         negatives=negatives,
         conventions=names,
         rule=seen.value,
@@ -177,19 +178,6 @@ def _print_suite(name: str, outcomes: "list[Outcome]") -> None:
     for o in outcomes:
         if o.status != "tested":
             print(f"{o.test}: {o.status}: {o.reason}")
-
-
-def _places(given: list[str] | None, *, option: str) -> dict[str, Path]:
-    """NAME=PATH arguments. Raises UsageError for one of another form, and for a name given twice."""
-    from polypseg.errors import UsageError
-
-    places: dict[str, Path] = {}
-    for text in given or []:
-        name, _, path = text.partition("=")
-        if not name or not path or name in places:
-            raise UsageError(f"{option} {text!r}: give NAME=PATH, each name once")
-        places[name] = Path(path)
-    return places
 
 
 def _model_folder(model: str | None) -> Path | None:

@@ -27,15 +27,9 @@ def report(
     ] = None,
 ) -> None:
     """Render one self-contained HTML page about a study from its receipts."""
-    from polypseg.errors import UsageError
+    from polypseg.arguments import named_places
     from polypseg.report import write_report
 
-    sources = {}
-    for word in source or ():
-        name, separator, path = word.partition("=")
-        if not separator or not path:
-            raise UsageError(f"--source {word!r} must look like kvasir_seg=data/kvasir-seg.zip")
-        sources[name] = Path(path)
     written = write_report(
         receipts,
         output,
@@ -43,7 +37,7 @@ def report(
         inside=in_distribution,
         outside=out_of_distribution,
         masks=masks,
-        sources=sources,
+        sources=named_places(source, option="--source", form="DATASET=PATH"),
         shift=shift or (),
         robustness=robustness or (),
         reading=reading,

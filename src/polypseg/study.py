@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from polypseg import plots, zoo
+from polypseg.arguments import named_values
 from polypseg.artifacts import environment_record, file_sha256, write_csv, write_json, write_text
 from polypseg.card_facts import CONVENTION, cell_of, scores_of, seen_words
 from polypseg.checkpoints import STARTER_ENCODER, describe_source
@@ -149,13 +150,8 @@ def plan_jobs(plan: StudyPlan) -> list[Job]:
 
 
 def _given_weights(pairs: Sequence[str]) -> dict[str, str]:
-    given = {}
-    for pair in pairs:
-        name, separator, weights = pair.partition("=")
-        if not separator or not weights:
-            raise UsageError(f"--encoder-weights {pair!r} must look like MODEL=WEIGHTS")
-        given[zoo.get(name).model_id] = weights
-    return given
+    given = named_values(pairs, option="--encoder-weights", form="MODEL=WEIGHTS")
+    return {zoo.get(name).model_id: weights for name, weights in given.items()}
 
 
 def _choose_start(row: ZooEntry, recipe: Recipe, given: str | None) -> Initialisation:

@@ -1,12 +1,13 @@
 """``polypseg study --grid``: from what was typed to the work."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from polypseg.arguments import named_places
 from polypseg.data.polyps import open_dataset
-from polypseg.errors import UsageError, unknown_name
+from polypseg.errors import unknown_name
 from polypseg.grid.cost import cost_table, plan_cost
 from polypseg.grid.schema import load_grid
 from polypseg.grid.tasks import GridData, grid_tasks
@@ -31,12 +32,16 @@ def fill_grid(
     Raises UsageError for a wrong grid, corpus or dataset before any work.
     """
     grid = load_grid(name)
+    corpora = named_places(frames, option="--frames", form="CORPUS=PATH")
+    for corpus in corpora:
+        if corpus not in grid.corpora:
+            raise unknown_name("corpus", corpus, grid.corpora)
     data = GridData(
         output=output,
         training=open_dataset(dataset, source=source, allow_partial=allow_partial),
         split=split,
-        corpora=named_places(frames, option="--frames", known=grid.corpora),
-        tests=named_places(tests, option="--test-source"),
+        corpora=corpora,
+        tests=named_places(tests, option="--test-source", form="DATASET=PATH"),
         negatives=negatives,
     )
     console = Console()
@@ -45,16 +50,3 @@ def fill_grid(
         console.print(cost_table(plan_cost(waiting)))
     if not only_plan:
         run_grid(grid, data, console=console)
-
-
-def named_places(pairs: Sequence[str], *, option: str, known: Iterable[str] | None = None) -> dict[str, Path]:
-    """``NAME=PATH`` arguments as a table. Raises UsageError for another form and a name that is not ``known``."""
-    places = {}
-    for pair in pairs:
-        name, separator, path = pair.partition("=")
-        if not separator or not path:
-            raise UsageError(f"{option} {pair!r} must look like NAME=PATH")
-        if known is not None and name not in known:
-            raise unknown_name(f"name in {option}:", name, known)
-        places[name] = Path(path)
-    return places

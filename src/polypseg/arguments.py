@@ -1,0 +1,24 @@
+"""Command-line arguments of the form NAME=VALUE."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from polypseg.errors import UsageError
+
+
+def named_values(pairs: Sequence[str] | None, *, option: str, form: str = "NAME=VALUE") -> dict[str, str]:
+    """The pairs of a repeatable option as a table. Raises UsageError for another form and a name given twice."""
+    values: dict[str, str] = {}
+    for pair in pairs or []:
+        name, _, value = pair.partition("=")
+        if not name or not value:
+            raise UsageError(f"{option} {pair!r} must look like {form}")
+        if name in values:
+            raise UsageError(f"{option} names {name} twice: give it once")
+        values[name] = value
+    return values
+
+
+def named_places(pairs: Sequence[str] | None, *, option: str, form: str = "NAME=PATH") -> dict[str, Path]:
+    """The same for files and folders."""
+    return {name: Path(value) for name, value in named_values(pairs, option=option, form=form).items()}
