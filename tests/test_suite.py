@@ -240,7 +240,7 @@ def test_the_command_prints_every_test_and_fails_for_a_refused_one(kvasir, tmp_p
     assert (tmp_path / "results" / "mine" / "mirror.full.full.receipt.json").is_file()
     with pytest.raises(UsageError, match="leave out --dataset"):
         evaluate(dataset="kvasir_seg", **options)
-    with pytest.raises(UsageError, match="--own 'x': give NAME=PATH"):
+    with pytest.raises(UsageError, match="--own 'x' must look like NAME=PATH"):
         evaluate(own=["x"], **options)
 
 

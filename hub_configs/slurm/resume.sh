@@ -9,7 +9,8 @@
 
 run_and_requeue() {
     export PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:?ask for GPUs or set PROCESSES_PER_NODE}}
-    MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    MAIN_ADDRESS=${MAIN_ADDRESS%%$'\n'*}  # `| head -n 1` would fail at times: the closed pipe is an error here
     export MAIN_ADDRESS MAIN_PORT=$((20000 + SLURM_JOB_ID % 20000))
     STOP_FILE=$(mktemp "${TMPDIR:-/tmp}/polypseg-rank0.XXXXXX")
     export STOP_FILE

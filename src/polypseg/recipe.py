@@ -150,7 +150,7 @@ class ModelRecipe(RecipeSection):
 
     encoder: str | None
     """timm name of another encoder, for small-scale runs."""
-    decoder: str | None = None
+    decoder: str | None
     """Another decoder than the row's, for architecture grids; see PolypSegConfig."""
     decoder_channels: int | None = Field(ge=1)
     decoder_dropout: float | None = Field(ge=0, lt=1)
