@@ -40,12 +40,13 @@ def corrupt(frame: Frame, kind: str, *, severity: int, key: str = "", seed: int 
     return function(frame, strengths[severity - 1], rng)
 
 
-def _length(frame: Frame) -> float:
+def frame_length(frame: Frame) -> float:
     """The unit of length, sqrt(height * width) in pixels."""
     return float(np.sqrt(frame.shape[0] * frame.shape[1]))
 
 
-def _bytes(values: NDArray[np.floating]) -> Frame:
+def to_bytes(values: NDArray[np.floating]) -> Frame:
+    """Grey levels rounded and clipped to 0 to 255."""
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
@@ -69,12 +70,12 @@ def _visible(frame: Frame) -> Plane:
 def _blend(frame: Frame, colour: NDArray[np.floating], opacity: Plane) -> Frame:
     """``colour`` (3,) or (H, W, 3) over the visible field with ``opacity`` (H, W) in [0, 1]."""
     share = (opacity * _visible(frame))[..., None]
-    return _bytes(frame * (1 - share) + colour * share)
+    return to_bytes(frame * (1 - share) + colour * share)
 
 
 def motion_blur(frame: Frame, strength: float, rng: Generator) -> Frame:
     """A straight smear in a random direction, ``strength`` of the frame's length long."""
-    size = _odd(strength * _length(frame))
+    size = _odd(strength * frame_length(frame))
     kernel = np.zeros((size, size), np.float32)
     kernel[size // 2] = 1
     turn = cv2.getRotationMatrix2D((size // 2, size // 2), float(rng.uniform(0, 180)), 1)
@@ -84,7 +85,7 @@ def motion_blur(frame: Frame, strength: float, rng: Generator) -> Frame:
 
 def defocus(frame: Frame, strength: float, rng: Generator) -> Frame:
     """An even disc of confusion, its diameter ``strength`` of the frame's length."""
-    size = _odd(strength * _length(frame))
+    size = _odd(strength * frame_length(frame))
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)).astype(np.float32)
     return cv2.filter2D(frame, -1, disc / disc.sum(), borderType=cv2.BORDER_REPLICATE).astype(np.uint8)
 
@@ -101,7 +102,7 @@ def under_exposure(frame: Frame, strength: float, rng: Generator) -> Frame:
 
 def _expose(frame: Frame, gain: float) -> Frame:
     """Gain in linear light; sRGB's curve is taken as a power of 2.2."""
-    table = _bytes(255 * np.minimum(1, gain * (np.arange(256) / 255) ** 2.2) ** (1 / 2.2))
+    table = to_bytes(255 * np.minimum(1, gain * (np.arange(256) / 255) ** 2.2) ** (1 / 2.2))
     return cv2.LUT(frame, table).astype(np.uint8)
 
 
@@ -111,7 +112,7 @@ def specular_glare(frame: Frame, strength: float, rng: Generator) -> Frame:
     noise = noise * (0.5 + frame.mean(axis=2) / 255)  # bright tissue faces the lamp
     limit = np.quantile(noise, 1 - strength)
     glare = np.clip((noise - limit) / max(float(noise.max() - limit), 1e-6) * 6, 0, 1).astype(np.float32)
-    return _blend(frame, np.array([252.0, 252.0, 250.0]), cv2.GaussianBlur(glare, (0, 0), 0.003 * _length(frame)))
+    return _blend(frame, np.array([252.0, 252.0, 250.0]), cv2.GaussianBlur(glare, (0, 0), 0.003 * frame_length(frame)))
 
 
 def smoke(frame: Frame, strength: float, rng: Generator) -> Frame:
@@ -126,7 +127,7 @@ def bubbles(frame: Frame, strength: float, rng: Generator) -> Frame:
     height, width = frame.shape[:2]
     for _ in range(int(strength)):
         centre = (int(rng.uniform(0, width)), int(rng.uniform(0, height)))
-        radius = max(2, int(_length(frame) * rng.uniform(0.008, 0.04)))
+        radius = max(2, int(frame_length(frame) * rng.uniform(0.008, 0.04)))
         body, rim, spot = (np.zeros((height, width), np.float32) for _ in range(3))
         cv2.circle(body, centre, radius, 1, -1, cv2.LINE_AA)
         cv2.circle(rim, centre, radius, 1, max(1, radius // 6), cv2.LINE_AA)
@@ -134,7 +135,7 @@ def bubbles(frame: Frame, strength: float, rng: Generator) -> Frame:
         cv2.circle(spot, (centre[0] - shift, centre[1] - shift), max(1, radius // 5), 1, -1, cv2.LINE_AA)
         opacity = (0.18 * body + 0.5 * rim + 0.8 * spot).clip(0, 0.9)[..., None]
         out = out * (1 - opacity) + np.array([236.0, 232.0, 222.0]) * opacity
-    return _bytes(frame + (out - frame) * _visible(frame)[..., None])
+    return to_bytes(frame + (out - frame) * _visible(frame)[..., None])
 
 
 def stain(frame: Frame, strength: float, rng: Generator) -> Frame:
@@ -184,7 +185,7 @@ def jpeg(frame: Frame, strength: float, rng: Generator) -> Frame:
 def noise(frame: Frame, strength: float, rng: Generator) -> Frame:
     """Sensor noise: Gaussian of standard deviation ``strength`` grey levels, stronger in the dark."""
     sigma = strength * (1.3 - 0.6 * frame.mean(axis=2, keepdims=True) / 255)
-    return _bytes(frame + sigma * rng.standard_normal(frame.shape))
+    return to_bytes(frame + sigma * rng.standard_normal(frame.shape))
 
 
 def low_resolution(frame: Frame, strength: float, rng: Generator) -> Frame:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from polypseg.data.images import MASK_THRESHOLD
 from polypseg.data.polyps import PolypDataset, Record
 from polypseg.metrics import pixel_counts, standard_scores
 from polypseg.predictions import PredictionSource
@@ -38,6 +37,8 @@ PLAIN, ALL = "as it is", "all factors"
 class RenderedDataset(PolypDataset):
     """A dataset whose frames and masks are re-rendered on reading."""
 
+    base: PolypDataset
+    """The dataset as it is."""
     renders: tuple[Render, ...] = ()
     strength: float = 1.0
     __hash__ = object.__hash__
@@ -55,15 +56,10 @@ class RenderedDataset(PolypDataset):
         """The re-rendered frame."""
         return self.pair(record)[0]
 
-    def original(self, record: Record) -> tuple[Image.Image, NDArray[np.uint8]]:
-        """Frame and mask as they are in the files."""
-        frame, grey = super().frame(record), super().grey_mask(record)
-        return frame, (grey > MASK_THRESHOLD).astype(np.uint8)
-
 
 @lru_cache(maxsize=32)
 def _rendered(dataset: RenderedDataset, record_id: str) -> tuple[Image.Image, NDArray[np.uint8]]:
-    image, mask = dataset.original(dataset.by_id[record_id])
+    image, mask = dataset.base.pair(dataset.by_id[record_id])
     frame = np.asarray(image)
     for render in dataset.renders:
         frame, mask = render(frame, mask, dataset.strength, record_id)
@@ -73,7 +69,12 @@ def _rendered(dataset: RenderedDataset, record_id: str) -> tuple[Image.Image, ND
 def render_dataset(dataset: PolypDataset, renders: Sequence[Render], *, strength: float = 1.0) -> RenderedDataset:
     """The dataset seen through some re-renderings, in order."""
     return RenderedDataset(
-        spec=dataset.spec, source=dataset.source, records=dataset.records, renders=tuple(renders), strength=strength
+        spec=dataset.spec,
+        source=dataset.source,
+        records=dataset.records,
+        base=dataset,
+        renders=tuple(renders),
+        strength=strength,
     )
 
 
@@ -206,7 +207,7 @@ def _cross_talk(rendered: RenderedDataset, inside: ShiftSet, outside: ShiftSet) 
     """Share of each measure's difference between the sets that a re-rendering covers, on a sample."""
     before, after = [], []
     for record in _sample(rendered, inside.ids):
-        image, mask = rendered.original(record)
+        image, mask = rendered.base.pair(record)
         changed, cut = rendered.pair(record)
         if mask.any() and cut.any():
             before.append(measure_frame(np.asarray(image), mask))

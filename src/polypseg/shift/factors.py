@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
-from polypseg.corruptions import jpeg, specular_glare
+from polypseg.corruptions import frame_length, jpeg, low_resolution, specular_glare, to_bytes
 from polypseg.data.polyps import PolypDataset
 from polypseg.shift.comparison import MeasuredSet
-from polypseg.shift.measures import Bools, Frame, highlights, measure_frame, visible_field
+from polypseg.shift.measures import Bools, Frame, centre_distance, highlights, measure_frame, visible_field
 
 Mask: TypeAlias = NDArray[np.uint8]
 Render: TypeAlias = Callable[[Frame, Mask, float, str], tuple[Frame, Mask]]
@@ -87,19 +87,11 @@ def _unchanged(frame: Frame, mask: Mask, strength: float, key: str) -> tuple[Fra
     return frame, mask
 
 
-def _bytes(values: NDArray[np.floating]) -> Frame:
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
-
-
-def _length(frame: Frame) -> float:
-    return float(np.sqrt(frame.shape[0] * frame.shape[1]))
-
-
 def _in_lab(frame: Frame, change: Callable[[NDArray[np.float32], Bools], NDArray[np.float32]]) -> Frame:
     """Change CIELAB values inside the visible field only."""
     field = visible_field(frame)
     lab = cv2.cvtColor(frame.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
-    changed = _bytes(255 * cv2.cvtColor(change(lab, field).astype(np.float32), cv2.COLOR_LAB2RGB))
+    changed = to_bytes(255 * cv2.cvtColor(change(lab, field).astype(np.float32), cv2.COLOR_LAB2RGB))
     return np.where(field[..., None], changed, frame).astype(np.uint8)
 
 
@@ -128,8 +120,7 @@ def fit_illumination(source: Look, target: Look) -> Render:
 
     def render(frame: Frame, mask: Mask, strength: float, key: str) -> tuple[Frame, Mask]:
         height, width = frame.shape[:2]
-        y, x = np.mgrid[:height, :width]
-        radius = np.hypot(y - (height - 1) / 2, x - (width - 1) / 2) / (np.hypot(height, width) / 2)
+        radius = centre_distance(*np.mgrid[:height, :width], shape=(height, width))
 
         def change(lab: NDArray[np.float32], field: Bools) -> NDArray[np.float32]:
             lab = lab.copy()
@@ -144,9 +135,9 @@ def fit_illumination(source: Look, target: Look) -> Render:
 def _blurred(frame: Frame, amount: float) -> Frame:
     """amount > 0: Gaussian blur of that share of the frame's length; below 0: unsharp masking by so much of 1 %."""
     if amount > 0:
-        return cv2.GaussianBlur(frame, (0, 0), amount * _length(frame)).astype(np.uint8)
-    soft = cv2.GaussianBlur(frame, (0, 0), 0.006 * _length(frame)).astype(np.float32)
-    return _bytes(frame + (-100 * amount) * (frame - soft))
+        return cv2.GaussianBlur(frame, (0, 0), amount * frame_length(frame)).astype(np.uint8)
+    soft = cv2.GaussianBlur(frame, (0, 0), 0.006 * frame_length(frame)).astype(np.float32)
+    return to_bytes(frame + (-100 * amount) * (frame - soft))
 
 
 def fit_sharpness(source: Look, target: Look) -> Render:
@@ -178,13 +169,8 @@ def fit_resolution(source: Look, target: Look) -> Render:
     if ratio <= 1:
         return _unchanged
 
-    def render(frame: Frame, mask: Mask, strength: float, key: str) -> tuple[Frame, Mask]:
-        height, width = frame.shape[:2]
-        small = (max(8, round(width / ratio**strength)), max(8, round(height / ratio**strength)))
-        reduced = cv2.resize(frame, small, interpolation=cv2.INTER_AREA)
-        return cv2.resize(reduced, (width, height), interpolation=cv2.INTER_LINEAR).astype(np.uint8), mask
-
-    return render
+    rng = np.random.default_rng(0)  # it draws nothing
+    return lambda frame, mask, strength, key: (low_resolution(frame, ratio**strength, rng), mask)
 
 
 def fit_border(source: Look, target: Look) -> Render:
@@ -202,7 +188,7 @@ def fit_border(source: Look, target: Look) -> Render:
         field = cv2.resize(chosen, (width, height), interpolation=cv2.INTER_LINEAR)
         painted = filled * field[..., None] + target.border_colour * (1 - field[..., None])
         kept = (1 - strength * (1 - field)) > 0.5
-        return _bytes(frame * (1 - strength) + painted * strength), (mask * kept).astype(np.uint8)
+        return to_bytes(frame * (1 - strength) + painted * strength), (mask * kept).astype(np.uint8)
 
     return render
 
@@ -269,7 +255,7 @@ def fit_specular(source: Look, target: Look) -> Render:
             return frame, mask
         wide = cv2.dilate(spots.astype(np.uint8), np.ones((3, 3), np.uint8))
         painted = cv2.inpaint(frame, wide, 3, cv2.INPAINT_TELEA)
-        return _bytes(frame * (1 - strength * share) + painted * (strength * share)), mask
+        return to_bytes(frame * (1 - strength * share) + painted * (strength * share)), mask
 
     return remove
 

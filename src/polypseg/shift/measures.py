@@ -4,7 +4,7 @@ Pixels are measured inside the visible field at a common scale, sqrt(height * wi
 resolution compare; blockiness and size are measured on the frame as it is.
 """
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
@@ -85,15 +85,19 @@ def _white(lab: NDArray[np.float32]) -> Bools:
 
 
 def _offset(mask: NDArray[np.uint8]) -> float:
-    height, width = mask.shape
     y, x = (float(places.mean()) for places in np.nonzero(mask))
-    return float(np.hypot(y - (height - 1) / 2, x - (width - 1) / 2) / (np.hypot(height, width) / 2))
+    return float(centre_distance(y, x, shape=mask.shape))
+
+
+def centre_distance(y: Any, x: Any, *, shape: tuple[int, ...]) -> Any:
+    """Distance of rows y and columns x from the centre of a frame of ``shape`` (H, W), in half diagonals."""
+    height, width = shape
+    return np.hypot(y - (height - 1) / 2, x - (width - 1) / 2) / (np.hypot(height, width) / 2)
 
 
 def _falloff(lightness: Plane, field: Bools) -> float:
     height, width = lightness.shape
-    y, x = np.mgrid[:height, :width]
-    radius = np.hypot(y - (height - 1) / 2, x - (width - 1) / 2)[field] / (np.hypot(height, width) / 2)
+    radius = centre_distance(*np.mgrid[:height, :width], shape=(height, width))[field]
     spread = float(radius.var())
     return 0.0 if spread == 0 else float(np.mean((radius - radius.mean()) * lightness[field]) / spread)
 
