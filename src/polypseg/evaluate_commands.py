@@ -121,7 +121,7 @@ def _print_scores(result: "SuiteResult") -> None:
 
     title = f"{result.name}: {result.title}, {result.split} {result.part}"
     table = Table("convention", "score", "mean", "95 % interval over images", "n", title=title)
-    for convention, scores in result.summary().items():
+    for convention, scores in result.content()["scores"].items():
         for score, value in scores.items():
             table.add_row(convention, score, _mean(value["mean"]), _bounds(value), str(value["n"]))
     print_whole(table)

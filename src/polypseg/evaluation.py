@@ -7,7 +7,7 @@ then means over images, with bootstrap intervals. Results stay in memory; scorin
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,27 +23,6 @@ from polypseg.processing import polyp_logits, resize_map
 FrameChange: TypeAlias = Callable[[Image.Image, str], Image.Image]
 """An RGB frame and its id -> the frame that the model sees, of the same size."""
 INTERVAL = "95 % percentile bootstrap over images, 5000 resamples, seed 0"
-
-
-class OnePart(Protocol):
-    """A result on one part of one dataset."""
-
-    @property
-    def dataset(self) -> str: ...
-    @property
-    def title(self) -> str: ...
-    @property
-    def split(self) -> str: ...
-    @property
-    def part(self) -> str: ...
-    @property
-    def content_id(self) -> str: ...
-
-
-def dataset_record(result: OnePart) -> dict[str, Any]:
-    """What a receipt says of the images' origin."""
-    record = {"name": result.dataset, "title": result.title, "split": result.split, "part": result.part}
-    return record | {"content_id": result.content_id, "synthetic": result.dataset.startswith("synthetic_")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ from polypseg.processing import (
     load_model,
     without_shard_bars,
 )
-from polypseg.receipts import check_receipt, find_receipts
+from polypseg.receipts import check_content, find_receipts
 from polypseg.recipe import bundled_folder
 
 FP16_WEIGHTS = "model.fp16.safetensors"
@@ -180,7 +180,7 @@ def _copy_results(results: Path | None, origin: Origin, folder: Path) -> tuple[t
     for path, content in found.items():
         recorded = (content["model"] or {}).get("sha256")
         if recorded == origin.record[SOURCE_SHA256]:
-            wrong = check_receipt(path)
+            wrong = check_content(content)
             if wrong:
                 left_out.append(f"{path.name}: is not what its images give ({wrong[0]})")
                 continue

@@ -316,7 +316,11 @@ def check_receipt(path: Path) -> list[str]:
     The bootstraps are drawn anew with the stated seed. Nothing is passed over: what cannot be computed is a difference
     too. Raises PolypSegError for a file that is no receipt.
     """
-    content = read_receipt(path)
+    return check_content(read_receipt(path))
+
+
+def check_content(content: Mapping[str, Any]) -> list[str]:
+    """As ``check_receipt``, of the content of a receipt that was read already."""
     try:
         return list(_differences(content))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

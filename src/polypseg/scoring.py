@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from polypseg.artifacts import atomic_path, environment_record, write_csv
 from polypseg.card_facts import recorded_recipe
 from polypseg.conventions import CONVENTIONS, choose_conventions
 from polypseg.data.polyps import PolypDataset
-from polypseg.evaluation import dataset_record
 from polypseg.measures import TOLERANCE, ImageMeasures, measure_image
 from polypseg.passport import SeenCheck, SplitManifest, kept_manifest
 from polypseg.predictions import PredictionSource, Probability
@@ -86,11 +86,17 @@ class SuiteResult:
 
     def false_alarms(self) -> dict[str, Any] | None:
         """What is predicted on frames without polyp; see ``receipts.false_alarms``."""
-        pixels = [image.pixels for image in self.manifest.images]
-        return false_alarms(self.rows(), pixels, minimal_area=self.alarm_area)
+        found: dict[str, Any] | None = self.content()["false_alarms"]
+        return found
 
     def content(self) -> dict[str, Any]:
-        """The receipt: docs/receipts.md describes its fields."""
+        """The receipt: docs/receipts.md describes its fields. Computed once, so that nothing is drawn twice."""
+        return self._content
+
+    @cached_property
+    def _content(self) -> dict[str, Any]:
+        rows = self.rows()
+        pixels = [image.pixels for image in self.manifest.images]
         conventions, layout = choose_conventions(self.conventions), Layout.of(self.manifest)
         origin = {key: value for key, value in self.origin.items() if key != "weights_origin"}
         collisions = self.seen.collisions
@@ -99,8 +105,16 @@ class SuiteResult:
             "name": self.name,
             "model": model_record(self.origin["weights_origin"]) if "weights_origin" in self.origin else None,
             "predictions": origin,
-            "dataset": dataset_record(self)
-            | {"manifest": self.manifest.digest, "clips_known": layout.clips is not None},
+            "dataset": {
+                "name": self.dataset,
+                "title": self.title,
+                "split": self.split,
+                "part": self.part,
+                "content_id": self.content_id,
+                "synthetic": self.dataset.startswith("synthetic_"),
+                "manifest": self.manifest.digest,
+                "clips_known": layout.clips is not None,
+            },
             "n": len(self.images),
             "seen": self.seen.content(),
             "collisions": None if collisions is None else collisions.content(),
@@ -109,9 +123,9 @@ class SuiteResult:
             "clusters": layout.record(),
             "scores": self.summary(),
             "scores_by_cluster": cluster_scores(self.images, layout, conventions),
-            "false_alarms": self.false_alarms(),
+            "false_alarms": false_alarms(rows, pixels, minimal_area=self.alarm_area),
             "definitions": describe(conventions),
-            "images": self.rows(),
+            "images": rows,
             "manifest": self.manifest.content(),
             "tables": pack_tables(self.images, conventions),
             "environment": environment_record(),

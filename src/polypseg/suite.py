@@ -19,7 +19,7 @@ from polypseg.errors import PolypSegError, UsageError, first_line, unknown_name
 from polypseg.passport import Rule, SeenError, SplitManifest, check_seen, kept_manifest, name_partial
 from polypseg.predictions import PredictionSource
 from polypseg.processing import SOURCE_SHA256
-from polypseg.receipts import Layout, cluster_scores, receipt_path, refuse_other_weights
+from polypseg.receipts import receipt_path, refuse_other_weights
 from polypseg.scoring import Measured, SuiteResult, score_predictions
 
 Frames = Literal["all", "with polyp", "without polyp"]
@@ -314,7 +314,7 @@ def _outcome(test: SuiteTest, result: SuiteResult, path: Path) -> Outcome:
     dice: dict[str, Any] = {"mean": None, "low": None, "high": None, "effective_size": None, "clusters": None}
     iou = None
     if test.frames != "without polyp":
-        paper = cluster_scores(result.images, Layout.of(result.manifest), [CONVENTIONS["paper"]])["paper"]
+        paper = result.content()["scores_by_cluster"]["paper"]
         dice, iou = paper["dice"], paper["iou"]["mean"]
     per_100 = alarms["per_100_frames"] if alarms else {"mean": None, "low": None, "high": None}
     collisions = result.seen.collisions

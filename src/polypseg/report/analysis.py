@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from polypseg.card_facts import Test
+from polypseg.card_facts import CONVENTION, Test
 from polypseg.metrics import METRICS
-from polypseg.report.material import CONVENTION, Material, Receipt
+from polypseg.report.material import Material, Receipt
 from polypseg.statistics import (
     RESAMPLES,
     Comparison,

@@ -11,13 +11,10 @@ import numpy as np
 
 from polypseg import zoo
 from polypseg.artifacts import file_sha256
-from polypseg.card_facts import Test, test_of
+from polypseg.card_facts import CONVENTION, Test, test_of
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.origin import read_origin
-from polypseg.receipts import check_receipt, find_receipts, unpack
-
-CONVENTION = "paper"
-"""The metric convention of every table: means over images with the rule for empty masks."""
+from polypseg.receipts import check_content, find_receipts, unpack
 
 
 @dataclass(frozen=True)
@@ -221,7 +218,7 @@ def read_material(folder: Path, *, inside: Test, outside: Test) -> Material:
 
 
 def _checked(path: Path, content: Mapping[str, Any]) -> Receipt:
-    problems = check_receipt(path)
+    problems = check_content(content)
     if problems:
         raise PolypSegError(f"{path} is refused: {problems[0]}: evaluate again")
     if CONVENTION not in content["definitions"]:
