@@ -59,6 +59,13 @@ class DrawnDataset:
         return SplitManifest(dataset=self.name, split=split, part=part, content_id=content, images=tuple(prints))
 
 
+class DrawnNegatives(DrawnDataset):
+    """The same without polyps."""
+
+    def mask(self, record: str) -> np.ndarray:
+        return np.zeros((SIDE, SIDE), dtype=np.uint8)
+
+
 @dataclass
 class DrawnPredictions:
     """The truth under noise: the less skill, the more of it."""
@@ -105,7 +112,15 @@ def small_origin(entry: ZooEntry, *, seed: int) -> dict[str, Any]:
 
 
 def write_receipt(
-    folder: Path, entry: ZooEntry, *, seed: int, dataset: DrawnDataset, split: str, part: str, skill: float
+    folder: Path,
+    entry: ZooEntry,
+    *,
+    seed: int,
+    dataset: DrawnDataset,
+    split: str,
+    part: str,
+    skill: float,
+    conventions: Sequence[str] = ("paper", "calibration"),
 ) -> Path:
     """One receipt, with the predicted masks where ``evaluate --save-masks`` puts them; returns its path."""
     origin = small_origin(entry, seed=seed)
@@ -117,7 +132,7 @@ def write_receipt(
         split=split,
         part=part,
         manifest=dataset.manifest(split, part),
-        conventions=("paper", "calibration"),
+        conventions=conventions,
         masks=folder / name / "masks" / dataset.name,
     )
     return result.write(folder)

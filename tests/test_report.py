@@ -25,6 +25,7 @@ from receipt_factory import (
     OUTSIDE,
     SKILLS,
     DrawnDataset,
+    DrawnNegatives,
     render,
     rendered_report,
     write_receipt,
@@ -166,6 +167,48 @@ def test_study_with_one_test_and_one_row_is_rendered_and_says_so(tmp_path):
     text = path.read_text(encoding="utf-8")
     assert "No receipt on cvc_clinicdb.full.full, the test out of distribution." in text
     assert 'id="ranking"' not in text and row_cells(text, "comparison", "resnet10t-IN-MC")[5] == "–"
+
+
+def test_frames_without_polyps_give_false_alarms_and_no_dice(receipts, tmp_path):
+    entry, folder = ROWS["RN-NA-NA"], {}
+    for seed, skill in ((0, 3.0), (1, 0.5)):
+        folder[seed] = write_receipt(
+            receipts,
+            entry,
+            seed=seed,
+            dataset=DrawnNegatives("polypgen", 40),
+            split="centre",
+            part="without-polyp",
+            skill=skill,
+        )
+    path = write_report(receipts, tmp_path / "o.html", title="A", inside=INSIDE, outside=OUTSIDE, resamples=50)
+    text = path.read_text(encoding="utf-8")
+    facts = [json.loads(folder[seed].read_text())["false_alarms"] for seed in (0, 1)]
+    rates = [fact["per_100_frames"] for fact in facts]
+    means = sorted(rate["mean"] for rate in rates)
+    low, high = min(r["low"] for r in rates), max(r["high"] for r in rates)
+    cells = re.findall(r"<tr><th.*?</tr>", text[text.index('id="table-alarms"') :], flags=re.DOTALL)[1]
+    assert 0 < means[0] < means[1]
+    for words in (f"{sum(means) / 2:.1f}", f"[{low:.1f}, {high:.1f}]", f"{means[0]:.1f}–{means[1]:.1f}", ">40<"):
+        assert words in cells, words
+    assert f"{50 * sum(fact['predicted_share']['mean'] for fact in facts):.1f} %" in cells
+    assert 'id="table-tests"' not in text and "without-polyp part</" in text[: text.index('id="table-comparison"')]
+
+
+def test_receipts_without_calibration_give_a_report_without_that_figure(tmp_path):
+    write_receipt(
+        tmp_path / "r",
+        ROWS["RN-NA-NA"],
+        seed=0,
+        dataset=DrawnDataset("kvasir_seg", 6),
+        split="reference",
+        part="test",
+        skill=1,
+        conventions=("paper",),
+    )
+    path = write_report(tmp_path / "r", tmp_path / "o.html", title="A", inside=INSIDE, outside=OUTSIDE, resamples=50)
+    text = path.read_text(encoding="utf-8")
+    assert "dice-distributions" in text and "Calibration" not in text
 
 
 def test_rows_with_more_seeds_are_compared_by_as_many_and_the_rest_is_named(receipts):

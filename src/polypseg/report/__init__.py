@@ -14,6 +14,7 @@ from polypseg.report.page import render_page
 from polypseg.report.reading import render_reading
 from polypseg.report.tables import (
     Table,
+    alarm_table,
     calibration_table,
     comparison_table,
     contrast_table,
@@ -55,7 +56,7 @@ def write_report(
     galleries = build_galleries(material, masks=masks, sources=sources or {})
     documents = {"Shift": [read_document(p) for p in shift], "Robustness": [read_document(p) for p in robustness]}
     analysis = analyse(material, resamples=resamples)
-    others = [test for test in material.tests if test not in (material.inside, material.outside)]
+    others = [test for test in material.polyp_tests if test not in (material.inside, material.outside)]
     made = (
         comparison_table(analysis),
         gap_table(analysis),
@@ -63,6 +64,7 @@ def write_report(
         pair_table(analysis),
         calibration_table(analysis),
         tests_table(analysis, others),
+        alarm_table(material),
         receipt_table(material),
     )
     tables, pictures = {table.name: table for table in made if table.rows}, draw_all(analysis)

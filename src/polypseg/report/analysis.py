@@ -55,7 +55,7 @@ def score_set_of(receipts: Mapping[str, Sequence[Receipt]], *, metric: str = "di
 def analyse(material: Material, *, resamples: int = RESAMPLES) -> Analysis:
     """All statistics of a study's receipts. Raises UsageError for receipts that are not of the same images."""
     means, seed_means = {}, {}
-    for test in material.tests:
+    for test in material.polyp_tests:
         for models in _drawn_together(material, test):
             used = {model: material.used(model, test) for model in models}
             for metric in METRICS:

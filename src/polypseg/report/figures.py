@@ -268,15 +268,16 @@ def _flips(analysis: Analysis) -> Picture | None:
 def _calibration(analysis: Analysis) -> Picture | None:
     material = analysis.material
     tests = [test for test in (material.inside, material.outside) if test in material.tests]
-    if not tests:
+    if all(receipt.calibration() is None for receipt in material.receipts if receipt.test in tests):
         return None
     figure, axes = _axes(WIDTH, 3.3, ncols=len(tests), sharey=True)
     for axis, test in zip(axes, tests, strict=True):
         axis.plot([0.5, 1], [0.5, 1], color=RULE, lw=1, zorder=0)
         for model in material.models:
-            used = material.used(model, test)
-            if used:
-                pixels, confidence, correct = np.sum([receipt.calibration()[1] for receipt in used], axis=0).T
+            sums = [receipt.calibration() for receipt in material.used(model, test)]
+            inside = [table[1] for table in sums if table is not None]
+            if inside:
+                pixels, confidence, correct = np.sum(inside, axis=0).T
                 filled = pixels > 0
                 points = confidence[filled] / pixels[filled], correct[filled] / pixels[filled]
                 axis.plot(*points, "o-", ms=2.4, lw=1, alpha=0.7, color=colour(model))

@@ -69,9 +69,24 @@ class Receipt:
         """(N,) of one metric under CONVENTION, in the order of the receipt."""
         return np.array([row[f"{CONVENTION}.{metric}"] for row in self.images], dtype=np.float64)
 
-    def calibration(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """(2, bins, 3) sums over images: outside and inside the polyp, by bin: pixels, confidence, correct pixels."""
-        return unpack(self.content["tables"]["calibration"]).sum(axis=0)
+    @property
+    def shows_polyps(self) -> bool:
+        """Whether any image of the test has a polyp; without one, only false alarms can be counted."""
+        return any(row["true"] for row in self.images)
+
+    @property
+    def seen_images(self) -> int | None:
+        """Images that collide with what the model saw; None where that was not checked."""
+        collisions = self.content["collisions"]
+        return None if collisions is None else int(collisions["colliding"])
+
+    def calibration(self) -> np.ndarray[Any, np.dtype[np.float64]] | None:
+        """(2, bins, 3) sums over images: outside and inside the polyp, by bin: pixels, confidence, correct pixels.
+
+        None for a receipt without the convention ``calibration``.
+        """
+        table = self.content["tables"].get("calibration")
+        return None if table is None else unpack(table).sum(axis=0)
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,12 @@ class Material:
         found = {receipt.test for receipt in self.receipts}
         first = [test for test in (self.inside, self.outside) if test in found]
         return (*first, *sorted(found - set(first)))
+
+    @cached_property
+    def polyp_tests(self) -> tuple[Test, ...]:
+        """``tests`` without those whose images show no polyp, for which Dice says nothing."""
+        shown = {receipt.test for receipt in self.receipts if receipt.shows_polyps}
+        return tuple(test for test in self.tests if test in shown)
 
     def of(self, model: str, test: Test | None = None) -> tuple[Receipt, ...]:
         """A row's receipts by seed, of one test or of all."""

@@ -133,7 +133,7 @@ def sample_table(analysis: Analysis) -> Table:
         clusters, worth = receipt.content["clusters"], [fact["effective_size"] for fact in facts]
         unit = "video clips" if clusters["by"] == "clip" else "images"
         merged = clusters["repeats_merged"]
-        spread = f"{min(worth):.0f}" if round(min(worth)) == round(max(worth)) else f"{min(worth):.0f}–{max(worth):.0f}"
+        spread = "–".join(dict.fromkeys(f"{value:.0f}" for value in (min(worth), max(worth)))) if worth else "–"
         role = (
             "in distribution" if test == material.inside else "out of distribution" if test == material.outside else ""
         )
@@ -144,7 +144,7 @@ def sample_table(analysis: Analysis) -> Table:
                     Cell(str(clusters["images"]), f"{merged} repeats merged" if merged else ""),
                     Cell(f"{clusters['clusters']} {unit}"),
                     Cell(spread),
-                    Cell(str(len(facts))),
+                    Cell(str(sum(bool(material.used(model, test)) for model in material.models))),
                     Cell(_seen_most(material, test)),
                 ]
             )
@@ -163,11 +163,7 @@ def sample_table(analysis: Analysis) -> Table:
 
 def _seen_most(material: Material, test: Test) -> str:
     """The greatest number of a test's images that a model's passport collides with."""
-    counts = [
-        None if receipt.content["collisions"] is None else int(receipt.content["collisions"]["colliding"])
-        for receipt in material.receipts
-        if receipt.test == test
-    ]
+    counts = [receipt.seen_images for receipt in material.receipts if receipt.test == test]
     known = [count for count in counts if count is not None]
     if not known:
         return "not checked"
@@ -182,6 +178,7 @@ def model_section(analysis: Analysis, model: str) -> ModelSection:
     origin = read_origin(first.weights_origin) if first.weights_origin else None
     weights = dict.fromkeys((str(r.seed), r.model_sha256 or "not recorded") for r in receipts)
     tests = [test for test in material.tests if material.used(model, test)]
+    scored = [test for test in tests if test in material.polyp_tests]
     return ModelSection(
         anchor=slug("model", model),
         name=material.label(model),
@@ -191,8 +188,8 @@ def model_section(analysis: Analysis, model: str) -> ModelSection:
         licence=model_license(origin) if origin else None,
         weights=list(weights),
         seen=[(material.test_title(test), _seen(material.of(model, test))) for test in tests],
-        scores=_scores_table(analysis, model, tests),
-        worst=[(material.test_title(test), _worst(material.used(model, test))) for test in tests[:2]],
+        scores=_scores_table(analysis, model, scored),
+        worst=[(material.test_title(test), _worst(material.used(model, test))) for test in scored[:2]],
     )
 
 

@@ -1,7 +1,7 @@
 """The report's tables, each as cells for the page and as plain records for CSV and JSON."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -244,7 +244,7 @@ def tests_table(analysis: Analysis, tests: Iterable[Test]) -> Table:
                 cells = [
                     Cell(used[0].dataset["title"], part_words(test), sort=material.test_title(test)),
                     _model_cell(material, model),
-                    Cell(str(images), _units(used[0]), sort=images),
+                    Cell(str(images), _units(used[0]), _seen_words(used), sort=images),
                     *metric_cells(analysis, model, test),
                 ]
                 rows.append(Row(cells))
@@ -252,7 +252,8 @@ def tests_table(analysis: Analysis, tests: Iterable[Test]) -> Table:
                 records.append({**names, "model": model, **_metric_record(analysis, model, test)})
     return Table(
         name="tests",
-        caption=f"Mean over images, 95 % interval{SEEDS_NOTE}.",
+        caption=f"Mean over images, 95 % interval{SEEDS_NOTE}. Seen: images that the model saw in training, or whose "
+        "near-duplicate or clip it saw; such a score is not one of generalisation.",
         columns=[
             Column("Test", numeric=False, smallest_first=True),
             Column("Model", numeric=False, smallest_first=True),
@@ -262,6 +263,65 @@ def tests_table(analysis: Analysis, tests: Iterable[Test]) -> Table:
         rows=rows,
         records=records,
     )
+
+
+def _seen_words(used: Sequence[Receipt]) -> str:
+    """``108 seen``, the most of any seed; empty where the model saw none, or where that is not known."""
+    most = max(receipt.seen_images or 0 for receipt in used)
+    return f"{most} seen" if most else ""
+
+
+def alarm_table(material: Material) -> Table:
+    """What is predicted on frames without polyp, of every test that has some."""
+    rows, records = [], []
+    for test in material.tests:
+        for model in material.models:
+            used = [r for r in material.used(model, test) if r.content["false_alarms"] is not None]
+            if not used:
+                continue
+            facts = [r.content["false_alarms"] for r in used]
+            rates, frames, source = [f["per_100_frames"] for f in facts], facts[0]["frames"], from_receipts(used)
+            mean, area = (sum(v) / len(v) for v in ([r["mean"] for r in rates], [_area(f) for f in facts]))
+            low, high = min(r["low"] for r in rates), max(r["high"] for r in rates)
+            spread = (
+                f"{min(r['mean'] for r in rates):.1f}–{max(r['mean'] for r in rates):.1f}" if len(rates) > 1 else ""
+            )
+            cells = [
+                Cell(used[0].dataset["title"], part_words(test), sort=material.test_title(test)),
+                _model_cell(material, model),
+                Cell(str(frames), "", _seen_words(used), sort=frames),
+                Cell(f"{mean:.1f}", f"[{low:.1f}, {high:.1f}]", spread, mean, **source),
+                Cell(f"{100 * area:.1f} %", sort=area, **source),
+            ]
+            rows.append(Row(cells))
+            names = dict(zip(("dataset", "split", "part"), test, strict=True))
+            minimal = facts[0]["minimal_area_pixels"]
+            records.append(
+                {**names, "model": model, "frames": frames, "seeds": len(used), "minimal_area_pixels": minimal}
+                | {"per_100_frames": mean, "per_100_frames_low": low, "per_100_frames_high": high}
+                | {"predicted_share": area, "receipts": " ".join(r.file_sha256 for r in used)}
+            )
+    areas = sorted({record["minimal_area_pixels"] for record in records})
+    return Table(
+        name="alarms",
+        caption="Frames without polyp, of 100, in which a connected region of at least "
+        f"{' or '.join(map(str, areas))} pixel{'s' if areas != [1] else ''} is predicted; mean of the training runs, the "
+        "lowest and the highest bound of their 95 % Wilson intervals, the least and the greatest run. Area: predicted "
+        "share of a frame.",
+        columns=[
+            Column("Test", numeric=False, smallest_first=True),
+            Column("Model", numeric=False, smallest_first=True),
+            Column("Frames"),
+            Column("False alarms", smallest_first=True),
+            Column("Area", smallest_first=True),
+        ],
+        rows=rows,
+        records=records,
+    )
+
+
+def _area(alarms: Mapping[str, Any]) -> float:
+    return float(alarms["predicted_share"]["mean"])
 
 
 def _units(receipt: Receipt) -> str:
@@ -391,7 +451,8 @@ def calibration_table(analysis: Analysis) -> Table:
     material = analysis.material
     rows, records = [], []
     tests = [test for test in (material.inside, material.outside) if test in material.tests]
-    for model in material.models:
+    with_table = {r.row for r in material.receipts if r.test in tests and "calibration" in r.content["scores"]}
+    for model in (m for m in material.models if m in with_table):
         cells, record = [_model_cell(material, model)], dict[str, Any](model=model)
         for test in tests:
             used = [r for r in material.used(model, test) if "calibration" in r.content["scores"]]
