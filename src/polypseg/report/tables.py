@@ -1,7 +1,7 @@
 """The report's tables, each as cells for the page and as plain records for CSV and JSON."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -279,35 +279,27 @@ def alarm_table(material: Material) -> Table:
             used = [r for r in material.used(model, test) if r.content["false_alarms"] is not None]
             if not used:
                 continue
-            facts = [r.content["false_alarms"] for r in used]
-            rates, frames, source = [f["per_100_frames"] for f in facts], facts[0]["frames"], from_receipts(used)
-            mean, area = (sum(v) / len(v) for v in ([r["mean"] for r in rates], [_area(f) for f in facts]))
-            low, high = min(r["low"] for r in rates), max(r["high"] for r in rates)
-            spread = (
-                f"{min(r['mean'] for r in rates):.1f}–{max(r['mean'] for r in rates):.1f}" if len(rates) > 1 else ""
-            )
+            facts, source = _alarm_facts(used), from_receipts(used)
+            between_runs = f"{facts['least_run']:.1f}–{facts['greatest_run']:.1f}" if len(used) > 1 else ""
+            bounds = f"[{facts['low']:.1f}, {facts['high']:.1f}]"
             cells = [
                 Cell(used[0].dataset["title"], part_words(test), sort=material.test_title(test)),
                 _model_cell(material, model),
-                Cell(str(frames), "", _seen_words(used), sort=frames),
-                Cell(f"{mean:.1f}", f"[{low:.1f}, {high:.1f}]", spread, mean, **source),
-                Cell(f"{100 * area:.1f} %", sort=area, **source),
+                Cell(str(facts["frames"]), "", _seen_words(used), sort=facts["frames"]),
+                Cell(f"{facts['per_100_frames']:.1f}", bounds, between_runs, facts["per_100_frames"], **source),
+                Cell(f"{100 * facts['predicted_share']:.1f} %", sort=facts["predicted_share"], **source),
             ]
             rows.append(Row(cells))
             names = dict(zip(("dataset", "split", "part"), test, strict=True))
-            minimal = facts[0]["minimal_area_pixels"]
-            records.append(
-                {**names, "model": model, "frames": frames, "seeds": len(used), "minimal_area_pixels": minimal}
-                | {"per_100_frames": mean, "per_100_frames_low": low, "per_100_frames_high": high}
-                | {"predicted_share": area, "receipts": " ".join(r.file_sha256 for r in used)}
-            )
+            digests = " ".join(r.file_sha256 for r in used)
+            records.append({**names, "model": model, "seeds": len(used), **facts, "receipts": digests})
     areas = sorted({record["minimal_area_pixels"] for record in records})
     return Table(
         name="alarms",
-        caption="Frames without polyp, of 100, in which a connected region of at least "
-        f"{' or '.join(map(str, areas))} pixel{'s' if areas != [1] else ''} is predicted; mean of the training runs, the "
-        "lowest and the highest bound of their 95 % Wilson intervals, the least and the greatest run. Area: predicted "
-        "share of a frame.",
+        caption="Of 100 frames without polyp, those in which a connected region of at least "
+        f"{' or '.join(map(str, areas))} pixel{'s' if areas != [1] else ''} is predicted: mean of the training runs, "
+        "the lowest and the highest bound of their 95 % Wilson intervals, the least and the greatest run. Area: "
+        "predicted share of a frame.",
         columns=[
             Column("Test", numeric=False, smallest_first=True),
             Column("Model", numeric=False, smallest_first=True),
@@ -320,8 +312,21 @@ def alarm_table(material: Material) -> Table:
     )
 
 
-def _area(alarms: Mapping[str, Any]) -> float:
-    return float(alarms["predicted_share"]["mean"])
+def _alarm_facts(used: Sequence[Receipt]) -> dict[str, Any]:
+    """False alarms of one model's training runs on a test."""
+    facts = [r.content["false_alarms"] for r in used]
+    rates = [fact["per_100_frames"] for fact in facts]
+    runs = [rate["mean"] for rate in rates]
+    return {
+        "minimal_area_pixels": facts[0]["minimal_area_pixels"],
+        "frames": facts[0]["frames"],
+        "per_100_frames": sum(runs) / len(runs),
+        "low": min(rate["low"] for rate in rates),
+        "high": max(rate["high"] for rate in rates),
+        "least_run": min(runs),
+        "greatest_run": max(runs),
+        "predicted_share": sum(fact["predicted_share"]["mean"] for fact in facts) / len(facts),
+    }
 
 
 def _units(receipt: Receipt) -> str:
