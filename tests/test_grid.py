@@ -23,9 +23,10 @@ from polypseg.errors import UsageError
 from polypseg.grid import GridData, grid_cells, load_grid, run_grid
 from polypseg.grid.cost import plan_cost
 from polypseg.grid.tasks import EvaluateTask, FinetuneTask, PretrainTask, grid_tasks
-from polypseg.grid.work import work_through
+from polypseg.grid.work import record_grid, work_through
 from polypseg.modeling import PolypSegForSemanticSegmentation
 from polypseg.receipts import find_receipts
+from polypseg.recipe import find_recipe
 
 TINY = {
     "name": "tiny",
@@ -245,8 +246,20 @@ def test_grid_trains_every_cell_and_a_second_call_trains_none(tmp_path, toys):
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
     record = json.loads((tmp_path / "out" / "grid.json").read_text())
     assert record["grid"]["cells"][0] == "test_resnet_deeplabv3plus.supervised_toys"
-    with pytest.raises(UsageError, match="another grid"):
+    with pytest.raises(UsageError, match=r"grid\.json differs in grid: "):
         run_grid(load_grid(write_grid(tmp_path, seeds=[3])), data, console=quiet)
+
+
+def test_grid_whose_recipe_was_edited_is_refused_in_the_old_folder(tmp_path, toys):
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(find_recipe("pretrain_supervised_small").read_text())
+    grid = load_grid(write_grid(tmp_path, pretraining=[TINY["pretraining"][0] | {"recipe": str(recipe)}]))
+    data = GridData(output=tmp_path / "out", training=synthetic(), split="reference", corpora={"toys": toys})
+    record_grid(grid, data)
+    record_grid(grid, data)
+    recipe.write_text(recipe.read_text().replace("seed: 0", "seed: 7"))
+    with pytest.raises(UsageError, match=r"grid\.json differs in recipes: choose another --output"):
+        record_grid(grid, data)
 
 
 def test_plan_cost_counts_what_is_left_without_training(tmp_path, toys):

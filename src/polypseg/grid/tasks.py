@@ -17,6 +17,7 @@ from polypseg.predictions import ModelPredictions
 from polypseg.pretraining.export import export_encoder, write_run_report
 from polypseg.pretraining.run import build_method, pretrain
 from polypseg.processing import default_device, load_model
+from polypseg.recipe import read_recipe
 from polypseg.runs import make_accelerator
 from polypseg.suite import SuitePlan, run_suite
 from polypseg.training import build_model, finetune, run_is_finished
@@ -223,3 +224,9 @@ def grid_tasks(grid: Grid, data: GridData) -> list[Task]:
 def describe_grid(grid: Grid) -> dict[str, Any]:
     """What the grid's record says of its training; how it is tested may change without training anew."""
     return grid.model_dump(mode="json", exclude={"evaluation"}) | {"cells": [cell.name for cell in grid_cells(grid)]}
+
+
+def describe_recipes(grid: Grid) -> dict[str, Any]:
+    """The grid's recipes as their files have them, by name: what was made by other values must not be mixed in."""
+    names = [grid.finetuning.recipe, *(plan.recipe for plan in grid.pretraining if plan.recipe is not None)]
+    return {name: read_recipe(name)[0] for name in sorted(set(names))}

@@ -19,7 +19,7 @@ from rich.console import Console
 from polypseg.artifacts import environment_record, explain_write_errors, read_json, write_json
 from polypseg.errors import UsageError
 from polypseg.grid.schema import Grid
-from polypseg.grid.tasks import GridData, Task, describe_grid, grid_tasks
+from polypseg.grid.tasks import GridData, Task, describe_grid, describe_recipes, grid_tasks
 
 LEASE = 120.0
 """Seconds without a sign of life after which a worker is taken to be dead."""
@@ -33,7 +33,7 @@ def run_grid(grid: Grid, data: GridData, *, console: Console) -> None:
     Raises UsageError when the folder holds another grid, and whatever a task raises: the finished tasks stay.
     """
     tasks = grid_tasks(grid, data)
-    _record(grid, data)
+    record_grid(grid, data)
     work_through(tasks, data.output / "claims", console=console)
 
 
@@ -54,11 +54,12 @@ def work_through(
             time.sleep(pause)
 
 
-def _record(grid: Grid, data: GridData) -> None:
-    """Write ``grid.json``, or check that the folder holds this grid on these images."""
+def record_grid(grid: Grid, data: GridData) -> None:
+    """Write ``grid.json``, or raise UsageError unless the folder holds this grid, by these recipes, on these images."""
     path = data.output / "grid.json"
     record: dict[str, Any] = {
         "grid": describe_grid(grid),
+        "recipes": describe_recipes(grid),
         "data": {
             "dataset": data.training.spec.name,
             "content_id": data.training.content_id,
@@ -69,7 +70,7 @@ def _record(grid: Grid, data: GridData) -> None:
         before = read_json(path)
         changed = [key for key in record if before.get(key) != record[key]]
         if changed:
-            raise UsageError(f"{path} is of another {' and '.join(changed)}: choose another --output")
+            raise UsageError(f"{path} differs in {' and '.join(changed)}: choose another --output")
         return
     write_json(path, record | {"environment": environment_record()})
 
