@@ -136,7 +136,7 @@ def test_page_says_what_stands_in_what_is_missing_and_that_it_is_no_device(page)
     assert "drawn-frames (2,000 frames)" in page and "not a medical device" in page
     assert "No receipt of 9 of the table’s 12 rows: RN-HK-MC" in page
     assert "2 training runs (seeds) each, from 12 evaluation receipts" in page
-    assert "Not checked: these predictions come without a passport" in page
+    assert "not checked against what the model saw: these predictions come without a passport" in page
 
 
 def test_page_escapes_and_asks_for_nothing_outside(page):

@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 
 from polypseg import __version__, zoo
-from polypseg.card_facts import Test
+from polypseg.card_facts import Test, seen_words
 from polypseg.licences import ModelLicense, model_license
 from polypseg.origin import read_origin
 from polypseg.recipe import bundled_folder
@@ -206,18 +206,7 @@ def _row_title(receipt: Receipt) -> str:
 
 def _seen(receipts: Sequence[Receipt]) -> str:
     """What the weights are known to have seen of a test, once for all seeds that agree."""
-    return " ".join(dict.fromkeys(_seen_of(receipt) for receipt in receipts))
-
-
-def _seen_of(receipt: Receipt) -> str:
-    seen, collisions = receipt.content["seen"], receipt.content["collisions"]
-    if collisions is None:
-        return f"Not checked: {seen['reason']}."
-    kinds = ", ".join(f"{kind}: {count}" for kind, count in collisions["kinds"].items() if count)
-    text = f"{collisions['colliding']} of {collisions['tested']} images collide with what the model saw"
-    unchecked = f" Not checked, as not listed: {'; '.join(collisions['unchecked'])}." if collisions["unchecked"] else ""
-    left_out = f"; {len(seen['excluded'])} were left out" if seen["excluded"] else ""
-    return f"{text}{f' ({kinds})' if kinds else ''}{left_out}.{unchecked}"
+    return ". ".join(dict.fromkeys(seen_words(receipt.content) for receipt in receipts))
 
 
 def _scores_table(analysis: Analysis, model: str, tests: Sequence[Test]) -> Table:

@@ -244,7 +244,7 @@ def tests_table(analysis: Analysis, tests: Iterable[Test]) -> Table:
                 cells = [
                     Cell(used[0].dataset["title"], part_words(test), sort=material.test_title(test)),
                     _model_cell(material, model),
-                    Cell(str(images), _units(used[0]), _seen_words(used), sort=images),
+                    Cell(str(images), _units(used[0]), _seen_note(used), sort=images),
                     *metric_cells(analysis, model, test),
                 ]
                 rows.append(Row(cells))
@@ -265,7 +265,7 @@ def tests_table(analysis: Analysis, tests: Iterable[Test]) -> Table:
     )
 
 
-def _seen_words(used: Sequence[Receipt]) -> str:
+def _seen_note(used: Sequence[Receipt]) -> str:
     """``108 seen``, the most of any seed; empty where the model saw none, or where that is not known."""
     most = max(receipt.seen_images or 0 for receipt in used)
     return f"{most} seen" if most else ""
@@ -285,7 +285,7 @@ def alarm_table(material: Material) -> Table:
             cells = [
                 Cell(used[0].dataset["title"], part_words(test), sort=material.test_title(test)),
                 _model_cell(material, model),
-                Cell(str(facts["frames"]), "", _seen_words(used), sort=facts["frames"]),
+                Cell(str(facts["frames"]), "", _seen_note(used), sort=facts["frames"]),
                 Cell(f"{facts['per_100_frames']:.1f}", bounds, between_runs, facts["per_100_frames"], **source),
                 Cell(f"{100 * facts['predicted_share']:.1f} %", sort=facts["predicted_share"], **source),
             ]
