@@ -214,13 +214,8 @@ def _pretraining_lines(facts: CardFacts) -> list[str]:
     origin, entry = facts.origin, pretrained_entry(facts.origin)
     if entry is None:
         return ["Pretraining: none; the encoder started from random weights."]
-    own = origin.record.get("pretraining")
-    if own:
-        return [
-            f"Pretraining: {zoo.METHODS[own['method']]}, run by the publisher with recipe `{own['recipe']}`"
-            + (f" changed by {', '.join(own['recipe_changes'])}" if own.get("recipe_changes") else "")
-            + f", on {own['frames']} frames of {own.get('source', 'an unnamed source')}.",
-        ]
+    if origin.own_pretraining:
+        return [origin.own_pretraining]
     lines = [f"Pretraining: {zoo.METHODS[entry.method]} on {zoo.CORPORA[entry.corpus]}."]
     if origin.record.get("scale") == "full":
         lines += [

@@ -74,6 +74,18 @@ class Origin:
         return f"{encoder}-{corpus}-{method}"
 
     @property
+    def own_pretraining(self) -> str:
+        """One sentence on the publisher's own pretraining run; empty without one."""
+        run = self.record.get("pretraining")
+        if not run:
+            return ""
+        changes = f" changed by {', '.join(run['recipe_changes'])}" if run.get("recipe_changes") else ""
+        return (
+            f"Pretraining: {zoo.METHODS[run['method']]}, run by the publisher with recipe `{run['recipe']}`{changes}, "
+            f"on {run['frames']} frames of {run.get('source', 'an unnamed source')}."
+        )
+
+    @property
     def summary(self) -> str:
         """One sentence on where the weights come from."""
         if self.kind == "converted":

@@ -26,6 +26,7 @@ from polypseg.zoo import RANDOM
 WORST = 5
 """Images of each test named as the worst of a model."""
 _ENCODERS = {"resnet50": "ResNet50", "vit_base": "ViT-B"}
+_UNKNOWN = "Predictions of weights that the receipt does not record."
 _DECODERS = {"deeplabv3plus": "DeepLabV3+", "dpt": "DPT"}
 
 
@@ -183,7 +184,7 @@ def model_section(analysis: Analysis, model: str) -> ModelSection:
         anchor=slug("model", model),
         name=material.label(model),
         title=_row_title(first),
-        summary=origin.summary if origin else "Predictions of weights that the receipt does not record.",
+        summary=f"{origin.summary} {origin.own_pretraining}".strip() if origin else _UNKNOWN,
         shortcomings=origin.shortcomings if origin else (),
         licence=model_license(origin) if origin else None,
         weights=list(weights),
