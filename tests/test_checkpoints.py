@@ -16,10 +16,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from polypseg.checkpoints import (
+    PRETRAINING_KEY,
     STARTER_ENCODER,
     _starter_state,
     describe_source,
     load_encoder_weights,
+    pretraining_origin,
     read_state_dict,
 )
 from polypseg.errors import PolypSegError, UsageError
@@ -171,6 +173,15 @@ def test_load_encoder_weights_refuses_a_truncated_file(resnet, tmp_path, refused
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
     assert "is damaged or not a file of tensors" in refused(path)
+
+
+@pytest.mark.parametrize("record", ["{not json", "[1]"])
+def test_damaged_record_in_a_header_is_one_sentence_that_names_the_file(resnet, tmp_path, refused, record):
+    path = tmp_path / "record.safetensors"
+    safetensors.torch.save_file(resnet, path, metadata={PRETRAINING_KEY: record})
+    assert "damaged record of its pretraining" in refused(path)
+    with pytest.raises(PolypSegError, match=rf"{re.escape(str(path))} has a damaged record"):
+        pretraining_origin(str(path))
 
 
 def test_load_encoder_weights_refuses_a_truncated_file_of_torchs_old_format(resnet, tmp_path, refused):

@@ -92,21 +92,38 @@ def identify_encoder(path: Path) -> Recognised:
             f"{path} seems to be a {found.format.name} but holds other tensors: "
             f"{count_and_first(found.unknown, kind='unknown')}"
         )
-    told = recorded_method(content)
+    told = recorded_method(content, path=path)
     return found if told is None else replace(found, method=told)
 
 
-def recorded_method(content: Content) -> str | None:
-    """The pretraining method that a file of ``pretrain.py`` or ``polypseg convert`` states in its header."""
+def recorded_method(content: Content, *, path: Path) -> str | None:
+    """The pretraining method that a file of ``pretrain.py`` or ``polypseg convert`` states in its header.
+
+    Raises PolypSegError when that record cannot be read; ``path`` names the file in the message.
+    """
     for key in (PRETRAINING_KEY, CONVERSION_KEY):
         if key in content.metadata:
-            method: str | None = json.loads(content.metadata[key]).get("method")
+            method: str | None = _header_record(content.metadata[key], path=path).get("method")
             return method
     return None
 
 
+def _header_record(text: str, *, path: Path) -> dict[str, Any]:
+    """A record in a safetensors header. Raises PolypSegError for what is not a JSON object."""
+    try:
+        record = json.loads(text)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise PolypSegError(f"{path} has a damaged record of its pretraining in its header: make or download it again")
+    return record
+
+
 def pretraining_origin(source: str | None) -> dict[str, Any] | None:
-    """How an encoder file of ``pretrain.py`` was made, with the file's sha256; None for every other source."""
+    """How an encoder file of ``pretrain.py`` was made, with the file's sha256; None for every other source.
+
+    Raises PolypSegError for a file whose record is damaged.
+    """
     path = Path(source or "")
     if path.suffix != ".safetensors" or not path.is_file():
         return None
@@ -117,8 +134,7 @@ def pretraining_origin(source: str | None) -> dict[str, Any] | None:
         return None  # reading the tensors will say what is wrong
     if text is None:
         return None
-    origin: dict[str, Any] = json.loads(text)
-    return origin | {"sha256": file_sha256(path)}
+    return _header_record(text, path=path) | {"sha256": file_sha256(path)}
 
 
 def write_timm_encoder(

@@ -111,7 +111,7 @@ def inspect_file(path: Path) -> FileReport:
     """Say what a weights file is, without converting it. Raises UsageError and PolypSegError as ``read_content``."""
     content = read_content(path)
     found = recognise(content, path=path)
-    method = recorded_method(content) or found.method
+    method = recorded_method(content, path=path) or found.method
     rows = _possible_rows(found, method=method)
     if found.format.whole_model and len({row.method for row in rows}) == 1:
         method = rows[0].method
