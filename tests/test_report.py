@@ -16,7 +16,7 @@ from polypseg.report.analysis import analyse, score_set_of
 from polypseg.report.documents import read_document
 from polypseg.report.figures import inline_svg
 from polypseg.report.gallery import outline, permission, telling_images
-from polypseg.report.material import parse_test, read_material
+from polypseg.report.material import parse_test, part_words, read_material
 from polypseg.report.reading import render_reading
 from polypseg.report.wording import number, p_value, percent, rank_change_verdict
 from polypseg.statistics import analyse_rank_change, mean_intervals, score_set
@@ -356,6 +356,13 @@ def test_verdict_tells_the_order_from_its_pairs():
     assert rank_change_verdict(unsure, label=str)[0].startswith("Yes for the order as a whole; no single pair")
     kept = dataclasses.replace(found, agreement=dataclasses.replace(found.agreement, p_one_order=0.3))
     assert rank_change_verdict(kept, label=str)[0].startswith("For single pairs yes")
+
+
+def test_parts_that_were_tested_in_part_say_so():
+    assert part_words(("etis_larib", "full", "full-partial2")) == "all images, only the 2 at hand"
+    assert part_words(("polypgen", "centre", "without-polyp")) == "centre without-polyp part"
+    assert part_words(("kvasir_seg", "official", "test-unseen12")) == "official test part, only the 12 not seen"
+    assert part_words(("cvc_clinicdb", "full", "full")) == "all images"
 
 
 def test_numbers_are_written_without_false_zeros():

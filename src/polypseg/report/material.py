@@ -1,5 +1,6 @@
 """The receipts of a study, grouped by the table's row, seed and test; what does not fit together is refused."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -189,7 +190,7 @@ class Material:
             if lacking:
                 found.append(f"{self.test_title(test)}: not tested for {', '.join(lacking)}.")
         if self.unused():
-            names = ", ".join(f"{self.label(r.row)} seed {r.seed}" for r in self.unused())
+            names = ", ".join(dict.fromkeys(f"{self.label(r.row)} seed {r.seed}" for r in self.unused()))
             found.append(f"Rows are compared with as many seeds each; receipts beyond that are not used: {names}.")
         return found
 
@@ -211,10 +212,21 @@ def entry_of(model: str) -> zoo.ZooEntry | None:
     return next((entry for entry in zoo.rows() if entry.model_id == model), None)
 
 
+_LIMITS = {
+    "first": ", only the first {count}",
+    "partial": ", only the {count} at hand",
+    "unseen": ", only the {count} not seen",
+}
+"""Ends of a part's name (see data.polyps and passport) -> what they mean."""
+_LIMITED = re.compile(rf"(.*?)(?:-({'|'.join(_LIMITS)})(\d+))?")
+
+
 def part_words(test: Test) -> str:
     """What of a dataset was tested, in words."""
     _, split, part = test
-    return "all images" if (split, part) == ("full", "full") else f"{split} {part} part"
+    whole, reason, count = _LIMITED.fullmatch(part).groups()  # type: ignore[union-attr]
+    name = "all images" if (split, whole) == ("full", "full") else f"{split} {whole} part"
+    return name if count is None else f"{name}{_LIMITS[reason].format(count=count)}"
 
 
 def parse_test(text: str) -> Test:

@@ -184,7 +184,7 @@ def model_section(analysis: Analysis, model: str) -> ModelSection:
         anchor=slug("model", model),
         name=material.label(model),
         title=_row_title(first),
-        summary=f"{origin.summary} {origin.own_pretraining}".strip() if origin else _UNKNOWN,
+        summary=f"{origin.summary} {origin.own_pretraining}".replace("`", "").strip() if origin else _UNKNOWN,
         shortcomings=origin.shortcomings if origin else (),
         licence=model_license(origin) if origin else None,
         weights=list(weights),
