@@ -8,6 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from polypseg.errors import UsageError
 from polypseg.shift import FACTORS, attribute_shift, compare_sets, measure_set, typical_look
 from polypseg.shift.attribution import ALL, ShiftSet, render_dataset
 from polypseg.shift.comparison import kernel_distance
@@ -131,3 +132,20 @@ def test_commands_write_both_directions(tmp_path):
     content = json.loads(next((tmp_path / "out").rglob("synthetic_b.*.attribution.json")).read_text())
     assert content["n"] == [5, 5] and len(content["images"]["as it is"]) == 5
     assert {row["factor"] for row in content["factors"]} == {*OWN, ALL}
+
+
+def test_attribute_takes_a_network_of_another_library(tmp_path):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    smp.Unet("resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=(16, 8, 8)).save_pretrained(
+        str(tmp_path / "unet")
+    )
+    app = typer.Typer()
+    app.add_typer(shift_app, name="shift")
+    call = ["shift", "attribute", "--a", "synthetic_a", "--b", "synthetic_b", "--limit", "3", "--one-way"]
+    call += ["--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*call, "--model", str(tmp_path / "unet"), "--image-size", "64"])
+    assert done.exit_code == 0, done.output
+    (written,) = (tmp_path / "out" / "unet").glob("*.attribution.json")
+    assert json.loads(written.read_text())["n"] == [3, 3]
+    with pytest.raises(UsageError, match=r"absent\.onnx does not exist"):
+        CliRunner().invoke(app, [*call, "--model", "absent.onnx"], catch_exceptions=False)

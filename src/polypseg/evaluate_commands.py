@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from polypseg.scoring import SuiteResult
     from polypseg.suite import Outcome, SuitePlan
 
-ONNX = ".onnx"
 _SHOWN = 20
 """Differences of a receipt that are printed."""
 
@@ -73,6 +72,7 @@ def evaluate(
     from polypseg.data import open_dataset
     from polypseg.errors import UsageError
     from polypseg.passport import kept_manifest, name_partial
+    from polypseg.predictions import model_folder, open_model
     from polypseg.suite import SuitePlan, score_images
 
     if (model is None) == (predictions is None):
@@ -95,8 +95,8 @@ def evaluate(
     if suite:
         if model is None or dataset is not None or limit is not None or source is not None:
             raise UsageError("--suite chooses the datasets for a --model: leave out --dataset, --source and --limit")
-        chosen = _model(model, name=name, image_size=image_size, output=model_output)
-        _evaluate_suite(chosen, plan, folder=_model_folder(model))
+        chosen = open_model(model, name=name, image_size=image_size, output=model_output)
+        _evaluate_suite(chosen, plan, folder=model_folder(model))
         return
     if dataset is None or only or sources or own or negatives:
         raise UsageError("name one test with --dataset, or run them all with --suite (and --only, --sources, ...)")
@@ -105,8 +105,8 @@ def evaluate(
     if predictions is not None:
         chosen = _files(predictions, allow_missing=allow_missing, name=name)
     else:
-        chosen = _model(str(model), name=name, image_size=image_size, output=model_output)
-    result = score_images(chosen, plan, data, manifest, model_folder=_model_folder(model))
+        chosen = open_model(str(model), name=name, image_size=image_size, output=model_output)
+    result = score_images(chosen, plan, data, manifest, model_folder=model_folder(model))
     _print_scores(result)
     print(f"definitions, intervals and every image: {result.write(output)}")
 
@@ -180,49 +180,12 @@ def _print_suite(name: str, outcomes: "list[Outcome]") -> None:
             print(f"{o.test}: {o.status}: {o.reason}")
 
 
-def _model_folder(model: str | None) -> Path | None:
-    """Where a model's files lie; a Hub model is fetched."""
-    from polypseg.hub import fetch
-
-    if model is None or Path(model).suffix == ONNX:
-        return None
-    return Path(model) if Path(model).is_dir() else fetch(model)
-
-
 def _files(predictions: Path, *, allow_missing: bool, name: str | None) -> "PredictionSource":
     from polypseg.prediction_files import FilePredictions
     from polypseg.scoring import RenamedPredictions
 
     files = FilePredictions(path=predictions, allow_missing=allow_missing)
     return files if name is None else RenamedPredictions(name=name, source=files)
-
-
-def _model(model: str, *, name: str | None, image_size: int | None, output: "Output") -> "PredictionSource":
-    from transformers.utils import SAFE_WEIGHTS_NAME
-
-    from polypseg.errors import UsageError
-    from polypseg.hub import load
-    from polypseg.predictions import ModelPredictions, OnnxPredictions, is_smp_folder, open_smp
-    from polypseg.processing import current_record, default_device, results_name
-
-    folder = _model_folder(model)
-    if folder is None:
-        path = Path(model)
-        if not path.is_file():
-            raise UsageError(f"{path} does not exist: give an ONNX file")
-        return OnnxPredictions(name=name or path.stem, path=path, image_size=image_size, output=output)
-    if is_smp_folder(folder):
-        return open_smp(folder, name=name or folder.resolve().name, image_size=image_size, output=output)
-    segmenter = load(folder)
-    config = segmenter.model.config
-    if not getattr(config, "weights_origin", None) and (folder / SAFE_WEIGHTS_NAME).is_file():
-        config.weights_origin = current_record({}, folder)  # the digest at least
-    return ModelPredictions(
-        name=name or results_name(config, str(model)),
-        model=segmenter.model,
-        processor=segmenter.processor,
-        device=default_device(),
-    )
 
 
 def check_receipts(

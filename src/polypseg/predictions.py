@@ -14,16 +14,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from polypseg.artifacts import file_sha256, read_json
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError, first_line
 from polypseg.evaluation import prepared_batches
+from polypseg.hub import fetch, load
 from polypseg.modeling import PolypSegConfig
-from polypseg.processing import build_image_processor, polyp_logits, resize_map
+from polypseg.processing import (
+    build_image_processor,
+    current_record,
+    default_device,
+    polyp_logits,
+    resize_map,
+    results_name,
+)
 
 Probability = NDArray[np.float32]
 Output = Literal["logits", "probability"]
+ONNX = ".onnx"
 _ABOVE_HALF = float(np.nextafter(np.float32(0.5), np.float32(1)))
 
 
@@ -182,6 +192,41 @@ def is_smp_folder(path: Path) -> bool:
     """Whether a folder was written by ``save_pretrained`` of segmentation_models_pytorch."""
     config = path / "config.json"
     return config.is_file() and "_model_class" in read_json(config)
+
+
+def model_folder(model: str | None) -> Path | None:
+    """Where a model's files lie, a Hub model's once they are fetched; None for an ONNX file and for no model."""
+    if model is None or Path(model).suffix == ONNX:
+        return None
+    return Path(model) if Path(model).is_dir() else fetch(model)
+
+
+def open_model(
+    model: str, *, name: str | None = None, image_size: int | None = None, output: Output = "logits"
+) -> PredictionSource:
+    """Any model that can be tested: transformers or segmentation_models_pytorch folder, Hub id, row's id, ONNX file.
+
+    ``image_size`` and ``output`` are of ONNX and segmentation_models_pytorch models, whose files do not say them;
+    ``name`` is the one in results. Raises UsageError for a model that is not there or cannot be loaded.
+    """
+    folder = model_folder(model)
+    if folder is None:
+        path = Path(model)
+        if not path.is_file():
+            raise UsageError(f"{path} does not exist: give an ONNX file")
+        return OnnxPredictions(name=name or path.stem, path=path, image_size=image_size, output=output)
+    if is_smp_folder(folder):
+        return open_smp(folder, name=name or folder.resolve().name, image_size=image_size, output=output)
+    segmenter = load(folder)
+    config = segmenter.model.config
+    if not getattr(config, "weights_origin", None) and (folder / SAFE_WEIGHTS_NAME).is_file():
+        config.weights_origin = current_record({}, folder)  # the digest at least
+    return ModelPredictions(
+        name=name or results_name(config, model),
+        model=segmenter.model,
+        processor=segmenter.processor,
+        device=default_device(),
+    )
 
 
 def _square_processor(size: int, **statistics: Sequence[float]) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Option
@@ -60,39 +60,38 @@ def measure(
 
 @shift_app.command()
 def attribute(
-    model: Annotated[str, Option("--model", help="Model folder, Hub id, or id of the table.")],
+    model: Annotated[str, Option("--model", help="As for `polypseg evaluate --model`.")],
     a: A,
     b: B,
     source_a: SourceA = None,
     source_b: SourceB = None,
     strength: Annotated[float, Option(min=0, max=1, help="0 changes nothing, 1 moves all the way.")] = 1.0,
+    image_size: Annotated[
+        int | None, Option(min=32, help="Side that a model was trained at, where its files do not say.")
+    ] = None,
+    gives_probabilities: Annotated[
+        bool, Option("--gives-probabilities", help="The ONNX or smp model ends in probabilities, not in logits.")
+    ] = False,
     one_way: Annotated[bool, Option("--one-way", help="Leave out the direction from b to a.")] = False,
     limit: Limit = None,
     allow_partial: Annotated[bool, Option("--allow-partial", help="Accept a part of a dataset.")] = False,
     output: Output = Path("results/shift"),
 ) -> None:
     """Re-render each set toward the other, one factor at a time, and say what each factor costs the model."""
-    from polypseg.hub import load
-    from polypseg.predictions import ModelPredictions
-    from polypseg.processing import default_device, results_name
+    from polypseg.predictions import open_model
     from polypseg.shift import attribute_shift
 
-    segmenter = load(model)
-    source = ModelPredictions(
-        name=results_name(segmenter.model.config, model),
-        model=segmenter.model,
-        processor=segmenter.processor,
-        device=default_device(),
-    )
+    ends_in: Literal["logits", "probability"] = "probability" if gives_probabilities else "logits"
+    chosen = open_model(model, image_size=image_size, output=ends_in)
     first, second = (
         _open(name, place, limit=limit, allow_partial=allow_partial) for name, place in ((a, source_a), (b, source_b))
     )
     directions = [(a, b, first, second)] if one_way else [(a, b, first, second), (b, a, second, first)]
     for inside, outside, here, there in directions:
-        found = attribute_shift(source, here, there, strength=strength)
+        found = attribute_shift(chosen, here, there, strength=strength)
         _print_attribution(found)
-        content = found.content() | {"predictions": source.origin}
-        print(f"numbers: {_write(output / source.name, f'{inside}.{outside}.attribution', content, found.rows())}")
+        content = found.content() | {"predictions": chosen.origin}
+        print(f"numbers: {_write(output / chosen.name, f'{inside}.{outside}.attribution', content, found.rows())}")
 
 
 def _open(
