@@ -403,6 +403,31 @@ def test_robustness_file_becomes_a_table_of_severities(tmp_path):
         read_document(path)
 
 
+def test_shift_file_becomes_intervals_in_one_cell_each(tmp_path):
+    factor = {"factor": "scale", "cost": 0.06, "cost_low": 0.04, "cost_high": 0.09, "p_holm": 0.0004, "covered": None}
+    content = {
+        "model": "m",
+        "titles": ["A, test", "B, full"],
+        "n": [100, 612],
+        "drop": {"estimate": 0.12, "low": 0.04, "high": 0.2},
+        "factors": [factor],
+        "cross_talk": {"scale": {"lab_l_mean": 1.7}},
+    }
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(content))
+    document = read_document(path)
+    assert document.title == "m: A, test toward B, full"
+    assert document.facts == [("model", "m"), ("n", "100, 612"), ("drop", "0.120 [0.040, 0.200]")]
+    (table,) = document.tables
+    assert [column.title for column in table.columns] == ["factor", "cost", "p holm", "covered"]
+    assert [(cell.text, cell.note) for cell in table.rows[0].cells] == [
+        ("scale", ""),
+        ("0.060", "[0.040, 0.090]"),
+        ("< 0.001", ""),
+        ("–", ""),
+    ]
+
+
 def test_small_study_writes_receipts_that_fit_their_rows(tmp_path):
     write_study(tmp_path, {ROWS["RN-NA-NA"]: (1.0, 1.0)}, seeds=1)
     assert len(read(tmp_path).receipts) == 2

@@ -8,11 +8,11 @@ from typing import Any
 from polypseg.artifacts import file_sha256, read_json
 from polypseg.errors import UsageError
 from polypseg.report.tables import Cell, Column, Row, Table, slug
-from polypseg.report.wording import between, number
+from polypseg.report.wording import between, number, p_value
 
 MOST_ROWS = 60
 """Rows shown of a list; the file has the others."""
-_LEFT_OUT = ("images", "environment", "weights_origin", "digest", "strengths")
+_LEFT_OUT = ("images", "environment", "weights_origin", "digest", "strengths", "cross_talk", "predictions", "titles")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,9 @@ def read_document(path: Path) -> Document:
         for key, rows in lists.items()
     ]
     return Document(
-        title=str(content.get("title") or content.get("model_id") or path.stem),
+        title=_title(content) or path.stem,
         source=f"{path.name}, sha256 {file_sha256(path)[:12]}",
-        facts=[(key.replace("_", " "), _words(value)) for key, value in _single_values(content)],
+        facts=[(key.replace("_", " "), text) for key, text in _facts(content)],
         tables=tables,
     )
 
@@ -52,14 +52,28 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
-def _single_values(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _title(content: Mapping[str, Any]) -> str:
+    """Of a shift file the two sets and, where it speaks of one, the model."""
+    name = str(content.get("title") or content.get("model_id") or content.get("model") or "")
+    if "titles" not in content:
+        return name
+    a, b = content["titles"]
+    return f"{name}: {a} toward {b}" if name else f"{a} (a) and {b} (b)"
+
+
+def _facts(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Single values, estimates with their interval, and short lists of values."""
     for key, value in content.items():
         if key in _LEFT_OUT:
             continue
-        if isinstance(value, dict):
-            yield from _single_values(value, f"{prefix}{key} ")
+        if isinstance(value, dict) and value.keys() == {"estimate", "low", "high"}:
+            yield f"{prefix}{key}", f"{number(value['estimate'])} {between(value['low'], value['high'])}"
+        elif isinstance(value, dict):
+            yield from _facts(value, f"{prefix}{key} ")
         elif not isinstance(value, list):
-            yield f"{prefix}{key}", value
+            yield f"{prefix}{key}", _words(value)
+        elif value and not any(isinstance(part, dict | list) for part in value):
+            yield f"{prefix}{key}", ", ".join(map(_words, value))
 
 
 def _words(value: Any) -> str:
@@ -67,15 +81,23 @@ def _words(value: Any) -> str:
 
 
 def _plain_table(name: str, rows: Sequence[Mapping[str, Any]], path: Path) -> Table:
-    keys = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, dict | list)))
+    every = dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, dict | list))
+    keys = [key for key in every if not (key.endswith(("_low", "_high")) and key.rsplit("_", 1)[0] in every)]
     numeric = {key: all(isinstance(row.get(key), int | float | None) for row in rows) for key in keys}
     more = "" if len(rows) <= MOST_ROWS else f" (the first {MOST_ROWS} of {len(rows)})"
     return Table(
         name=slug(path.stem, name),
         caption=name.replace("_", " ") + more,
         columns=[Column(key.replace("_", " "), numeric=numeric[key]) for key in keys],
-        rows=[Row([Cell(_words(row.get(key)), sort=row.get(key)) for key in keys]) for row in rows[:MOST_ROWS]],
+        rows=[Row([_cell(row, key) for key in keys]) for row in rows[:MOST_ROWS]],
     )
+
+
+def _cell(row: Mapping[str, Any], key: str) -> Cell:
+    """A value, above the interval that the row has for it."""
+    value = row.get(key)
+    text = p_value(value).removeprefix("p ").removeprefix("= ") if key.startswith("p_") and value else _words(value)
+    return Cell(text, between(row.get(f"{key}_low"), row.get(f"{key}_high")), sort=value)
 
 
 def _severity_table(rows: Sequence[Mapping[str, Any]], path: Path) -> Table:

@@ -16,6 +16,9 @@ from polypseg.report.material import parse_test, table_name
 from polypseg.report.wording import between, number, p_value, percent, rank, span
 from polypseg.statistics import agreement_row
 
+_TABLE = '<div class="scroll" role="region" tabindex="0" aria-label="Table of the reading"><table class="words">\n'
+"""Opens a table that scrolls by itself on a narrow screen."""
+
 
 def render_reading(path: Path, analysis: Analysis) -> str:
     """The text as HTML; HTML and pictures in it are left as text.
@@ -32,7 +35,10 @@ def render_reading(path: Path, analysis: Analysis) -> str:
         raise UsageError(f"{path} cannot be used as the reading: {first_line(error)}") from error
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
-    return MarkdownIt("commonmark", {"html": False}).enable("table").disable("image").render(text)
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
+    markdown.add_render_rule("table_open", lambda *_: _TABLE)
+    markdown.add_render_rule("table_close", lambda *_: "</table></div>\n")
+    return markdown.render(text)
 
 
 def _numbers(analysis: Analysis) -> dict[str, Any]:
