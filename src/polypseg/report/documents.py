@@ -96,7 +96,9 @@ def _plain_table(name: str, rows: Sequence[Mapping[str, Any]], path: Path) -> Ta
 def _cell(row: Mapping[str, Any], key: str) -> Cell:
     """A value, above the interval that the row has for it."""
     value = row.get(key)
-    text = p_value(value).removeprefix("p ").removeprefix("= ") if key.startswith("p_") and value else _words(value)
+    text = _words(value)
+    if key.startswith("p_") and isinstance(value, float):
+        text = p_value(value).removeprefix("p ").removeprefix("= ")
     return Cell(text, between(row.get(f"{key}_low"), row.get(f"{key}_high")), sort=value)
 
 
