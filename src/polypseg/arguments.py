@@ -1,9 +1,17 @@
-"""Command-line arguments of the form NAME=VALUE."""
+"""Command-line arguments that several commands take."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+from typer import Option
 
 from polypseg.errors import UsageError
+
+ImageSize = Annotated[int | None, Option(min=32, help="Side that a model was trained at, where its files do not say.")]
+GivesProbabilities = Annotated[
+    bool, Option("--gives-probabilities", help="The ONNX or smp model ends in probabilities, not in logits.")
+]
 
 
 def named_values(pairs: Sequence[str] | None, *, option: str, form: str = "NAME=VALUE") -> dict[str, str]:

@@ -23,6 +23,12 @@ Test = tuple[str, str, str]
 
 CONVENTION = "paper"
 """Whose scores cards, tables and the model-index show."""
+LIMITS = {
+    "first": ", only the first {count}",
+    "partial": ", only the {count} at hand",
+    "unseen": ", only the {count} not seen",
+}
+"""How the name of a part ends that was not tested as a whole (see data.polyps and passport) -> what it means."""
 PICTURES = {
     "widget/frame_1.png": ("widget/mask_1.png", "Synthetic frame, camera A"),
     "widget/frame_2.png": ("widget/mask_2.png", "Synthetic frame, camera B"),

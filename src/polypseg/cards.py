@@ -15,6 +15,7 @@ from polypseg.artifacts import write_text
 from polypseg.card_checks import lint_card, load_card
 from polypseg.card_facts import (
     CONVENTION,
+    LIMITS,
     PICTURES,
     CardFacts,
     ComputeFacts,
@@ -205,7 +206,7 @@ def _title(test: Test, *, dataset: str | None = None) -> str:
 def is_quotable(result: Mapping[str, Any]) -> bool:
     """Whether a result may stand where leaderboards read: real images, a whole part, not the training images."""
     part = result["dataset"]["part"]
-    is_whole = not any(word in part for word in ("-first", "-partial", "-unseen"))
+    is_whole = not any(f"-{word}" in part for word in LIMITS)
     return not result["dataset"]["synthetic"] and is_whole and part not in ("train", "validation")
 
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from polypseg.arguments import GivesProbabilities, ImageSize, named_places
+
 if TYPE_CHECKING:
-    from polypseg.predictions import Output, PredictionSource
+    from polypseg.predictions import PredictionSource
     from polypseg.scoring import SuiteResult
     from polypseg.suite import Outcome, SuitePlan
 
@@ -31,12 +33,8 @@ def evaluate(
         str | None,
         Option(help="Model folder (transformers or segmentation_models_pytorch), Hub id, id of the table, ONNX file."),
     ] = None,
-    image_size: Annotated[
-        int | None, Option(min=32, help="Side that a model was trained at, where its files do not say.")
-    ] = None,
-    gives_probabilities: Annotated[
-        bool, Option("--gives-probabilities", help="The ONNX or smp model ends in probabilities, not in logits.")
-    ] = False,
+    image_size: ImageSize = None,
+    gives_probabilities: GivesProbabilities = False,
     predictions: Annotated[
         Path | None, Option(help="Folder or archive of predicted masks or probability maps, named as the images.")
     ] = None,
@@ -67,7 +65,6 @@ def evaluate(
     output: Annotated[Path, Option(help="Folder of results.")] = Path("results"),
 ) -> None:
     """Score a model, or anybody's predicted masks, by every metric convention, and write a receipt of each test."""
-    from polypseg.arguments import named_places
     from polypseg.conventions import CONVENTIONS, choose_conventions
     from polypseg.data import open_dataset
     from polypseg.errors import UsageError
@@ -77,7 +74,6 @@ def evaluate(
 
     if (model is None) == (predictions is None):
         raise UsageError("give either --model or --predictions")
-    model_output: Output = "probability" if gives_probabilities else "logits"
     names = tuple(convention or CONVENTIONS)
     choose_conventions(names)
     plan = SuitePlan(
@@ -95,7 +91,7 @@ def evaluate(
     if suite:
         if model is None or dataset is not None or limit is not None or source is not None:
             raise UsageError("--suite chooses the datasets for a --model: leave out --dataset, --source and --limit")
-        chosen = open_model(model, name=name, image_size=image_size, output=model_output)
+        chosen = open_model(model, name=name, image_size=image_size, gives_probabilities=gives_probabilities)
         _evaluate_suite(chosen, plan, folder=model_folder(model))
         return
     if dataset is None or only or sources or own or negatives:
@@ -105,7 +101,7 @@ def evaluate(
     if predictions is not None:
         chosen = _files(predictions, allow_missing=allow_missing, name=name)
     else:
-        chosen = open_model(str(model), name=name, image_size=image_size, output=model_output)
+        chosen = open_model(str(model), name=name, image_size=image_size, gives_probabilities=gives_probabilities)
     result = score_images(chosen, plan, data, manifest, model_folder=model_folder(model))
     _print_scores(result)
     print(f"definitions, intervals and every image: {result.write(output)}")

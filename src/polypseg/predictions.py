@@ -202,13 +202,15 @@ def model_folder(model: str | None) -> Path | None:
 
 
 def open_model(
-    model: str, *, name: str | None = None, image_size: int | None = None, output: Output = "logits"
+    model: str, *, name: str | None = None, image_size: int | None = None, gives_probabilities: bool = False
 ) -> PredictionSource:
     """Any model that can be tested: transformers or segmentation_models_pytorch folder, Hub id, row's id, ONNX file.
 
-    ``image_size`` and ``output`` are of ONNX and segmentation_models_pytorch models, whose files do not say them;
-    ``name`` is the one in results. Raises UsageError for a model that is not there or cannot be loaded.
+    ``image_size`` and ``gives_probabilities`` (not logits) are of ONNX and segmentation_models_pytorch models, whose
+    files do not say so; ``name`` is the one in results. Raises UsageError for a model that is not there or cannot be
+    loaded.
     """
+    output: Output = "probability" if gives_probabilities else "logits"
     folder = model_folder(model)
     if folder is None:
         path = Path(model)

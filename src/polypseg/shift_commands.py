@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
+
+from polypseg.arguments import GivesProbabilities, ImageSize
 
 if TYPE_CHECKING:
     from polypseg.shift import Comparison
@@ -66,12 +68,8 @@ def attribute(
     source_a: SourceA = None,
     source_b: SourceB = None,
     strength: Annotated[float, Option(min=0, max=1, help="0 changes nothing, 1 moves all the way.")] = 1.0,
-    image_size: Annotated[
-        int | None, Option(min=32, help="Side that a model was trained at, where its files do not say.")
-    ] = None,
-    gives_probabilities: Annotated[
-        bool, Option("--gives-probabilities", help="The ONNX or smp model ends in probabilities, not in logits.")
-    ] = False,
+    image_size: ImageSize = None,
+    gives_probabilities: GivesProbabilities = False,
     one_way: Annotated[bool, Option("--one-way", help="Leave out the direction from b to a.")] = False,
     limit: Limit = None,
     allow_partial: Annotated[bool, Option("--allow-partial", help="Accept a part of a dataset.")] = False,
@@ -81,8 +79,7 @@ def attribute(
     from polypseg.predictions import open_model
     from polypseg.shift import attribute_shift
 
-    ends_in: Literal["logits", "probability"] = "probability" if gives_probabilities else "logits"
-    chosen = open_model(model, image_size=image_size, output=ends_in)
+    chosen = open_model(model, image_size=image_size, gives_probabilities=gives_probabilities)
     first, second = (
         _open(name, place, limit=limit, allow_partial=allow_partial) for name, place in ((a, source_a), (b, source_b))
     )

@@ -8,7 +8,7 @@ from typing import Any
 from polypseg.artifacts import file_sha256, read_json
 from polypseg.errors import UsageError
 from polypseg.report.tables import Cell, Column, Row, Table, slug
-from polypseg.report.wording import between, number, p_value
+from polypseg.report.wording import between, number, short_p, with_interval
 
 MOST_ROWS = 60
 """Rows shown of a list; the file has the others."""
@@ -67,7 +67,7 @@ def _facts(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if key in _LEFT_OUT:
             continue
         if isinstance(value, dict) and value.keys() == {"estimate", "low", "high"}:
-            yield f"{prefix}{key}", f"{number(value['estimate'])} {between(value['low'], value['high'])}"
+            yield f"{prefix}{key}", with_interval(value["estimate"], value["low"], value["high"])
         elif isinstance(value, dict):
             yield from _facts(value, f"{prefix}{key} ")
         elif not isinstance(value, list):
@@ -96,9 +96,7 @@ def _plain_table(name: str, rows: Sequence[Mapping[str, Any]], path: Path) -> Ta
 def _cell(row: Mapping[str, Any], key: str) -> Cell:
     """A value, above the interval that the row has for it."""
     value = row.get(key)
-    text = _words(value)
-    if key.startswith("p_") and isinstance(value, float):
-        text = p_value(value).removeprefix("p ").removeprefix("= ")
+    text = short_p(value) if key.startswith("p_") and isinstance(value, float) else _words(value)
     return Cell(text, between(row.get(f"{key}_low"), row.get(f"{key}_high")), sort=value)
 
 

@@ -268,14 +268,13 @@ def _flips(analysis: Analysis) -> Picture | None:
 def _calibration(analysis: Analysis) -> Picture | None:
     material = analysis.material
     tests = [test for test in (material.inside, material.outside) if test in material.tests]
-    if all(receipt.calibration() is None for receipt in material.receipts if receipt.test in tests):
+    if not any(receipt.has_calibration for receipt in material.receipts if receipt.test in tests):
         return None
     figure, axes = _axes(WIDTH, 3.3, ncols=len(tests), sharey=True)
     for axis, test in zip(axes, tests, strict=True):
         axis.plot([0.5, 1], [0.5, 1], color=RULE, lw=1, zorder=0)
         for model in material.models:
-            sums = [receipt.calibration() for receipt in material.used(model, test)]
-            inside = [table[1] for table in sums if table is not None]
+            inside = [receipt.calibration()[1] for receipt in material.used(model, test) if receipt.has_calibration]
             if inside:
                 pixels, confidence, correct = np.sum(inside, axis=0).T
                 filled = pixels > 0

@@ -12,7 +12,7 @@ import numpy as np
 
 from polypseg import zoo
 from polypseg.artifacts import file_sha256
-from polypseg.card_facts import CONVENTION, Test, test_of
+from polypseg.card_facts import CONVENTION, LIMITS, Test, test_of
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.origin import read_origin
 from polypseg.receipts import check_content, find_receipts, unpack
@@ -81,13 +81,14 @@ class Receipt:
         collisions = self.content["collisions"]
         return None if collisions is None else int(collisions["colliding"])
 
-    def calibration(self) -> np.ndarray[Any, np.dtype[np.float64]] | None:
-        """(2, bins, 3) sums over images: outside and inside the polyp, by bin: pixels, confidence, correct pixels.
+    @property
+    def has_calibration(self) -> bool:
+        """Whether it was made with the convention ``calibration``."""
+        return "calibration" in self.content["tables"]
 
-        None for a receipt without the convention ``calibration``.
-        """
-        table = self.content["tables"].get("calibration")
-        return None if table is None else unpack(table).sum(axis=0)
+    def calibration(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """(2, bins, 3) sums over images: outside and inside the polyp, by bin: pixels, confidence, correct pixels."""
+        return unpack(self.content["tables"]["calibration"]).sum(axis=0)
 
 
 @dataclass(frozen=True)
@@ -212,13 +213,7 @@ def entry_of(model: str) -> zoo.ZooEntry | None:
     return next((entry for entry in zoo.rows() if entry.model_id == model), None)
 
 
-_LIMITS = {
-    "first": ", only the first {count}",
-    "partial": ", only the {count} at hand",
-    "unseen": ", only the {count} not seen",
-}
-"""Ends of a part's name (see data.polyps and passport) -> what they mean."""
-_LIMITED = re.compile(rf"(.*?)(?:-({'|'.join(_LIMITS)})(\d+))?")
+_LIMITED = re.compile(rf"(.*?)(?:-({'|'.join(LIMITS)})(\d+))?")
 
 
 def part_words(test: Test) -> str:
@@ -226,7 +221,7 @@ def part_words(test: Test) -> str:
     _, split, part = test
     whole, reason, count = _LIMITED.fullmatch(part).groups()  # type: ignore[union-attr]
     name = "all images" if (split, whole) == ("full", "full") else f"{split} {whole} part"
-    return name if count is None else f"{name}{_LIMITS[reason].format(count=count)}"
+    return name if count is None else f"{name}{LIMITS[reason].format(count=count)}"
 
 
 def parse_test(text: str) -> Test:

@@ -13,7 +13,7 @@ from polypseg.errors import UsageError, first_line, unknown_name
 from polypseg.metrics import METRICS
 from polypseg.report.analysis import Analysis
 from polypseg.report.material import parse_test, table_name
-from polypseg.report.wording import between, number, p_value, percent, rank, span
+from polypseg.report.wording import number, p_value, percent, rank, span, with_interval
 from polypseg.statistics import agreement_row
 
 _TABLE = '<div class="scroll" role="region" tabindex="0" aria-label="Table of the reading"><table class="words">\n'
@@ -56,15 +56,15 @@ def _numbers(analysis: Analysis) -> dict[str, Any]:
         if key not in analysis.means:
             raise UsageError(f"there is no receipt of {row} on {test}")
         value = analysis.means[key]
-        return f"{number(value['mean'])} {between(value['mean_low'], value['mean_high'])}".strip()
+        return with_interval(value["mean"], value["mean_low"], value["mean_high"])
 
     def gap(row: str) -> str:
         value = _choose(_choose(row, models, "row"), {g.model: g for g in analysis.gaps}, "compared row").gap
-        return f"{number(value.estimate)} {between(value.low, value.high)}".strip()
+        return with_interval(value.estimate, value.low, value.high)
 
     def contrast(name: str, which: str = "gap") -> str:
         value = getattr(_choose(name, {c.name: c for c in analysis.contrasts}, "contrast"), which)
-        return f"{number(value.estimate, signed=True)} {between(value.low, value.high, signed=True)}".strip()
+        return with_interval(value.estimate, value.low, value.high, signed=True)
 
     def rank_of(row: str, test: str) -> str:
         rows = {r["model"]: r for r in change.rows()} if change else {}

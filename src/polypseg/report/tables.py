@@ -10,7 +10,7 @@ from polypseg.card_facts import Test
 from polypseg.metrics import METRICS
 from polypseg.report.analysis import Analysis
 from polypseg.report.material import Material, Receipt, entry_of, part_words
-from polypseg.report.wording import between, number, p_value, percent, rank
+from polypseg.report.wording import between, number, percent, rank, short_p
 from polypseg.statistics import Interval
 from polypseg.zoo import RANDOM
 
@@ -344,7 +344,7 @@ def _interval_cell(value: Interval, *, signed: bool = False, **more: Any) -> Cel
 
 
 def _p_cell(p: float, reading: str = "") -> Cell:
-    return Cell(p_value(p).removeprefix("p ").removeprefix("= "), reading, sort=p)
+    return Cell(short_p(p), reading, sort=p)
 
 
 def gap_table(analysis: Analysis) -> Table:
@@ -456,11 +456,11 @@ def calibration_table(analysis: Analysis) -> Table:
     material = analysis.material
     rows, records = [], []
     tests = [test for test in (material.inside, material.outside) if test in material.tests]
-    with_table = {r.row for r in material.receipts if r.test in tests and "calibration" in r.content["scores"]}
+    with_table = {r.row for r in material.receipts if r.test in tests and r.has_calibration}
     for model in (m for m in material.models if m in with_table):
         cells, record = [_model_cell(material, model)], dict[str, Any](model=model)
         for test in tests:
-            used = [r for r in material.used(model, test) if "calibration" in r.content["scores"]]
+            used = [r for r in material.used(model, test) if r.has_calibration]
             for output in CALIBRATION:
                 values = [r.content["scores"]["calibration"][output]["mean"] for r in used]
                 value = None if not values or None in values else sum(values) / len(values)

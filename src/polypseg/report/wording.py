@@ -24,6 +24,11 @@ def between(low: float | None, high: float | None, *, signed: bool = False) -> s
     return f"[{number(low, signed=signed)}, {number(high, signed=signed)}]"
 
 
+def with_interval(value: float, low: float | None, high: float | None, *, signed: bool = False) -> str:
+    """``0.871 [0.837, 0.899]``; the number alone where there is no interval."""
+    return f"{number(value, signed=signed)} {between(low, high, signed=signed)}".strip()
+
+
 def percent(share: float) -> str:
     """A share as whole percent that says neither 0 nor 100 of what is neither."""
     if 0 < share < 0.01:
@@ -36,6 +41,11 @@ def percent(share: float) -> str:
 def p_value(p: float) -> str:
     """``p = 0.013``, ``p < 0.001``."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def short_p(p: float) -> str:
+    """``0.013``, ``< 0.001``: under a heading that says p."""
+    return p_value(p).removeprefix("p ").removeprefix("= ")
 
 
 def rank(value: float) -> str:
