@@ -475,7 +475,7 @@ def test_finetuning_leaves_the_passport_of_all_stages_and_export_takes_it_along(
     ("record", "expected"),
     [
         ({"encoder_initialisation": "random"}, ()),
-        ({"encoder_initialisation": zoo.STARTER}, (zoo.STARTER,)),
+        ({"encoder_initialisation": zoo.STARTERS["tf_efficientnet_lite0"]}, (zoo.STARTERS["tf_efficientnet_lite0"],)),
         (
             {"encoder_initialisation": "timm:resnet50.tv_in1k", "row": "resnet50_deeplabv3plus.supervised_imagenet1k"},
             ("ImageNet-1k, as timm:resnet50.tv_in1k",),

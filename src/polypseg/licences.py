@@ -15,7 +15,7 @@ from polypseg.data.catalog import DATASETS, DatasetSpec
 from polypseg.dataset_cards import DISCLAIMER, is_synthetic
 from polypseg.errors import UsageError
 from polypseg.origin import Origin, read_origin
-from polypseg.zoo import RANDOM, STARTER
+from polypseg.zoo import RANDOM, STARTERS
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -296,7 +296,7 @@ def _encoder_license(origin: Origin) -> tuple[str, str]:
     row = origin.entry if origin.record.get("scale") == "full" else None
     if start == RANDOM:
         return "apache-2.0", "Pretraining weights: none, the encoder started at random."
-    if start == STARTER:
+    if start in STARTERS.values():
         return "apache-2.0", f"Pretraining weights: {start}, Apache-2.0 (LICENSE of the package that carries them)."
     if start is not None and start.startswith("timm:") and not (row and start == f"timm:{row.upstream.timm}"):
         stated = _timm_license(start)

@@ -353,20 +353,27 @@ def seen_by_encoder(encoder_weights: str | None, record: Mapping[str, Any]) -> t
         if found is not None:
             return found[0].seen
         start = f"{pretraining['frames']} frames of {pretraining.get('source', 'an unnamed source')}"
-    elif start != zoo.STARTER:
+    elif start not in zoo.STARTERS.values():
         start = f"{zoo.CORPORA[zoo.get(record['row']).corpus]}, as {start}"
     return (Seen(stage=PRETRAINING, description=start),)
 
 
 def finetuning_passport(
-    dataset: PolypDataset, *, split: str, model_id: str, encoder_seen: Sequence[Seen] = ()
+    dataset: PolypDataset,
+    *,
+    split: str,
+    model_id: str,
+    encoder_seen: Sequence[Seen] = (),
+    negatives: tuple[PolypDataset, str] | None = None,
 ) -> Passport:
-    """What a fine-tuned model saw: its encoder's frames, the training part, and the validation part that chose it."""
+    """What a fine-tuned model saw: its encoder's frames, the training part, and the validation part that chose it.
+
+    ``negatives``: polyp-free frames and the pinned list whose parts were used in the same way.
+    """
     stages = {"train": FINETUNING, "validation": VALIDATION}
-    manifests = {part: kept_manifest(dataset, split=split, part=part) for part in stages}
-    seen = (
-        Seen(stage=stages[part], description=manifest.title, manifest=manifest) for part, manifest in manifests.items()
-    )
+    used = [(dataset, split), *([negatives] if negatives else [])]
+    manifests = [(stages[part], kept_manifest(d, split=s, part=part)) for d, s in used for part in stages]
+    seen = (Seen(stage=stage, description=manifest.title, manifest=manifest) for stage, manifest in manifests)
     return Passport(model_id=model_id, seen=(*encoder_seen, *seen))
 
 

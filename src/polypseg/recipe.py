@@ -59,11 +59,35 @@ def _undo_yaml(value: object) -> object:
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_undo_yaml)]
 
 
+def _is_unset(value: object) -> bool:
+    """Settings that the reference lacks stay out of a recipe's record until they are used."""
+    return value in (None, 0, "best")
+
+
 class DataRecipe(RecipeSection):
     """What the model sees before augmentation."""
 
     image_size: int = Field(ge=32)
     """Side in pixels to which image and mask are resized (bicubic, antialiased)."""
+    batch_sizes: tuple[Annotated[int, Field(ge=32)], ...] | None = Field(default=None, exclude_if=_is_unset)
+    """Sides in pixels of training batches, one drawn per batch; null trains at ``image_size`` only."""
+    negatives: str | None = Field(default=None, exclude_if=_is_unset)
+    """Pinned list of polyp-free frames whose part ``train`` is trained on with empty masks; null for none."""
+
+
+class AppearanceRecipe(RecipeSection):
+    """Changes of appearance by which a model learns to hold on frames of other hospitals; the reference has none."""
+
+    corruption: float = Field(ge=0, le=1)
+    """Probability that the frame suffers one of the endoscopy corruptions."""
+    corruption_severity: int = Field(ge=1, le=5)
+    """Largest severity, drawn uniformly from 1."""
+    color_exchange: float = Field(ge=0, le=1)
+    """Probability that the frame takes mean and standard deviation, in CIELAB, of another training frame."""
+    amplitude_exchange: float = Field(ge=0, le=1)
+    """Probability that the frame takes the lowest Fourier amplitudes of another training frame."""
+    gamma: float = Field(ge=0, lt=1)
+    """Exponent of the grey levels drawn from [1 - g, 1 / (1 - g)], log-uniformly."""
 
 
 class AugmentationRecipe(RecipeSection):
@@ -94,6 +118,8 @@ class AugmentationRecipe(RecipeSection):
     """Of the affine warp; the reference's is nearest."""
     fill: float
     """Value outside the warped image, in normalised units; the reference's is -1."""
+    appearance: AppearanceRecipe | None = Field(default=None, exclude_if=_is_unset)
+    """Changes of appearance, drawn before everything else; null for none."""
 
     @model_validator(mode="after")
     def _check(self) -> "AugmentationRecipe":
@@ -124,6 +150,10 @@ class TrainingRecipe(RecipeSection):
     """Loss = dice_weight * soft Dice + bce_weight * binary cross-entropy."""
     ema_decay: float = Field(ge=0, lt=1)
     """Decay per step of the averaged weights that are validated and kept; 0 for none, as in the reference."""
+    keep: Literal["best", "last"] = Field(default="best", exclude_if=_is_unset)
+    """Which weights become the model: those of the epoch with the best validation Dice, or the last epoch's."""
+    frozen_stages: int = Field(default=0, ge=0, exclude_if=_is_unset)
+    """Leading stages of an EfficientNet encoder, the stem first, that stay as they were loaded; 0 for none."""
     max_steps: int | None = Field(ge=1)
     """Stop after so many optimiser steps; null for all epochs."""
     checkpoint_steps: int | None = Field(ge=1)

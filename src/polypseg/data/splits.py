@@ -15,6 +15,7 @@ DESCRIPTIONS = {
     "reference": "the study's 80/10/10 by frame, seed 42, on names sorted as strings",
     "official": "Kvasir-SEG's published 880/120 (upstream calls the 120 'val')",
     "sequence_disjoint": "CVC-ClinicDB by video clip: no clip lies in two parts",
+    "hyperkvasir": "1000 polyp-free frames of HyperKvasir: frames that look alike stay in one part",
 }
 
 Split = dict[str, list[str]]
@@ -46,6 +47,27 @@ def sequence_disjoint_split(groups: Mapping[str, str]) -> Split:
         part = next((p for p in ("test", "validation") if len(parts[p]) < 0.1 * len(groups)), "train")
         parts[part] += members[name]
     return {part: sorted(parts[part]) for part in ("train", "validation", "test")}
+
+
+def alike_disjoint_split(classes: Mapping[str, str], groups: Mapping[str, int]) -> Split:
+    """Split ids by groups that look alike (id -> class, id -> group): of each class, groups in seeded order until the
+    training part has a fifth and the validation part a tenth; the rest is the test part.
+
+    A group goes with the class of its first member, so that no group lies in two parts.
+    """
+    class_of = {group: classes[member] for member, group in sorted(groups.items(), reverse=True)}
+    parts: Split = {"train": [], "validation": [], "test": []}
+    for name in sorted(set(class_of.values())):
+        own = sorted(group for group, label in class_of.items() if label == name)
+        members = {group: sorted(i for i, other in groups.items() if other == group) for group in own}
+        total, counts = sum(map(len, members.values())), {"train": 0, "validation": 0}
+        for position in np.random.RandomState(SPLIT_SEED).permutation(len(own)):
+            wanted = (("train", 0.2), ("validation", 0.1))
+            part = next((p for p, fraction in wanted if counts[p] < fraction * total), "test")
+            parts[part] += members[own[position]]
+            if part in counts:
+                counts[part] += len(members[own[position]])
+    return {part: sorted(ids) for part, ids in parts.items()}
 
 
 def pinned_split(dataset: str, name: str) -> Split | None:

