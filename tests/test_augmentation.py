@@ -325,3 +325,75 @@ def test_paired_augmentation_draws_colour_uniformly_and_in_every_order(monkeypat
     orders = Counter(tuple(name for name, _ in calls[i : i + 4]) for i in range(0, len(calls), 4))
     assert set(orders) == set(permutations(names))
     assert stats.chisquare(list(orders.values())).pvalue > 1e-3
+
+
+# -- other hospitals' appearance and sizes -----------------------------------------------------------------------------
+
+
+def starter(*overrides: str) -> PairedAugmentation:
+    return PairedAugmentation(load_recipe("starter", overrides=overrides).augmentation, **PLAIN)
+
+
+def frame_and_mask(side: int = 160) -> tuple[np.ndarray, np.ndarray]:
+    frame, mask = synthesise_frame(CAMERAS["a"], seed=0, index=3, size=(side, side))
+    return frame, mask * np.uint8(255)
+
+
+def test_a_recipe_without_new_settings_records_what_it_did_before():
+    """Runs that are under way go on: their record holds only settings that are used."""
+    recorded = load_recipe("finetune").model_dump(mode="json")
+    assert "appearance" not in recorded["augmentation"] and set(recorded["data"]) == {"image_size"}
+    assert not {"keep", "frozen_stages"} & set(recorded["training"])
+    used = load_recipe("starter").model_dump(mode="json")
+    assert used["data"]["negatives"] == "hyperkvasir" and used["training"]["keep"] == "last"
+
+
+def test_the_same_warp_at_another_side_shows_the_same_picture():
+    """A training batch of another size is the same view, reduced: not another crop, not another place."""
+    changes = [f"augmentation.{key}" for key in ("appearance=null", "scale=[0.9,1.1]")]
+    frame, mask = frame_and_mask(192)
+    large, small = (starter(*changes)(frame, mask, np.random.default_rng(5), side=side) for side in (192, 96))
+    assert small[0].shape == (96, 96, 3) and small[1].shape == (96, 96)
+    halved = torch.nn.functional.avg_pool2d(torch.from_numpy(large[1])[None, None], 2)[0, 0].numpy()
+    assert np.abs(halved - small[1]).mean() < 0.01 < halved.mean()
+
+
+def test_a_strong_reduction_does_not_alias():
+    """A fine checkerboard turns grey when it is reduced fourfold; a bare bilinear warp would keep black and white."""
+    board = np.indices((128, 128)).sum(axis=0) % 2 * 255
+    frame = np.repeat(board[..., None], 3, axis=2).astype(np.uint8)
+    still = ["appearance=null", "scale=[0.5,0.5]", "brightness=0", "contrast=0", "saturation=0", "hue=0"]
+    still += ["rotation=0", "translation=0", "shear=0", "horizontal_flip=0", "vertical_flip=0"]
+    augment = starter(*(f"augmentation.{key}" for key in still))
+    pixels, _ = augment(frame, np.zeros((128, 128), np.uint8), np.random.default_rng(0), side=64)
+    inside = pixels[20:44, 20:44, 0]
+    assert inside.min() > 0.4 and inside.max() < 0.6
+
+
+def test_color_exchange_moves_the_statistics_to_the_other_frame():
+    frame, other = frame_and_mask()[0], IMAGES["frame"][:160, :160] // 2 + 40
+    moved = augmentation.exchange_colors(frame, other, amount=1.0)
+    before, after = (abs(x.mean(axis=(0, 1)) - other.mean(axis=(0, 1))).max() for x in (frame.astype(float), moved))
+    assert after < before / 2
+    np.testing.assert_array_equal(augmentation.exchange_colors(frame, other, amount=0.0).shape, frame.shape)
+
+
+def test_amplitude_exchange_of_nothing_changes_nothing():
+    frame, other = frame_and_mask()[0], IMAGES["noise"][:160, :160]
+    np.testing.assert_array_equal(augmentation.exchange_amplitudes(frame, other, reach=0.02, amount=0.0), frame)
+    assert (augmentation.exchange_amplitudes(frame, other, reach=0.02, amount=1.0) != frame).mean() > 0.5
+
+
+def test_appearance_never_moves_the_mask_and_is_repeatable():
+    frame, mask = frame_and_mask()
+    everything = [
+        f"augmentation.appearance.{key}=1.0" for key in ("corruption", "color_exchange", "amplitude_exchange")
+    ]
+    still = ["rotation=0", "translation=0", "shear=0", "horizontal_flip=0", "vertical_flip=0", "scale=[1.0,1.0]"]
+    augment = starter(*everything, *(f"augmentation.{key}" for key in still))
+    results = [
+        augment(frame, mask, np.random.default_rng(seed), partner=lambda rng: IMAGES["frame"][:160, :160])
+        for seed in (1, 1, 2)
+    ]
+    assert all(np.array_equal(target, mask / np.float32(255)) for _, target in results)
+    assert np.array_equal(results[0][0], results[1][0]) and not np.array_equal(results[0][0], results[2][0])

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from sklearn.model_selection import train_test_split
 
 from polypseg.data.catalog import clinicdb_sequence
 from polypseg.data.images import decode_frame, decode_mask
+from polypseg.data.labelled import load_labelled
 from polypseg.data.polyps import open_dataset
 from polypseg.data.splits import (
     DESCRIPTIONS,
+    alike_disjoint_split,
     make_split,
     pinned_split,
     reference_split,
@@ -240,3 +243,35 @@ def test_clinicdb_png_and_tif_forms_have_equal_pixels(real_data):
 def test_pinned_official_equals_the_published_lists(real_data, part, file):
     published = (real_data / "Kvasir-SEG" / "official-split" / file).read_text().split()
     assert pinned_split("kvasir_seg", "official")[part] == published
+
+
+# Polyp-free frames
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.dictionaries(st.text(min_size=1, max_size=4), st.tuples(st.integers(0, 9), st.sampled_from("ab")), max_size=80)
+)
+def test_alike_disjoint_split_never_cuts_a_group(frames):
+    groups = {name: group for name, (group, _) in frames.items()}
+    classes = {name: label for name, (_, label) in frames.items()}
+    split = alike_disjoint_split(classes, groups)
+    assert sorted(all_ids(split)) == sorted(frames)
+    for one, other in itertools.combinations(split.values(), 2):
+        assert not {groups[i] for i in one} & {groups[i] for i in other}
+
+
+def test_pinned_negatives_leave_most_frames_unseen():
+    split = pinned_split("negatives", "hyperkvasir")
+    assert {part: len(ids) for part, ids in split.items()} == {"train": 219, "validation": 110, "test": 671}
+    assert len(set(all_ids(split))) == 1000
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_pinned_negatives_equal_the_function(real_data):
+    frames = load_labelled(real_data / "HyperKvasir-frames", image_size=32)
+    names = [PurePosixPath(name).stem for name in frames.names]
+    classes = {name: frames.classes[label] for name, label in zip(names, frames.labels, strict=True)}
+    groups = {name: int(group) for name, group in zip(names, frames.groups, strict=True)}
+    assert alike_disjoint_split(classes, groups) == pinned_split("negatives", "hyperkvasir")

@@ -14,14 +14,19 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 
 from polypseg import zoo
 from polypseg.data import SyntheticOptions, open_dataset
+from polypseg.data.splits import pinned_split
+from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.passport import Passport, find_collisions, make_manifest
 from polypseg.recipe import load_recipe
 from polypseg.runs import check_processes, save_checkpoint
-from polypseg.training import build_model, finetune
+from polypseg.suite import open_negatives
+from polypseg.training import _dice_of_polyps, build_model, finetune
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = [
@@ -309,3 +314,87 @@ def test_really_full_disk_is_one_clear_error(tmp_path):
         assert not list((small / "run").rglob("*.safetensors"))
     finally:
         subprocess.run(["umount", "-l", small], check=True)
+
+
+# -- the shipped model's recipe ----------------------------------------------------------------------------------------
+
+STARTER = [
+    "data.image_size=64",
+    "data.batch_sizes=[48,64]",
+    "model.encoder=tf_efficientnet_lite0",
+    "model.decoder_channels=16",
+    "training.total_batch_size=8",
+    "training.epochs=2",
+]
+
+
+def train_starter(run_dir: Path, negatives: Path, *, resume: bool = False):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe = load_recipe("starter", overrides=STARTER)
+    network = build_model(zoo.get("RN-NA-NA"), recipe)
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=run_dir)
+    frames = open_negatives(negatives)
+    return finetune(network, tiny_data(), recipe, accelerator, run_dir=run_dir, negatives=frames, resume=resume)
+
+
+@pytest.fixture
+def listed_negatives(tmp_path) -> Path:
+    """Eight frames that bear names of the pinned list: five to train on, three of its other parts."""
+    split, folder = pinned_split("negatives", "hyperkvasir"), tmp_path / "negatives" / "bbps"
+    folder.mkdir(parents=True)
+    for number, name in enumerate([*split["train"][:5], *split["validation"][:2], split["test"][0]]):
+        frame = synthesise_frame(CAMERAS["b"], seed=7, index=number, size=(64, 64))[0]
+        Image.fromarray(frame).save(folder / f"{name}.png")
+    return folder.parent
+
+
+def test_polyp_free_frames_are_trained_on_and_stand_in_the_passport(tmp_path, listed_negatives):
+    progress = train_starter(tmp_path / "run", listed_negatives)
+    assert progress.step == 2 * (37 // 8)  # 32 frames with polyps and 5 without
+    config = json.loads((tmp_path / "run" / "best" / "config.json").read_text())
+    assert config["weights_origin"]["negatives"] == "hyperkvasir/train" and config["weights_origin"]["negatives_n"] == 5
+    seen = Passport.load(tmp_path / "run" / "best").seen
+    listed = {(s.stage, s.manifest.dataset): len(s.manifest.images) for s in seen if s.manifest}
+    assert listed[("fine-tuning", "negatives")] == 5 and listed[("validation", "negatives")] == 2
+    collisions = find_collisions(
+        Passport.load(tmp_path / "run" / "best"),
+        make_manifest(open_negatives(listed_negatives), split="full", part="full"),
+    )
+    assert len(collisions.images("same content")) == 7, "all but the one of the list's test part"
+
+
+def test_the_last_average_is_kept_and_frozen_stages_stay(tmp_path, listed_negatives):
+    train_starter(tmp_path / "run", listed_negatives)
+    start = build_model(zoo.get("RN-NA-NA"), load_recipe("starter", overrides=STARTER)).state_dict()
+    kept, last = best_weights(tmp_path / "run"), newest_checkpoint(tmp_path / "run")
+    frozen = [key for key in kept if key.startswith(("encoder.conv_stem", "encoder.bn1", "encoder.blocks.0"))]
+    assert frozen and all(torch.equal(kept[key], start[key]) for key in frozen)
+    moved = [key for key in last if key.startswith("encoder.blocks.3") and last[key].is_floating_point()]
+    assert all(not torch.equal(last[key], start[key]) for key in moved)
+    assert any(not torch.equal(kept[key], last[key]) for key in moved), "the average is not the last step's weights"
+
+
+def test_a_recipe_and_its_polyp_free_frames_come_together(tmp_path, listed_negatives):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    for recipe, frames in ((load_recipe("starter", overrides=STARTER), None), (load_recipe("smoke"), listed_negatives)):
+        network = build_model(zoo.get("RN-NA-NA"), recipe)
+        with pytest.raises(UsageError, match="--negatives"):
+            finetune(
+                network,
+                tiny_data(),
+                recipe,
+                accelerator,
+                run_dir=tmp_path / "run",
+                negatives=frames and open_negatives(frames),
+            )
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_mask_gives_the_dice_loss_no_gradient():
+    logits = torch.zeros(2, 8, 8, requires_grad=True)
+    labels = torch.zeros(2, 8, 8)
+    labels[0, 2:6, 2:6] = 1
+    _dice_of_polyps(logits, labels).backward()
+    assert logits.grad[0].abs().sum() > 0 and logits.grad[1].abs().sum() == 0
+    assert float(_dice_of_polyps(logits, torch.zeros(2, 8, 8))) == 0

@@ -1,0 +1,50 @@
+"""Dilated depthwise convolutions in the fast form: equal outputs and gradients, and nothing else is touched."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from polypseg.fast_convolutions import interleaved_convolutions
+from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
+
+
+@pytest.mark.parametrize("side", [(16, 16), (18, 14), (7, 9)])
+@pytest.mark.parametrize(("taps", "dilation"), [(3, 2), (5, 2), (3, 12), (3, 24)])
+def test_outputs_and_gradients_are_those_of_the_convolution(side, taps, dilation):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(6, 6, taps, padding=dilation * (taps // 2), dilation=dilation, groups=6, bias=False).double()
+    inputs = torch.randn(2, 6, *side, dtype=torch.float64)
+    results = []
+    for fast in (False, True):
+        layer, x = copy.deepcopy(plain), inputs.clone().requires_grad_()
+        with interleaved_convolutions(layer, enabled=fast) as count:
+            assert count == int(fast)
+            y = layer(x)
+            y.square().sum().backward()
+        results.append((y.detach(), x.grad, layer.weight.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_keeps_its_weights_and_classes():
+    model = PolypSegForSemanticSegmentation(PolypSegConfig(encoder="tf_efficientnet_lite0", decoder_channels=16))
+    before = {name: type(layer) for name, layer in model.named_modules()}
+    keys = list(model.state_dict())
+    with interleaved_convolutions(model) as count:
+        # Three 5x5 and one 3x3 of the dilated last stages, three rates of ASPP.
+        assert count == 7 and list(model.state_dict()) == keys
+    assert {name: type(layer) for name, layer in model.named_modules()} == before
+
+
+def test_other_convolutions_are_left_alone():
+    layers = nn.Sequential(
+        nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2, bias=False),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4, stride=2, bias=False),
+        nn.Conv2d(4, 8, 3, padding=2, dilation=2, groups=4, bias=False),
+    )
+    with interleaved_convolutions(layers) as count:
+        assert count == 0
