@@ -1,8 +1,4 @@
-"""Entry point of the ``polypseg`` command: keeps torch and timm unloaded until a command needs them."""
-
-import os
-
-os.environ.setdefault("POLYPSEG_LAZY", "1")
+"""Entry point of the ``polypseg`` command."""
 
 
 def main() -> None:
