@@ -14,8 +14,8 @@ from polypseg.auto_classes import register_lazily
 if TYPE_CHECKING:
     from polypseg.data import load_polyps
     from polypseg.evaluation import evaluate_model
-    from polypseg.hub import load
     from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation, soft_dice_loss
+    from polypseg.segmentation import load
     from polypseg.zoo import ZOO
 
 __version__ = "0.1.0"
@@ -27,7 +27,7 @@ _HOMES = {
     "ZOO": "polypseg.zoo",
     "load_polyps": "polypseg.data",
     "evaluate_model": "polypseg.evaluation",
-    "load": "polypseg.hub",
+    "load": "polypseg.segmentation",
 }
 __all__ = [
     "ZOO",

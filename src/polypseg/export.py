@@ -19,8 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from polypseg.artifacts import atomic_path, write_text
 from polypseg.card_facts import no_results, read_results
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.hub import check_folder
-from polypseg.manifest import MANIFEST, write_manifest
+from polypseg.manifest import MANIFEST, check_folder, write_manifest
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.native_dpt import from_native_dpt, to_native_dpt
 from polypseg.origin import Origin, read_origin
