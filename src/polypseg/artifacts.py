@@ -42,6 +42,8 @@ PACKAGES = (
     "pillow",
     "opencv-python-headless",
     "scikit-learn",
+    "onnxruntime",
+    "openvino",
 )
 
 

@@ -17,7 +17,7 @@ NOT_LISTED = (MANIFEST, ".gitattributes")
 """The manifest itself, and the file that the Hub writes."""
 LOADED = ("*.json", "*.safetensors")
 """Files of a model folder that loading it with transformers reads, except those of the next line."""
-NOT_LOADED = ("*.fp16.safetensors", "results/*")
+NOT_LOADED = ("*.fp16.safetensors", "results/*", "replay/*")
 _LINE = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *](?P<name>.+)")
 
 
