@@ -30,6 +30,7 @@ def test_options_have_the_full_commands_names_and_defaults():
     found = read_plain_segment(words.split())
     full, work = (inspect.signature(function).parameters for function in (use_commands.segment, segment.run_segment))
     assert found is not None and set(found) <= set(full) and set(full) == set(work)
+    assert found["save_probability"] and str(found["output"]) == "o"
     assert (found["inputs"], found["threshold"], found["min_area"], found["overwrite"]) == (
         ["a.jpg", "b.jpg"],
         0.4,

@@ -102,7 +102,7 @@ def test_regions_are_opencvs(density):
 
 def test_runtimes_compute_the_same(folder):
     pixels = np.random.default_rng(1).normal(size=(5, 3, *SIZE)).astype(np.float32)
-    weights = onnx.numpy_helper.to_array(network().graph.initializer[0])
+    weights = onnx.numpy_helper.to_array(network().graph.initializer[0]).copy()
     wanted = torch.nn.functional.conv2d(torch.from_numpy(pixels), torch.from_numpy(weights), stride=2, padding=1)[:, 0]
     for runtime in (OnnxRuntime, OpenVinoRuntime):
         computed = runtime(folder / "onnx" / "model.onnx")
