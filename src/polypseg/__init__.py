@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from polypseg.auto_classes import register_lazily
+from polypseg.errors import missing_package
 
 if TYPE_CHECKING:
     from polypseg.data import load_polyps
@@ -44,7 +45,10 @@ register_lazily()
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        try:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        except ModuleNotFoundError as error:  # a light installation
+            raise ImportError(f"polypseg.{name}: {missing_package(error)}", name=error.name) from error
     raise AttributeError(f"module 'polypseg' has no attribute {name!r}")
 
 

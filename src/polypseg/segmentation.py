@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageFilter
 
-from polypseg.errors import UsageError
+from polypseg.errors import UsageError, missing_package
 from polypseg.inference.preparation import FrameProcessor
 from polypseg.inference.regions import measure_regions
 from polypseg.inference.runtimes import (
@@ -192,8 +192,10 @@ def load(
     if folder is not None and revision is not None:
         raise UsageError(f"{id_or_path} is a folder: a revision belongs to a Hub id")
     if folder is None:
-        from polypseg.hub import fetch
-
+        try:
+            from polypseg.hub import fetch
+        except ModuleNotFoundError as error:
+            raise missing_package(error) from error
         if runtime == AUTO:
             runtime = TORCH if is_installed(TORCH) and precision == "fp32" else ONNXRUNTIME
         folder = fetch(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polypseg.artifacts import cache_folder, file_sha256
-from polypseg.errors import UsageError, first_line, unknown_name
+from polypseg.errors import PIP, UsageError, first_line, unknown_name
 
 Logits = NDArray[np.float32]
 Precision = Literal["fp32", "fp16", "int8"]
@@ -35,11 +35,7 @@ OPENVINO_FILES: dict[str, str] = {
 INPUT, OUTPUT = "pixel_values", "logits"
 """Names in the exported files: (B, 3, h, w) normalised RGB, and (B, 1, h', w') logits of the polyp."""
 WEIGHTS = "model.safetensors"
-_INSTALL = {
-    TORCH: "python -m pip install polypseg",
-    ONNXRUNTIME: "python -m pip install onnxruntime",
-    OPENVINO: "python -m pip install openvino",
-}
+_INSTALL = {TORCH: f"{PIP} polypseg", ONNXRUNTIME: f"{PIP} onnxruntime", OPENVINO: f"{PIP} openvino"}
 
 
 class Runtime(Protocol):
