@@ -60,7 +60,7 @@ def polypseg(monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path) -> Cal
 
 def run_process(*command: str) -> subprocess.CompletedProcess[str]:
     """A fresh process without a terminal, as behind a pipe."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("POLYPSEG_LAZY", "COLUMNS")}
+    environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, timeout=120)
 

@@ -143,6 +143,8 @@ def test_exported_folder_is_complete_and_agrees_with_its_manifest(exported):
         "model.fp16.safetensors",
         "model.safetensors",
         "preprocessor_config.json",
+        "replay/expected.json",
+        "replay/frame.png",
         "requirements.txt",
     } <= files
     manifest = read_manifest(exported / MANIFEST)

@@ -156,7 +156,7 @@ def pretend_runtime(monkeypatch, shape, network):
     """A stand-in for onnxruntime with the few calls that are used, running a PyTorch module."""
 
     class InferenceSession:
-        def __init__(self, path, providers):
+        def __init__(self, path, sess_options, providers):
             if Path(path).read_bytes() != b"network":
                 raise RuntimeError("Protobuf parsing failed.\nmore")
 
@@ -171,6 +171,7 @@ def pretend_runtime(monkeypatch, shape, network):
 
     module = types.ModuleType("onnxruntime")
     module.InferenceSession = InferenceSession
+    module.SessionOptions = lambda: types.SimpleNamespace(add_session_config_entry=lambda key, value: None)
     monkeypatch.setitem(sys.modules, "onnxruntime", module)
 
 

@@ -264,7 +264,7 @@ def _in_process(hub: HubProcess, home: Path, statement: str, code: int, **change
         "    sys.exit(f'error: {error}')\n"
     )
     token = changes.pop("token", "hf_write")
-    environment = hub.environment(home, token=token or None) | {"OMP_NUM_THREADS": "1", "POLYPSEG_LAZY": "1"} | changes
+    environment = hub.environment(home, token=token or None) | {"OMP_NUM_THREADS": "1"} | changes
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
@@ -337,7 +337,7 @@ def test_a_read_only_cache_serves_another_user(published, tmp_path):
         folder.chmod(folder.stat().st_mode | 0o055) if folder.stat().st_uid == os.geteuid() else None
     script = f"from polypseg.hub import fetch; print('loaded', fetch({REPO!r}).name)"
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", script]
-    environment = published.environment(new) | {"POLYPSEG_LAZY": "1", "HOME": "/nonexistent"}
+    environment = published.environment(new) | {"HOME": "/nonexistent"}
     done = subprocess.run(nobody, env=environment, capture_output=True, text=True, timeout=120)
     assert "loaded" in done.stdout, done.stderr
 
@@ -371,6 +371,6 @@ def test_the_collection_holds_each_of_the_twelve_once(hub, home):
         "assert len(list(api.list_collections(owner='polypseg'))) == 1\n"
         "print('collected')\n"
     )
-    environment = hub.environment(home) | {"POLYPSEG_LAZY": "1"}
+    environment = hub.environment(home)
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
     assert "collected" in done.stdout, done.stderr

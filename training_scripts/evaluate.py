@@ -20,6 +20,7 @@ from polypseg.metrics import METRICS
 from polypseg.passport import kept_manifest, name_partial
 from polypseg.predictions import ModelPredictions
 from polypseg.processing import default_device, load_model, results_name
+from polypseg.provenance.local import local_folder
 from polypseg.receipts import read_receipt
 from polypseg.suite import SuitePlan, score_images
 
@@ -52,10 +53,10 @@ def main(
         raise unknown_name("metric convention", convention, CONVENTIONS)
     data = open_dataset(dataset, source=source, allow_partial=allow_partial)
     manifest = name_partial(kept_manifest(data, split=split, part=part, limit=limit), data)
-    is_folder = Path(model).is_dir()
-    if trust_remote_code and not is_folder and not (revision and re.fullmatch(r"[0-9a-f]{40}", revision)):
+    folder = local_folder(model)
+    if trust_remote_code and folder is None and not (revision and re.fullmatch(r"[0-9a-f]{40}", revision)):
         raise UsageError("code from the Hub is run at a full commit only: give --revision with its 40 digits")
-    network, processor = load_model(model, revision=revision, trust_remote_code=trust_remote_code)
+    network, processor = load_model(str(folder or model), revision=revision, trust_remote_code=trust_remote_code)
     result = score_images(
         ModelPredictions(
             name=model_id or results_name(network.config, model),
@@ -67,7 +68,7 @@ def main(
         SuitePlan(output=output, conventions=CONVENTIONS[convention], rule=seen.value),
         data,
         manifest,
-        model_folder=Path(model) if is_folder else fetch(model, revision=revision),
+        model_folder=folder or fetch(model, revision=revision),
     )
     path = result.write(output)
     content = read_receipt(path)

@@ -1,8 +1,23 @@
-"""polypseg: polyp segmentation models whose behaviour on other hospitals' data is known."""
+"""polypseg: polyp segmentation models whose behaviour on other hospitals' data is known.
+
+``load`` gives a model that segments frames (``polypseg.load().predict([image])``), ``load_polyps`` a dataset, ``ZOO``
+the table of the twelve models; ``PolypSegConfig`` and ``PolypSegForSemanticSegmentation`` are the classes that
+transformers' Auto classes find after ``import polypseg``. Importing the package takes a blink: names are resolved when
+they are used, and torch is imported when a model is asked for that needs it. For research only, not a medical device.
+"""
 
 import importlib
-import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from polypseg.auto_classes import register_lazily
+from polypseg.errors import missing_package
+
+if TYPE_CHECKING:
+    from polypseg.data import load_polyps
+    from polypseg.evaluation import evaluate_model
+    from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation, soft_dice_loss
+    from polypseg.segmentation import load
+    from polypseg.zoo import ZOO
 
 __version__ = "0.1.0"
 
@@ -13,17 +28,29 @@ _HOMES = {
     "ZOO": "polypseg.zoo",
     "load_polyps": "polypseg.data",
     "evaluate_model": "polypseg.evaluation",
-    "load": "polypseg.hub",
+    "load": "polypseg.segmentation",
 }
-__all__ = list(_HOMES)
+__all__ = [
+    "ZOO",
+    "PolypSegConfig",
+    "PolypSegForSemanticSegmentation",
+    "evaluate_model",
+    "load",
+    "load_polyps",
+    "soft_dice_loss",
+]
 
-# Importing the package registers the model with transformers' Auto classes. The commands set POLYPSEG_LAZY because
-# most of them need neither torch nor timm, whose import takes seconds.
-if not os.environ.get("POLYPSEG_LAZY"):
-    importlib.import_module("polypseg.modeling")
+register_lazily()
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        try:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        except ModuleNotFoundError as error:  # a light installation
+            raise ImportError(f"polypseg.{name}: {missing_package(error)}", name=error.name) from error
     raise AttributeError(f"module 'polypseg' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

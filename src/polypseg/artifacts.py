@@ -31,7 +31,6 @@ _REMEDIES = {
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another folder",
 }
 PACKAGES = (
-    "polypseg",
     "torch",
     "torchvision",
     "timm",
@@ -42,6 +41,8 @@ PACKAGES = (
     "pillow",
     "opencv-python-headless",
     "scikit-learn",
+    "onnxruntime",
+    "openvino",
 )
 
 
@@ -135,7 +136,9 @@ def git_revision() -> str | None:
 
 def environment_record() -> dict[str, Any]:
     """What must be known to repeat a run: versions, git revision, platform, threads, command and time (UTC)."""
-    versions = {}
+    from polypseg import __version__
+
+    versions = {"polypseg": __version__}  # whichever distribution brought it
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

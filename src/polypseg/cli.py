@@ -1,6 +1,5 @@
 """The ``polypseg`` command, and how every command and script reports an error."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +8,7 @@ import typer
 from typer import Argument, Option
 
 from polypseg import evaluate_commands, hub_commands, report_commands, shift_commands, use_commands
-from polypseg.errors import PolypSegError
+from polypseg.console import reported
 
 app = typer.Typer(
     help="Polyp segmentation whose behaviour on other hospitals' data is known. Not a medical device.",
@@ -40,14 +39,8 @@ app.command("license")(use_commands.license_)
 
 def run_app(command: typer.Typer) -> None:
     """Run a command; a PolypSegError becomes one line on stderr and its exit code: 2 for usage, 1 for failure."""
-    try:
+    with reported():
         command(standalone_mode=True)
-    except PolypSegError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def run_script(function: Callable[..., Any]) -> None:

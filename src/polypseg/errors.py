@@ -18,6 +18,25 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+PIP = "python -m pip install"
+_DISTRIBUTIONS = {
+    "cv2": "opencv-python-headless",
+    "openvino": "openvino",
+    "onnxruntime": "onnxruntime",
+    "gradio": "'polypseg[app]'",
+    "onnx": "'polypseg[export]'",
+    "onnxscript": "'polypseg[export]'",
+}
+"""Module -> what to install for it, where that is not the whole of polypseg."""
+
+
+def missing_package(error: ModuleNotFoundError) -> UsageError:
+    """What a user of a light installation is told: which module is missing, and the line that brings it."""
+    module = (error.name or "a module").partition(".")[0]
+    needed = _DISTRIBUTIONS.get(module, "polypseg")
+    return UsageError(f"this needs {module}, which is not installed: run `{PIP} {needed}`")
+
+
 def unknown_name(kind: str, name: str, known: object) -> UsageError:
     """The error for ``name`` that is none of ``known`` (any iterable of strings), with the closest match."""
     import difflib

@@ -19,8 +19,9 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from polypseg.artifacts import atomic_path, write_text
 from polypseg.card_facts import no_results, read_results
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.hub import check_folder
-from polypseg.manifest import MANIFEST, write_manifest
+from polypseg.inference.replay import add_replay
+from polypseg.inference.runtimes import TorchRuntime
+from polypseg.manifest import MANIFEST, check_folder, write_manifest
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.native_dpt import from_native_dpt, to_native_dpt
 from polypseg.origin import Origin, read_origin
@@ -80,6 +81,7 @@ def export_model(source: Path, output: Path, *, results: Path | None = None, org
         taken, left_out = _copy_results(results, origin, temporary / RESULTS)
         written, processor = load_model(str(temporary))
         difference = largest_difference(model, written)
+        add_replay(temporary, SAFE_WEIGHTS_NAME, runtime=TorchRuntime(model=written))
         _write_card(
             temporary, written, processor, name=origin.repo_name, run_dir=source.parent, organisation=organisation
         )

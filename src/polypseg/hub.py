@@ -1,13 +1,12 @@
-"""Getting models: from a folder or the Hub, checked against their manifest, with errors that say what to do."""
+"""Getting models from the Hub, checked against their manifest, with errors that say what to do."""
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx2
 from huggingface_hub import HfApi, snapshot_download
@@ -24,15 +23,19 @@ from huggingface_hub.errors import (
 
 from polypseg import zoo
 from polypseg.errors import PolypSegError, UsageError, first_line
-from polypseg.manifest import MANIFEST, describe_problems, find_problems, read_manifest
-
-if TYPE_CHECKING:
-    from polypseg.segmentation import Segmenter
+from polypseg.manifest import (
+    LOADED,
+    MANIFEST,
+    NOT_LOADED,
+    describe_problems,
+    find_problems,
+    is_loaded,
+    read_manifest,
+)
+from polypseg.provenance.local import local_folder
 
 ORGANISATION = "polypseg"
 """Whose models a bare model id or short name means; ``POLYPSEG_ORGANISATION`` replaces it."""
-LOADED = ["*.json", "*.safetensors", MANIFEST]
-NOT_LOADED = ["*.fp16.safetensors", "results/*"]
 _log = logging.getLogger(__name__)
 
 
@@ -65,35 +68,20 @@ def resolve_id(name: str) -> str:
     return f"{organisation()}/{known or name}"
 
 
-def load(
-    id_or_path: str | Path, *, revision: str | None = None, cache_dir: Path | None = None, token: str | None = None
-) -> "Segmenter":
-    """A model with its image processor, ready to segment, from a folder or the Hub.
+def fetch(
+    name: str,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    token: str | None = None,
+    files: Sequence[str] = LOADED,
+) -> Path:
+    """Download ``files`` (patterns; default: what transformers reads) of a Hub model and return the checked folder.
 
-    ``id_or_path``: a model folder, a Hub id, a model id of the table or the paper's short name. ``revision``: tag,
-    branch or commit. Files are compared with the model's manifest; a damaged one is reported and fetched again. Works
-    from the cache without a network. Raises UsageError for a model, revision or right that is not there, PolypSegError
-    for what cannot be got or stays damaged.
+    The errors are those of ``polypseg.load``.
     """
-    from polypseg.processing import load_model
-    from polypseg.segmentation import Segmenter
-
-    folder = Path(id_or_path)
-    commit = None
-    if folder.is_dir():
-        if revision is not None:
-            raise UsageError(f"{folder} is a folder: a revision belongs to a Hub id")
-        check_folder(folder)
-    else:
-        folder = fetch(str(id_or_path), revision=revision, cache_dir=cache_dir, token=token)
-        commit = folder.name
-    model, processor = load_model(str(folder))
-    return Segmenter(model=model, processor=processor, name=str(id_or_path), revision=commit)
-
-
-def fetch(name: str, *, revision: str | None = None, cache_dir: Path | None = None, token: str | None = None) -> Path:
-    """Download what loading needs of a Hub model and return the checked folder; see ``load`` for the errors."""
-    return _fetch_checked(resolve_id(name), revision=revision, cache_dir=cache_dir, token=token, whole=False).folder
+    found = _fetch_checked(resolve_id(name), revision=revision, cache_dir=cache_dir, token=token, files=files)
+    return found.folder
 
 
 def verify(
@@ -104,30 +92,15 @@ def verify(
     Raises UsageError and PolypSegError as ``load`` does, UsageError for a model without manifest. What is wrong with
     files is returned, not raised; a damaged download has been fetched again once before.
     """
-    folder = Path(id_or_path)
-    if folder.is_dir():
+    folder = local_folder(id_or_path)
+    if folder is not None:
         if not (folder / MANIFEST).is_file():
             raise UsageError(f"{folder} has no {MANIFEST}: it was not written by `polypseg export`")
         return _inspect(folder, revision=None, wanted=None)
-    found = _fetch_checked(resolve_id(str(id_or_path)), revision=revision, cache_dir=cache_dir, token=token, whole=True)
+    found = _fetch_checked(resolve_id(str(id_or_path)), revision=revision, cache_dir=cache_dir, token=token, files=None)
     if not found.digests and not found.problems:
         raise UsageError(f"{id_or_path} has no {MANIFEST}: it was not published by `polypseg push`")
     return found
-
-
-def check_folder(folder: Path) -> None:
-    """Raise PolypSegError where a model folder differs from its manifest; one without (a run's best/) passes."""
-    if not (folder / MANIFEST).is_file():
-        return
-    problems = _inspect(folder, revision=None, wanted=is_loaded).problems
-    if problems:
-        listed = describe_problems(problems)
-        raise PolypSegError(f"{folder} does not agree with its {MANIFEST}: {listed}. Export it or get it again")
-
-
-def is_loaded(name: str) -> bool:
-    """Whether loading a model reads the file of this name."""
-    return any(fnmatch(name, p) for p in LOADED) and not any(fnmatch(name, p) for p in NOT_LOADED)
 
 
 def _fetch_checked(
@@ -136,10 +109,10 @@ def _fetch_checked(
     revision: str | None,
     cache_dir: Path | None,
     token: str | None,
-    whole: bool,
+    files: Sequence[str] | None,
 ) -> Verification:
-    """Download what loading reads, or with ``whole`` everything, compare it, and fetch once more what is damaged."""
-    wanted = None if whole else is_loaded
+    """Download ``files`` (patterns; None: everything), compare them, and fetch once more what is damaged."""
+    wanted = None if files is None else partial(is_loaded, names=files)
     with hub_errors(repo_id, revision=revision):
         folder = Path(
             snapshot_download(
@@ -147,8 +120,8 @@ def _fetch_checked(
                 revision=revision,
                 cache_dir=cache_dir,
                 token=token,
-                allow_patterns=None if whole else LOADED,
-                ignore_patterns=None if whole else NOT_LOADED,
+                allow_patterns=None if files is None else [*files, MANIFEST],
+                ignore_patterns=None if files is None else list(NOT_LOADED),
             )
         )
         if not (folder / MANIFEST).is_file():
@@ -158,7 +131,7 @@ def _fetch_checked(
         if found.problems:
             _fetch_again(repo_id, found, cache_dir=cache_dir, token=token)
             found = _inspect(folder, revision=folder.name, wanted=wanted)
-    if found.problems and not whole:
+    if found.problems and files is not None:
         raise PolypSegError(
             f"{repo_id}: {describe_problems(found.problems)} after a second download: the copy on the server does not "
             f"match its {MANIFEST}; tell the model's publisher"

@@ -32,17 +32,47 @@ def convert(
 
 
 def export(
-    model: Annotated[Path, Argument(help="Model folder, such as runs/rn-in-sl/best or a converted one.")],
-    output: Annotated[Path, Option(help="Folder to write; the name on the Hub comes from the weights' origin.")],
+    model: Annotated[str, Argument(help="Model folder, such as runs/rn-in-sl/best or a converted one; or starter.")],
+    output: Annotated[
+        Path | None, Option(help="Folder to write. With --format, default: into the model's own folder.")
+    ] = None,
+    format_: Annotated[
+        str | None, Option("--format", help="onnx or openvino: write the network for that runtime instead.")
+    ] = None,
+    precision: Annotated[str | None, Option(help="With --format: fp32 (default), fp16 or int8.")] = None,
+    calibration: Annotated[
+        str | None, Option(help="With int8: folder of training frames, or a dataset whose training part is taken.")
+    ] = None,
     results: Annotated[
         Path | None, Option(help="Results folder of evaluate.py; those of these weights go along.")
     ] = None,
     organisation: Annotated[str | None, Option(help="Owner named in the card's usage examples.")] = None,
 ) -> None:
-    """Write the folder that is published: weights, processor, code or native DPT, card, results, checksums."""
+    """Write the folder that is published (weights, processor, code, card, results, checksums), or a file for a runtime.
+
+    With --format onnx or openvino the network is written for that runtime, checked by its outputs against torch.
+    """
+    from polypseg.errors import UsageError
+    from polypseg.provenance.local import local_folder
+
+    folder = local_folder(model) or Path(model)
+    if format_ is not None:
+        if results is not None or organisation is not None:
+            raise UsageError("--results and --organisation belong to the published folder, not to --format")
+        from polypseg.weights.onnx import export_runtime
+
+        written = export_runtime(
+            folder, format=format_, precision=precision or "fp32", calibration=calibration, output=output
+        )
+        print("\n".join(written.lines()))
+        return
+    if precision is not None or calibration is not None:
+        raise UsageError("--precision and --calibration belong to --format onnx or openvino")
+    if output is None:
+        raise UsageError("say with --output which folder to write, or with --format for which runtime")
     from polypseg.export import export_model
 
-    done = export_model(model, output, results=results, organisation=organisation)
+    done = export_model(folder, output, results=results, organisation=organisation)
     print(f"{done.folder}: {done.origin.repo_name}; logits equal the source's to {done.largest_difference:.1g}")
     print(f"results taken along: {', '.join(done.results) or 'none'}")
     for reason in done.left_out:
@@ -107,8 +137,14 @@ def _print_plans(plans: "list[PublishPlan]") -> None:
 def verify(
     model: Annotated[str, Argument(help="Model folder, Hub id, or id of the table.")],
     revision: Annotated[str | None, Option(help="Tag, branch or commit.")] = None,
+    run: Annotated[
+        bool, Option("--run", help="Also compute the model's test frame with each of its files, and compare.")
+    ] = False,
 ) -> None:
-    """Compare every file of a model with its checksums; a Hub model is downloaded whole."""
+    """Compare every file of a model with its checksums, and on request what it computes here with what it should.
+
+    A Hub model is downloaded whole.
+    """
     from polypseg.errors import PolypSegError
     from polypseg.hub import verify as check
 
@@ -121,3 +157,20 @@ def verify(
             f"{model}{at}: {len(found.problems)} file(s) differ from the checksums; get the model again"
         )
     print(f"{model}{at}: all {len(found.digests)} files are right")
+    if run:
+        _replay(found.folder, model)
+
+
+def _replay(folder: Path, model: str) -> None:
+    from polypseg.errors import PolypSegError
+    from polypseg.inference.replay import replay
+
+    outcomes = replay(folder)
+    print("\n".join(outcome.line() for outcome in outcomes))
+    wrong = [outcome.file for outcome in outcomes if outcome.runs and not outcome.reproduces]
+    if wrong:
+        raise PolypSegError(
+            f"{model}: {', '.join(wrong)} compute(s) something else here: do not use it on this machine"
+        )
+    if not any(outcome.runs for outcome in outcomes):
+        raise PolypSegError(f"{model}: none of its files runs here; the lines above say what is missing")

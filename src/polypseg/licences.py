@@ -15,6 +15,7 @@ from polypseg.data.catalog import DATASETS, DatasetSpec
 from polypseg.dataset_cards import DISCLAIMER, is_synthetic
 from polypseg.errors import UsageError
 from polypseg.origin import Origin, read_origin
+from polypseg.provenance.local import local_folder
 from polypseg.zoo import RANDOM, STARTERS
 
 if TYPE_CHECKING:
@@ -251,8 +252,9 @@ def report_license(model: str, *, revision: str | None = None) -> LicenseReport:
     from polypseg.hub import organisation, resolve_id
 
     rows = {name: row for row in zoo.rows() for name in (row.model_id, row.short_name)}
-    if Path(model).exists():
-        origin, planned = _recorded_origin(Path(model) / "config.json"), False
+    folder = local_folder(model) or Path(model)
+    if folder.exists():
+        origin, planned = _recorded_origin(folder / "config.json"), False
     elif model in rows:
         origin, planned = planned_facts(rows[model], organisation=organisation()).origin, True
     else:

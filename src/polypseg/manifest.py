@@ -5,7 +5,8 @@ is that of ``sha256sum``, so that ``sha256sum -c SHA256SUMS`` checks a folder wi
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from polypseg.artifacts import file_sha256, write_text
@@ -14,6 +15,9 @@ from polypseg.errors import PolypSegError
 MANIFEST = "SHA256SUMS"
 NOT_LISTED = (MANIFEST, ".gitattributes")
 """The manifest itself, and the file that the Hub writes."""
+LOADED = ("*.json", "*.safetensors")
+"""Files of a model folder that loading it with transformers reads, except those of the next line."""
+NOT_LOADED = ("*.fp16.safetensors", "results/*", "replay/*")
 _LINE = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *](?P<name>.+)")
 
 
@@ -72,6 +76,29 @@ def find_problems(
     problems = find_mismatches(folder, manifest, only={name for name in manifest if chosen(name)})
     there = (name for name in list_files(folder) if chosen(name))
     return problems | {name: "not in the manifest" for name in there if name not in manifest}
+
+
+def is_loaded(name: str, *, names: Sequence[str] = LOADED) -> bool:
+    """Whether a file of this name is one of those that loading a model reads, given as patterns."""
+    return any(fnmatch(name, p) for p in (*names, MANIFEST)) and not any(fnmatch(name, p) for p in NOT_LOADED)
+
+
+def check_folder(folder: Path, *, names: Sequence[str] = LOADED) -> None:
+    """Raise PolypSegError where files of a model folder differ from its manifest; a folder without (a run's) passes.
+
+    ``names``: patterns of the files that are about to be read.
+    """
+    if not (folder / MANIFEST).is_file():
+        return
+    try:
+        problems = find_problems(
+            folder, read_manifest(folder / MANIFEST), wanted=lambda name: is_loaded(name, names=names)
+        )
+    except PolypSegError:
+        problems = {MANIFEST: "damaged"}
+    if problems:
+        listed = describe_problems(problems)
+        raise PolypSegError(f"{folder} does not agree with its {MANIFEST}: {listed}. Export it or get it again")
 
 
 def describe_problems(problems: dict[str, str]) -> str:

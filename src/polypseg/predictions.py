@@ -20,7 +20,9 @@ from polypseg.artifacts import file_sha256, read_json
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError, first_line
 from polypseg.evaluation import prepared_batches
-from polypseg.hub import fetch, load
+from polypseg.hub import fetch
+from polypseg.inference.preparation import PREPROCESSOR, FrameProcessor
+from polypseg.inference.runtimes import TORCH, OnnxRuntime
 from polypseg.modeling import PolypSegConfig
 from polypseg.processing import (
     build_image_processor,
@@ -30,6 +32,8 @@ from polypseg.processing import (
     resize_map,
     results_name,
 )
+from polypseg.provenance.local import CONFIG, local_folder
+from polypseg.segmentation import load
 
 Probability = NDArray[np.float32]
 Output = Literal["logits", "probability"]
@@ -112,7 +116,7 @@ class OnnxPredictions:
     """An ONNX file: input (B, 3, h, w) of a normalised RGB frame, output (B, 1 or 2, h, w) of logits or probabilities.
 
     ``image_size`` is needed only when the file leaves its input's size open. Without ``processor``, frames are prepared
-    as for this package's models, with ImageNet's mean and standard deviation.
+    as the file's model folder says, or, for a file alone, with ImageNet's mean and standard deviation.
     """
 
     name: str
@@ -128,43 +132,48 @@ class OnnxPredictions:
 
     def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
         """Raises UsageError without onnxruntime, and for a file that is not such a model."""
-        session = self._session()
-        entry = session.get_inputs()[0]
-        batch, channels, height, width = entry.shape if len(entry.shape) == 4 else (None,) * 4
+        network = OnnxRuntime(self.path)
+        batch, channels, height, width = network.input_shape if len(network.input_shape) == 4 else (None,) * 4
         if channels != 3:
-            raise UsageError(f"{self.path} takes an input of shape {entry.shape}: (B, 3, height, width) is needed")
+            raise UsageError(
+                f"{self.path} takes an input of shape {list(network.input_shape)}: (B, 3, height, width) is needed"
+            )
         processor = self.processor or self._processor(height, width)
 
         def forward(pixels: Tensor) -> Tensor:
-            (result, *_) = session.run(None, {entry.name: pixels.numpy()})
-            return _one_channel(torch.from_numpy(result).float(), output=self.output, name=str(self.path))
+            result = torch.from_numpy(network.run(pixels.numpy()))
+            return _one_channel(result, output=self.output, name=str(self.path))
 
-        size = batch if isinstance(batch, int) else self.batch_size
-        if size != 1 and isinstance(batch, int):
+        size = self.batch_size if batch is None else batch
+        if size != 1 and batch is not None:
             raise UsageError(
                 f"{self.path} takes batches of exactly {batch}: export it with a free batch size or with 1"
             )
         return _from_logits(forward, processor, dataset, ids, batch_size=size, output=self.output)
 
-    def _session(self) -> Any:
-        try:
-            onnxruntime = importlib.import_module("onnxruntime")
-        except ImportError as error:
-            raise UsageError(f"{self.path} needs onnxruntime: run `python -m pip install onnxruntime`") from error
-        if not self.path.is_file():
-            raise UsageError(f"{self.path} does not exist: give an ONNX file")
-        try:
-            return onnxruntime.InferenceSession(str(self.path), providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's errors have no common class
-            raise UsageError(f"cannot load {self.path} as an ONNX model: {first_line(error)}") from error
-
-    def _processor(self, height: Any, width: Any) -> Any:
-        size = height if isinstance(height, int) else self.image_size
+    def _processor(self, height: int | None, width: int | None) -> Any:
+        for folder in self.path.resolve().parents[:2]:  # a model folder, whose files lie in its onnx/
+            if (folder / PREPROCESSOR).is_file():
+                return self._own_processor(folder, height, width)
+        size = self.image_size if height is None else height
         if size is None:
             raise UsageError(f"{self.path} leaves its input's size open: give image_size")
-        if isinstance(width, int) and width != size:
+        if width is not None and width != size:
             raise UsageError(f"{self.path} takes {width}x{size} pixels: give a processor for sizes that are not square")
         return _square_processor(size)
+
+    def _own_processor(self, folder: Path, height: int | None, width: int | None) -> FrameProcessor:
+        """The preparation that the file's own model folder states."""
+        processor = FrameProcessor.from_pretrained(folder)
+        stated = (processor.size["height"], processor.size["width"])
+        asked = [(height, width), (self.image_size, self.image_size)]
+        other = next((size for size in asked if size[0] is not None and size != stated), None)
+        if other is not None:
+            raise UsageError(
+                f"{self.path} is asked for {other[1]}x{other[0]} pixels but {folder / PREPROCESSOR} says "
+                f"{stated[1]}x{stated[0]}"
+            )
+        return processor
 
 
 def open_smp(path: Path, *, name: str, image_size: int | None, output: Output = "logits") -> SmpPredictions:
@@ -195,10 +204,12 @@ def is_smp_folder(path: Path) -> bool:
 
 
 def model_folder(model: str | None) -> Path | None:
-    """Where a model's files lie, a Hub model's once they are fetched; None for an ONNX file and for no model."""
-    if model is None or Path(model).suffix == ONNX:
+    """Where a model's files lie, a Hub model's once they are fetched; None for no model and an ONNX file by itself."""
+    if model is None:
         return None
-    return Path(model) if Path(model).is_dir() else fetch(model)
+    if Path(model).suffix == ONNX:
+        return next((folder for folder in Path(model).resolve().parents[:2] if (folder / CONFIG).is_file()), None)
+    return local_folder(model) or fetch(model)
 
 
 def open_model(
@@ -211,15 +222,16 @@ def open_model(
     loaded.
     """
     output: Output = "probability" if gives_probabilities else "logits"
-    folder = model_folder(model)
-    if folder is None:
+    if Path(model).suffix == ONNX:
         path = Path(model)
         if not path.is_file():
             raise UsageError(f"{path} does not exist: give an ONNX file")
         return OnnxPredictions(name=name or path.stem, path=path, image_size=image_size, output=output)
+    folder = model_folder(model)
+    assert folder is not None
     if is_smp_folder(folder):
         return open_smp(folder, name=name or folder.resolve().name, image_size=image_size, output=output)
-    segmenter = load(folder)
+    segmenter = load(folder, runtime=TORCH)
     config = segmenter.model.config
     if not getattr(config, "weights_origin", None) and (folder / SAFE_WEIGHTS_NAME).is_file():
         config.weights_origin = current_record({}, folder)  # the digest at least

@@ -56,7 +56,11 @@ def load_model(name_or_path: str, *, revision: str | None = None, trust_remote_c
     try:
         with without_shard_bars():
             model, report = AutoModelForSemanticSegmentation.from_pretrained(
-                name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                name_or_path,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                dtype=torch.float32,  # half-precision files are widened: they save space, not time
+                **options,
             )
         processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", **options)
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:

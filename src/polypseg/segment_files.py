@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import cv2
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -32,6 +31,9 @@ from polypseg.artifacts import (
 from polypseg.data.images import decode_frame, encode_png
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.segmentation import MIN_AREA, Prediction, Segmenter, check_options, draw_overlay
+
+if TYPE_CHECKING:
+    import cv2
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".mpg", ".mpeg", ".m4v", ".webm", ".wmv")
@@ -238,6 +240,8 @@ def _count_frames(sources: Sequence[_Source], every: int) -> int:
         if not source.is_video:
             total += 1
             continue
+        import cv2
+
         with _open_video(source.path) as video:
             total += max(0, -(-int(video.get(cv2.CAP_PROP_FRAME_COUNT)) // every))
     return total
@@ -260,7 +264,9 @@ def _read_image(path: Path) -> Image.Image:
 
 
 @contextmanager
-def _open_video(path: Path) -> Iterator[cv2.VideoCapture]:
+def _open_video(path: Path) -> "Iterator[cv2.VideoCapture]":
+    import cv2
+
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg's own messages: we report what cannot be read
     video = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     try:
@@ -436,6 +442,8 @@ class _Tables:
 
     def _read_video(self, source: _Source, *, every: int) -> Generator[_Frame, None, dict[str, str]]:
         """Read a video from start to end, for seeking is not exact in every format; return its row."""
+        import cv2
+
         with _open_video(source.path) as video:
             fps, index = video.get(cv2.CAP_PROP_FPS), 0
             announced = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))

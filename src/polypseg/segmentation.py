@@ -1,4 +1,7 @@
-"""Polyp masks for frames of any size: probability, mask and the list of lesions, and how to draw them."""
+"""Polyp masks for frames of any size: load a model, get probability, mask and the list of lesions, draw them.
+
+Imports neither torch nor OpenCV: what computes the model does (``polypseg.inference.runtimes``).
+"""
 
 import hashlib
 import json
@@ -8,15 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageFilter
 
-from polypseg.errors import UsageError
-from polypseg.processing import polyp_logits, resize_map
+from polypseg.errors import UsageError, missing_package
+from polypseg.inference.preparation import FrameProcessor
+from polypseg.inference.regions import measure_regions
+from polypseg.inference.runtimes import (
+    AUTO,
+    ONNXRUNTIME,
+    TORCH,
+    Precision,
+    Runtime,
+    TorchRuntime,
+    check_names,
+    choose_runtime,
+    is_installed,
+    open_runtime,
+    runtime_files,
+)
+from polypseg.manifest import check_folder
+from polypseg.provenance.local import STARTER, local_folder
 
 MIN_AREA = 64
 """Pixels; smaller connected regions are in the mask but not in the list of lesions."""
@@ -64,26 +80,48 @@ class Prediction:
         return float(self.mask.mean())
 
 
-@dataclass(frozen=True, kw_only=True)
 class Segmenter:
     """A segmentation model with its image processor, ready for frames."""
 
-    model: Any
-    processor: Any
-    name: str
-    revision: str | None = None
-    """Commit of a Hub repository; None for a folder."""
+    def __init__(
+        self,
+        *,
+        processor: Any,
+        name: str,
+        model: Any = None,
+        runtime: Runtime | None = None,
+        revision: str | None = None,
+    ):
+        """A transformers ``model``, or a ``runtime`` that computes one; ``processor`` prepares frames for it.
+
+        ``name`` is what results call the model, ``revision`` the commit of a Hub repository. Raises UsageError unless
+        exactly one of ``model`` and ``runtime`` is given.
+        """
+        if (model is None) == (runtime is None):
+            raise UsageError("a segmenter is made of either a model or a runtime")
+        self.runtime: Runtime = TorchRuntime(model=model) if runtime is None else runtime
+        self.processor = processor
+        self.name = name
+        self.revision = revision
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None) -> "Segmenter":
-        """The same as ``polypseg.load``; its errors too."""
-        from polypseg.hub import load
+    def from_pretrained(cls, name_or_path: str | Path = STARTER, **options: Any) -> "Segmenter":
+        """The same as ``polypseg.load``; its options and errors too."""
+        return load(name_or_path, **options)
 
-        return load(name_or_path, revision=revision)
+    @property
+    def model(self) -> Any:
+        """The transformers model. Raises UsageError where another runtime than torch computes."""
+        if isinstance(self.runtime, TorchRuntime):
+            return self.runtime.model
+        raise UsageError(f"{self.name} is computed by {self.runtime.name}: load it with runtime='torch' for its model")
 
-    def to(self, device: torch.device | str) -> "Segmenter":
-        """Move the model to a device, and return the segmenter."""
-        self.model.to(device)
+    def to(self, device: Any) -> "Segmenter":
+        """Move the model to a device, and return the segmenter. Raises UsageError where only torch could."""
+        if isinstance(self.runtime, TorchRuntime):
+            self.runtime.model.to(device)
+        elif str(device) != "cpu":
+            raise UsageError(f"{self.runtime.name} computes on the CPU here: a device belongs to runtime 'torch'")
         return self
 
     def predict(
@@ -94,7 +132,7 @@ class Segmenter:
         min_area: int = MIN_AREA,
         batch_size: int = 1,
     ) -> list[Prediction]:
-        """RGB frames of any size -> one prediction a frame; the masks at 0.5 are those of ``predict_masks``.
+        """RGB frames of any size -> one prediction per frame; with torch, masks at 0.5 are those of ``predict_masks``.
 
         Frames that go through the model together (``batch_size``) can differ from single ones in the last bits.
         ``threshold``: a pixel is polyp where its probability exceeds it. ``min_area``: pixels that a lesion of the list
@@ -107,28 +145,81 @@ class Segmenter:
         for start in range(0, len(frames), batch_size):
             batch = frames[start : start + batch_size]
             for frame, logits in zip(batch, self._logits(batch), strict=True):
-                resized = resize_map(logits, (frame.height, frame.width))
+                resized = self.runtime.resize(logits, (frame.height, frame.width))
                 predictions.append(read_logits(resized, threshold=threshold, min_area=min_area))
         return predictions
 
-    @torch.inference_mode()
-    def _logits(self, frames: Sequence[Image.Image]) -> Tensor:
-        """Polyp logits (B, h, w) at the model's own size, on the CPU."""
-        inputs = self.processor(images=[frame.convert("RGB") for frame in frames], return_tensors="pt")
-        device = next(self.model.parameters()).device
-        logits = self.model.eval()(pixel_values=inputs["pixel_values"].to(device)).logits
-        return polyp_logits(logits.float(), self.model.config).cpu()
+    def _logits(self, frames: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """Polyp logits (B, h, w) at the model's own size."""
+        inputs = self.processor(images=[frame.convert("RGB") for frame in frames], return_tensors="np")
+        return self.runtime.polyp_logits(np.ascontiguousarray(inputs["pixel_values"], dtype=np.float32))
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights and of the processor's settings: the same for the same model in another file."""
+        """SHA-256 of the weights and of the processor's settings: the same for the same model in another file.
+
+        Of an ONNX or OpenVINO model, of the file that is computed.
+        """
         digest = hashlib.sha256()
         options = ("size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
         prepares = {name: str(getattr(self.processor, name, None)) for name in options}
         digest.update(json.dumps(prepares, sort_keys=True).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        self.runtime.update_digest(digest.update)
         return digest.hexdigest()
+
+
+def load(
+    id_or_path: str | Path = STARTER,
+    *,
+    revision: str | None = None,
+    runtime: str = AUTO,
+    precision: Precision = "fp32",
+    cache_dir: Path | None = None,
+    token: str | None = None,
+) -> Segmenter:
+    """A model with its image processor, ready to segment: the shipped one, one in a folder, or one of the Hub.
+
+    ``id_or_path``: ``starter`` (the model that ships with the package and needs no network), a model folder, a Hub id,
+    a model id of the table or the paper's short name. ``revision``: tag, branch or commit. ``runtime``: ``torch``,
+    ``onnxruntime``, ``openvino``, or ``auto``, the fastest of them that computes the model exactly with what is
+    installed and in the folder (``segmenter.runtime.description`` says which); of a Hub model ``auto`` takes torch
+    where it is installed. ``precision``: fp16 and int8 files are used on request only. Files are compared with the
+    model's checksums; a damaged one is reported and fetched again. Works from the cache without a network. Raises
+    UsageError for a model, revision, runtime or right that is not there, PolypSegError for what cannot be got or stays
+    damaged.
+    """
+    check_names(runtime, precision=precision)
+    folder, commit = local_folder(id_or_path), None
+    if folder is not None and revision is not None:
+        raise UsageError(f"{id_or_path} is a folder: a revision belongs to a Hub id")
+    if folder is None:
+        try:
+            from polypseg.hub import fetch
+        except ModuleNotFoundError as error:
+            raise missing_package(error) from error
+        if runtime == AUTO:
+            runtime = TORCH if is_installed(TORCH) and precision == "fp32" else ONNXRUNTIME
+        folder = fetch(
+            str(id_or_path),
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            files=runtime_files(runtime, precision=precision),
+        )
+        commit = folder.name
+    chosen, _ = choose_runtime(folder, runtime=runtime, precision=precision)
+    if chosen == TORCH:
+        from polypseg.processing import load_model
+
+        check_folder(folder)
+        model, processor = load_model(str(folder))
+        return Segmenter(model=model, processor=processor, name=str(id_or_path), revision=commit)
+    check_folder(folder, names=runtime_files(chosen, precision=precision))
+    return Segmenter(
+        runtime=open_runtime(folder, runtime=chosen, precision=precision),
+        processor=FrameProcessor.from_pretrained(folder),
+        name=str(id_or_path),
+        revision=commit,
+    )
 
 
 def check_options(*, threshold: float, min_area: int) -> None:
@@ -139,51 +230,90 @@ def check_options(*, threshold: float, min_area: int) -> None:
         raise UsageError(f"the minimum area of a lesion is at least 1 pixel; got {min_area}")
 
 
-def read_logits(logits: Tensor, *, threshold: float = 0.5, min_area: int = MIN_AREA) -> Prediction:
+def read_logits(logits: ArrayLike, *, threshold: float = 0.5, min_area: int = MIN_AREA) -> Prediction:
     """Polyp logits (H, W) at the frame's size -> its prediction.
 
     The threshold is applied to the logits: in float32 the probability of a tiny positive one rounds to 0.5.
     """
-    mask = (logits > math.log(threshold / (1 - threshold))).numpy()
-    probability = logits.sigmoid().numpy()
+    values = np.asarray(logits, dtype=np.float32)
+    mask = values > math.log(threshold / (1 - threshold))
+    probability = sigmoid(values)
     return Prediction(
         probability=probability, mask=mask, lesions=find_lesions(probability, mask=mask, min_area=min_area)
     )
+
+
+def sigmoid(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """1 / (1 + exp(-x)) without overflow."""
+    small = np.exp(-np.abs(values))
+    result: NDArray[np.float32] = np.where(values >= 0, np.float32(1), small)
+    result /= 1 + small
+    return result
 
 
 def find_lesions(
     probability: NDArray[np.float32], *, mask: NDArray[np.bool_], min_area: int = MIN_AREA
 ) -> tuple[Lesion, ...]:
     """Connected regions of the mask (H, W) of at least ``min_area`` pixels, largest first."""
-    _, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-    lesions = []
-    for label, (x, y, width, height, area) in enumerate(boxes.tolist()):
-        if label == 0 or area < min_area:  # label 0 is the background
-            continue
-        inside = np.s_[y : y + height, x : x + width]
-        values = probability[inside][labels[inside] == label]
-        lesions.append(
-            Lesion(
-                x=x,
-                y=y,
-                width=width,
-                height=height,
-                area=area,
-                mean_probability=float(values.mean(dtype=np.float64)),
-                max_probability=float(values.max()),
-            )
+    regions = measure_regions(probability, mask=mask)
+    lesions = [
+        Lesion(
+            x=int(regions.x[n]),
+            y=int(regions.y[n]),
+            width=int(regions.width[n]),
+            height=int(regions.height[n]),
+            area=int(regions.area[n]),
+            mean_probability=float(regions.mean[n]),
+            max_probability=float(regions.maximum[n]),
         )
+        for n in np.flatnonzero(regions.area >= min_area)
+    ]
     return tuple(sorted(lesions, key=lambda lesion: (-lesion.area, lesion.y, lesion.x)))
 
 
 def draw_overlay(frame: Image.Image, prediction: Prediction) -> Image.Image:
     """The frame with the mask's outline (cyan with a dark halo) and a light fill, RGB, of the frame's size."""
+    drawn = frame.convert("RGB")
+    if drawn is frame:
+        drawn = frame.copy()
     mask = prediction.mask
-    pixels = np.array(frame.convert("RGB"))
-    colour = np.array(OUTLINE, dtype=np.float32)
-    pixels[mask] = ((1 - FILL_OPACITY) * pixels[mask] + FILL_OPACITY * colour).round().astype(np.uint8)
-    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     width = max(2, round(min(frame.size) / 200))
-    for line, shade in ((2 * width + 1, HALO), (width, OUTLINE)):
-        cv2.drawContours(pixels, contours, -1, shade, line, cv2.LINE_AA)
-    return Image.fromarray(pixels)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return drawn
+    margin = width + 3  # the halo, and its soft edge
+    top, left = max(0, rows[0] - margin), max(0, columns[0] - margin)
+    part = mask[top : rows[-1] + margin + 1, left : columns[-1] + margin + 1]
+    edge = _boundary(part)
+    place = (int(left), int(top))
+    fill = Image.fromarray(part.astype(np.uint8) * round(255 * FILL_OPACITY))
+    drawn.paste(OUTLINE, place, fill)
+    for reach, shade in ((width + 0.5, HALO), (width / 2, OUTLINE)):
+        drawn.paste(shade, place, _soft(_thicken(edge, reach)))
+    return drawn
+
+
+def _boundary(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Pixels of the mask with a neighbour by side that is not of it; so is all that lies outside the picture."""
+    padded = np.pad(mask, 1)
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~inner
+
+
+def _thicken(edge: NDArray[np.bool_], reach: float) -> NDArray[np.bool_]:
+    """All pixels within ``reach`` pixels of the edge."""
+    size = math.floor(reach)
+    y, x = np.mgrid[-size : size + 1, -size : size + 1]
+    near = y**2 + x**2 <= reach**2
+    rows, columns = np.nonzero(edge)
+    thick = np.zeros((edge.shape[0] + 2 * size, edge.shape[1] + 2 * size), dtype=bool)
+    thick[(rows[:, None] + y[near] + size).ravel(), (columns[:, None] + x[near] + size).ravel()] = True
+    return thick[size : size + edge.shape[0], size : size + edge.shape[1]]
+
+
+def _soft(line: NDArray[np.bool_]) -> Image.Image:
+    """A line as a picture of opacities: full inside, fading over the next pixel."""
+    hard = Image.fromarray(line.astype(np.uint8) * 255)
+    soft = hard.filter(ImageFilter.GaussianBlur(0.6))
+    soft.paste(255, (0, 0), hard)
+    return soft

@@ -24,6 +24,7 @@ from PIL import Image
 from polypseg.artifacts import atomic_path, explain_write_errors, read_json, write_json, write_text
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.provenance.local import local_folder
 from polypseg.recipe import bundled_folder
 
 GRADIO = "6.31.0"
@@ -70,21 +71,19 @@ def describe_model(name_or_path: str, *, revision: str | None = None, title: str
     from polypseg.licences import model_license
     from polypseg.origin import read_origin
 
-    folder = Path(name_or_path)
-    local = folder.is_dir()
-    if not local:
-        folder = fetch(name_or_path, revision=revision)
+    here = local_folder(name_or_path)
+    folder = here or fetch(name_or_path, revision=revision)
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} is no model folder: it has no config.json")
     config = read_json(folder / "config.json")
     origin = read_origin(config.get("weights_origin"))
     terms = model_license(origin)
     return SpaceModel(
-        id=str(folder) if local else resolve_id(name_or_path),
+        id=resolve_id(name_or_path) if here is None else str(folder),
         title=title or (folder.resolve().name if origin.model_id == "unknown" else origin.repo_name),
         licence=terms.name or terms.identifier,
         note=origin.summary,
-        revision=None if local else folder.name,
+        revision=folder.name if here is None else None,
         remote_code="auto_map" in config,
     )
 

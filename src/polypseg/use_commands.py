@@ -14,7 +14,13 @@ TESTS = {
     "CVC-ClinicDB, mDice": ("cvc_clinicdb", "full", "full"),
 }
 """Columns of the table of models -> dataset, split and part."""
-ModelOption = Annotated[str, Option("--model", help="Model folder, Hub id, or id of the table.")]
+ModelOption = Annotated[
+    str,
+    Option("--model", help="starter (ships with the package), model folder, Hub id, id of the table."),
+]
+RuntimeOption = Annotated[
+    str, Option(help="auto (the fastest exact one at hand, and says which), onnxruntime, openvino or torch.")
+]
 
 
 def models(
@@ -39,6 +45,7 @@ def models(
         print_whole(table)
     for entry in zoo.EXTRA:
         print(f"{entry.short_name}: {entry.notes}")
+    print("\n".join(_shipped_model(scores)))
     if not scores:
         print(f"no receipts in {results}: name a folder of them with --results")
     others = sorted({name for name, _ in scores} - {row.model_id for row in zoo.rows()})
@@ -47,6 +54,27 @@ def models(
         for name in others:
             more.add_row(name, *(scores.get((name, test), NOT_EVALUATED) for test in columns.values()))
         print_whole(more)
+
+
+def _shipped_model(scores: "dict[tuple[str, Test], str]") -> list[str]:
+    """Lines about the model that ships with the package."""
+    from polypseg.artifacts import read_json
+    from polypseg.errors import UsageError
+    from polypseg.licences import model_license
+    from polypseg.origin import read_origin
+    from polypseg.provenance.local import CONFIG, STARTER, starter_folder
+
+    try:
+        folder = starter_folder()
+    except UsageError as error:
+        return [f"{STARTER}: {error}"]
+    origin = read_origin(read_json(folder / CONFIG).get("weights_origin"))
+    measured = [f"{title} {scores.get((origin.model_id, test), NOT_EVALUATED)}" for title, test in TESTS.items()]
+    return [
+        f"{STARTER}: ships with the package, works offline, taken where no model is named; {origin.model_id}, "
+        f"licence {model_license(origin).identifier}; {'; '.join(measured)}",
+        f"{STARTER}: {origin.summary}",
+    ]
 
 
 def _dice_by_model(results: Path) -> "dict[tuple[str, Test], str]":
@@ -84,36 +112,43 @@ def license_(
 
 def segment(
     inputs: Annotated[list[str], Argument(help="Images, folders, globs or videos.")],
-    model: ModelOption,
-    output: Annotated[Path, Option("--out", "--output", help="Folder of the results; a second call completes it.")],
+    model: ModelOption = "starter",
+    output: Annotated[
+        Path, Option("--out", "--output", help="Folder of the results; a second call completes it.")
+    ] = Path("segmented"),
+    runtime: RuntimeOption = "auto",
     revision: Annotated[str | None, Option(help="Tag, branch or commit of a Hub model.")] = None,
     threshold: Annotated[float, Option(help="A pixel is polyp where its probability exceeds this.")] = 0.5,
     min_area: Annotated[int, Option(help="Pixels that a lesion of the table has at least.")] = 64,
     every: Annotated[int, Option(min=1, help="Take every N-th frame of a video.")] = 1,
     save_probability: Annotated[bool, Option("--save-probability", help="Keep the probability maps too.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Start again in a folder of other settings.")] = False,
-    device: Annotated[str | None, Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    device: Annotated[str | None, Option(help="cpu, or cuda (of torch); default: torch takes cuda if it can.")] = None,
 ) -> None:
     """Segment images and videos: masks, overlays, tables of area, boxes and scores. For research only."""
-    from polypseg.hub import load
-    from polypseg.processing import default_device
-    from polypseg.segment_files import segment_files
+    from polypseg.inference.segment import run_segment
 
-    report = segment_files(
-        load(model, revision=revision).to(device or default_device()),
+    lines = run_segment(
         inputs,
         output,
+        model=model,
+        runtime=runtime,
+        revision=revision,
         threshold=threshold,
         min_area=min_area,
         every=every,
         save_probability=save_probability,
         overwrite=overwrite,
+        device=device,
     )
-    print("\n".join(report.lines()))
+    print("\n".join(lines))
 
 
 def demo_app(
-    models: Annotated[list[str], Option("--model", help="Model folder, Hub id, or id of the table; repeat for more.")],
+    models: Annotated[
+        list[str] | None,
+        Option("--model", help="starter (default), model folder, Hub id, id of the table; repeat for more."),
+    ] = None,
     host: Annotated[str, Option(help="Address to serve at.")] = "127.0.0.1",
     port: Annotated[int, Option(help="Port to serve at.")] = 7860,
     open_browser: Annotated[bool, Option(help="Open the app in the browser.")] = True,
@@ -121,7 +156,9 @@ def demo_app(
     """Run the app on this machine: choose a model, drop a frame, compare two models. Ctrl-C ends it."""
     from polypseg.space import describe_model, run_demo_app
 
-    run_demo_app([describe_model(name) for name in models], host=host, port=port, open_browser=open_browser)
+    run_demo_app(
+        [describe_model(name) for name in models or ["starter"]], host=host, port=port, open_browser=open_browser
+    )
 
 
 def export_space(
@@ -153,11 +190,11 @@ def robustness(
 ) -> None:
     """Measure a model under endoscopy corruptions at five severities: curves and drops."""
     from polypseg.data import open_dataset
-    from polypseg.hub import load
     from polypseg.processing import results_name
     from polypseg.robustness import measure_robustness
+    from polypseg.segmentation import load
 
-    segmenter = load(model)
+    segmenter = load(model, runtime="torch")
     result = measure_robustness(
         segmenter.model,
         segmenter.processor,

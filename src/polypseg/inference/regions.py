@@ -1,0 +1,71 @@
+"""Connected regions of a mask, by NumPy alone: a first mask must not wait for OpenCV's or SciPy's import."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regions:
+    """The regions of a mask (pixels that touch by side or corner), an entry for each, in the order of reading."""
+
+    x: NDArray[np.int64]
+    """Left side of the bounding box, pixels."""
+    y: NDArray[np.int64]
+    width: NDArray[np.int64]
+    height: NDArray[np.int64]
+    area: NDArray[np.int64]
+    """Pixels of the region."""
+    mean: NDArray[np.float64]
+    """Of the values inside."""
+    maximum: NDArray[np.float64]
+
+
+def measure_regions(values: NDArray[np.float32], *, mask: NDArray[np.bool_]) -> Regions:
+    """The regions of ``mask`` (H, W) and what ``values`` (H, W) are inside them.
+
+    Works on runs, the stretches of True in each row: few even where pixels are many.
+    """
+    height, width = mask.shape
+    stride = width + 2  # a column of False on both sides, so that runs end with their row
+    padded = np.zeros((height, stride), dtype=np.int8)
+    padded[:, 1:-1] = mask
+    steps = np.diff(padded.ravel(), prepend=0)
+    starts, ends = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)  # end: the first place after the run
+    if not len(starts):
+        nothing = np.zeros(0, dtype=np.int64)
+        none = {"x": nothing, "y": nothing, "width": nothing, "height": nothing, "area": nothing}
+        return Regions(**none, mean=np.zeros(0), maximum=np.zeros(0))
+    region = _join(starts, ends, stride=stride)
+    rows, lengths = starts // stride, ends - starts
+    left, right = starts % stride - 1, ends % stride - 1
+    count = int(region.max()) + 1
+    area = np.bincount(region, weights=lengths, minlength=count).astype(np.int64)
+    inside, first = values[mask], np.cumsum(lengths) - lengths
+    sums = np.bincount(region, weights=np.add.reduceat(inside, first, dtype=np.float64), minlength=count)
+    x, y = np.full(count, width), np.full(count, height)
+    x_end, y_end, maximum = np.zeros(count, np.int64), np.zeros(count, np.int64), np.full(count, -np.inf)
+    np.minimum.at(x, region, left)
+    np.minimum.at(y, region, rows)
+    np.maximum.at(x_end, region, right)
+    np.maximum.at(y_end, region, rows + 1)
+    np.maximum.at(maximum, region, np.maximum.reduceat(inside, first))
+    return Regions(x=x, y=y, width=x_end - x, height=y_end - y, area=area, mean=sums / area, maximum=maximum)
+
+
+def _join(starts: NDArray[np.int64], ends: NDArray[np.int64], *, stride: int) -> NDArray[np.int64]:
+    """Number of the region of each run, counted from 0; runs touch when those of neighbouring rows share a corner."""
+    first = np.searchsorted(ends, starts - stride)  # runs above that end at our start's corner or later
+    last = np.searchsorted(starts, ends - stride, side="right")
+    touching = last - first
+    below = np.repeat(np.arange(len(starts)), touching)
+    above = np.arange(touching.sum()) - np.repeat(np.cumsum(touching) - touching, touching) + np.repeat(first, touching)
+    parent = np.arange(len(starts))
+    while True:
+        one, other = parent[above], parent[below]
+        if (one == other).all():
+            return np.unique(parent, return_inverse=True)[1]
+        np.minimum.at(parent, np.maximum(one, other), np.minimum(one, other))
+        while (parent != parent[parent]).any():
+            parent = parent[parent]

@@ -1,0 +1,324 @@
+"""What computes a model: torch, ONNX Runtime or OpenVINO behind one protocol, a pixel batch in, polyp logits out.
+
+Only the chosen one is imported: ONNX Runtime and OpenVINO need neither torch nor transformers.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polypseg.artifacts import cache_folder, file_sha256
+from polypseg.errors import PIP, UsageError, first_line, unknown_name
+
+Logits = NDArray[np.float32]
+Precision = Literal["fp32", "fp16", "int8"]
+AUTO, TORCH, ONNXRUNTIME, OPENVINO = "auto", "torch", "onnxruntime", "openvino"
+RUNTIMES = (TORCH, ONNXRUNTIME, OPENVINO)
+ONNX_FILES: dict[str, str] = {
+    "fp32": "onnx/model.onnx",
+    "fp16": "onnx/model_fp16.onnx",
+    "int8": "onnx/model_quantized.onnx",
+}
+"""Precision -> file of a model folder, in the layout that transformers.js reads."""
+OPENVINO_FILES: dict[str, str] = {
+    "fp32": "openvino/openvino_model.xml",
+    "fp16": "openvino/openvino_model_fp16.xml",
+    "int8": "openvino/openvino_model_quantized.xml",
+}
+INPUT, OUTPUT = "pixel_values", "logits"
+"""Names in the exported files: (B, 3, h, w) normalised RGB, and (B, 1, h', w') logits of the polyp."""
+WEIGHTS = "model.safetensors"
+_INSTALL = {TORCH: f"{PIP} polypseg", ONNXRUNTIME: f"{PIP} onnxruntime", OPENVINO: f"{PIP} openvino"}
+
+
+class Runtime(Protocol):
+    """Anything that computes a model."""
+
+    @property
+    def name(self) -> str:
+        """``torch``, ``onnxruntime`` or ``openvino``."""
+
+    @property
+    def description(self) -> str:
+        """Which version computes which file in which precision, for people."""
+
+    def polyp_logits(self, pixels: NDArray[np.float32]) -> Logits:
+        """Prepared frames (B, 3, h, w) -> polyp logits (B, h', w') float32, positive where a polyp is predicted."""
+
+    def resize(self, logits: Logits, size: tuple[int, int]) -> Logits:
+        """Logits (h, w) -> (H, W) of ``size``: bilinear, no antialias, corners not aligned."""
+
+    def update_digest(self, update: Callable[[bytes], object]) -> None:
+        """Feed what identifies the weights to a hash's ``update``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchRuntime:
+    """A transformers model in this process."""
+
+    model: Any
+    name: str = TORCH
+
+    @property
+    def description(self) -> str:
+        import torch
+
+        parameter = next(self.model.parameters())
+        return f"torch {torch.__version__} on {parameter.device.type}, {str(parameter.dtype).removeprefix('torch.')}"
+
+    def polyp_logits(self, pixels: NDArray[np.float32]) -> Logits:
+        import torch
+
+        from polypseg.processing import polyp_logits
+
+        model = self.model.eval()
+        with torch.inference_mode():
+            batch = torch.from_numpy(np.ascontiguousarray(pixels)).to(next(model.parameters()).device)
+            found: Logits = polyp_logits(model(pixel_values=batch).logits.float(), model.config).cpu().numpy()
+        return found
+
+    def resize(self, logits: Logits, size: tuple[int, int]) -> Logits:
+        """By torch itself, so that masks are those of the evaluation to the last bit."""
+        import torch
+
+        from polypseg.processing import resize_map
+
+        resized: Logits = resize_map(torch.from_numpy(logits), size).numpy()
+        return resized
+
+    def update_digest(self, update: Callable[[bytes], object]) -> None:
+        import torch
+
+        for name, tensor in sorted(self.model.state_dict().items()):
+            update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+class _FileRuntime:
+    """What the runtimes share that compute a file."""
+
+    name = ""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def run(self, pixels: NDArray[np.float32]) -> Logits:
+        """Prepared frames (B, 3, h, w) -> the file's first output, float32."""
+        raise NotImplementedError
+
+    @property
+    def version(self) -> str:
+        """Of the package that computes."""
+        return str(importlib.import_module(self.name).__version__).split("-", maxsplit=1)[0]
+
+    @property
+    def description(self) -> str:
+        return f"{self.name} {self.version} on cpu, {self.path.parent.name}/{self.path.name}"
+
+    def polyp_logits(self, pixels: NDArray[np.float32]) -> Logits:
+        return one_logit(self.run(pixels), name=str(self.path))
+
+    def resize(self, logits: Logits, size: tuple[int, int]) -> Logits:
+        return resize_bilinear(logits, size)
+
+    def update_digest(self, update: Callable[[bytes], object]) -> None:
+        update(f"{self.path.name} {file_sha256(self.path)}\n".encode())
+        weights = self.path.with_suffix(".bin")
+        if weights.is_file():
+            update(f"{weights.name} {file_sha256(weights)}\n".encode())
+
+
+class OnnxRuntime(_FileRuntime):
+    """An ONNX file in ONNX Runtime on the CPU."""
+
+    name = ONNXRUNTIME
+
+    def __init__(self, path: Path):
+        """Raises UsageError without onnxruntime, without the file, and for one that is no ONNX model."""
+        super().__init__(path)
+        onnxruntime = _import(ONNXRUNTIME, path)
+        if not path.is_file():
+            raise UsageError(f"{path} does not exist: give an ONNX file")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = thread_count()
+        options.log_severity_level = 3  # errors only: they come as exceptions too
+        options.enable_cpu_mem_arena = False  # a third less memory, no slower
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others use these cores too
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(path), sess_options=options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's errors have no common class
+            raise UsageError(f"cannot load {path} as an ONNX model: {first_line(error)}") from error
+        self._input = self._session.get_inputs()[0]
+
+    @property
+    def input_shape(self) -> tuple[int | None, ...]:
+        """(batch, channels, height, width), None where the file leaves a size open."""
+        return tuple(side if isinstance(side, int) else None for side in self._input.shape)
+
+    def run(self, pixels: NDArray[np.float32]) -> Logits:
+        (result, *_) = self._session.run(None, {self._input.name: pixels})
+        return np.asarray(result, dtype=np.float32)
+
+
+class OpenVinoRuntime(_FileRuntime):
+    """An ONNX file or an OpenVINO model in OpenVINO on the CPU, in the precision of the file and no lower."""
+
+    name = OPENVINO
+
+    def __init__(self, path: Path):
+        """Raises UsageError without openvino, without the file, and for one that is no model."""
+        super().__init__(path)
+        openvino = _import(OPENVINO, path)
+        if not path.is_file():
+            raise UsageError(f"{path} does not exist: give an ONNX file or an OpenVINO model (.xml)")
+        options = {
+            "INFERENCE_PRECISION_HINT": "f32",  # on CPUs with bf16, OpenVINO would round to it unasked
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": thread_count(),
+            "CACHE_DIR": str(cache_folder() / "openvino"),  # compiled once for each machine: starts twice as fast
+        }
+        try:
+            self._model = openvino.Core().compile_model(str(path), "CPU", options)
+        except Exception as error:  # openvino's errors have no common class
+            raise UsageError(f"cannot load {path} into OpenVINO: {first_line(error)}") from error
+
+    def run(self, pixels: NDArray[np.float32]) -> Logits:
+        return np.asarray(self._model([pixels])[0], dtype=np.float32)
+
+
+def open_runtime(folder: Path, *, runtime: str = AUTO, precision: Precision = "fp32") -> Runtime:
+    """What computes the model of a folder; see ``choose_runtime``."""
+    chosen, path = choose_runtime(folder, runtime=runtime, precision=precision)
+    if chosen == ONNXRUNTIME:
+        return OnnxRuntime(path)
+    if chosen == OPENVINO:
+        return OpenVinoRuntime(path)
+    _import(TORCH, folder)
+    from polypseg.processing import load_model
+
+    return TorchRuntime(model=load_model(str(folder))[0])
+
+
+def check_names(runtime: str, *, precision: str = "fp32") -> None:
+    """Raise UsageError for a runtime or a precision that there is not."""
+    if runtime not in (AUTO, *RUNTIMES):
+        raise unknown_name("runtime", runtime, [AUTO, *RUNTIMES])
+    if precision not in ONNX_FILES:
+        raise unknown_name("precision", precision, ONNX_FILES)
+
+
+def choose_runtime(folder: Path, *, runtime: str = AUTO, precision: Precision = "fp32") -> tuple[str, Path]:
+    """The runtime for a model folder and the file that it computes.
+
+    ``auto``: the exact path that starts and runs fastest with what is installed and in the folder - ONNX Runtime on the
+    folder's fp32 ONNX file, OpenVINO on its own or that file, else torch. Raises UsageError for an unknown name, a
+    runtime that is not installed, or a file that the folder does not have.
+    """
+    check_names(runtime, precision=precision)
+    onnx = folder / ONNX_FILES[precision]
+    own = folder / OPENVINO_FILES[precision]
+    if runtime == AUTO:
+        choices = ((ONNXRUNTIME, onnx), (OPENVINO, own), (OPENVINO, onnx))
+        for name, path in choices:
+            if path.is_file() and is_installed(name):
+                return name, path
+        if precision == "fp32" and (folder / WEIGHTS).is_file() and is_installed(TORCH):
+            return TORCH, folder / WEIGHTS
+        return _explain_nothing(folder, precision)
+    if runtime == TORCH:
+        if precision != "fp32":
+            raise UsageError(f"torch computes in fp32: ask another runtime for {precision}")
+        return TORCH, folder / WEIGHTS
+    path = own if runtime == OPENVINO and own.is_file() else onnx
+    if not path.is_file():
+        raise UsageError(
+            f"{folder} has no {ONNX_FILES[precision]}: write it with "
+            f"`polypseg export {folder} --format onnx --precision {precision}`"
+        )
+    return runtime, path
+
+
+def _explain_nothing(folder: Path, precision: str) -> tuple[str, Path]:
+    """No runtime fits: say which one to install, or which file to make."""
+    if (folder / ONNX_FILES[precision]).is_file():
+        raise UsageError(f"{folder} needs a runtime that is not installed: run `{_INSTALL[ONNXRUNTIME]}`")
+    if precision != "fp32":
+        raise UsageError(
+            f"{folder} has no {ONNX_FILES[precision]}: write it with "
+            f"`polypseg export {folder} --format onnx --precision {precision}`"
+        )
+    if is_installed(TORCH):  # a folder of sharded or other weights: transformers says what is wrong with it
+        return TORCH, folder / WEIGHTS
+    raise UsageError(
+        f"{folder} has no {ONNX_FILES['fp32']}, so that its model needs torch: run `{_INSTALL[TORCH]}`, or export it "
+        "where torch is (`polypseg export FOLDER --format onnx`)"
+    )
+
+
+def runtime_files(runtime: str, *, precision: Precision = "fp32") -> tuple[str, ...]:
+    """Patterns of the files of a model that a runtime reads."""
+    if runtime == TORCH:
+        return ("*.json", "*.safetensors")
+    described = ("config.json", "preprocessor_config.json")
+    files = (ONNX_FILES[precision],)
+    if runtime == OPENVINO:
+        files += (OPENVINO_FILES[precision], OPENVINO_FILES[precision].replace(".xml", ".bin"))
+    return described + files
+
+
+def is_installed(runtime: str) -> bool:
+    """Whether a runtime's package can be imported, without importing it."""
+    return importlib.util.find_spec(runtime) is not None
+
+
+def _import(runtime: str, needed_by: Path) -> Any:
+    try:
+        return importlib.import_module(runtime)
+    except ImportError as error:
+        raise UsageError(f"{needed_by} needs {runtime}: run `{_INSTALL[runtime]}`") from error
+
+
+def thread_count() -> int:
+    """Threads of a runtime: the cores that this process may use, or OMP_NUM_THREADS where it says less."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(asked)) if asked.isdigit() and int(asked) > 0 else cores
+
+
+def one_logit(result: NDArray[np.float32], *, name: str) -> Logits:
+    """Class logits (B, 1 or 2, h, w) -> polyp-against-background logits (B, h, w). Raises UsageError for others."""
+    if result.ndim != 4 or result.shape[1] not in (1, 2):
+        raise UsageError(f"{name} gives {tuple(result.shape)}: (B, 1 or 2, h, w) is needed")
+    return result[:, 0] if result.shape[1] == 1 else result[:, 1] - result[:, 0]
+
+
+def resize_bilinear(values: Logits, size: tuple[int, int]) -> Logits:
+    """(h, w) -> (H, W) of ``size``: bilinear, no antialias, corners not aligned, as torch's to about 1e-6."""
+    rows = _interpolate(np.ascontiguousarray(values, dtype=np.float32), size[0])
+    return np.ascontiguousarray(_interpolate(np.ascontiguousarray(rows.T), size[1]).T)
+
+
+def _interpolate(values: Logits, length: int) -> Logits:
+    """(n, m) -> (length, m), linear between neighbouring rows; places are rounded to float32 where torch does it."""
+    count = len(values)
+    if count == length:
+        return values
+    scale = np.float64(np.float32(count) / np.float32(length))
+    # Of a fused multiply-add only the result is rounded.
+    places = np.maximum((scale * (np.arange(length) + 0.5) - 0.5).astype(np.float32), np.float32(0))
+    lower = np.minimum(places.astype(np.int64), count - 1)
+    weight = (places - lower).astype(np.float32)[:, None]
+    result = values[np.minimum(lower + 1, count - 1)]
+    result -= values[lower]
+    result *= weight
+    result += values[lower]
+    return result

@@ -1,0 +1,50 @@
+"""What ``polypseg segment`` does once its arguments are read, on the shortest way from a photo to a mask."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from polypseg.inference.runtimes import AUTO, TORCH
+from polypseg.provenance.local import STARTER
+from polypseg.segment_files import segment_files
+from polypseg.segmentation import MIN_AREA, load
+
+OUTPUT = Path("segmented")
+"""Where results go that nobody asked for elsewhere."""
+
+
+def run_segment(
+    inputs: Sequence[str],
+    output: Path = OUTPUT,
+    *,
+    model: str = STARTER,
+    runtime: str = AUTO,
+    revision: str | None = None,
+    threshold: float = 0.5,
+    min_area: int = MIN_AREA,
+    every: int = 1,
+    save_probability: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+) -> list[str]:
+    """Segment files with a model by name and return the lines to print; see ``segment_files`` for the rest.
+
+    A ``device`` other than the CPU is torch's: with ``runtime`` auto it chooses torch.
+    """
+    if device not in (None, "cpu") and runtime == AUTO:
+        runtime = TORCH
+    segmenter = load(model, revision=revision, runtime=runtime)
+    if device is None and segmenter.runtime.name == TORCH:
+        from polypseg.processing import default_device
+
+        device = default_device()
+    report = segment_files(
+        segmenter.to(device or "cpu"),
+        inputs,
+        output,
+        threshold=threshold,
+        min_area=min_area,
+        every=every,
+        save_probability=save_probability,
+        overwrite=overwrite,
+    )
+    return [*report.lines(), f"model {model}, computed by {segmenter.runtime.description}"]

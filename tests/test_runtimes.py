@@ -1,0 +1,262 @@
+"""The runtimes: equal numbers whoever computes, nothing heavy imported, and what is said when something is missing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+import polypseg
+from light_models import MEAN, SIZE, STD, network, write_light_model
+from polypseg.errors import PolypSegError, UsageError
+from polypseg.inference import replay as replay_module
+from polypseg.inference import runtimes
+from polypseg.inference.preparation import FrameProcessor
+from polypseg.inference.regions import measure_regions
+from polypseg.inference.replay import add_replay, replay
+from polypseg.inference.runtimes import OnnxRuntime, OpenVinoRuntime, resize_bilinear
+from polypseg.manifest import write_manifest
+from polypseg.provenance import local
+from polypseg.segmentation import Segmenter, load, sigmoid
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_light_model(tmp_path_factory.mktemp("light") / "model")
+
+
+# -- numbers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(48, 40), (200, 150), (31, 97), (640, 30), (1, 1)])
+def test_preparation_is_transformers_own_bit_for_bit(folder, size):
+    from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
+
+    theirs = DPTImageProcessorPil.from_pretrained(folder)
+    ours = FrameProcessor.from_pretrained(folder)
+    frames = [noise(*size), noise(*size[::-1], seed=1)]
+    found = ours(images=frames)["pixel_values"]
+    assert found.dtype == np.float32 and found.shape == (2, 3, *SIZE)
+    np.testing.assert_array_equal(found, theirs(images=frames, return_tensors="np")["pixel_values"])
+    assert torch.equal(ours(images=frames, return_tensors="pt")["pixel_values"], torch.from_numpy(found))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"keep_aspect_ratio": True}, "asks for keep_aspect_ratio"),
+        ({"do_pad": True}, "asks for do_pad"),
+        ({"ensure_multiple_of": 32}, "asks for ensure_multiple_of"),
+        ({"size": {"shortest_edge": 40}}, "does not give size"),
+        ({"image_mean": None}, "does not give image_mean"),
+    ],
+)
+def test_preparations_that_need_more_are_refused(folder, change, words):
+    settings = json.loads((folder / "preprocessor_config.json").read_text()) | change
+    with pytest.raises(UsageError, match=words):
+        FrameProcessor.from_dict(settings, origin="preprocessor_config.json")
+
+
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [((20, 24), (53, 622)), ((72, 64), (108, 135)), ((28, 32), (10, 9)), ((1, 1), (9, 9)), ((32, 32), (32, 32))],
+)
+def test_bilinear_resize_is_torchs(small, large):
+    values = np.random.default_rng(0).normal(size=small).astype(np.float32)
+    theirs = torch.nn.functional.interpolate(
+        torch.from_numpy(values)[None, None], size=large, mode="bilinear", align_corners=False
+    )[0, 0]
+    np.testing.assert_allclose(resize_bilinear(values, large), theirs.numpy(), rtol=0, atol=2e-6)
+
+
+def test_sigmoid_is_torchs_and_does_not_overflow():
+    values = np.array([-1e30, -200, -3.5, -1e-9, 0, 1e-9, 3.5, 200, 1e30], dtype=np.float32)
+    with np.errstate(all="raise", under="ignore"):
+        found = sigmoid(values)
+    np.testing.assert_allclose(found, torch.from_numpy(values).sigmoid().numpy(), rtol=3e-7)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.35, 0.6])
+def test_regions_are_opencvs(density):
+    rng = np.random.default_rng(7)
+    for _ in range(20):
+        mask = rng.random(rng.integers(1, 50, 2)) < density
+        values = rng.random(mask.shape).astype(np.float32)
+        count, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+        wanted = sorted((*boxes[n].tolist(), values[labels == n].max()) for n in range(1, count))
+        found = measure_regions(values, mask=mask)
+        columns = (found.x, found.y, found.width, found.height, found.area, found.maximum)
+        assert sorted(zip(*(column.tolist() for column in columns), strict=True)) == wanted
+        assert (found.mean * found.area).sum() == pytest.approx(float(values[mask].sum(dtype=np.float64)))
+
+
+def test_runtimes_compute_the_same(folder):
+    pixels = np.random.default_rng(1).normal(size=(5, 3, *SIZE)).astype(np.float32)
+    weights = onnx.numpy_helper.to_array(network().graph.initializer[0]).copy()
+    wanted = torch.nn.functional.conv2d(torch.from_numpy(pixels), torch.from_numpy(weights), stride=2, padding=1)[:, 0]
+    for runtime in (OnnxRuntime, OpenVinoRuntime):
+        computed = runtime(folder / "onnx" / "model.onnx")
+        for batch in (1, 2, 5):
+            np.testing.assert_allclose(computed.polyp_logits(pixels[:batch]), wanted[:batch], atol=1e-4)
+
+
+def test_two_classes_become_one_logit(tmp_path):
+    onnx.save(network(channels=2), tmp_path / "two.onnx")
+    pixels = np.random.default_rng(1).normal(size=(1, 3, *SIZE)).astype(np.float32)
+    runtime = OnnxRuntime(tmp_path / "two.onnx")
+    raw = runtime.run(pixels)
+    np.testing.assert_array_equal(runtime.polyp_logits(pixels), raw[:, 1] - raw[:, 0])
+    onnx.save(network(channels=3), tmp_path / "three.onnx")
+    with pytest.raises(UsageError, match=r"three\.onnx gives \(1, 3, 20, 24\)"):
+        OnnxRuntime(tmp_path / "three.onnx").polyp_logits(pixels)
+
+
+# -- choice ---------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_onnx_runtime_and_says_so(folder):
+    segmenter = load(folder)
+    assert segmenter.runtime.name == "onnxruntime" and "onnx/model.onnx" in segmenter.runtime.description
+    (prediction,) = segmenter.predict([noise(97, 61)])
+    pixels = (np.asarray(noise(97, 61).resize(SIZE[::-1], Image.Resampling.BICUBIC)) / 255 - MEAN) / STD
+    logits = OnnxRuntime(folder / "onnx" / "model.onnx").run(pixels.transpose(2, 0, 1)[None].astype(np.float32))
+    np.testing.assert_allclose(prediction.probability, sigmoid(resize_bilinear(logits[0, 0], (61, 97))), atol=1e-4)
+    with pytest.raises(UsageError, match="load it with runtime='torch'"):
+        _ = segmenter.model
+    with pytest.raises(UsageError, match="a device belongs to runtime 'torch'"):
+        segmenter.to("cuda")
+    assert segmenter.to("cpu") is segmenter
+
+
+def test_openvino_gives_the_same_masks(folder):
+    frames = [noise(97, 61), noise(50, 120, seed=3)]
+    one, other = (load(folder, runtime=name).predict(frames) for name in ("onnxruntime", "openvino"))
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_allclose(a.probability, b.probability, atol=1e-4)
+
+
+def test_auto_falls_back_to_what_is_installed(folder, monkeypatch):
+    monkeypatch.setattr(runtimes, "is_installed", lambda name: name == "openvino")
+    assert runtimes.choose_runtime(folder) == ("openvino", folder / "onnx" / "model.onnx")
+    monkeypatch.setattr(runtimes, "is_installed", lambda name: False)
+    with pytest.raises(UsageError, match=r"needs a runtime that is not installed: run `python -m pip install onnx"):
+        runtimes.choose_runtime(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"runtime": "onnx"}, "unknown runtime 'onnx'.*onnxruntime"),
+        ({"precision": "int4"}, "unknown precision 'int4'"),
+        ({"precision": "int8"}, "--format onnx --precision int8"),
+        ({"runtime": "torch", "precision": "fp16"}, "torch computes in fp32"),
+        ({"revision": "main"}, "a revision belongs to a Hub id"),
+    ],
+)
+def test_requests_that_cannot_be_met(folder, options, words):
+    with pytest.raises(UsageError, match=words):
+        load(folder, **options)
+
+
+def test_missing_packages_are_named_with_the_line_to_type(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(UsageError, match="needs openvino: run `python -m pip install openvino`"):
+        load(folder, runtime="openvino")
+
+
+def test_damaged_network_is_refused(tmp_path):
+    model = write_light_model(tmp_path / "m")
+    write_manifest(model)
+    load(model)
+    path = model / "onnx" / "model.onnx"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(PolypSegError, match=r"onnx/model\.onnx \(damaged\)"):
+        load(model)
+
+
+def test_fingerprint_follows_file_and_preparation(folder, tmp_path):
+    assert load(folder).fingerprint() == load(folder).fingerprint()
+    other = write_light_model(tmp_path / "m")
+    settings = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [0.1, 0.1, 0.1]}))
+    assert load(other).fingerprint() != load(folder).fingerprint()
+
+
+def test_a_segmenter_has_one_of_model_and_runtime(folder):
+    with pytest.raises(UsageError, match="either a model or a runtime"):
+        Segmenter(processor=FrameProcessor.from_pretrained(folder), name="x")
+
+
+# -- the shipped model ----------------------------------------------------------------------------------
+
+
+def test_the_shipped_model_is_the_default(folder, monkeypatch):
+    monkeypatch.setattr(local, "STARTER_FOLDER", folder)
+    segmenter = polypseg.load()
+    assert segmenter.name == "starter" and segmenter.runtime.name == "onnxruntime"
+    assert load("starter").fingerprint() == segmenter.fingerprint()
+
+
+def test_an_installation_without_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "STARTER_FOLDER", tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "starter").mkdir()  # a folder of that name is not meant
+    with pytest.raises(UsageError, match=r"holds no model called 'starter'.*config\.json is missing"):
+        polypseg.load()
+
+
+# -- from the shell -------------------------------------------------------------------------------------
+
+SEGMENT = """
+import sys
+from pathlib import Path
+from polypseg.provenance import local
+local.STARTER_FOLDER = Path({folder!r})
+sys.argv = ["polypseg", "segment", {frame!r}]
+import polypseg_command
+polypseg_command.main()
+heavy = ("torch", "transformers", "datasets", "cv2", "scipy", "pydantic", "typer", "huggingface_hub", "pandas")
+print("imported", *[name for name in heavy if name in sys.modules])
+"""
+
+
+def test_first_mask_from_the_shell_imports_nothing_heavy(folder, tmp_path):
+    noise(130, 90).save(tmp_path / "frame.png")
+    script = SEGMENT.replace("{folder!r}", repr(str(folder))).replace("{frame!r}", repr("frame.png"))
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    *_, says, imported = done.stdout.splitlines()
+    assert imported == "imported" and "onnxruntime" in says and says.startswith("model starter")
+    with Image.open(tmp_path / "segmented" / "masks" / "frame.png") as mask:
+        assert mask.size == (130, 90)
+    assert (tmp_path / "segmented" / "overlays" / "frame.jpg").is_file()
+
+
+# -- test frame -----------------------------------------------------------------------------------------
+
+
+def test_replay_tells_running_from_reproducing(tmp_path, monkeypatch):
+    model = write_light_model(tmp_path / "m")
+    with pytest.raises(UsageError, match="has no test frame"):
+        replay(model)
+    add_replay(model, "onnx/model.onnx")
+    (good,) = replay(model)
+    assert good.runs and good.reproduces and good.difference < 1e-4 and "runs here" in good.line()
+    content = json.loads((model / "replay" / "expected.json").read_text())
+    content["outputs"]["onnx/model.onnx"]["logits"][0][0] += 1
+    (model / "replay" / "expected.json").write_text(json.dumps(content))
+    (other,) = replay(model)
+    assert other.runs and not other.reproduces and "DOES NOT REPRODUCE" in other.line()
+    monkeypatch.setattr(replay_module, "OnnxRuntime", lambda path: (_ for _ in ()).throw(UsageError("not here")))
+    (absent,) = replay(model)
+    assert not absent.runs and not absent.reproduces and "does not run here (not here)" in absent.line()
