@@ -16,6 +16,7 @@ from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg import segment_files as module
 from polypseg.data.images import decode_frame
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.inference import video as video_module
 from polypseg.processing import build_image_processor
 from polypseg.segment_files import find_sources, segment_files
 from polypseg.segmentation import Segmenter
@@ -66,6 +67,19 @@ def segmenter() -> Segmenter:
     return make_segmenter()
 
 
+def read_video(path: Path) -> list[np.ndarray]:
+    video, frames = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG), []
+    while (grabbed := video.read())[0]:
+        frames.append(grabbed[1])
+    return frames
+
+
+@pytest.fixture(autouse=True)
+def without_ffmpeg(monkeypatch) -> None:
+    """Overlay videos are WebM by default, whatever this machine has."""
+    monkeypatch.setattr(video_module, "_ffmpeg", lambda: None)
+
+
 @pytest.fixture
 def mixed(tmp_path, monkeypatch) -> Path:
     """``mixed``: good, nested and equal names, a video, three files that are bad in three ways."""
@@ -81,7 +95,7 @@ def mixed(tmp_path, monkeypatch) -> Path:
     (folder / "bad" / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "bad" / "text.png").write_text("this is no picture")
     Image.fromarray(np.arange(3000, dtype=np.uint16).reshape(50, 60)).save(folder / "bad" / "sixteen.png")
-    (folder / "notes.txt").write_text("not an image by its name: passed over in silence")
+    (folder / "notes.txt").write_text("no image by its name or content")
     write_video(folder / "clip.mp4")
     return folder
 
@@ -94,12 +108,14 @@ def test_mixed_folder_gives_every_good_frame_and_lists_the_bad(segmenter, mixed,
     names = [*NAMES, "clip_frame000000", "clip_frame000003", "clip_frame000006"]
     assert (report.segmented, report.reused) == (7, 0)
     out = tmp_path / "out"
-    pictures = [("masks", "png"), ("overlays", "jpg"), ("probabilities", "png")]
+    pictures = [f"{folder}/{name}.png" for folder in ("masks", "probabilities") for name in names]
+    overlays = [f"overlays/{name}.jpg" for name in NAMES] + ["overlays/clip.webm"]
     tables = ["frames.csv", "lesions.csv", "run.json", "skipped.csv", "videos.csv"]
-    assert files_below(out) == sorted([*tables, *(f"{f}/{n}.{s}" for f, s in pictures for n in names)])
+    assert files_below(out) == sorted([*tables, *pictures, *overlays])
     assert sorted(file for file, _ in report.skipped) == [f"mixed/{name}" for name in BAD]
+    assert report.passed_over == (("mixed/notes.txt", "no image or video that can be read (.txt)"),)
     rows = read_rows(out / "skipped.csv")
-    assert [(row["file"], row["reason"]) for row in rows] == list(report.skipped)
+    assert [(row["file"], row["reason"]) for row in rows] == [*report.skipped, *report.passed_over]
     reasons = {Path(row["file"]).name: row["reason"] for row in rows}
     assert "more than 8 bits" in reasons["sixteen.png"]
     assert "truncated or not an image" in reasons["truncated.jpg"]
@@ -216,7 +232,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(segmenter, mixed, tmp_path
     assert (report.segmented, report.reused) == (12 - at, at - 1) and rest.calls == 12 - at
     assert files_below(tmp_path / "parts") == files_below(tmp_path / "whole")
     for name in files_below(tmp_path / "whole"):
-        if name not in ("run.json", "skipped.csv"):  # the one has a time, the other Pillow's words
+        if name.endswith(".webm"):  # holds a random number
+            parts, whole = (read_video(tmp_path / folder / name) for folder in ("parts", "whole"))
+            np.testing.assert_array_equal(parts, whole)
+        elif name not in ("run.json", "skipped.csv"):  # the one has a time, the other Pillow's words
             assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
@@ -263,6 +282,9 @@ def test_repaired_file_leaves_the_list_of_skipped(segmenter, mixed, tmp_path):
         draw(5).save(mixed / name)
     report = segment_files(segmenter, ["mixed"], Path("out"))
     assert (report.segmented, report.skipped) == (3, ())
+    assert [row["file"] for row in read_rows(tmp_path / "out" / "skipped.csv")] == ["mixed/notes.txt"]
+    (mixed / "notes.txt").unlink()
+    segment_files(segmenter, ["mixed"], Path("out"))
     assert not (tmp_path / "out" / "skipped.csv").exists()
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,9 @@ PACKAGES = (
     "opencv-python-headless",
     "scikit-learn",
 )
+_FORMULA = re.compile(r"'*[=+\-@\t\r].", re.DOTALL)
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\udc80-\udcff]")
+_ESCAPED = re.compile(r"\\x([01][0-9a-f]|7f|[89a-f][0-9a-f])")
 
 
 @contextmanager
@@ -52,7 +56,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0, error.strerror or str(error))
-        raise PolypSegError(f"cannot write {path}: {remedy}") from error
+        raise PolypSegError(f"cannot write {printable(str(path))}: {remedy}") from error
     except (RuntimeError, SafetensorError) as error:  # torch and safetensors hide the disk's error in theirs
         if not any(words in str(error) for words in ("No space left", "os error 28", "PytorchStreamWriter")):
             raise
@@ -68,7 +72,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        workspace = Path(tempfile.mkdtemp(prefix=f".{path.name[:50]}.", dir=path.parent))  # names end at 255 bytes
         try:
             yield workspace / path.name
             _put_in_place(workspace / path.name, path, aside=workspace / "replaced")
@@ -102,12 +106,48 @@ def write_json(path: Path, content: Any) -> Path:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write rows that share their keys as a CSV table with a header, in one step."""
+    """Write rows that share their keys as a CSV table with a header, in one step; see ``csv_row``."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(csv_row(row) for row in rows)
     return write_text(path, text.getvalue())
+
+
+def csv_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row whose texts no spreadsheet runs as a formula: ``'`` stands before those that begin with = + - or @.
+
+    Numbers stay as they are. ``read_csv_row`` takes the mark off again.
+    """
+    return {key: _harmless(value) if isinstance(value, str) else value for key, value in row.items()}
+
+
+def read_csv_row(row: Mapping[str, str]) -> dict[str, str]:
+    """The texts from which ``csv_row`` made a row."""
+    return {key: value[1:] if value[:1] == "'" and _FORMULA.match(value) else value for key, value in row.items()}
+
+
+def _harmless(text: str) -> str:
+    if not _FORMULA.match(text):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
+
+
+def printable(text: str) -> str:
+    """``text`` in one line of valid Unicode: control characters and bytes that are no UTF-8 as ``\\xNN``.
+
+    File names may hold both. ``original_name`` finds the name again.
+    """
+    return _UNPRINTABLE.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", text)
+
+
+def original_name(text: str) -> str:
+    """The file name from which ``printable`` made a text."""
+    return _ESCAPED.sub(lambda found: chr(int(found[1], 16) | (0xDC00 if int(found[1], 16) > 0x7F else 0)), text)
 
 
 def read_json(path: Path) -> Any:
@@ -155,7 +195,7 @@ def environment_record() -> dict[str, Any]:
 def _without_place(word: str) -> str:
     """An argument without the private part of an absolute path: records travel to cards and reports."""
     path = Path(word)
-    return str(Path(*path.parts[-2:])) if path.is_absolute() else word
+    return printable(str(Path(*path.parts[-2:])) if path.is_absolute() else word)
 
 
 def file_sha256(path: Path) -> str:

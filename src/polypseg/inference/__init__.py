@@ -1,0 +1,1 @@
+"""A model on frames: input files, videos and the pipeline between reading and writing."""
