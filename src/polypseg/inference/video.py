@@ -58,11 +58,12 @@ class Video:
     @contextmanager
     def open(cls, path: Path) -> Iterator["Video"]:
         """Open a file; one that FFmpeg does not read gives no frame."""
-        # FFmpeg's own messages stay off, for we report what cannot be read; a playlist may name no address.
-        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-        os.environ.setdefault("OPENCV_FFMPEG_CAPTURE_OPTIONS", "protocol_whitelist;file")
+        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg's own messages: we report what cannot be read
         with _plain_path(path) as name:
+            level = cv2.utils.logging.getLogLevel()
+            cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
             capture = cv2.VideoCapture(name, cv2.CAP_FFMPEG)
+            cv2.utils.logging.setLogLevel(level)
             capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
             try:
                 yield cls(capture, path)
@@ -118,8 +119,7 @@ class Video:
         missing = missing_bytes(self._path)
         of = f" of {self.announced}" if self.announced > self.read else ""
         if missing:
-            size = self._path.stat().st_size
-            return f"truncated: {self.read}{of} frames could be read ({size} of {size + missing} bytes are there)"
+            return f"truncated: {self.read}{of} frames could be read (at least {missing} bytes are missing)"
         if self._damaged_places:
             return f"damaged in {self._damaged_places} place(s): {self.read}{of} frames could be read"
         return ""
@@ -143,9 +143,10 @@ def _plain_path(path: Path) -> Iterator[str]:
 
 
 def missing_bytes(path: Path) -> int | None:
-    """How many bytes a video file lacks of the size that its container states; None where it states none.
+    """How many bytes at least a video file lacks of what its container states; None where it states nothing.
 
-    MP4, MOV, AVI, Matroska, WebM and ASF state one; MPEG streams, Ogg and FLV do not.
+    MP4, MOV, AVI, Matroska, WebM and ASF state the size of the whole, FLV and Ogg of each packet, and a GIF has an end
+    mark; of MPEG streams nobody can say whether they go on.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -156,6 +157,11 @@ def missing_bytes(path: Path) -> int | None:
             end = _matroska_end(file)
         elif start[:8] == b"\x30\x26\xb2\x75\x8e\x66\xcf\x11":
             end = _asf_end(file)
+        elif start[:4] in (b"FLV\x01", b"OggS"):
+            end = _packets_end(file, size, ogg=start[:1] == b"O")
+        elif start[:4] == b"GIF8":
+            file.seek(max(0, size - 64))
+            end = size if file.read().rstrip(b"\0").endswith(b";") else size + 1
         elif start[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
             end = _boxes_end(file, size)
         else:
@@ -215,6 +221,24 @@ def _matroska_size(file: IO[bytes]) -> int | None:
     rest = file.read(more)
     value = int.from_bytes(bytes([first[0] & (0xFF >> (more + 1))]) + rest, "big")
     return None if len(rest) < more or value == (1 << 7 * (more + 1)) - 1 else value
+
+
+def _packets_end(file: IO[bytes], size: int, *, ogg: bool) -> int:
+    """End of the last packet (FLV: tag, Ogg: page); where no packet follows another, something was appended."""
+    at = 0 if ogg else 13
+    while at < size:
+        file.seek(at)
+        head = file.read(27 if ogg else 11)
+        if ogg:
+            if not b"OggS".startswith(head[:4]):
+                return size
+            lengths = file.read(head[26]) if len(head) == 27 else b""
+            at += 27 + (head[26] if len(head) == 27 else 0) + sum(lengths)
+        else:
+            if head[0] & 0x1F not in (8, 9, 18):
+                return size
+            at += 11 + int.from_bytes(head[1:4], "big") + 4 if len(head) == 11 else 11
+    return at
 
 
 def _asf_end(file: IO[bytes]) -> int | None:
@@ -279,7 +303,7 @@ class _FFmpegSink:
 
     def __init__(self, path: Path, *, rate: float, size: tuple[int, int]):
         self._path = path
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115: open as long as the process is
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
         command = [
             *(_ffmpeg() or "ffmpeg", "-hide_banner", "-loglevel", "error", "-nostdin", "-y"),
             *("-f", "rawvideo", "-pix_fmt", "bgr24", "-s", f"{size[0]}x{size[1]}", "-r", f"{rate:.6f}", "-i", "pipe:0"),
