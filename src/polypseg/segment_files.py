@@ -166,6 +166,7 @@ class _Skipped:
 
 
 _Entry = _Frame | _VideoStart | _VideoEnd | _Skipped
+_Entries = Generator[_Entry, None, None]
 
 
 def segment_files(
@@ -321,9 +322,7 @@ def _read_image(path: Path) -> Image.Image:
         raise _UnreadableError(str(error)) from error
 
 
-def _predict(
-    entries: Iterator[_Entry], segmenter: Segmenter, *, threshold: float, min_area: int, batch_size: int
-) -> Iterator[_Entry]:
+def _predict(entries: _Entries, segmenter: Segmenter, *, threshold: float, min_area: int, batch_size: int) -> _Entries:
     """Add predictions to the frames that need one."""
     waiting: list[_Entry] = []
 
@@ -339,7 +338,7 @@ def _predict(
             yield entry
         waiting.clear()
 
-    with closing(entries):  # type: ignore[type-var]
+    with closing(entries):
         open_frames = 0
         for entry in entries:
             waiting.append(entry)
@@ -370,9 +369,9 @@ class _Drawing:
         self._smoother: CausalSmoother | None = None
         self._flicker, self._flicker_before = FlickerIndex(), FlickerIndex()
 
-    def draw(self, entries: Iterator[_Entry]) -> Iterator[_Entry]:
+    def draw(self, entries: _Entries) -> _Entries:
         """Add the pictures to frames, and the flicker index to the rows of videos."""
-        with closing(entries):  # type: ignore[type-var]
+        with closing(entries):
             for entry in entries:
                 if isinstance(entry, _VideoStart):
                     self._smoother = CausalSmoother(self._smooth) if self._smooth is not None else None

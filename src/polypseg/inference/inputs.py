@@ -182,7 +182,8 @@ class _Walk:
 
     def below(self, folder: Path) -> Iterator[Path]:
         """Every file, in no particular order. Real folders come before linked ones, so that files keep their names."""
-        waiting, linked = [folder], []
+        waiting: list[Path] = [folder]
+        linked: list[Path] = []
         while waiting or linked:
             place = waiting.pop() if waiting else linked.pop(0)
             identity = _identity(place)

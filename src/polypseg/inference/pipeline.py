@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -17,7 +17,7 @@ class _End:
         self.error = error
 
 
-def in_background(items: Iterable[Item], *, depth: int = 4) -> Iterator[Item]:
+def in_background(items: Iterable[Item], *, depth: int = 4) -> Generator[Item, None, None]:
     """The same items in the same order, produced by a thread that runs at most ``depth`` items ahead.
 
     An error of ``items`` is raised here after all items before it, so what was produced is never lost. Closing the
