@@ -1,12 +1,14 @@
 """Which files an input names: through links, by suffix and by content, of any name; and what it does not name."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from polypseg.artifacts import csv_row, original_name, printable, read_csv_row, write_csv
+from polypseg.artifacts import from_cell, original_name, printable, to_cell, write_csv
 from polypseg.data.images import encode_png
 from polypseg.errors import UsageError
 from polypseg.inference.inputs import VIDEO_SUFFIXES, image_suffixes, read_inputs
@@ -171,11 +173,9 @@ def test_printed_names_lead_back_to_the_file(name):
 
 @pytest.mark.parametrize("text", ["=1+2", "+x", "-a", "@x", "'=1", "''=1", "'plain", "plain", "-0.5", "'-0.5", "-", ""])
 def test_formulas_are_harmless_in_tables_and_come_back(tmp_path, text):
-    made = csv_row({"name": text, "count": -1})
-    assert made["count"] == -1
-    assert read_csv_row({"name": made["name"]})["name"] == text
-    dangerous = made["name"][:1] in ("=", "+", "-", "@") and len(text) > 1
-    assert not dangerous or text == "-0.5"
+    cell = to_cell(text)
+    assert from_cell(cell) == text and to_cell(-1) == -1
+    assert cell[:1] not in ("=", "+", "-", "@") or text in ("-0.5", "-")
     assert "'=" in write_csv(tmp_path / "x.csv", [{"name": "=1+2"}]).read_text()
 
 
@@ -223,3 +223,16 @@ def test_background_runs_ahead_by_its_depth_only():
     next(reader)
     assert len(taken) <= 5
     reader.close()
+
+
+def test_reading_images_needs_no_opencv(tmp_path):
+    put_image(tmp_path / "a.png")
+    code = (
+        "import sys; from pathlib import Path; from polypseg.inference import inputs, pipeline, video; "
+        "inputs.read_inputs([sys.argv[1]], output=Path('x')); print('cv2' in sys.modules)"
+    )
+    environment = {**os.environ, "POLYPSEG_LAZY": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.stdout.strip() == "False", done.stderr

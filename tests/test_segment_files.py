@@ -319,7 +319,7 @@ def test_video_that_is_damaged_inside_is_read_on_and_named(segmenter, tmp_path, 
             self._calls += 1
             return self._calls != 5 and self._capture.grab()
 
-    monkeypatch.setattr(video_module.cv2, "VideoCapture", Damaged)
+    monkeypatch.setattr(cv2, "VideoCapture", Damaged)
     report = segment_files(segmenter, ["clip.avi"], Path("out"), overlay_video="none")
     assert report.segmented == 12
     assert report.skipped == (("clip.avi", "clip.avi is damaged in 1 place(s): 12 frames could be read"),)

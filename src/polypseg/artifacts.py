@@ -44,7 +44,8 @@ PACKAGES = (
     "opencv-python-headless",
     "scikit-learn",
 )
-_FORMULA = re.compile(r"'*[=+\-@\t\r].", re.DOTALL)
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\udc80-\udcff]")
 _ESCAPED = re.compile(r"\\x([01][0-9a-f]|7f|[89a-f][0-9a-f])")
 
@@ -106,35 +107,27 @@ def write_json(path: Path, content: Any) -> Path:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write rows that share their keys as a CSV table with a header, in one step; see ``csv_row``."""
+    """Write rows that share their keys as a CSV table with a header, in one step; texts as ``to_cell`` gives them."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(csv_row(row) for row in rows)
+    writer.writerows({key: to_cell(value) for key, value in row.items()} for row in rows)
     return write_text(path, text.getvalue())
 
 
-def csv_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row whose texts no spreadsheet runs as a formula: ``'`` stands before those that begin with = + - or @.
+def to_cell(value: Any) -> Any:
+    """A value as a CSV cell that no spreadsheet takes for a formula: a text such as ``=1+1`` gets an apostrophe before.
 
-    Numbers stay as they are. ``read_csv_row`` takes the mark off again.
+    Numbers, and texts of numbers, stay. ``from_cell`` undoes it.
     """
-    return {key: _harmless(value) if isinstance(value, str) else value for key, value in row.items()}
+    if not isinstance(value, str) or not _FORMULA.match(value) or _NUMBER.fullmatch(value) or value == "-":
+        return value
+    return f"'{value}"
 
 
-def read_csv_row(row: Mapping[str, str]) -> dict[str, str]:
-    """The texts from which ``csv_row`` made a row."""
-    return {key: value[1:] if value[:1] == "'" and _FORMULA.match(value) else value for key, value in row.items()}
-
-
-def _harmless(text: str) -> str:
-    if not _FORMULA.match(text):
-        return text
-    try:
-        float(text)
-    except ValueError:
-        return f"'{text}"
-    return text
+def from_cell(text: str) -> str:
+    """The text that ``to_cell`` wrote."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
 def printable(text: str) -> str:

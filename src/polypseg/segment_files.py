@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from polypseg.artifacts import (
     atomic_path,
-    csv_row,
     environment_record,
     explain_write_errors,
+    from_cell,
     original_name,
     printable,
-    read_csv_row,
     read_json,
+    to_cell,
     write_csv,
     write_json,
 )
@@ -518,14 +518,15 @@ class _Table:
             raise PolypSegError(
                 f"{self.path} is damaged or of another version: choose another folder, or overwrite the results"
             )
-        self.rows = [read_csv_row(row) for row in rows if None not in row.values() and None not in row]
+        whole_rows = (row for row in rows if None not in row.values() and None not in row)
+        self.rows = [{key: from_cell(text) for key, text in row.items()} for row in whole_rows]
 
     def store(self) -> None:
         """Replace the file by the rows held here."""
         with atomic_path(self.path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, self.fields, lineterminator="\n")
             writer.writeheader()
-            writer.writerows(csv_row(row) for row in self.rows)
+            writer.writerows(_cells(row) for row in self.rows)
 
 
 class _Tables:
@@ -688,7 +689,7 @@ class _Tables:
     def _append(self, table: str, rows: Sequence[dict[str, Any]]) -> None:
         writer, file = self._writers[table]
         with explain_write_errors(Path(file.name)):
-            writer.writerows(csv_row(row) for row in rows)
+            writer.writerows(_cells(row) for row in rows)
             file.flush()
 
 
@@ -726,6 +727,10 @@ class _VideoWriter:
 
     def _place(self, source: Source) -> str:
         return f"overlays/{source.name}.{self._kind}"
+
+
+def _cells(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: to_cell(value) for key, value in row.items()}
 
 
 def _frame_name(source: Source, index: int) -> str:

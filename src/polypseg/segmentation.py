@@ -180,10 +180,8 @@ def draw_overlay(frame: Image.Image, prediction: Prediction) -> Image.Image:
     """The frame with the mask's outline (cyan with a dark halo) and a light fill, RGB, of the frame's size."""
     mask = prediction.mask
     pixels = np.array(frame.convert("RGB"))
-    levels = np.arange(256, dtype=np.uint8)[:, None]
     colour = np.array(OUTLINE, dtype=np.float32)
-    filled = ((1 - FILL_OPACITY) * levels + FILL_OPACITY * colour).round().astype(np.uint8)  # (256, 3): a table
-    cv2.copyTo(cv2.LUT(pixels, filled[None]), mask.astype(np.uint8), pixels)
+    pixels[mask] = ((1 - FILL_OPACITY) * pixels[mask] + FILL_OPACITY * colour).round().astype(np.uint8)
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     width = max(2, round(min(frame.size) / 200))
     for line, shade in ((2 * width + 1, HALO), (width, OUTLINE)):

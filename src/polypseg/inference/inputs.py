@@ -13,6 +13,7 @@ from typing import NamedTuple
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from polypseg.artifacts import printable
+from polypseg.data.sources import IMAGE_SUFFIXES
 from polypseg.errors import UsageError
 
 VIDEO_SUFFIXES = (
@@ -232,7 +233,8 @@ def _kind(file: Path) -> str:
             return "video" if _is_animated(file) else "image"
         if suffix in VIDEO_SUFFIXES:
             return "video"
-        return "image" if suffix in image_suffixes() else _kind_by_content(file)
+        known = suffix in IMAGE_SUFFIXES or suffix in image_suffixes()  # the usual ones first: Pillow loads all formats
+        return "image" if known else _kind_by_content(file)
     except OSError as error:
         return error.strerror or "unreadable"
 

@@ -1,4 +1,7 @@
-"""Videos: frames with their true times, whether a file is whole, overlay videos, smoothing and flicker."""
+"""Videos: frames with their true times, whether a file is whole, overlay videos, smoothing and flicker.
+
+OpenCV is imported where a video is opened, so that images can be segmented without it.
+"""
 
 import math
 import os
@@ -10,15 +13,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from polypseg.artifacts import atomic_path, printable
 from polypseg.errors import PolypSegError, UsageError, first_line, unknown_name
+
+if TYPE_CHECKING:
+    import cv2
 
 RATE = 25.0
 """Frames per second where a video states none."""
@@ -41,7 +46,9 @@ class Video:
     What describes the reading (``read``, ``times``, ``problem``) is complete when ``frames`` is at its end.
     """
 
-    def __init__(self, capture: cv2.VideoCapture, path: Path):
+    def __init__(self, capture: "cv2.VideoCapture", path: Path):
+        import cv2
+
         self._capture, self._path = capture, path
         rate = float(capture.get(cv2.CAP_PROP_FPS))
         self.rate = rate if _RATES[0] <= rate <= _RATES[1] else 0.0
@@ -58,6 +65,8 @@ class Video:
     @contextmanager
     def open(cls, path: Path) -> Iterator["Video"]:
         """Open a file; one that FFmpeg does not read gives no frame."""
+        import cv2
+
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg's own messages: we report what cannot be read
         with _plain_path(path) as name:
             level = cv2.utils.logging.getLogLevel()
@@ -88,6 +97,8 @@ class Video:
 
     def image(self) -> Image.Image | None:
         """The frame last given as an RGB image; None for one that cannot be decoded."""
+        import cv2
+
         whole, pixels = self._capture.retrieve()
         if not whole:
             self._damaged_places += 1
@@ -96,6 +107,8 @@ class Video:
 
     def _time(self, before: float | None) -> float | None:
         """Of the frame just read: the container's, or one frame later than the last where it gives none."""
+        import cv2
+
         time = float(self._capture.get(cv2.CAP_PROP_POS_MSEC)) / 1000
         if not self.read:
             return time if math.isfinite(time) else 0.0
@@ -269,6 +282,8 @@ class _OpenCVSink:
     """WebM or AVI by OpenCV's own encoders."""
 
     def __init__(self, path: Path, *, codec: str, rate: float, size: tuple[int, int]):
+        import cv2
+
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
         self._path = path
         self._plain = ExitStack()
@@ -459,6 +474,8 @@ class _AbandonedError(Exception):
 
 def _fit(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
     """(H, W, 3) pixels in (width, height): reduced or enlarged where they have another shape, the rest of the edge."""
+    import cv2
+
     height, width = pixels.shape[:2]
     scale = min(size[0] / width, size[1] / height)
     if not (size[0] - 1 <= width <= size[0] and size[1] - 1 <= height <= size[1]):
