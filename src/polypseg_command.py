@@ -32,7 +32,7 @@ def read_plain_segment(words: Sequence[str]) -> dict[str, Any] | None:
 
     parser = Quiet(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("inputs", nargs="+")
-    parser.add_argument("--out", "--output", dest="output", type=Path, default=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=argparse.SUPPRESS)
     for name, kind in (("--model", str), ("--runtime", str), ("--threshold", float), ("--min-area", int)):
         parser.add_argument(name, type=kind, default=argparse.SUPPRESS)
     for name in ("--save-probability", "--overwrite"):

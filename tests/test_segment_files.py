@@ -16,6 +16,8 @@ from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg import segment_files as module
 from polypseg.data.images import decode_frame
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.inference import video as video_module
+from polypseg.inference.video import CausalSmoother, FlickerIndex
 from polypseg.processing import build_image_processor
 from polypseg.segment_files import find_sources, segment_files
 from polypseg.segmentation import Segmenter
@@ -66,6 +68,19 @@ def segmenter() -> Segmenter:
     return make_segmenter()
 
 
+def read_video(path: Path) -> list[np.ndarray]:
+    video, frames = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG), []
+    while (grabbed := video.read())[0]:
+        frames.append(grabbed[1])
+    return frames
+
+
+@pytest.fixture(autouse=True)
+def without_ffmpeg(monkeypatch) -> None:
+    """Overlay videos are WebM by default, whatever this machine has."""
+    monkeypatch.setattr(video_module, "_ffmpeg", lambda: None)
+
+
 @pytest.fixture
 def mixed(tmp_path, monkeypatch) -> Path:
     """``mixed``: good, nested and equal names, a video, three files that are bad in three ways."""
@@ -81,7 +96,7 @@ def mixed(tmp_path, monkeypatch) -> Path:
     (folder / "bad" / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "bad" / "text.png").write_text("this is no picture")
     Image.fromarray(np.arange(3000, dtype=np.uint16).reshape(50, 60)).save(folder / "bad" / "sixteen.png")
-    (folder / "notes.txt").write_text("not an image by its name: passed over in silence")
+    (folder / "notes.txt").write_text("no image by its name or content")
     write_video(folder / "clip.mp4")
     return folder
 
@@ -94,12 +109,14 @@ def test_mixed_folder_gives_every_good_frame_and_lists_the_bad(segmenter, mixed,
     names = [*NAMES, "clip_frame000000", "clip_frame000003", "clip_frame000006"]
     assert (report.segmented, report.reused) == (7, 0)
     out = tmp_path / "out"
-    pictures = [("masks", "png"), ("overlays", "jpg"), ("probabilities", "png")]
+    pictures = [f"{folder}/{name}.png" for folder in ("masks", "probabilities") for name in names]
+    overlays = [f"overlays/{name}.jpg" for name in NAMES] + ["overlays/clip.webm"]
     tables = ["frames.csv", "lesions.csv", "run.json", "skipped.csv", "videos.csv"]
-    assert files_below(out) == sorted([*tables, *(f"{f}/{n}.{s}" for f, s in pictures for n in names)])
+    assert files_below(out) == sorted([*tables, *pictures, *overlays])
     assert sorted(file for file, _ in report.skipped) == [f"mixed/{name}" for name in BAD]
+    assert report.passed_over == (("mixed/notes.txt", "no image or video that can be read (.txt)"),)
     rows = read_rows(out / "skipped.csv")
-    assert [(row["file"], row["reason"]) for row in rows] == list(report.skipped)
+    assert [(row["file"], row["reason"]) for row in rows] == [*report.skipped, *report.passed_over]
     reasons = {Path(row["file"]).name: row["reason"] for row in rows}
     assert "more than 8 bits" in reasons["sixteen.png"]
     assert "truncated or not an image" in reasons["truncated.jpg"]
@@ -187,6 +204,127 @@ def test_run_record_says_which_model_and_options(segmenter, mixed, tmp_path):
     assert {"polypseg", "torch", "transformers"} <= set(record["environments"][0]["versions"])
 
 
+def test_overlay_video_shows_every_frame_and_the_row_names_it(segmenter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "clip.mp4")
+    report = segment_files(segmenter, ["clip.mp4"], Path("out"), overlay_video="avi")
+    overlays = read_video(tmp_path / "out" / "overlays" / "clip.avi")
+    assert len(overlays) == 7 and overlays[0].shape == (48, 64, 3)
+    (row,) = read_rows(tmp_path / "out" / "videos.csv")
+    assert (row["overlay"], row["times"], row["problem"]) == ("overlays/clip.avi", "container", "")
+    assert 0 <= float(row["flicker"]) <= 1 and row["flicker_unsmoothed"] == ""
+    masks = [np.asarray(Image.open(tmp_path / "out" / "masks" / f"clip_frame{n:06d}.png")) > 0 for n in range(7)]
+    index = FlickerIndex()
+    for mask in masks:
+        index.add(mask)
+    assert float(row["flicker"]) == pytest.approx(index.value, abs=1e-5)
+    assert report.frames_per_second > 0 and any("frames per second" in line for line in report.lines())
+    (tmp_path / "out" / "overlays" / "clip.avi").unlink()  # it is drawn again from the masks
+    again = segment_files(segmenter, ["clip.mp4"], Path("out"), overlay_video="avi")
+    assert (again.segmented, again.reused) == (0, 7)
+    np.testing.assert_array_equal(read_video(tmp_path / "out" / "overlays" / "clip.avi"), overlays)
+    assert len(read_rows(tmp_path / "out" / "videos.csv")) == 1
+
+
+@pytest.mark.parametrize(("kind", "pictures"), [("jpg", 7), ("none", 0)])
+def test_overlays_of_videos_can_be_pictures_or_nothing(segmenter, tmp_path, monkeypatch, kind, pictures):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "clip.mp4")
+    segment_files(segmenter, ["clip.mp4"], Path("out"), overlay_video=kind)
+    assert len(list((tmp_path / "out").glob("overlays/*"))) == pictures
+    assert read_rows(tmp_path / "out" / "videos.csv")[0]["flicker"] != ""
+
+
+def test_smoothing_averages_the_probabilities_over_true_times(segmenter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "clip.mp4")
+    segment_files(segmenter, ["clip.mp4"], Path("out"), smooth=0.08, save_probability=True, overlay_video="none")
+    smoother = CausalSmoother(0.08)
+    for n, pixels in enumerate(read_video(tmp_path / "clip.mp4")):
+        frame = Image.fromarray(np.ascontiguousarray(pixels[:, :, ::-1]))
+        expected = smoother(segmenter.predict([frame])[0].probability, time=n / 25)
+        with Image.open(tmp_path / "out" / "probabilities" / f"clip_frame{n:06d}.png") as probability:
+            np.testing.assert_allclose(np.asarray(probability) / 255, expected, atol=0.5 / 255 + 1e-6)
+        with Image.open(tmp_path / "out" / "masks" / f"clip_frame{n:06d}.png") as mask:
+            np.testing.assert_array_equal(np.asarray(mask) > 0, expected > 0.5)
+    (row,) = read_rows(tmp_path / "out" / "videos.csv")
+    assert 0 <= float(row["flicker"]) < float(row["flicker_unsmoothed"])
+
+
+def test_interrupted_smoothing_begins_the_video_again(segmenter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "clip.mp4")
+    options = {"smooth": 0.1, "overlay_video": "avi"}
+    segment_files(segmenter, ["clip.mp4"], Path("whole"), **options)
+    with pytest.raises(KeyboardInterrupt):
+        segment_files(Interruption(segmenter, at=5), ["clip.mp4"], Path("parts"), **options)
+    report = segment_files(segmenter, ["clip.mp4"], Path("parts"), **options)
+    assert (report.segmented, report.reused) == (7, 0)
+    for name in files_below(tmp_path / "whole"):
+        if name != "run.json":
+            assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert segment_files(Interruption(segmenter, at=1), ["clip.mp4"], Path("parts"), **options).reused == 7
+
+
+@pytest.mark.parametrize("size", [2, 3, 50])
+def test_batches_give_the_same_files_in_the_same_order(segmenter, mixed, tmp_path, size):
+    options = {"overlay_video": "avi"}
+    segment_files(segmenter, ["mixed"], Path("single"), **options)
+    counting = Interruption(segmenter)
+    segment_files(counting, ["mixed"], Path("batches"), batch_size=size, **options)
+    assert counting.calls == -(-11 // size)
+    assert files_below(tmp_path / "single") == files_below(tmp_path / "batches")
+    for name in files_below(tmp_path / "single"):
+        if name.endswith(".png"):
+            read = [np.asarray(Image.open(tmp_path / folder / name)) for folder in ("single", "batches")]
+            assert (read[0] != read[1]).mean() < 0.01, name
+    orders = [[row["name"] for row in read_rows(tmp_path / f / "frames.csv")] for f in ("single", "batches")]
+    assert orders[0] == orders[1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are bytes on POSIX only")
+def test_files_of_any_name_are_segmented_and_found_again(segmenter, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    files = [os.fsdecode(b"caf\xe9.png"), "x" * 251 + ".png", "=1+2.png", "two\nlines.png"]
+    for n, name in enumerate(files):
+        draw(n).save(tmp_path / "in" / name)
+    write_video(tmp_path / "clip.avi", codec="MJPG")
+    shutil.move(tmp_path / "clip.avi", tmp_path / "in" / os.fsdecode(b"\xff.avi"))
+    (tmp_path / "in" / os.fsdecode(b"\xfe.png")).write_bytes(b"broken")
+    report = segment_files(segmenter, ["in"], Path("out"), overlay_video="avi")
+    assert (report.segmented, len(report.skipped)) == (11, 1)
+    rows = read_rows(tmp_path / "out" / "frames.csv")
+    assert {"in/caf\\xe9.png", "in/two\\x0alines.png"} <= {row["file"] for row in rows}
+    assert {"caf%E9", "'=1+2", "two%0Alines", "%FF_frame000006"} <= {row["name"] for row in rows}
+    assert (tmp_path / "out" / "masks" / "=1+2.png").is_file()
+    "\n".join(report.lines()).encode()
+    again = Interruption(segmenter, at=1)
+    assert segment_files(again, ["in"], Path("out"), overlay_video="avi").reused == 11
+
+
+def test_video_that_is_damaged_inside_is_read_on_and_named(segmenter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "clip.avi", frames=12, codec="MJPG")
+    grab = cv2.VideoCapture
+
+    class Damaged:
+        def __init__(self, *arguments):
+            self._capture, self._calls = grab(*arguments), 0
+
+        def __getattr__(self, name):
+            return getattr(self._capture, name)
+
+        def grab(self):
+            self._calls += 1
+            return self._calls != 5 and self._capture.grab()
+
+    monkeypatch.setattr(cv2, "VideoCapture", Damaged)
+    report = segment_files(segmenter, ["clip.avi"], Path("out"), overlay_video="none")
+    assert report.segmented == 12
+    assert report.skipped == (("clip.avi", "clip.avi is damaged in 1 place(s): 12 frames could be read"),)
+
+
 # -- resuming -------------------------------------------------------------------------------------------
 
 
@@ -216,7 +354,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(segmenter, mixed, tmp_path
     assert (report.segmented, report.reused) == (12 - at, at - 1) and rest.calls == 12 - at
     assert files_below(tmp_path / "parts") == files_below(tmp_path / "whole")
     for name in files_below(tmp_path / "whole"):
-        if name not in ("run.json", "skipped.csv"):  # the one has a time, the other Pillow's words
+        if name.endswith(".webm"):  # holds a random number
+            parts, whole = (read_video(tmp_path / folder / name) for folder in ("parts", "whole"))
+            np.testing.assert_array_equal(parts, whole)
+        elif name not in ("run.json", "skipped.csv"):  # the one has a time, the other Pillow's words
             assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
@@ -263,6 +404,9 @@ def test_repaired_file_leaves_the_list_of_skipped(segmenter, mixed, tmp_path):
         draw(5).save(mixed / name)
     report = segment_files(segmenter, ["mixed"], Path("out"))
     assert (report.segmented, report.skipped) == (3, ())
+    assert [row["file"] for row in read_rows(tmp_path / "out" / "skipped.csv")] == ["mixed/notes.txt"]
+    (mixed / "notes.txt").unlink()
+    segment_files(segmenter, ["mixed"], Path("out"))
     assert not (tmp_path / "out" / "skipped.csv").exists()
 
 
@@ -346,6 +490,20 @@ def test_truncated_video_keeps_its_frames_and_is_named(segmenter, tmp_path, monk
         report = segment_files(segmenter, ["long.avi"], Path("out"), every=4)
         assert 0 < report.segmented + report.reused < 10
         assert "of 40 frames could be read" in report.skipped[0][1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"smooth": 0.1}, "smoothing is for videos"),
+        ({"overlay_video": "avi"}, "for videos"),
+        ({"batch_size": 0}, "at least 1"),
+    ],
+)
+def test_options_that_do_not_apply_are_refused(segmenter, mixed, tmp_path, options, words):
+    with pytest.raises(UsageError, match=words):
+        segment_files(segmenter, ["mixed/patient1"], Path("out"), **options)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,13 @@ def test_segment_writes_masks_of_the_frames_sizes_and_goes_on_after_bad_files(mo
     for name, size in {"a.png": (60, 80), "b.png": (70, 50)}.items():
         Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(tmp_path / name)
     (tmp_path / "bad.png").write_bytes(b"no image")
-    done = polypseg("segment", tmp_path, "--model", model, "--out", tmp_path / "out", "--threshold", 0.4)
+    done = polypseg("segment", tmp_path, "--model", model, "--output", tmp_path / "out", "--threshold", 0.4)
     assert done.returncode == 0, done.stderr
     assert "2 frame(s) segmented" in done.stdout and "bad.png" in done.stdout
     assert Image.open(tmp_path / "out" / "masks" / "a.png").size == (80, 60)
     with (tmp_path / "out" / "frames.csv").open() as file:
         assert [row["width"] for row in csv.DictReader(file)] == ["80", "50"]
-    again = polypseg("segment", tmp_path, "--model", model, "--out", tmp_path / "out", "--threshold", 0.5)
+    again = polypseg("segment", tmp_path, "--model", model, "--output", tmp_path / "out", "--threshold", 0.5)
     assert again.returncode == 2 and again.stderr.startswith("error: ") and "another threshold" in again.stderr
 
 
@@ -53,8 +53,8 @@ def test_robustness_writes_curves(model, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("segment", "nowhere.png", "--model", "MODEL", "--out", "OUT"), 2, "nowhere.png"),
-        (("segment", "x.png", "--model", "RN-IN-MX", "--out", "OUT"), 2, "Did you mean"),
+        (("segment", "nowhere.png", "--model", "MODEL", "--output", "OUT"), 2, "nowhere.png"),
+        (("segment", "x.png", "--model", "RN-IN-MX", "--output", "OUT"), 2, "Did you mean"),
         (("verify", "MODEL"), 2, "SHA256SUMS"),
         (("export", "OUT", "--output", "OUT2"), 2, "no model folder"),
         (("push", "--all", "OUT"), 2, "polypseg export"),

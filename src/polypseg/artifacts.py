@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,10 @@ PACKAGES = (
     "onnxruntime",
     "openvino",
 )
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\udc80-\udcff]")
+_ESCAPED = re.compile(r"\\x([01][0-9a-f]|7f|[89a-f][0-9a-f])")
 
 
 @contextmanager
@@ -53,7 +58,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0, error.strerror or str(error))
-        raise PolypSegError(f"cannot write {path}: {remedy}") from error
+        raise PolypSegError(f"cannot write {printable(str(path))}: {remedy}") from error
     except (RuntimeError, SafetensorError) as error:  # torch and safetensors hide the disk's error in theirs
         if not any(words in str(error) for words in ("No space left", "os error 28", "PytorchStreamWriter")):
             raise
@@ -69,7 +74,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        workspace = Path(tempfile.mkdtemp(prefix=f".{path.name[:50]}.", dir=path.parent))  # names end at 255 bytes
         try:
             yield workspace / path.name
             _put_in_place(workspace / path.name, path, aside=workspace / "replaced")
@@ -103,12 +108,40 @@ def write_json(path: Path, content: Any) -> Path:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write rows that share their keys as a CSV table with a header, in one step."""
+    """Write rows that share their keys as a CSV table with a header, in one step; texts as ``to_cell`` gives them."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: to_cell(value) for key, value in row.items()} for row in rows)
     return write_text(path, text.getvalue())
+
+
+def to_cell(value: Any) -> Any:
+    """A value as a CSV cell that no spreadsheet takes for a formula: a text such as ``=1+1`` gets an apostrophe before.
+
+    Numbers, and texts of numbers, stay. ``from_cell`` undoes it.
+    """
+    if not isinstance(value, str) or not _FORMULA.match(value) or _NUMBER.fullmatch(value) or value == "-":
+        return value
+    return f"'{value}"
+
+
+def from_cell(text: str) -> str:
+    """The text that ``to_cell`` wrote."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+
+
+def printable(text: str) -> str:
+    """``text`` in one line of valid Unicode: control characters and bytes that are no UTF-8 as ``\\xNN``.
+
+    File names may hold both. ``original_name`` finds the name again.
+    """
+    return _UNPRINTABLE.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", text)
+
+
+def original_name(text: str) -> str:
+    """The file name from which ``printable`` made a text."""
+    return _ESCAPED.sub(lambda found: chr(int(found[1], 16) | (0xDC00 if int(found[1], 16) > 0x7F else 0)), text)
 
 
 def read_json(path: Path) -> Any:
@@ -158,7 +191,7 @@ def environment_record() -> dict[str, Any]:
 def _without_place(word: str) -> str:
     """An argument without the private part of an absolute path: records travel to cards and reports."""
     path = Path(word)
-    return str(Path(*path.parts[-2:])) if path.is_absolute() else word
+    return printable(str(Path(*path.parts[-2:])) if path.is_absolute() else word)
 
 
 def file_sha256(path: Path) -> str:

@@ -1,22 +1,25 @@
 """Segment image files, folders and videos into masks, overlays and tables; a second call continues the first.
 
-A frame is finished when its row stands in ``frames.csv``: pictures and lesions are written before it, so an
-interruption at any moment costs one frame.
+Reading, the model, drawing and writing run in threads of their own, in the order of the files. A frame is finished when
+its row stands in ``frames.csv``: pictures and lesions are written before it, so an interruption at any moment costs
+what is on its way, and no more.
 """
 
 import csv
 import io
 import os
 import shutil
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+import time
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
@@ -24,19 +27,29 @@ from polypseg.artifacts import (
     atomic_path,
     environment_record,
     explain_write_errors,
+    from_cell,
+    original_name,
+    printable,
     read_json,
+    to_cell,
     write_csv,
     write_json,
 )
 from polypseg.data.images import decode_frame, encode_png
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.segmentation import MIN_AREA, Prediction, Segmenter, check_options, draw_overlay
+from polypseg.inference.inputs import Source, read_inputs
+from polypseg.inference.pipeline import in_background
+from polypseg.inference.video import (
+    ENCODED_FORMATS,
+    CausalSmoother,
+    FlickerIndex,
+    OverlayVideo,
+    Video,
+    check_smoothing,
+    overlay_format,
+)
+from polypseg.segmentation import MIN_AREA, Prediction, Segmenter, check_options, draw_overlay, find_lesions
 
-if TYPE_CHECKING:
-    import cv2
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".mpg", ".mpeg", ".m4v", ".webm", ".wmv")
 FRAME_FIELDS = (
     "name", "file", "frame", "time_s", "width", "height", "polyp_pixels", "polyp_share", "lesions",
     "mean_probability", "max_probability", "file_bytes", "file_modified",
@@ -44,12 +57,15 @@ FRAME_FIELDS = (
 LESION_FIELDS = (
     "name", "lesion", "x", "y", "width", "height", "area", "mean_probability", "max_probability",
 )  # fmt: skip
-VIDEO_FIELDS = ("file", "frames_read", "frames_announced", "fps", "file_bytes", "file_modified")
+VIDEO_FIELDS = (
+    "file", "frames_read", "frames_announced", "fps", "times", "overlay", "flicker", "flicker_unsmoothed", "problem",
+    "file_bytes", "file_modified",
+)  # fmt: skip
 RECORD = "run.json"
 KIND = "polypseg segmentation"
 _OWN = ("masks", "overlays", "probabilities", "frames.csv", "lesions.csv", "videos.csv", "skipped.csv", RECORD)
-_SHORT_VIDEO = 0.98
-"""A video of which less than this share of its announced frames can be read is called truncated."""
+_AHEAD = 4
+"""Frames that each stage of the pipeline may be ahead of the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +81,17 @@ class SegmentReport:
     """Frames, of both, with at least one lesion."""
     skipped: tuple[tuple[str, str], ...]
     """File, reason: what could not be read, or not to its end."""
+    passed_over: tuple[tuple[str, str], ...] = ()
+    """File or folder, reason: what lies in the inputs and is no image or video that can be read."""
+    seconds: float = 0.0
+    """Time from the first file's reading to the last one's writing."""
+    flicker: tuple[tuple[str, str], ...] = ()
+    """Video, its flicker index in words."""
+
+    @property
+    def frames_per_second(self) -> float:
+        """Frames segmented by this call per second, reading, drawing and writing included; 0 where there were none."""
+        return self.segmented / self.seconds if self.seconds > 0 else 0.0
 
     def lines(self) -> list[str]:
         """A summary to print."""
@@ -72,37 +99,74 @@ class SegmentReport:
         total = self.segmented + self.reused
         lines = [
             f"{self.segmented} frame(s) segmented{kept}; {self.with_lesions} of {total} show at least one lesion",
-            f"masks, overlays, frames.csv and lesions.csv are in {self.output}",
+            f"masks, overlays, frames.csv and lesions.csv are in {printable(str(self.output))}",
         ]
+        if self.segmented:
+            lines.append(f"{self.frames_per_second:.1f} frames per second, reading, drawing and writing included")
+        lines += [f"{file}: {words}" for file, words in self.flicker[:10]]
+        listed = printable(str(self.output / "skipped.csv"))
         if self.skipped:
-            lines.append(f"{len(self.skipped)} file(s) skipped, all listed in {self.output / 'skipped.csv'}:")
+            lines.append(f"{len(self.skipped)} file(s) skipped, all listed in {listed}:")
             lines += [f"  {reason}" for _, reason in self.skipped[:10]]
+        if self.passed_over:
+            file, reason = self.passed_over[0]
+            lines.append(
+                f"{len(self.passed_over)} other file(s) not segmented, such as {file}: {reason}; all listed in {listed}"
+            )
         return lines
 
 
-class _Source(NamedTuple):
-    """A file to segment."""
-
-    path: Path
-    stem: PurePosixPath
-    """Its name in the output, without suffix; for a video that of its frames without their number."""
-
-    @property
-    def is_video(self) -> bool:
-        return self.path.suffix.lower() in VIDEO_SUFFIXES
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Frame:
-    """A frame and its place."""
+    """A frame on its way through the pipeline."""
 
+    source: Source
     name: str
-    image: Image.Image | None
-    """RGB; None where the frame is finished already."""
+    state: dict[str, str]
+    """What its file was when it was read."""
+    image: Image.Image | None = None
+    """RGB; None where it is not needed."""
     index: int | None = None
     """Number in its video, from 0; None for an image file."""
     time: float | None = None
     """Seconds from the video's start."""
+    finished: bool = False
+    """Whether an earlier call has finished it."""
+    in_finished_video: bool = False
+    prediction: Prediction | None = None
+    overlay: Image.Image | None = None
+    """Of a video's frame."""
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    """Path below the output folder -> content, to be written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _VideoStart:
+    """A video begins of which not everything is finished."""
+
+    source: Source
+    rate: float
+    """Of the frames that are taken, per second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _VideoEnd:
+    """A video was read to its end."""
+
+    source: Source
+    row: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Skipped:
+    """A file that cannot be read, or not to its end."""
+
+    source: Source
+    reason: str
+
+
+_Entry = _Frame | _VideoStart | _VideoEnd | _Skipped
+_Entries = Generator[_Entry, None, None]
 
 
 def segment_files(
@@ -114,24 +178,43 @@ def segment_files(
     min_area: int = MIN_AREA,
     every: int = 1,
     save_probability: bool = False,
+    smooth: float | None = None,
+    overlay_video: str | None = None,
+    batch_size: int = 1,
     overwrite: bool = False,
 ) -> SegmentReport:
     """Segment everything that ``inputs`` name (files, folders with what is below them, globs, videos) into ``output``.
 
     Writes ``masks/NAME.png`` (0 background, 255 polyp), ``overlays/NAME.jpg``, with ``save_probability``
-    ``probabilities/NAME.png`` (8 bits: 255 times the probability, rounded), ``frames.csv`` (a row a frame),
-    ``lesions.csv`` (a row a lesion of at least ``min_area`` pixels), ``videos.csv``, ``skipped.csv`` and ``run.json``.
-    NAME keeps the path below the input folder. Pixels are taken as stored: an EXIF rotation is not applied, so that a
-    mask fits the pixels of its file. Of videos every ``every``-th frame is taken, as ``NAME_frame000123``.
+    ``probabilities/NAME.png`` (8 bits: 255 times the probability, rounded), ``frames.csv`` (one row per frame),
+    ``lesions.csv`` (one row per lesion of at least ``min_area`` pixels), ``videos.csv``, ``skipped.csv`` (every file of
+    the inputs that was not segmented, with the reason) and ``run.json``. NAME keeps the path below the input folder.
+    Pixels of images are taken as stored: an EXIF rotation is not applied, so that a mask fits the pixels of its file.
+
+    Of videos, turned as they say, every ``every``-th frame is taken, as ``NAME_frame000123``, with its presentation
+    time; its overlays become one video ``overlays/NAME.FORMAT`` (``overlay_video``: see ``overlay_format``).
+    ``smooth``: average the probabilities over this time in seconds, looking back only (see ``CausalSmoother``).
+
+    Names in tables: bytes that are no UTF-8 and control characters are written as ``\\xNN``; a ``'`` stands before
+    texts that a spreadsheet would run as a formula.
 
     The same call continues an interrupted one and skips finished files that have not changed; ``overwrite`` starts
-    again. Raises UsageError for inputs that are not there, a folder that holds something else, or a finished part made
-    by other weights or options; PolypSegError when no file at all could be read.
+    again. With a ``batch_size`` above 1 probabilities can differ in the last bits. Raises UsageError for inputs that
+    are not there, a folder that holds something else, or a finished part made by other weights or options;
+    PolypSegError when no file at all could be read.
     """
     check_options(threshold=threshold, min_area=min_area)
     if every < 1:
         raise UsageError(f"a video's frames are taken in steps of at least 1; got {every}")
-    found = find_sources(inputs, output=output)
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, not {batch_size}")
+    found = read_inputs(inputs, output=output)
+    if not any(source.is_video for source in found.sources):
+        for option, value in (("smoothing", smooth), ("an overlay video", overlay_video)):
+            if value is not None:
+                raise UsageError(f"{option} is for videos, and the input holds none: leave it out")
+    elif overlay_format(overlay_video) and smooth is not None:
+        check_smoothing(smooth)
     settings = {
         "model": segmenter.name,
         "weights": segmenter.fingerprint(),
@@ -139,30 +222,50 @@ def segment_files(
         "min_area": min_area,
         "every": every,
         "save_probability": save_probability,
+        "smooth": smooth,
     }
     _claim_output(output, settings, overwrite=overwrite)
-    tables = _Tables(output, pictures=_picture_folders(save_probability))
-    sources = tables.name_sources(found)
+    tables = _Tables(output, pictures=_picture_folders(save_probability), every=every, whole_videos=smooth is not None)
+    sources = tables.name_sources(found.sources)
     skipped: list[tuple[str, str]] = []
-    segmented, seen = 0, []
+    segmented, seen, flicker = 0, [], []
+    kind = overlay_format(overlay_video) if any(source.is_video for source in sources) else "none"
+    videos = _VideoWriter(output, tables, kind)
+    start = time.perf_counter()
     try:
         with tables.open(), tqdm(total=_count_frames(sources, every), unit="frame", disable=None) as progress:
-            for source in sources:
-                try:
-                    for frame in tables.frames(source, every=every):
-                        if frame.image is not None:
-                            prediction = segmenter.predict([frame.image], threshold=threshold, min_area=min_area)[0]
-                            _write_pictures(
-                                output, frame.name, frame.image, prediction, save_probability=save_probability
-                            )
-                            tables.add(source, frame, prediction)
+            read = in_background(tables.read(sources, every=every, draws=videos.draws), depth=max(_AHEAD, batch_size))
+            predicted = in_background(
+                _predict(read, segmenter, threshold=threshold, min_area=min_area, batch_size=batch_size), depth=_AHEAD
+            )
+            drawing = _Drawing(
+                output,
+                threshold=threshold,
+                min_area=min_area,
+                smooth=smooth,
+                save_probability=save_probability,
+                stills=kind == "jpg",
+            )
+            with videos, closing(in_background(drawing.draw(predicted), depth=_AHEAD)) as drawn:
+                for entry in drawn:
+                    if isinstance(entry, _Skipped):
+                        skipped.append((printable(str(entry.source.path)), entry.reason))
+                    elif isinstance(entry, _Frame):
+                        if not entry.finished and entry.prediction is not None:
+                            _write_pictures(output, entry.name, entry.pictures)
+                            tables.add(entry, entry.prediction)
                             segmented += 1
-                        seen.append(frame.name)
+                        videos.add(entry)
+                        seen.append(entry.name)
                         progress.update()
-                except _UnreadableError as error:
-                    skipped.append((str(source.path), str(error)))
+                    elif isinstance(entry, _VideoStart):
+                        videos.start(entry)
+                    else:
+                        videos.finish(entry)
+                        if entry.row["flicker"]:
+                            flicker.append((printable(str(entry.source.path)), _flicker_words(entry.row)))
     finally:
-        _write_skipped(output, skipped)
+        _write_skipped(output, [*skipped, *found.passed_over])
     if not seen:
         raise PolypSegError(
             f"none of the {len(sources)} file(s) could be read: {skipped[0][1]}. "
@@ -174,105 +277,160 @@ def segment_files(
         reused=len(seen) - segmented,
         with_lesions=sum(tables.done[name]["lesions"] != "0" for name in seen),
         skipped=tuple(skipped),
+        passed_over=found.passed_over,
+        seconds=time.perf_counter() - start,
+        flicker=tuple(flicker),
     )
 
 
-# What is asked for -------------------------------------------------------------------------------------
+def _flicker_words(row: dict[str, str]) -> str:
+    before = f" ({row['flicker_unsmoothed']} without smoothing)" if row["flicker_unsmoothed"] else ""
+    return f"flicker index {row['flicker']}{before}"
 
 
 def find_sources(inputs: Sequence[str], *, output: Path) -> list[tuple[Path, PurePosixPath]]:
-    """Files that ``inputs`` name, once each and in order, with their names in the output (without suffix).
-
-    Names are relative to the input folder; of several inputs, to the folder that holds them all. Files inside
-    ``output`` are left out. Raises UsageError for an input that does not exist or holds neither images nor videos.
-    """
-    if not inputs:
-        raise UsageError("nothing to segment: give files, folders, globs or videos")
-    roots, files = zip(*(_expand(text) for text in inputs), strict=True)
-    root = os.path.commonpath(roots)
-    sources: dict[str, tuple[Path, PurePosixPath]] = {}
-    for path in (path for group in files for path in group):
-        place = os.path.abspath(path)
-        if not Path(place).is_relative_to(os.path.abspath(output)):
-            name = PurePosixPath(Path(place).relative_to(root).as_posix())
-            sources.setdefault(place, (path, name.with_suffix("")))
-    if not sources:
-        raise UsageError(f"nothing to segment: all of {', '.join(inputs)} lies in the output folder {output}")
-    return list(sources.values())
+    """Files to segment and their names in the output without suffix; see ``read_inputs``."""
+    return [(source.path, source.name) for source in read_inputs(inputs, output=output).sources]
 
 
-def _expand(text: str) -> tuple[str, list[Path]]:
-    """The absolute folder to which the names of an input's files are relative, and the files."""
-    path = Path(text)
-    if path.is_file():
-        return os.path.abspath(path.parent), [path]
-    if path.is_dir():
-        root, files = path, _files_below(path)
-    elif has_magic(text):
-        root, matches = _fixed_part(path), [Path(match) for match in glob(text, recursive=True)]
-        files = sorted({file for match in matches for file in [match, *_files_below(match)] if _is_readable(file)})
-    else:
-        raise UsageError(f"{text} does not exist: give files, folders, globs or videos")
-    if not files:
-        raise UsageError(f"{text} holds no image or video: known are {', '.join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)}")
-    return os.path.abspath(root), files
-
-
-def _files_below(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if _is_readable(file)) if folder.is_dir() else []
-
-
-def _is_readable(file: Path) -> bool:
-    return file.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES and file.is_file() and not file.name.startswith(".")
-
-
-def _fixed_part(pattern: Path) -> Path:
-    """The folder above the first wildcard."""
-    parts = list(pattern.parts)
-    first = next(i for i, part in enumerate(parts) if has_magic(part))
-    return Path(*parts[:first]) if first else Path()
-
-
-def _count_frames(sources: Sequence[_Source], every: int) -> int:
+def _count_frames(sources: Sequence[Source], every: int) -> int:
     """Frames to expect; a video's number is what its header announces."""
     total = 0
     for source in sources:
         if not source.is_video:
             total += 1
             continue
-        import cv2
-
-        with _open_video(source.path) as video:
-            total += max(0, -(-int(video.get(cv2.CAP_PROP_FRAME_COUNT)) // every))
+        with Video.open(source.path) as video:
+            total += -(-video.announced // every)
     return total
 
 
-# Decoding ----------------------------------------------------------------------------------------------
+# The stages --------------------------------------------------------------------------------------------
 
 
 class _UnreadableError(Exception):
-    """A file that cannot be read, or not to its end; it is skipped."""
+    """A file that cannot be read; it is skipped."""
 
 
 def _read_image(path: Path) -> Image.Image:
+    name = printable(str(path))
     try:
-        return decode_frame(path.read_bytes(), name=str(path))
+        return decode_frame(path.read_bytes(), name=name)
     except OSError as error:
-        raise _UnreadableError(f"{path} cannot be read: {error.strerror}") from error
+        raise _UnreadableError(f"{name} cannot be read: {error.strerror}") from error
     except PolypSegError as error:
         raise _UnreadableError(str(error)) from error
 
 
-@contextmanager
-def _open_video(path: Path) -> "Iterator[cv2.VideoCapture]":
-    import cv2
+def _predict(entries: _Entries, segmenter: Segmenter, *, threshold: float, min_area: int, batch_size: int) -> _Entries:
+    """Add predictions to the frames that need one."""
+    waiting: list[_Entry] = []
 
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg's own messages: we report what cannot be read
-    video = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
-    try:
-        yield video
-    finally:
-        video.release()
+    def predict() -> Iterator[_Entry]:
+        frames = [entry for entry in waiting if isinstance(entry, _Frame) and not entry.finished]
+        images = [frame.image for frame in frames if frame.image is not None]
+        made = iter(
+            segmenter.predict(images, threshold=threshold, min_area=min_area, batch_size=batch_size) if images else ()
+        )
+        for entry in waiting:
+            if isinstance(entry, _Frame) and not entry.finished:
+                entry = replace(entry, prediction=next(made))
+            yield entry
+        waiting.clear()
+
+    with closing(entries):
+        open_frames = 0
+        for entry in entries:
+            waiting.append(entry)
+            open_frames += isinstance(entry, _Frame) and not entry.finished
+            if open_frames in (0, batch_size):
+                yield from predict()
+                open_frames = 0
+        yield from predict()
+
+
+class _Drawing:
+    """Smoothing, flicker, overlays and the pictures' bytes: everything between the model and the disk."""
+
+    def __init__(
+        self,
+        output: Path,
+        *,
+        threshold: float,
+        min_area: int,
+        smooth: float | None,
+        save_probability: bool,
+        stills: bool,
+    ):
+        """``stills``: frames of videos get overlays as images do."""
+        self._stills = stills
+        self._output, self._threshold, self._min_area = output, threshold, min_area
+        self._smooth, self._save_probability = smooth, save_probability
+        self._smoother: CausalSmoother | None = None
+        self._flicker, self._flicker_before = FlickerIndex(), FlickerIndex()
+
+    def draw(self, entries: _Entries) -> _Entries:
+        """Add the pictures to frames, and the flicker index to the rows of videos."""
+        with closing(entries):
+            for entry in entries:
+                if isinstance(entry, _VideoStart):
+                    self._smoother = CausalSmoother(self._smooth) if self._smooth is not None else None
+                    self._flicker, self._flicker_before = FlickerIndex(), FlickerIndex()
+                elif isinstance(entry, _VideoEnd):
+                    entry = replace(entry, row=entry.row | self._flicker_row())
+                elif isinstance(entry, _Frame):
+                    entry = self._frame(entry)
+                yield entry
+
+    def _frame(self, frame: _Frame) -> _Frame:
+        prediction = frame.prediction
+        if frame.index is None:
+            return replace(frame, pictures=self._pictures(frame, prediction)) if prediction else frame
+        if frame.in_finished_video:
+            return frame
+        if prediction is None:
+            mask = _read_mask(self._output, frame.name)
+        else:
+            if self._smoother is not None:
+                self._flicker_before.add(prediction.mask)
+                prediction = self._smoothed(prediction, time=frame.time)
+            mask = prediction.mask
+        self._flicker.add(mask)
+        overlay = None if frame.image is None or self._stills else draw_overlay(frame.image, _with_mask(mask))
+        pictures = self._pictures(frame, prediction) if prediction else {}
+        return replace(frame, prediction=prediction, overlay=overlay, pictures=pictures)
+
+    def _smoothed(self, prediction: Prediction, *, time: float | None) -> Prediction:
+        assert self._smoother is not None
+        probability = self._smoother(prediction.probability, time=time)
+        mask = probability > self._threshold
+        lesions = find_lesions(probability, mask=mask, min_area=self._min_area)
+        return Prediction(probability=probability, mask=mask, lesions=lesions)
+
+    def _pictures(self, frame: _Frame, prediction: Prediction) -> dict[str, bytes]:
+        pictures = {f"masks/{frame.name}.png": encode_png(prediction.mask.astype(np.uint8) * 255)}
+        if self._save_probability:
+            probability = (prediction.probability * 255).round().astype(np.uint8)
+            pictures[f"probabilities/{frame.name}.png"] = encode_png(probability)
+        if (frame.index is None or self._stills) and frame.image is not None:
+            buffer = io.BytesIO()
+            draw_overlay(frame.image, prediction).save(buffer, format="JPEG", quality=92, subsampling=0)
+            pictures[f"overlays/{frame.name}.jpg"] = buffer.getvalue()
+        return pictures
+
+    def _flicker_row(self) -> dict[str, str]:
+        pairs = (("flicker", self._flicker), ("flicker_unsmoothed", self._flicker_before))
+        return {name: "" if index.value is None else f"{index.value:.5f}" for name, index in pairs}
+
+
+def _read_mask(output: Path, name: str) -> NDArray[np.bool_]:
+    with Image.open(output / "masks" / f"{name}.png") as mask:
+        return np.asarray(mask) > 0
+
+
+def _with_mask(mask: NDArray[np.bool_]) -> Prediction:
+    """A prediction of which only the mask is known."""
+    return Prediction(probability=np.zeros((0, 0), np.float32), mask=mask, lesions=())
 
 
 # The output folder -------------------------------------------------------------------------------------
@@ -325,17 +483,11 @@ def _remove_results(output: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _write_pictures(
-    output: Path, name: str, image: Image.Image, prediction: Prediction, *, save_probability: bool
-) -> None:
-    pictures = {"masks": encode_png(prediction.mask.astype(np.uint8) * 255)}
-    if save_probability:
-        pictures["probabilities"] = encode_png((prediction.probability * 255).round().astype(np.uint8))
-    for folder, data in pictures.items():
-        with atomic_path(output / folder / f"{name}.png") as temporary:
+def _write_pictures(output: Path, name: str, pictures: dict[str, bytes]) -> None:
+    """Write the pictures of the frame ``name``, given as paths below ``output``."""
+    for place, data in pictures.items():
+        with atomic_path(output / place) as temporary:
             temporary.write_bytes(data)
-    with atomic_path(output / "overlays" / f"{name}.jpg") as temporary:
-        draw_overlay(image, prediction).save(temporary, format="JPEG", quality=92, subsampling=0)
 
 
 def _write_skipped(output: Path, skipped: Sequence[tuple[str, str]]) -> None:
@@ -363,52 +515,68 @@ class _Table:
         whole = text[: text.rfind("\n") + 1]
         rows = csv.DictReader(io.StringIO(whole, newline=""))
         if whole and tuple(rows.fieldnames or ()) != tuple(self.fields):
-            raise PolypSegError(f"{self.path} is damaged: choose another folder, or overwrite the results")
-        self.rows = [row for row in rows if None not in row.values()]
+            raise PolypSegError(
+                f"{self.path} is damaged or of another version: choose another folder, or overwrite the results"
+            )
+        whole_rows = (row for row in rows if None not in row.values() and None not in row)
+        self.rows = [{key: from_cell(text) for key, text in row.items()} for row in whole_rows]
 
     def store(self) -> None:
         """Replace the file by the rows held here."""
         with atomic_path(self.path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, self.fields, lineterminator="\n")
             writer.writeheader()
-            writer.writerows(self.rows)
+            writer.writerows(_cells(row) for row in self.rows)
 
 
 class _Tables:
     """The tables of an output folder: what is finished, and how more is added."""
 
-    def __init__(self, output: Path, *, pictures: dict[str, str]):
+    def __init__(self, output: Path, *, pictures: dict[str, str], every: int, whole_videos: bool):
+        """``whole_videos``: frames of a video count only if the video was finished."""
+        self._output, self._every = output, every
         self._frames = _Table(path=output / "frames.csv", fields=FRAME_FIELDS)
         self._lesions = _Table(path=output / "lesions.csv", fields=LESION_FIELDS)
         self._videos = _Table(path=output / "videos.csv", fields=VIDEO_FIELDS)
         for table in (self._frames, self._lesions, self._videos):
             table.load()
-        self._frames.rows = [row for row in self._frames.rows if _is_current(row) and _has(output, row, pictures)]
-        self.done = {row["name"]: row for row in self._frames.rows}
+        frames = [row for row in self._frames.rows if _is_current(row) and _has(output, row, pictures)]
+        counts = Counter(row["file"] for row in frames)
+        self._videos.rows = [row for row in self._videos.rows if _is_current(row) and self._is_whole(row, counts)]
+        if whole_videos:
+            finished = {row["file"] for row in self._videos.rows}
+            frames = [row for row in frames if not row["frame"] or row["file"] in finished]
+        self._frames.rows = frames
+        self.done = {row["name"]: row for row in frames}
         self._lesions.rows = [row for row in self._lesions.rows if row["name"] in self.done]
-        self._videos.rows = [row for row in self._videos.rows if _is_current(row)]
         self._writers: dict[str, Any] = {}
 
-    def name_sources(self, found: Sequence[tuple[Path, PurePosixPath]]) -> list[_Source]:
+    def _is_whole(self, row: dict[str, str], counts: Counter[str]) -> bool:
+        """Whether a video's frames and its overlay video are there."""
+        there = not row["overlay"] or (self._output / row["overlay"]).is_file()
+        return there and counts[row["file"]] == len(range(0, int(row["frames_read"]), self._every))
+
+    def name_sources(self, found: Sequence[Source]) -> list[Source]:
         """Give every file a name of its own; finished ones keep theirs.
 
         The first of several files of the same name and folder gets ``NAME``, the next ``NAME_jpg``, ``NAME_jpg_2``.
         """
-        before = {os.path.abspath(row["file"]): _stem(row) for row in self._frames.rows}
+        before = {os.path.abspath(original_name(row["file"])): _stem(row) for row in self._frames.rows}
         # Case does not distinguish files everywhere.
         taken, sources = {stem.lower() for stem in before.values()}, []
-        videos = {str(stem).lower() for path, stem in found if path.suffix.lower() in VIDEO_SUFFIXES}
-        for path, stem in found:
-            name = before.get(os.path.abspath(path))
+        videos = {str(source.name).lower() for source in found if source.is_video}
+        for source in found:
+            stem = source.name
+            name = before.get(os.path.abspath(source.path))
             if name is None:
                 video, frame, number = str(stem).lower().rpartition("_frame")
                 if frame and number.isdigit() and video in videos:
                     taken.add(str(stem).lower())  # the name of a frame of that video
-                tagged = f"{stem}_{path.suffix[1:].lower()}"
+                tagged = f"{stem}_{source.path.suffix[1:].lower()}"
                 numbered = (f"{tagged}_{n}" for n in range(2, len(found) + 2))
                 name = next(n for n in (str(stem), tagged, *numbered) if n.lower() not in taken)
                 taken.add(name.lower())
-            sources.append(_Source(path, PurePosixPath(name)))
+            sources.append(source._replace(name=PurePosixPath(name)))
         return sources
 
     @contextmanager
@@ -422,56 +590,73 @@ class _Tables:
                 self._writers[table.path.name] = (csv.DictWriter(file, table.fields, lineterminator="\n"), file)
             yield
 
-    def frames(self, source: _Source, *, every: int) -> Iterator[_Frame]:
-        """Frames of a file, without their pixels where they are finished. Raises _UnreadableError."""
-        name = str(source.stem)
-        if source.is_video:
-            yield from self._video_frames(source, every=every)
-        else:
-            yield _Frame(name, None if name in self.done else _read_image(source.path))
+    def read(self, sources: Iterable[Source], *, every: int, draws: bool) -> Iterator[_Entry]:
+        """Everything in the files, in order, without pixels where they are finished.
 
-    def _video_frames(self, source: _Source, *, every: int) -> Iterator[_Frame]:
-        row = self._finished_video(source, every=every)
+        ``draws``: the frames of an unfinished video all have pixels, for its overlay video.
+        """
+        for source in sources:
+            try:
+                state = _file_state(source.path)
+                if source.is_video:
+                    yield from self._read_video(source, state, every=every, draws=draws)
+                else:
+                    name = str(source.name)
+                    finished = name in self.done
+                    image = None if finished else _read_image(source.path)
+                    yield _Frame(source=source, name=name, state=state, image=image, finished=finished)
+            except _UnreadableError as error:
+                yield _Skipped(source=source, reason=str(error))
+            except OSError as error:
+                reason = f"{printable(str(source.path))} cannot be read: {error.strerror}"
+                yield _Skipped(source=source, reason=reason)
+
+    def _read_video(self, source: Source, state: dict[str, str], *, every: int, draws: bool) -> Iterator[_Entry]:
+        row = self._finished_video(source)
         if row is not None:
-            yield from (_Frame(name, None) for name in _frame_names(source, int(row["frames_read"]), every=every))
+            for index in range(0, int(row["frames_read"]), every):
+                name = _frame_name(source, index)
+                yield _Frame(source=source, name=name, state=state, index=index, finished=True, in_finished_video=True)
+            problem = row["problem"]
         else:
-            row = yield from self._read_video(source, every=every)
-        read, announced = int(row["frames_read"]), int(row["frames_announced"])
-        if read < _SHORT_VIDEO * announced:
-            raise _UnreadableError(f"{source.path} is truncated: {read} of {announced} frames could be read")
+            problem = yield from self._read_frames(source, state, every=every, draws=draws)
+        if problem:
+            raise _UnreadableError(f"{printable(str(source.path))} is {problem}")
 
-    def _read_video(self, source: _Source, *, every: int) -> Generator[_Frame, None, dict[str, str]]:
-        """Read a video from start to end, for seeking is not exact in every format; return its row."""
-        import cv2
+    def _read_frames(
+        self, source: Source, state: dict[str, str], *, every: int, draws: bool
+    ) -> Generator[_Entry, None, str]:
+        """Read a video; return what is wrong with it."""
+        with source.path.open("rb"):
+            pass  # FFmpeg does not say why it cannot open a file
+        with Video.open(source.path) as video:
+            for index, at in video.frames(every=every):
+                if index == 0:
+                    yield _VideoStart(source=source, rate=video.rate / every)
+                name = _frame_name(source, index)
+                finished = name in self.done
+                image = video.image() if draws or not finished else None
+                if image is not None or finished:
+                    yield _Frame(
+                        source=source, name=name, state=state, image=image, index=index, time=at, finished=finished
+                    )
+            problem = video.problem
+            if video.read:
+                row = {"file": printable(source.path.as_posix()), "frames_read": str(video.read)}
+                row |= {"frames_announced": str(video.announced), "fps": f"{video.rate:g}", "times": video.times}
+                yield _VideoEnd(source=source, row=row | {"problem": problem} | state)
+        return problem
 
-        with _open_video(source.path) as video:
-            fps, index = video.get(cv2.CAP_PROP_FPS), 0
-            announced = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
-            while video.grab():
-                if index % every == 0:
-                    name = _frame_name(source, index)
-                    whole, pixels = (True, None) if name in self.done else video.retrieve()
-                    if not whole:
-                        break
-                    image = None if pixels is None else Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
-                    yield _Frame(name, image, index, index / fps if fps > 0 else None)
-                index += 1
-        if not index:
-            raise _UnreadableError(f"{source.path} is truncated or not a video that FFmpeg reads: convert it to MP4")
-        row = {"file": source.path.as_posix(), "frames_read": str(index), "frames_announced": str(announced)}
-        row |= {"fps": f"{fps:g}", **_file_state(source.path)}
+    def _finished_video(self, source: Source) -> dict[str, str] | None:
+        place = os.path.abspath(source.path)
+        rows = (row for row in self._videos.rows if os.path.abspath(original_name(row["file"])) == place)
+        return next(rows, None)
+
+    def add_video(self, row: dict[str, str]) -> None:
+        """Record a video whose frames and overlay video are written."""
         self._append("videos.csv", [row])
-        return row
 
-    def _finished_video(self, source: _Source, *, every: int) -> dict[str, str] | None:
-        """The video's row, if it was read to its end and all its frames are there."""
-        for row in self._videos.rows:
-            if os.path.abspath(row["file"]) == os.path.abspath(source.path):
-                names = _frame_names(source, int(row["frames_read"]), every=every)
-                return row if all(name in self.done for name in names) else None
-        return None
-
-    def add(self, source: _Source, frame: _Frame, prediction: Prediction) -> None:
+    def add(self, frame: _Frame, prediction: Prediction) -> None:
         """Record a frame whose pictures are written."""
         height, width = prediction.mask.shape
         lesions = [
@@ -485,7 +670,7 @@ class _Tables:
         inside = prediction.probability[prediction.mask]
         row = {
             "name": frame.name,
-            "file": source.path.as_posix(),
+            "file": printable(frame.source.path.as_posix()),
             "frame": "" if frame.index is None else str(frame.index),
             "time_s": "" if frame.time is None else f"{frame.time:.3f}",
             "width": str(width),
@@ -495,7 +680,7 @@ class _Tables:
             "lesions": str(len(lesions)),
             "mean_probability": f"{inside.mean(dtype=np.float64):.4f}" if inside.size else "",
             "max_probability": f"{prediction.probability.max():.4f}",
-            **_file_state(source.path),
+            **frame.state,
         }
         self._append("lesions.csv", lesions)
         self._append("frames.csv", [row])
@@ -504,16 +689,52 @@ class _Tables:
     def _append(self, table: str, rows: Sequence[dict[str, Any]]) -> None:
         writer, file = self._writers[table]
         with explain_write_errors(Path(file.name)):
-            writer.writerows(rows)
+            writer.writerows(_cells(row) for row in rows)
             file.flush()
 
 
-def _frame_name(source: _Source, index: int) -> str:
-    return f"{source.stem}_frame{index:06d}"
+class _VideoWriter:
+    """Writes the overlay video of the video at hand, and the row when it is finished."""
+
+    def __init__(self, output: Path, tables: _Tables, kind: str):
+        self._output, self._tables, self._kind = output, tables, kind
+        self._current: OverlayVideo | None = None
+
+    @property
+    def draws(self) -> bool:
+        """Whether there are overlay videos."""
+        return self._kind in ENCODED_FORMATS
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        if self._current is not None:
+            self._current.abandon()
+
+    def start(self, video: _VideoStart) -> None:
+        if self.draws:
+            self._current = OverlayVideo(self._output / self._place(video.source), rate=video.rate)
+
+    def add(self, frame: _Frame) -> None:
+        if self._current is not None and frame.overlay is not None:
+            self._current.write(frame.overlay, time=frame.time)
+
+    def finish(self, video: _VideoEnd) -> None:
+        overlay, self._current = self._current, None
+        written = overlay is not None and overlay.finish()
+        self._tables.add_video({**video.row, "overlay": self._place(video.source) if written else ""})
+
+    def _place(self, source: Source) -> str:
+        return f"overlays/{source.name}.{self._kind}"
 
 
-def _frame_names(source: _Source, count: int, *, every: int) -> list[str]:
-    return [_frame_name(source, index) for index in range(0, count, every)]
+def _cells(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: to_cell(value) for key, value in row.items()}
+
+
+def _frame_name(source: Source, index: int) -> str:
+    return f"{source.name}_frame{index:06d}"
 
 
 def _stem(row: dict[str, str]) -> str:
@@ -530,9 +751,11 @@ def _file_state(path: Path) -> dict[str, str]:
 
 def _is_current(row: dict[str, str]) -> bool:
     """Whether a row's file is what it was; one that is gone keeps its row."""
-    path = Path(row["file"])
+    path = Path(original_name(row["file"]))
     return not path.exists() or _file_state(path).items() <= row.items()
 
 
 def _has(output: Path, row: dict[str, str], pictures: dict[str, str]) -> bool:
-    return all((output / folder / f"{row['name']}{suffix}").is_file() for folder, suffix in pictures.items())
+    """Whether a row's pictures are there; frames of videos need no overlay of their own."""
+    needed = {folder: suffix for folder, suffix in pictures.items() if folder != "overlays" or not row["frame"]}
+    return all((output / folder / f"{row['name']}{suffix}").is_file() for folder, suffix in needed.items())

@@ -113,15 +113,21 @@ def license_(
 def segment(
     inputs: Annotated[list[str], Argument(help="Images, folders, globs or videos.")],
     model: ModelOption = "starter",
-    output: Annotated[
-        Path, Option("--out", "--output", help="Folder of the results; a second call completes it.")
-    ] = Path("segmented"),
+    output: Annotated[Path, Option(help="Folder of the results; a second call completes it.")] = Path("segmented"),
     runtime: RuntimeOption = "auto",
     revision: Annotated[str | None, Option(help="Tag, branch or commit of a Hub model.")] = None,
     threshold: Annotated[float, Option(help="A pixel is polyp where its probability exceeds this.")] = 0.5,
     min_area: Annotated[int, Option(help="Pixels that a lesion of the table has at least.")] = 64,
     every: Annotated[int, Option(min=1, help="Take every N-th frame of a video.")] = 1,
     save_probability: Annotated[bool, Option("--save-probability", help="Keep the probability maps too.")] = False,
+    smooth: Annotated[
+        float | None, Option(help="Average a video's probabilities over this time in seconds, looking back; try 0.1.")
+    ] = None,
+    overlay_video: Annotated[
+        str | None,
+        Option(help="Overlays of videos: mp4 (by the ffmpeg on PATH, the default with one), webm, avi, jpg or none."),
+    ] = None,
+    batch_size: Annotated[int, Option(min=1, help="Frames that go through the model together.")] = 1,
     overwrite: Annotated[bool, Option("--overwrite", help="Start again in a folder of other settings.")] = False,
     device: Annotated[str | None, Option(help="cpu, or cuda (of torch); default: torch takes cuda if it can.")] = None,
 ) -> None:
@@ -138,6 +144,9 @@ def segment(
         min_area=min_area,
         every=every,
         save_probability=save_probability,
+        smooth=smooth,
+        overlay_video=overlay_video,
+        batch_size=batch_size,
         overwrite=overwrite,
         device=device,
     )

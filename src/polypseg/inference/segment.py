@@ -23,6 +23,9 @@ def run_segment(
     min_area: int = MIN_AREA,
     every: int = 1,
     save_probability: bool = False,
+    smooth: float | None = None,
+    overlay_video: str | None = None,
+    batch_size: int = 1,
     overwrite: bool = False,
     device: str | None = None,
 ) -> list[str]:
@@ -45,6 +48,9 @@ def run_segment(
         min_area=min_area,
         every=every,
         save_probability=save_probability,
+        smooth=smooth,
+        overlay_video=overlay_video,
+        batch_size=batch_size,
         overwrite=overwrite,
     )
     return [*report.lines(), f"model {model}, computed by {segmenter.runtime.description}"]

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from polypseg.artifacts import atomic_path
 from polypseg.data.images import decode_frame
 from polypseg.data.polyps import open_dataset
+from polypseg.data.sources import IMAGE_SUFFIXES
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.errors import PolypSegError, UsageError, unknown_name
 from polypseg.inference.preparation import PREPROCESSOR, FrameProcessor
@@ -43,7 +44,6 @@ from polypseg.manifest import MANIFEST, check_folder, write_manifest
 from polypseg.passport import PASSPORT
 from polypseg.processing import load_model, polyp_logits
 from polypseg.provenance.local import CONFIG
-from polypseg.segment_files import IMAGE_SUFFIXES
 from polypseg.segmentation import sigmoid
 
 Format = Literal["onnx", "openvino"]
