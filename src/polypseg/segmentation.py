@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from polypseg.data.images import as_frame
 from polypseg.errors import UsageError
 from polypseg.processing import polyp_logits, resize_map
 
@@ -94,13 +95,19 @@ class Segmenter:
         min_area: int = MIN_AREA,
         batch_size: int = 1,
     ) -> list[Prediction]:
-        """RGB frames of any size -> one prediction a frame; the masks at 0.5 are those of ``predict_masks``.
+        """PIL images of any size -> one prediction per frame; the masks at 0.5 are those of ``predict_masks``.
+
+        Every mode of 8 bits is read as RGB. A single image, arrays and paths raise UsageError; more than 8 bits per
+        channel PolypSegError, for which values stand for black and white nobody says.
 
         Frames that go through the model together (``batch_size``) can differ from single ones in the last bits.
         ``threshold``: a pixel is polyp where its probability exceeds it. ``min_area``: pixels that a lesion of the list
         has at least. Raises UsageError for a threshold outside 0 to 1 or a count below 1.
         """
         check_options(threshold=threshold, min_area=min_area)
+        if isinstance(frames, str | Path | bytes) or not isinstance(frames, Sequence):
+            raise UsageError(f"frames are of the type {type(frames).__name__}: give a list of PIL images")
+        frames = [as_frame(frame, name=f"frame {number}") for number, frame in enumerate(frames)]
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, not {batch_size}")
         predictions = []
@@ -114,7 +121,7 @@ class Segmenter:
     @torch.inference_mode()
     def _logits(self, frames: Sequence[Image.Image]) -> Tensor:
         """Polyp logits (B, h, w) at the model's own size, on the CPU."""
-        inputs = self.processor(images=[frame.convert("RGB") for frame in frames], return_tensors="pt")
+        inputs = self.processor(images=list(frames), return_tensors="pt")
         device = next(self.model.parameters()).device
         logits = self.model.eval()(pixel_values=inputs["pixel_values"].to(device)).logits
         return polyp_logits(logits.float(), self.model.config).cpu()

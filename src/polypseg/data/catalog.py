@@ -49,6 +49,8 @@ class DatasetSpec:
     """None for sets without masks."""
     mask_stem: str = r"(?P<id>.+)"
     """How a mask's file name (without suffix) contains the image's."""
+    mask_values: str | None = None
+    """Which values or colors of the published masks are polyp; None for gray above 127."""
     groups: dict[str, Callable[[str, str], str]] = field(default_factory=dict)
     """Extra columns: name -> function of (id, path)."""
     locations: tuple[str, ...] = ()

@@ -77,11 +77,16 @@ class PolypDataset:
     spec: DatasetSpec
     source: Source
     records: tuple[Record, ...]
+    mask_values: images.MaskValues | None = None
+    """Which values or colors of the masks are polyp, where that is not gray above 127."""
 
     @cached_property
     def content_id(self) -> str:
-        """Identity of the content, by which caches are kept: 16 hex digits."""
-        return self.source.content_id()
+        """Identity of the content and of its reading, by which caches are kept: 16 hex digits."""
+        files = self.source.content_id()
+        if self.mask_values is None:
+            return files
+        return hashlib.sha256(f"{files} polyp={self.mask_values}".encode()).hexdigest()[:16]
 
     @cached_property
     def by_id(self) -> dict[str, Record]:
@@ -120,10 +125,11 @@ class PolypDataset:
         return (self.grey_mask(record) > images.MASK_THRESHOLD).astype(np.uint8)
 
     def grey_mask(self, record: Record) -> NDArray[np.uint8]:
-        """The mask (H, W) uint8 as stored, 0 to 255; errors as ``mask``."""
+        """The mask (H, W) uint8 as stored, 0 to 255, or 0 and 255 by ``mask_values``; errors as ``mask``."""
         if record.mask is None:
             raise UsageError(f"{self.spec.title} has no masks")
-        return images.decode_grey_mask(self.source.read(record.mask), name=self.locate(record.mask))
+        data = self.source.read(record.mask)
+        return images.decode_grey_mask(data, name=self.locate(record.mask), values=self.mask_values)
 
     def pair(self, record: Record) -> tuple[Image.Image, NDArray[np.uint8]]:
         """Frame and 0/1 mask, of equal size. Raises PolypSegError otherwise."""
@@ -236,7 +242,7 @@ class PolypSegBuilder(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
             else:
                 frame, mask = opened.pair(record)
                 example["mask"] = {"bytes": images.encode_png(mask), "path": None}
-            if record.image.lower().endswith((".tif", ".tiff")) or not images.stored_upright(data):
+            if images.is_tiff(data) or not images.stored_upright(data):
                 data = images.encode_png(frame)
             example["image"] = {"bytes": data, "path": Path(record.image).name}
             yield record.id, example
@@ -331,10 +337,13 @@ def open_dataset(
     source: Path | None = None,
     data_dir: Path | None = None,
     allow_partial: bool = False,
+    mask_values: str | None = None,
     synthetic_options: SyntheticOptions | None = None,
 ) -> PolypDataset:
     """Open a dataset of the table from a folder or archive; without ``source`` it is looked for in the data folder.
 
+    ``mask_values``: which values or colors of the masks are polyp, as ``images.MaskValues.parse`` reads them; without
+    it what the table says of the set, else gray above 127.
     Raises UsageError for an unknown name, a missing source or, unless ``allow_partial``, a count that is not the
     published one; PolypSegError for files without partner.
     """
@@ -354,7 +363,15 @@ def open_dataset(
             f"{found.path} holds {len(records)} images but {spec.title} has {spec.count}: complete it, or say that a "
             "part is meant (--allow-partial)"
         )
-    return PolypDataset(spec=spec, source=found, records=records)
+    return PolypDataset(spec=spec, source=found, records=records, mask_values=chosen_values(spec, mask_values))
+
+
+def chosen_values(spec: DatasetSpec, text: str | None) -> images.MaskValues | None:
+    """The values that are asked for, else what the table says. Raises UsageError where there are no masks to read."""
+    if text is not None and (spec.mask_folder is None or spec.name.startswith("synthetic_")):
+        raise UsageError(f"mask values do not apply to {spec.title}: it has no mask files to read")
+    chosen = spec.mask_values if text is None else text
+    return None if chosen is None else images.MaskValues.parse(chosen)
 
 
 def load_polyps(name: str, *, split: str = "reference", streaming: bool = False, **where: Any) -> Any:
