@@ -457,7 +457,9 @@ def test_transposed_predictions_are_refused_not_stretched(data, tmp_path, scale)
     for record in data.records:
         mask = data.mask(record).T * np.uint8(255)
         write_png(tmp_path / f"{record.id}.png", mask.repeat(scale, 0).repeat(scale, 1))
-    with pytest.raises(PolypSegError, match=r"00000\.png is \d+x\d+ but its image is 100x72: it seems to be transposed"):
+    with pytest.raises(
+        PolypSegError, match=r"00000\.png is \d+x\d+ but its image is 100x72: it seems to be transposed"
+    ):
         list(FilePredictions(tmp_path).predict(data, data.ids))
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.data import SyntheticOptions, open_dataset
-from polypseg.errors import UsageError
+from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation import predict_masks
 from polypseg.processing import build_image_processor
 from polypseg.segmentation import OUTLINE, Lesion, Prediction, Segmenter, draw_overlay, find_lesions, read_logits

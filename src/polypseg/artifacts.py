@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,8 @@ _REMEDIES = {
     errno.EPERM: "permission denied: choose a folder that you may write to",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another folder",
 }
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
 PACKAGES = (
     "polypseg",
     "torch",
@@ -102,12 +105,27 @@ def write_json(path: Path, content: Any) -> Path:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write rows that share their keys as a CSV table with a header, in one step."""
+    """Write rows that share their keys as a CSV table with a header, in one step; texts as ``to_cell`` gives them."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: to_cell(value) for key, value in row.items()} for row in rows)
     return write_text(path, text.getvalue())
+
+
+def to_cell(value: Any) -> Any:
+    """A value as a CSV cell that no spreadsheet takes for a formula: a text such as ``=1+1`` gets an apostrophe before.
+
+    Numbers, and texts of numbers, stay. ``from_cell`` undoes it.
+    """
+    if not isinstance(value, str) or not _FORMULA.match(value) or _NUMBER.fullmatch(value) or value == "-":
+        return value
+    return f"'{value}"
+
+
+def from_cell(text: str) -> str:
+    """The text that ``to_cell`` wrote."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
 def read_json(path: Path) -> Any:
