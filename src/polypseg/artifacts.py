@@ -71,7 +71,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        workspace = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", dir=path.parent))  # names have 255 bytes at most
         try:
             yield workspace / path.name
             _put_in_place(workspace / path.name, path, aside=workspace / "replaced")
