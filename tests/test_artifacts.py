@@ -270,3 +270,9 @@ def test_texts_that_spreadsheets_would_run_are_quoted_and_come_back(tmp_path, te
 @pytest.mark.parametrize("text", ["-0.5", "+3", "-1e-7", "frame 1", "a=b", "-", "'quoted'", ""])
 def test_numbers_and_plain_texts_stay_as_they_are_in_csv(text):
     assert to_cell(text) == text == from_cell(to_cell(text))
+
+
+def test_names_that_are_no_utf8_and_names_of_255_bytes_can_be_written(tmp_path):
+    path = write_json(tmp_path / "names.json", [os.fsdecode(b"p\xe9.png")])
+    assert read_json(path) == [os.fsdecode(b"p\xe9.png")]
+    write_text(tmp_path / ("n" * 251 + ".txt"), "long")

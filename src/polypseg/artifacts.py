@@ -71,7 +71,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", dir=path.parent))  # names have 255 bytes at most
+        workspace = Path(
+            tempfile.mkdtemp(prefix=f".{path.name[:40]}.", dir=path.parent)
+        )  # names have 255 bytes at most
         try:
             yield workspace / path.name
             _put_in_place(workspace / path.name, path, aside=workspace / "replaced")
@@ -93,9 +95,12 @@ def _put_in_place(new: Path, path: Path, *, aside: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write ``text`` to ``path`` in one step and return the path."""
+    """Write ``text`` to ``path`` in one step and return the path.
+
+    UTF-8; bytes of file names that are none are written as ``\\udce9``, which JSON reads back.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 

@@ -1,5 +1,6 @@
 """The ``polypseg`` command, and how every command and script reports an error."""
 
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,9 @@ app.command("license")(use_commands.license_)
 
 def run_app(command: typer.Typer) -> None:
     """Run a command; a PolypSegError becomes one line on stderr and its exit code: 2 for usage, 1 for failure."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8, nor the screen
     try:
         command(standalone_mode=True)
     except PolypSegError as error:
