@@ -1,5 +1,6 @@
 """Files are written whole or not at all, failures name the remedy, and a run can say how it came to be."""
 
+import csv
 import errno
 import json
 import os
@@ -11,7 +12,17 @@ from pathlib import Path
 import pytest
 
 from polypseg import artifacts
-from polypseg.artifacts import atomic_path, cache_folder, environment_record, read_json, write_json, write_text
+from polypseg.artifacts import (
+    atomic_path,
+    cache_folder,
+    environment_record,
+    from_cell,
+    read_json,
+    to_cell,
+    write_csv,
+    write_json,
+    write_text,
+)
 from polypseg.errors import PolypSegError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -246,3 +257,22 @@ def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     assert cache_folder() == tmp_path / ".cache" / "polypseg"
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+cmd", "-x", "@SUM(A1)", "\tx", "'=x", "''-x"])
+def test_texts_that_spreadsheets_would_run_are_quoted_and_come_back(tmp_path, text):
+    path = write_csv(tmp_path / "t.csv", [{"name": text, "value": -0.5}])
+    row = next(csv.DictReader(path.open(newline="")))
+    assert row["name"] == f"'{text}" and from_cell(row["name"]) == text
+    assert row["value"] == "-0.5"
+
+
+@pytest.mark.parametrize("text", ["-0.5", "+3", "-1e-7", "frame 1", "a=b", "-", "'quoted'", ""])
+def test_numbers_and_plain_texts_stay_as_they_are_in_csv(text):
+    assert to_cell(text) == text == from_cell(to_cell(text))
+
+
+def test_names_that_are_no_utf8_and_names_of_255_bytes_can_be_written(tmp_path):
+    path = write_json(tmp_path / "names.json", [os.fsdecode(b"p\xe9.png")])
+    assert read_json(path) == [os.fsdecode(b"p\xe9.png")]
+    write_text(tmp_path / ("n" * 251 + ".txt"), "long")

@@ -216,3 +216,16 @@ def test_check_dataset_finds_clinicdbs_pairs_inside_clips_only(real_data):
     assert all(clip[a] == clip[b] for a, b in report.near_duplicates)
     assert report.across_splits["sequence_disjoint"] == []
     assert report.across_splits["reference"]  # which is why the sequence-disjoint split exists
+
+
+def test_check_dataset_takes_mask_values_and_says_when_they_match_nothing(folder):
+    for seed in range(5):
+        Image.fromarray(draw_mask() // 255).save(folder.mask(f"frame{seed}.png"))
+    assert check_dataset("folder", folder.path, mask_values="1").ok
+    (problem,) = check_dataset("folder", folder.path, mask_values="7").problems
+    assert "no mask holds a pixel of the values 7" in problem
+
+
+def test_check_dataset_tells_how_files_are_coded(folder):
+    assert folder.check().forms == {"PNG, RGB": 5, "PNG, gray": 5}
+    assert "- files: 5 PNG, RGB; 5 PNG, gray" in folder.check().to_markdown()

@@ -620,3 +620,99 @@ def test_split_tells_that_images_are_in_no_part(tmp_path):
     source = write_folder(tmp_path / "set", generic([1, 2, 3], suffix=".jpg"))
     with pytest.raises(PolypSegError):
         open_dataset("kvasir_seg", source=source, allow_partial=True).split("reference")
+
+
+# Layouts as published and as people re-pack them
+
+
+def colondb_layout():
+    """As published: frame, mask and contour in one folder."""
+    files = {}
+    for code in (1, 2, 10):
+        files[f"CVC-ColonDB/{code}.tiff"] = frame_file(code, ".tiff")
+        files[f"CVC-ColonDB/p{code}.tiff"] = mask_file(code, ".tiff")
+        files[f"CVC-ColonDB/cp{code}.tiff"] = mask_file(11, ".tiff")
+    return files
+
+
+def marked(codes, mask, image="{}"):
+    files = {f"{image.format(code)}.jpg": frame_file(code, ".jpg") for code in codes}
+    return files | {f"{mask.format(code)}.png": mask_file(code, ".png") for code in codes}
+
+
+REPACKS = {
+    "colondb as published": ("cvc_colondb", colondb_layout(), (1, 2, 10)),
+    "colondb without its folder": (
+        "cvc_colondb",
+        {k.split("/")[1]: v for k, v in colondb_layout().items()},
+        (1, 2, 10),
+    ),
+    "images and masks": ("cvc_clinicdb", marked((1, 2), "CVC/masks/{}", "CVC/images/{}"), (1, 2)),
+    "image and mask": ("etis_larib", marked((1, 2), "mask/{}", "image/{}"), (1, 2)),
+    "parts above": (
+        "kvasir_seg",
+        marked((1,), "train/masks/{}", "train/images/{}") | marked((2,), "test/masks/{}", "test/images/{}"),
+        (1, 2),
+    ),
+    "parts below": (
+        "kvasir_seg",
+        marked((1,), "masks/train/{}", "images/train/{}") | marked((2,), "masks/val/{}", "images/val/{}"),
+        (1, 2),
+    ),
+    "parts in the names": ("folder", marked((1, 2), "train_masks/{}_mask", "train_images/{}"), (1, 2)),
+    "suffixes": ("cvc_clinicdb", marked((1, 2), "Ground Truth/{}_mask", "Original/{}"), (1, 2)),
+    "one folder": ("folder", marked((1, 2), "all/{}_mask", "all/{}"), (1, 2)),
+    "one folder, segmentation": ("kvasir_seg", marked((1, 2), "{}_segmentation"), (1, 2)),
+    "polypgen by centre": ("polypgen", marked((1, 2), "PolypGen/C4/masks/{}_mask", "PolypGen/C4/images/{}"), (1, 2)),
+}
+
+
+@pytest.mark.parametrize("layout", REPACKS)
+def test_open_dataset_recognises_repacks(tmp_path, layout):
+    name, files, codes = REPACKS[layout]
+    opened = open_dataset(name, source=write_folder(tmp_path / "set", files), allow_partial=True)
+    assert sorted(opened.ids) == sorted(map(str, codes))
+    for record in opened.records:
+        frame, mask = opened.pair(record)
+        assert round(np.asarray(frame).mean() / 20) == int(record.id)
+        assert mask.tolist() == polyp_mask(int(record.id)).tolist()
+    if name == "polypgen":
+        assert {record.groups["centre"] for record in opened.records} == {"C4"}
+
+
+def test_open_dataset_tells_the_trees_it_knows_and_what_it_found(tmp_path):
+    write_folder(tmp_path, {"a/1.png": frame_file(1, ".png"), "b/1.png": mask_file(1, ".png")})
+    error = str(refusal(lambda: open_dataset("folder", source=tmp_path)))
+    assert "images/NAME.png with masks/NAME.png" in error and "Images are in a, b" in error
+
+
+def neopolyp(codes):
+    files = {f"train/train/{code}.jpeg": frame_file(code, ".jpg") for code in codes}
+    for code in codes:
+        colored = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
+        colored[polyp_mask(code) > 0] = (255, 0, 0) if code % 2 else (0, 255, 0)
+        files[f"train_gt/train_gt/{code}.jpeg"] = encode(colored, ".png")
+    return files
+
+
+def test_neopolyp_is_read_by_its_colors_and_other_values_can_be_asked_for(tmp_path):
+    source = write_folder(tmp_path / "set", neopolyp([1, 2]))
+    opened = open_dataset("neopolyp", source=source, allow_partial=True)
+    assert [opened.mask(record).tolist() for record in opened.records] == [polyp_mask(c).tolist() for c in (1, 2)]
+    red = open_dataset("neopolyp", source=source, allow_partial=True, mask_values="#ff0000")
+    assert [bool(red.mask(record).any()) for record in red.records] == [True, False]
+    assert red.content_id != opened.content_id != opened.source.content_id()
+
+
+def test_mask_values_are_refused_where_there_are_no_mask_files(tmp_path):
+    with pytest.raises(UsageError, match="mask values do not apply"):
+        open_dataset("synthetic_a", mask_values="1")
+
+
+def test_datasets_read_what_segment_reads(tmp_path):
+    """A set of .webp frames had "no images"."""
+    frame, mask = frame_file(3, ".jpg"), mask_file(3, ".png")
+    for suffix in (".webp", ".gif", ".jp2", ".tga"):
+        files = {f"images/a{suffix}": frame, f"masks/a{suffix}": mask}
+        opened = open_dataset("folder", source=write_folder(tmp_path / suffix, files))
+        assert opened.pair(opened.records[0])[1].tolist() == polyp_mask(3).tolist()

@@ -1,6 +1,7 @@
 """What a user may rely on when 29 GB come over a bad line: right bytes, no waste, a clear sentence."""
 
 import errno
+import gzip
 import hashlib
 import io
 import json
@@ -35,6 +36,7 @@ class Handler(BaseHTTPRequestHandler):
     """Serves ``server.body`` with Range and If-Range, but for what the next of ``server.faults`` says."""
 
     server: "Server"
+    trickle = False
 
     def do_GET(self) -> None:
         self.server.requests.append(dict(self.headers))
@@ -63,6 +65,14 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(payload)))
         self.end_headers()
         payload = payload[: fault.get("cut", len(payload))]
+        for k in range(len(payload) if self.trickle else 0):
+            try:
+                self.wfile.write(payload[k : k + 1])
+            except OSError:
+                return
+            time.sleep(0.02)
+        if self.trickle:
+            return
         for offset in range(0, len(payload), CHUNK):
             try:
                 self.wfile.write(payload[offset : offset + CHUNK])
@@ -430,3 +440,65 @@ def test_kill_in_the_middle_is_resumed_by_another_process(server, get, tmp_path)
     assert get(sha256=SHA256).read_bytes() == BODY
     assert server.requests[1]["Range"] == f"bytes={reached}-"
     assert_only(tmp_path, "data.zip")
+
+
+# Servers that would never end
+
+
+def test_a_server_that_cuts_and_then_refuses_the_rest_is_given_up(server, get):
+    """5633 requests in 20 s: each cut brought new bytes, each 416 threw them away."""
+    refuse = {"status": 416}
+    server.faults = [{"cut": 2 * CHUNK}, refuse] * 20
+    with pytest.raises(PolypSegError, match="answered 416"):
+        get(attempts=3)
+    assert len(server.requests) <= 6
+
+
+def test_a_server_that_always_continues_at_the_wrong_byte_is_given_up(server, get):
+    server.faults = [{"cut": 2 * CHUNK, "shift": 7}] * 40
+    with pytest.raises(PolypSegError, match="cannot download"):
+        get(attempts=3)
+    assert len(server.requests) <= 6
+
+
+def test_a_server_without_resumption_that_always_cuts_is_given_up(server, get):
+    server.etag = ""
+    server.faults = [{"cut": 2 * CHUNK}] * 40
+    with pytest.raises(PolypSegError, match="connection failed"):
+        get(attempts=3)
+    assert len(server.requests) <= 4
+
+
+def test_no_more_is_written_than_was_announced(server, get, tmp_path):
+    """5.2 GB were written where 1 MiB was announced."""
+    server.faults = [{"no_length": True}]
+    with pytest.raises(PolypSegError, match=rf"more than the {3 * CHUNK} bytes that were announced"):
+        get(size=3 * CHUNK)
+    assert_only(tmp_path)
+    assert len(server.requests) == 1
+
+
+def test_a_compressed_body_may_not_grow_without_end(server, get, tmp_path):
+    server.body = gzip.compress(bytes(40 * CHUNK))
+    server.faults = [{"headers": {"Content-Encoding": "gzip"}}]
+    with pytest.raises(PolypSegError, match="that were announced"):
+        get()
+    assert_only(tmp_path)
+
+
+def test_a_trickle_is_given_up(server, get, monkeypatch):
+    """One byte in two seconds would take for ever."""
+    server.body = b"x" * 400
+    monkeypatch.setattr(Handler, "trickle", True, raising=False)
+    began = time.monotonic()
+    with pytest.raises(PolypSegError, match=r"only \d+ bytes arrived in"):
+        get(timeout=0.3, attempts=2)
+    assert time.monotonic() - began < 5 and len(server.requests) == 2
+
+
+def test_a_body_of_unknown_length_leaves_room_on_the_disk(server, get, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=module.RESERVE - 1))
+    server.faults = [{"no_length": True}]
+    with pytest.raises(PolypSegError, match="does not say how many more follow"):
+        get()

@@ -1,15 +1,26 @@
 """What a user may rely on when frames and masks are read: right pixels, or a sentence that names the file."""
 
 import io
+import time
 import warnings
 
+import cv2
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, ImageCms
 
-from polypseg.data.images import check_same_size, decode_frame, decode_grey_mask, decode_mask, encode_png
-from polypseg.errors import PolypSegError
+from polypseg.data.images import (
+    MaskValues,
+    as_frame,
+    check_same_size,
+    decode_frame,
+    decode_grey_mask,
+    decode_mask,
+    describe_file,
+    encode_png,
+)
+from polypseg.errors import PolypSegError, UsageError
 
 POLYP = np.zeros((24, 32), dtype=np.uint8)
 POLYP[5:14, 7:20] = 1
@@ -267,3 +278,270 @@ def test_decode_frame_refuses_16_bit_png_or_scales_it():
 def test_decode_frame_refuses_gigantic_image_by_name():
     with pytest.raises(PolypSegError, match=r"bomb\.png"):
         decode_frame(encode(Image.new("1", (20_000, 20_000))), name="bomb.png")
+
+
+# Every coding of a file is undone, or refused by name
+
+
+LOOK = np.stack([np.add.outer(np.arange(96) * 2, np.arange(128)) % 256] * 3, -1).astype(np.uint8)
+LOOK[..., 1] //= 2
+LOOK[20:60, 30:80] = (200, 120, 110)
+
+
+def lab_image():
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    return ImageCms.profileToProfile(Image.fromarray(LOOK), srgb, lab, outputMode="LAB")
+
+
+def icc_lab_tiff():
+    """Photometric 9: a and b are stored with an offset instead of signed."""
+    pixels = np.frombuffer(lab_image().tobytes(), np.uint8).reshape(LOOK.shape) ^ np.uint8([0, 128, 128])
+    return encode_tiff(pixels, photometric="icclab")
+
+
+GREY_LOOK = np.asarray(Image.fromarray(LOOK).convert("L"))
+CODINGS = {
+    "palette": (encode(Image.fromarray(LOOK).quantize(256), "TIFF"), LOOK, 8),
+    "palette LZW": (encode(Image.fromarray(LOOK).quantize(256), "TIFF", compression="tiff_lzw"), LOOK, 8),
+    "cmyk": (encode(Image.fromarray(LOOK).convert("CMYK"), "TIFF"), LOOK, 2),
+    "ycbcr": (encode(Image.fromarray(LOOK).convert("YCbCr"), "TIFF"), LOOK, 2),
+    "JPEG in TIFF": (encode(Image.fromarray(LOOK), "TIFF", compression="jpeg", quality=95), LOOK, 8),
+    "lab": (encode(lab_image(), "TIFF"), LOOK, 4),
+    "icclab": (icc_lab_tiff(), LOOK, 4),
+    "white is zero": (encode_tiff(255 - GREY_LOOK, photometric="miniswhite"), GREY_LOOK[..., None], 0),
+}
+
+
+@pytest.mark.parametrize("kind", CODINGS)
+@pytest.mark.filterwarnings("ignore")
+def test_decode_frame_undoes_the_color_space_of_a_tiff(kind):
+    data, wanted, tolerance = CODINGS[kind]
+    found = np.asarray(decode_frame(data, name="a.tif")).astype(int)
+    assert np.abs(found - wanted).mean() <= tolerance
+
+
+def test_decode_frame_names_a_color_space_that_it_does_not_know():
+    data = encode_tiff(NOISE[..., 0], photometric="cfa")
+    with pytest.raises(PolypSegError, match=r"raw\.tif has the color space CFA: convert it to RGB"):
+        decode_frame(data, name="raw.tif")
+
+
+@pytest.mark.parametrize("suffix", ["tif", "webp", "anything"])
+def test_a_file_is_what_its_bytes_say(suffix):
+    """A JPEG named .tif was told to be downloaded again."""
+    wanted = np.asarray(Image.open(io.BytesIO(JPEG)))
+    assert np.array_equal(np.asarray(decode_frame(JPEG, name=f"a.{suffix}")), wanted)
+    assert np.array_equal(np.asarray(decode_frame(TIFF, name="a.jpg")), NOISE)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "JPEG2000", "TGA", "PPM", "PCX", "WEBP", "SGI", "DDS"])
+def test_decode_frame_reads_what_pillow_reads(kind):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    image = Image.fromarray(NOISE).quantize(256) if kind == "GIF" else Image.fromarray(NOISE)
+    found = decode_frame(encode(image, kind, **options), name="a.xyz")
+    assert np.array_equal(np.asarray(found), np.asarray(image.convert("RGB")))
+
+
+def test_animations_are_refused_by_name():
+    data = encode(Image.fromarray(NOISE), "GIF", save_all=True, append_images=[Image.fromarray(255 - NOISE)])
+    with pytest.raises(PolypSegError, match=r"film\.gif has 2 pages: save each page"):
+        decode_frame(data, name="film.gif")
+
+
+def deep_png(pixels):
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(NOISE[..., 0].astype(np.uint16) * 257),
+        deep_png(NOISE.astype(np.uint16) * 257),
+        b"P6 32 24 65535\n" + (NOISE.astype(">u2") * 257).tobytes(),
+        b"P5 32 24 4095\n" + (NOISE[..., 0].astype(">u2") * 16).tobytes(),
+        encode(NOISE[..., 0].astype(np.uint16) * 257, "JPEG2000"),
+        encode(NOISE[..., 0].astype(np.float32), "TIFF"),
+    ],
+    ids=["gray PNG", "RGB PNG", "PPM", "PGM", "JPEG 2000", "float TIFF"],
+)
+def test_frames_of_more_than_8_bits_are_refused_whatever_the_format(data):
+    """Which value is white nobody says: 12 bits in 16 would be nearly black, and Pillow clips gray to white."""
+    with pytest.raises(PolypSegError, match=r"deep\.png has .*(pixels|more than 8 bits per channel): convert it to 8"):
+        decode_frame(data, name="deep.png")
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "YCbCr", "1", "HSV"])
+def test_as_frame_takes_every_mode_of_8_bits(mode):
+    assert as_frame(Image.fromarray(LOOK).convert(mode)).mode == "RGB"
+
+
+def test_as_frame_converts_lab_and_refuses_deep_images_and_strangers():
+    assert np.abs(np.asarray(as_frame(lab_image())).astype(int) - LOOK).mean() < 4
+    for image in (Image.fromarray(NOISE[..., 0].astype(np.uint16)), Image.fromarray(NOISE[..., 0].astype(np.float32))):
+        with pytest.raises(PolypSegError, match="more than 8 bits per channel"):
+            as_frame(image)
+    for stranger in (NOISE, "frame.png", None):
+        with pytest.raises(UsageError, match="give a list of PIL images"):
+            as_frame(stranger)
+
+
+# Sizes are checked before anything is decoded
+
+
+def test_pixel_limit_is_stated_and_can_be_changed(monkeypatch):
+    monkeypatch.setenv("POLYPSEG_MAX_PIXELS", "767")
+    for data in (encode(NOISE), TIFF, JPEG):
+        with pytest.raises(PolypSegError, match=r"a\.png is too large .*32x24 pixels.* 767\..*POLYPSEG_MAX_PIXELS"):
+            decode_frame(data, name="a.png")
+    monkeypatch.setenv("POLYPSEG_MAX_PIXELS", "768")
+    decode_frame(TIFF, name="a.tif")
+    for wrong in ("0", "-5", "many", "9" * 11, "1e6"):
+        monkeypatch.setenv("POLYPSEG_MAX_PIXELS", wrong)
+        with pytest.raises(UsageError, match="POLYPSEG_MAX_PIXELS is a number of pixels"):
+            decode_frame(TIFF, name="a.tif")
+
+
+def test_a_large_image_is_refused_without_being_decoded():
+    """13000 x 13000 pixels took 4 GB."""
+    huge = encode(Image.new("1", (9_000, 9_000)))
+    began = time.perf_counter()
+    with pytest.raises(PolypSegError, match=r"huge\.png is too large to be a frame: 9000x9000 pixels"):
+        decode_mask(huge, name="huge.png")
+    assert time.perf_counter() - began < 0.5
+
+
+# Masks: right, or refused with the option that resolves them
+
+
+BIG = np.zeros((96, 128), dtype=np.uint8)
+BIG[20:60, 30:80] = 1
+REGIONS = np.zeros((96, 128), dtype=np.uint8)
+for _k in range(6):
+    REGIONS[10:20, 5 + 20 * _k : 15 + 20 * _k] = _k + 1
+BLURRED = cv2.GaussianBlur(BIG * np.float32(100), (0, 0), 2)
+
+AMBIGUOUS = {
+    "JPEG of 0 and 1": (encode(BIG, "JPEG"), "1-"),
+    "JPEG of 0 and 38": (encode(BIG * np.uint8(38), "JPEG"), "22-44"),
+    "instances": (encode(REGIONS), "1-6"),
+    "percent": (encode(BLURRED.round().astype(np.uint8)), "50-100"),
+    "16 bits of 0 and 1": (encode(BIG.astype(np.uint16)), "1"),
+    "16 bits of 0 and 255": (encode(BIG.astype(np.uint16) * np.uint16(255)), "255"),
+    "16-bit RGB of 0 and 1": (deep_png(np.repeat(BIG[..., None].astype(np.uint16), 3, axis=2)), "1"),
+    "4-bit palette gray": (encode(palette_image(BIG, (0, 0, 0), (1, 1, 1))), "1"),
+    "32 bits": (encode(BIG.astype(np.int32) * 7, "TIFF"), "7"),
+    "instances above the threshold": (encode(REGIONS * np.uint8(40)), "40,80,120,160,200,240"),
+    "polyp and ignored": (encode(np.where(REGIONS == 6, 255, REGIONS == 1).astype(np.uint8)), "1,255"),
+    "trimap in JPEG": (encode(np.where(REGIONS == 6, 255, BIG * 128).astype(np.uint8), "JPEG", quality=95), "64-255"),
+}
+
+
+@pytest.mark.parametrize("kind", AMBIGUOUS)
+def test_masks_that_may_be_coded_are_refused_with_the_option(kind):
+    """After > 127 they would be empty, or hold some polyps and not others."""
+    data, hint = AMBIGUOUS[kind]
+    with pytest.raises(PolypSegError, match=rf"masks/p7\.png .* the \S*\s?values .*--mask-values {hint}"):
+        decode_mask(data, name="masks/p7.png")
+
+
+CLEAR = {
+    "16 bits": encode(BIG.astype(np.uint16) * np.uint16(65535)),
+    "16 bits, just above half": encode(BIG.astype(np.uint16) * np.uint16(32768)),
+    "16-bit RGB": deep_png(np.repeat(BIG[..., None].astype(np.uint16) * 65535, 3, axis=2)),
+    "float TIFF of 0 and 1": encode(BIG.astype(np.float32), "TIFF"),
+    "TIFF white is zero": encode_tiff((1 - BIG) * np.uint8(255), photometric="miniswhite"),
+    "1-bit TIFF white is zero": encode_tiff(BIG == 0, photometric="miniswhite"),
+    "16-bit TIFF white is zero": encode_tiff((1 - BIG).astype(np.uint16) * np.uint16(65535), photometric="miniswhite"),
+    "big-endian TIFF": encode_tiff(BIG.astype(">u2") * np.uint16(65535), byteorder=">"),
+    "palette TIFF": encode(palette_image(BIG, (0, 0, 0), (255, 255, 255)), "TIFF"),
+    "CMYK TIFF": encode(Image.fromarray(BIG * np.uint8(255)).convert("CMYK"), "TIFF"),
+    "YCbCr TIFF": encode(Image.fromarray(BIG * np.uint8(255)).convert("RGB").convert("YCbCr"), "TIFF"),
+    "PGM of 0 and 1": b"P5 128 96 1\n" + BIG.tobytes(),
+    "GIF": encode(BIG * np.uint8(255), "GIF"),
+}
+
+
+@pytest.mark.parametrize("kind", CLEAR)
+@pytest.mark.filterwarnings("ignore")
+def test_masks_whose_white_is_known_are_read(kind):
+    assert decode_mask(CLEAR[kind], name="m.png").tolist() == BIG.tolist()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(BIG * 0, "JPEG"),
+        encode(BIG * 0 + 1, "JPEG"),
+        encode(BIG.astype(np.float32) * 0, "TIFF"),
+        encode(BIG.astype(np.uint16) * 0),
+    ],
+    ids=["JPEG", "JPEG whose black is 1", "float", "16 bits"],
+)
+def test_masks_that_are_black_are_empty(data):
+    assert decode_mask(data, name="m").sum() == 0
+
+
+def test_antialiased_masks_are_no_class_numbers():
+    soft = cv2.GaussianBlur(BIG * np.uint8(255), (0, 0), 3)
+    small = np.asarray(Image.fromarray(BIG * np.uint8(255)).resize((64, 48), Image.Resampling.BICUBIC))
+    for pixels in (soft, small, soft // 86 * 85):
+        assert decode_grey_mask(encode(pixels), name="m.png").tolist() == pixels.tolist()
+
+
+def test_dark_areas_are_noise():
+    """Five masks of CVC-ClinicDB hold an area of 11 and 12."""
+    pixels = BIG * np.uint8(255)
+    pixels[70:, :60] = 12
+    assert decode_mask(encode(pixels), name="m.png").tolist() == BIG.tolist()
+
+
+NEOPOLYP = np.zeros((96, 128, 3), dtype=np.uint8)
+NEOPOLYP[20:60, 30:80] = (255, 0, 0)
+NEOPOLYP[70:90, 90:120] = (0, 255, 0)
+RED, GREEN = (NEOPOLYP[..., 0] > 0), (NEOPOLYP[..., 1] > 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "values", "wanted"),
+    [
+        (encode(NEOPOLYP), "#ff0000", RED),
+        (encode(NEOPOLYP), "#ff0000,#00ff00", RED | GREEN),
+        (encode(NEOPOLYP, "JPEG", quality=95, subsampling=0), "#FF0000, #00ff00", RED | GREEN),
+        (encode(NEOPOLYP, "JPEG", quality=95, subsampling=0), "#00ff00", GREEN),
+        (encode(palette_image(BIG, (0, 0, 0), (128, 0, 0))), "#800000", BIG),
+        (encode(palette_image(BIG, (0, 0, 0), (128, 0, 0))), "1", BIG),
+        (encode(REGIONS), "1-6", REGIONS > 0),
+        (encode(REGIONS), "2,5", np.isin(REGIONS, (2, 5))),
+        (encode(BIG, "JPEG"), "1-255", BIG),
+        (encode(BIG.astype(np.uint16) * np.uint16(300)), "300", BIG),
+        (encode(BIG.astype(np.int32) * 7, "TIFF"), "7", BIG),
+        (encode(Image.fromarray(BIG * np.uint8(255)).convert("1")), "1", BIG),
+        (encode(REGIONS), "128-255", BIG * 0),
+    ],
+)
+def test_mask_values_choose_what_is_polyp(data, values, wanted):
+    found = decode_mask(data, name="m.png", values=MaskValues.parse(values))
+    assert (found != wanted).mean() < 0.02  # JPEG moves edges
+    assert found.any() == np.any(wanted)
+
+
+def test_numbers_do_not_apply_to_colors_and_the_error_names_one():
+    with pytest.raises(PolypSegError, match=r"p7\.png is a colour-coded mask.*--mask-values '#ff0000'"):
+        decode_mask(encode(NEOPOLYP), name="p7.png", values=MaskValues.parse("1"))
+
+
+@pytest.mark.parametrize("text", ["", "red", "1,", "6-1", "#ff00", "1,#ff0000", "-3", "1.5", "9" * 20])
+def test_mask_values_refuse_other_words(text):
+    with pytest.raises(UsageError, match="mask values"):
+        MaskValues.parse(text)
+
+
+def test_mask_values_are_written_as_they_are_read():
+    for text in ("1", "1-6", "2,5-7", "#00ff00,#ff0000"):
+        assert str(MaskValues.parse(text)) == text
+
+
+def test_describe_file_tells_the_coding():
+    assert describe_file(CLEAR["TIFF white is zero"], name="m") == "TIFF, white is zero"
+    assert describe_file(MASK_FILES["palette"], name="m") == "PNG, palette"
+    assert describe_file(CLEAR["16 bits"], name="m").endswith("16 bits")

@@ -581,3 +581,13 @@ def test_evaluate_tests_the_rest_and_names_it(tmp_path):
     assert whole_receipt["model"]["seed"] == 42 and len(whole_receipt["model"]["sha256"]) == 64
     assert all(check_receipt(path) == [] for path in results.glob("*.receipt.json"))
     assert sorted(path.name for path in (results / "masks" / "folder").iterdir()) == ["a.png", "c.png"]
+
+
+def test_centres_are_in_the_manifest_only_where_a_set_tells_them(tmp_path):
+    images = tuple(ImagePrint(id=str(k), pixels="0" * 32, hash="0" * 64, centre=f"C{k}") for k in (1, 2))
+    told = SplitManifest(dataset="polypgen", split="full", part="full", content_id="x", images=images)
+    silent = replace(told, images=tuple(replace(image, centre=None) for image in images))
+    assert told.content()["centres"] == ["C1", "C2"] and "centres" not in silent.content()
+    assert told.digest != silent.digest
+    for manifest in (told, silent):
+        assert SplitManifest.load(manifest.save(tmp_path / "m.json")) == manifest

@@ -428,3 +428,43 @@ def test_published_masks_scored_as_predictions_are_perfect(real_data):
     scores = result.summary()
     assert scores["paper"]["dice"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 8}
     assert scores["surface"]["hd95"]["mean"] == 0 and scores["lesions"]["sensitivity_iou"]["mean"] == 1
+
+
+@pytest.mark.parametrize("top", [1, 255, 65535])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_masks_in_16_bits_score_as_in_8(data, tmp_path, suffix, top):
+    """0 and 1 in 16 bits were read as probabilities of 1 / 65535: a Dice of 0 for perfect masks."""
+    for record in data.records:
+        write_png(tmp_path / f"{record.id}.{suffix}", data.mask(record).astype(np.uint16) * np.uint16(top))
+    assert score_predictions(FilePredictions(tmp_path), data).summary()["paper"]["dice"]["mean"] == 1
+
+
+def test_class_numbers_in_16_bits_are_refused(data, tmp_path):
+    for record in data.records:
+        write_png(tmp_path / f"{record.id}.png", data.mask(record).astype(np.uint16) * np.uint16(7))
+    with pytest.raises(UsageError, match="coded with class numbers up to 7 in 16 bits"):
+        list(FilePredictions(tmp_path).predict(data, data.ids))
+
+
+def test_predictions_in_tiffs_with_white_as_zero_are_read_as_shown(data, tmp_path):
+    for record in data.records:
+        pixels = (1 - data.mask(record)) * np.uint8(255)
+        tifffile.imwrite(tmp_path / f"{record.id}.tif", pixels, photometric="miniswhite")
+    assert score_predictions(FilePredictions(tmp_path), data).summary()["paper"]["dice"]["mean"] == 1
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_transposed_predictions_are_refused_not_stretched(data, tmp_path, scale):
+    for record in data.records:
+        mask = data.mask(record).T * np.uint8(255)
+        write_png(tmp_path / f"{record.id}.png", mask.repeat(scale, 0).repeat(scale, 1))
+    with pytest.raises(
+        PolypSegError, match=r"00000\.png is \d+x\d+ but its image is 100x72: it seems to be transposed"
+    ):
+        list(FilePredictions(tmp_path).predict(data, data.ids))
+
+
+def test_square_predictions_of_oblong_frames_are_resized(data, tmp_path):
+    for record_id in data.ids:
+        write_png(tmp_path / f"{record_id}.png", np.full((64, 64), 200, np.uint8))
+    assert len(list(FilePredictions(tmp_path).predict(data, data.ids))) == len(data.ids)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.data import SyntheticOptions, open_dataset
-from polypseg.errors import UsageError
+from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation import predict_masks
 from polypseg.processing import build_image_processor
 from polypseg.segmentation import OUTLINE, Lesion, Prediction, Segmenter, draw_overlay, find_lesions, read_logits
@@ -183,3 +183,13 @@ def test_overlay_of_an_empty_mask_is_the_frame():
     empty = np.zeros((10, 20), dtype=bool)
     drawn = draw_overlay(frame, Prediction(probability=empty.astype(np.float32), mask=empty, lesions=()))
     np.testing.assert_array_equal(np.asarray(drawn), np.asarray(frame))
+
+
+def test_predict_refuses_what_is_no_list_of_images_and_deep_images(segmenter, frames):
+    array = np.asarray(frames[0])
+    for wrong in (frames[0], [array], ["frame.png"], "frame.png", array):
+        with pytest.raises(UsageError, match="give a list of PIL images"):
+            segmenter.predict(wrong)
+    deep = Image.fromarray(array[..., 0].astype(np.uint16) * 257)
+    with pytest.raises(PolypSegError, match="more than 8 bits per channel"):
+        segmenter.predict([deep])

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from polypseg.data.sources import FolderSource, TarSource, ZipSource, open_source
+from polypseg.data import open_dataset
+from polypseg.data.frames import open_frames
+from polypseg.data.sources import IMAGE_SUFFIXES, FolderSource, TarSource, ZipSource, open_source
 from polypseg.errors import PolypSegError, UsageError
 
 FILES = {f"Set/images/{name}.jpg": random.Random(name).randbytes(500) for name in ("2", "10", "1")}
@@ -284,3 +286,116 @@ def test_tar_source_gives_plain_names_for_dot_slash_members(tmp_path):
     source = open_source(build(tmp_path / "dotted", "tar.gz", dotted))
     assert source.names() == plain.names()
     assert source.content_id() == plain.content_id()
+
+
+# Names and links as people have them
+
+
+def test_linked_folders_are_entered_once_and_loops_end(tmp_path):
+    """A set whose folders were links had "no images"."""
+    real = build(tmp_path / "real", "folder", FILES)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "Set").symlink_to(real / "Set")
+    (linked / "again").symlink_to(linked)
+    (linked / "nowhere").symlink_to(tmp_path / "absent")
+    assert FolderSource(linked).names() == sorted(FILES)
+    assert FolderSource(linked).content_id() == FolderSource(real).content_id()
+
+
+def test_files_keep_their_own_names_beside_links_to_them(tmp_path):
+    folder = build(tmp_path / "set", "folder", FILES)
+    (folder / "A link").symlink_to(folder / "Set")
+    assert FolderSource(folder).names() == sorted(FILES)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root may read everything")
+def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+    folder = build(tmp_path / "set", "folder", FILES)
+    (folder / "Set" / "masks").chmod(0)
+    with pytest.raises(PolypSegError, match=r"cannot read the folder .*masks"):
+        FolderSource(folder).names()
+
+
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_names_that_are_no_utf8_become_text(tmp_path, form):
+    name = os.fsdecode(b"images/p\xe9.png")
+    try:
+        source = open_source(build(tmp_path / "set", form, {name: b"pixels"}))
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    assert source.names() == ["images/p\\xe9.png"]
+    assert source.read("images/p\\xe9.png") == b"pixels"
+    assert pickle.loads(pickle.dumps(open_source(source.path))).read("images/p\\xe9.png") == b"pixels"
+    int(source.content_id(), 16)
+
+
+def windows_zip(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            info = zipfile.ZipInfo("x")
+            info.filename = name.replace("/", "\\")
+            archive.writestr(info, data)
+    return path
+
+
+def test_zips_packed_with_backslashes_are_read_as_folders(tmp_path):
+    source = ZipSource(windows_zip(tmp_path / "set.zip", FILES))
+    assert source.names() == sorted(FILES)
+    assert {name: source.read(name) for name in source.names()} == FILES
+    assert source.content_id() == open_source(build(tmp_path / "other", "zip", FILES)).content_id()
+    frames = open_frames(tmp_path / "set.zip")
+    assert [frames.read(i) for i in range(len(frames))] == [FILES[frames.name(i)] for i in range(len(frames))]
+
+
+@pytest.mark.parametrize("form", ["zip", "tar", "folder"])
+def test_an_archive_inside_is_named_where_no_image_is_found(tmp_path, form):
+    inner = build(tmp_path / "inner", "zip", FILES).read_bytes()
+    place = build(tmp_path / "outer", form, {"download/good.zip": inner})
+    for attempt in (lambda: open_frames(place), lambda: open_dataset("folder", source=place)):
+        with pytest.raises(UsageError, match=r"no images in .*archive download/good\.zip: extract that"):
+            attempt()
+
+
+# Sizes are checked before anything is unpacked
+
+
+@pytest.mark.parametrize("form", ["zip", "tar.gz"])
+def test_bombs_are_refused_before_they_are_unpacked(tmp_path, monkeypatch, form):
+    path = build(tmp_path / "bomb", form, {"a.png": bytes(3_000_000)})
+    monkeypatch.setattr("polypseg.data.sources._BOMB_BYTES", 2_000_000)
+    monkeypatch.setattr(zipfile.ZipFile, "read", None)
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", None)
+    source = open_source(path)
+    for attempt in (source.names, source.content_id, lambda: source.read("a.png")):
+        with pytest.raises(PolypSegError, match=r"bomb\.\S+ has [\d,]+ bytes and unpacks to 3,\d+.* extract it"):
+            attempt()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_files_larger_than_any_image_are_refused(tmp_path, monkeypatch, form):
+    source = open_source(build(tmp_path / "set", form, {"a.png": bytes(2000)}))
+    monkeypatch.setattr("polypseg.data.sources.MAX_FILE_BYTES", 1999)
+    with pytest.raises(PolypSegError, match=r"a\.png.* has 2,000 bytes, more than the 1,999 of any image"):
+        source.read("a.png")
+
+
+def test_a_zip_that_holds_more_than_it_declares_is_damaged(tmp_path):
+    path = build(tmp_path / "set", "zip", {"a.png": bytes(100_000)})
+    data = path.read_bytes().replace((100_000).to_bytes(4, "little"), (500).to_bytes(4, "little"))
+    path.write_bytes(data)
+    with pytest.raises(PolypSegError, match=r"cannot read a\.png"):
+        open_frames(path).read(0)
+
+
+# Every format of Pillow is read, or left out for a reason
+
+
+def test_every_ending_that_pillow_opens_is_known_or_left_out_for_a_reason():
+    from PIL import Image
+
+    Image.init()
+    drawings = {".eps", ".ps", ".emf", ".wmf", ".pdf"}  # no pixels until somebody draws them
+    containers = {".mpg", ".mpeg", ".h5", ".hdf", ".bufr", ".grib", ".fit", ".fits"}  # Pillow only names these
+    opens = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    assert opens - set(IMAGE_SUFFIXES) <= drawings | containers

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
+from polypseg.arguments import MaskValuesOption
 from polypseg.card_facts import cell_of, scores_of, seen_words, size_of
 from polypseg.cli import run_script
 from polypseg.data import open_dataset
@@ -32,6 +33,7 @@ def main(
     model: Annotated[str, Option(help="Folder or Hub id of any AutoModelForSemanticSegmentation.")],
     dataset: Annotated[str, Option(help="Dataset of the table; see `polypseg data list`.")],
     source: Annotated[Path | None, Option(help="Folder or archive of the dataset.")] = None,
+    mask_values: MaskValuesOption = None,
     split: Annotated[str, Option(help="Named split; `full` is every image.")] = "full",
     part: Annotated[str, Option(help="Part of the split.")] = "full",
     output: Annotated[Path, Option(help="Folder of results.")] = Path("results"),
@@ -51,7 +53,7 @@ def main(
     """Evaluate any semantic segmentation model on a part of a dataset and write a receipt."""
     if convention not in CONVENTIONS:
         raise unknown_name("metric convention", convention, CONVENTIONS)
-    data = open_dataset(dataset, source=source, allow_partial=allow_partial)
+    data = open_dataset(dataset, source=source, allow_partial=allow_partial, mask_values=mask_values)
     manifest = name_partial(kept_manifest(data, split=split, part=part, limit=limit), data)
     folder = local_folder(model)
     if trust_remote_code and folder is None and not (revision and re.fullmatch(r"[0-9a-f]{40}", revision)):

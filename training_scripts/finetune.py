@@ -13,6 +13,7 @@ from typing import Annotated
 from typer import Option
 
 from polypseg import zoo
+from polypseg.arguments import MaskValuesOption
 from polypseg.cli import run_script
 from polypseg.data import open_dataset
 from polypseg.errors import UsageError
@@ -27,6 +28,7 @@ def main(
     output: Annotated[Path, Option(help="The run's folder.")],
     dataset: Annotated[str, Option(help="Dataset of the table; see `polypseg data list`.")] = "kvasir_seg",
     source: Annotated[Path | None, Option(help="Folder or archive of the dataset.")] = None,
+    mask_values: MaskValuesOption = None,
     split: Annotated[str, Option(help="Named split.")] = "reference",
     recipe: Annotated[str, Option(help="Recipe file, or the name of a bundled one.")] = "finetune",
     set_: Annotated[list[str] | None, Option("--set", help="Override, e.g. training.epochs=2.")] = None,
@@ -45,7 +47,7 @@ def main(
     entry, settings = zoo.get(model), load_recipe(recipe, overrides=set_ or [])
     if entry.method != "none" and encoder_weights is None:
         raise UsageError(f"{entry.model_id} is a pretrained row: give its weights, or say --encoder-weights random")
-    data = open_dataset(dataset, source=source, allow_partial=allow_partial)
+    data = open_dataset(dataset, source=source, allow_partial=allow_partial, mask_values=mask_values)
     accelerator = make_accelerator(settings.training.precision, run_dir=output)
     check_processes(accelerator, expected=num_processes)
     network = build_model(entry, settings, encoder_weights=encoder_weights)

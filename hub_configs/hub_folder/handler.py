@@ -40,11 +40,14 @@ class EndpointHandler:
 
 
 def _read_image(inputs: Any) -> Image.Image:
-    if isinstance(inputs, Image.Image):
-        return inputs.convert("RGB")
     try:
-        content = base64.b64decode(inputs, validate=True) if isinstance(inputs, str) else bytes(inputs)
-        return Image.open(io.BytesIO(content)).convert("RGB")
+        image = inputs
+        if not isinstance(inputs, Image.Image):
+            content = base64.b64decode(inputs, validate=True) if isinstance(inputs, str) else bytes(inputs)
+            image = Image.open(io.BytesIO(content))
+        if image.mode.startswith(("I", "F")):  # Pillow would clip them to white
+            raise ValueError(f"more than 8 bits per channel (mode {image.mode}), convert it to 8")
+        return image.convert("RGB")
     except (TypeError, ValueError, OSError) as error:
         raise ValueError(f"inputs must be an image, its bytes or their base64 text: {error}") from error
 

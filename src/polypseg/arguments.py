@@ -12,6 +12,13 @@ ImageSize = Annotated[int | None, Option(min=32, help="Side that a model was tra
 GivesProbabilities = Annotated[
     bool, Option("--gives-probabilities", help="The ONNX or smp model ends in probabilities, not in logits.")
 ]
+MaskValuesOption = Annotated[
+    str | None,
+    Option(
+        "--mask-values",
+        help="Values or colors of the mask files that are polyp: 1, 1-6 or '#ff0000,#00ff00'. Default: gray above 127.",
+    ),
+]
 
 
 def named_values(pairs: Sequence[str] | None, *, option: str, form: str = "NAME=VALUE") -> dict[str, str]:

@@ -31,6 +31,8 @@ _REMEDIES = {
     errno.EPERM: "permission denied: choose a folder that you may write to",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another folder",
 }
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
 PACKAGES = (
     "torch",
     "torchvision",
@@ -96,9 +98,12 @@ def _put_in_place(new: Path, path: Path, *, aside: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write ``text`` to ``path`` in one step and return the path."""
+    """Write ``text`` to ``path`` in one step and return the path.
+
+    UTF-8; bytes of file names that are none are written as ``\\udce9``, which JSON reads back.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 

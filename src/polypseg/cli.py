@@ -8,6 +8,7 @@ import typer
 from typer import Argument, Option
 
 from polypseg import evaluate_commands, hub_commands, report_commands, shift_commands, use_commands
+from polypseg.arguments import MaskValuesOption
 from polypseg.console import reported
 
 app = typer.Typer(
@@ -101,13 +102,14 @@ def get_dataset(
 def check(
     name: Annotated[str, Argument(help="Dataset of the table.")],
     path: Annotated[Path, Argument(help="Extracted folder or archive.")],
+    mask_values: MaskValuesOption = None,
     report: Annotated[Path, Option(help="Folder that receives the report.")] = Path("reports"),
 ) -> None:
     """Verify files, counts, pairing, sizes and masks; find duplicates inside and across splits; write a report."""
     from polypseg.data.check import check_dataset
     from polypseg.errors import PolypSegError
 
-    result = check_dataset(name, path)
+    result = check_dataset(name, path, mask_values=mask_values)
     written = result.write(report)
     print(result.to_markdown())
     print(f"report: {written}")
@@ -143,6 +145,7 @@ def push_prepared(
     name: Annotated[str, Argument(help="Dataset of the table.")],
     repo_id: Annotated[str, Argument(help="Dataset repository on the Hub, OWNER/NAME.")],
     source: Annotated[Path | None, Option(help="Folder or archive of the dataset.")] = None,
+    mask_values: MaskValuesOption = None,
     split: Annotated[str, Option(help="Named split that becomes the repository's splits.")] = "reference",
     public: Annotated[bool, Option("--public", help="Make the repository public; only where the terms allow.")] = False,
     override_terms: Annotated[
@@ -161,6 +164,7 @@ def push_prepared(
         private=not public,
         override=override_terms,
         allow_partial=allow_partial,
+        mask_values=mask_values,
     )
     print(f"{repo_id}: {'public' if public else 'private'}, commit {commit}")
 

@@ -1,5 +1,6 @@
 """How every command ends: a PolypSegError becomes one line on stderr and an exit code."""
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ def reported() -> Iterator[None]:
 
     So is a package that is not installed: its line says how to install it.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8, nor the screen
     try:
         yield
     except PolypSegError as error:

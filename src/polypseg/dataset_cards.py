@@ -229,6 +229,7 @@ def push_dataset(
     private: bool = True,
     override: bool = False,
     allow_partial: bool = False,
+    mask_values: str | None = None,
     token: str | None = None,
 ) -> str:
     """Push a prepared copy of a dataset with its card and return the commit of the data.
@@ -242,7 +243,7 @@ def push_dataset(
 
     spec = get_spec(dataset_name)
     check_may_upload(spec, private=private, override=override)
-    opened = open_dataset(dataset_name, source=source, allow_partial=allow_partial)
+    opened = open_dataset(dataset_name, source=source, allow_partial=allow_partial, mask_values=mask_values)
     prepared = opened.load(split=split)
     columns = next(iter(prepared.values())).features
     card = render_dataset_card(
@@ -250,7 +251,7 @@ def push_dataset(
         repo_id=repo_id,
         split=split,
         counts={part: len(rows) for part, rows in prepared.items()},
-        features={name: _describe_column(name) for name in columns},
+        features={name: _describe_column(name, opened.mask_values) for name in columns},
         content_id=opened.content_id,
     )
     lists = {part: list(rows["id"]) for part, rows in prepared.items()}
@@ -273,11 +274,12 @@ def push_dataset(
     return str(commit.oid)
 
 
-def _describe_column(name: str) -> str:
+def _describe_column(name: str, mask_values: object = None) -> str:
+    coding = f"{mask_values} are polyp" if mask_values else "thresholded above 127"
     known = {
         "id": "the published file name without its suffix",
         "image": "the frame, RGB, as published",
-        "mask": "PNG of the frame's size; 0 is background, 1 is polyp (published masks thresholded above 127)",
+        "mask": f"PNG of the frame's size; 0 is background, 1 is polyp (published masks: {coding})",
         "sequence_id": "the video clip that the frame belongs to",
         "centre": "the centre that contributed the frame",
         "class": "the published class",

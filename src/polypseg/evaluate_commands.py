@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from polypseg.arguments import GivesProbabilities, ImageSize, named_places
+from polypseg.arguments import GivesProbabilities, ImageSize, MaskValuesOption, named_places
 
 if TYPE_CHECKING:
     from polypseg.predictions import PredictionSource
@@ -39,6 +39,7 @@ def evaluate(
         Path | None, Option(help="Folder or archive of predicted masks or probability maps, named as the images.")
     ] = None,
     source: Annotated[Path | None, Option(help="Folder or archive of the dataset.")] = None,
+    mask_values: MaskValuesOption = None,
     split: Annotated[str, Option(help="Named split; `full` is every image.")] = "full",
     part: Annotated[str, Option(help="Part of the split.")] = "full",
     convention: Annotated[list[str] | None, Option(help="A convention; repeat for several. Default: all.")] = None,
@@ -89,14 +90,16 @@ def evaluate(
         alarm_area=alarm_area,
     )
     if suite:
-        if model is None or dataset is not None or limit is not None or source is not None:
-            raise UsageError("--suite chooses the datasets for a --model: leave out --dataset, --source and --limit")
+        if model is None or dataset is not None or any(value is not None for value in (limit, source, mask_values)):
+            raise UsageError(
+                "--suite chooses the datasets for a --model: leave out --dataset, --source, --mask-values and --limit"
+            )
         chosen = open_model(model, name=name, image_size=image_size, gives_probabilities=gives_probabilities)
         _evaluate_suite(chosen, plan, folder=model_folder(model))
         return
     if dataset is None or only or sources or own or negatives:
         raise UsageError("name one test with --dataset, or run them all with --suite (and --only, --sources, ...)")
-    data = open_dataset(dataset, source=source, allow_partial=allow_partial)
+    data = open_dataset(dataset, source=source, allow_partial=allow_partial, mask_values=mask_values)
     manifest = name_partial(kept_manifest(data, split=split, part=part, limit=limit), data)
     if predictions is not None:
         chosen = _files(predictions, allow_missing=allow_missing, name=name)

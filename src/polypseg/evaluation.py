@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from polypseg.data.images import as_frame
 from polypseg.data.polyps import PolypDataset
 from polypseg.metrics import METRICS, Scores, mean_with_interval, pixel_counts, score
 from polypseg.processing import polyp_logits, resize_map
@@ -100,10 +101,10 @@ def evaluate_model(
 
 @torch.inference_mode()
 def predict_masks(model: Any, processor: Any, frames: Sequence[Image.Image]) -> list[NDArray[np.bool_]]:
-    """RGB frames of any size -> boolean masks (H, W) of their sizes."""
+    """PIL images of any size -> boolean masks (H, W) of their sizes."""
     masks = []
     for frame in frames:
-        logits = model.eval()(**processor(images=[frame], return_tensors="pt")).logits
+        logits = model.eval()(**processor(images=[as_frame(frame)], return_tensors="pt")).logits
         masks.append(predicted_mask(polyp_logits(logits.float(), model.config)[0], (frame.height, frame.width)))
     return masks
 

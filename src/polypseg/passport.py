@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from polypseg import zoo
 from polypseg.artifacts import cache_folder, file_sha256, read_json, write_text
-from polypseg.data.catalog import CLIP_COLUMN, DATASETS
+from polypseg.data.catalog import CENTRE_COLUMN, CLIP_COLUMN, DATASETS
 from polypseg.data.check import HASH_DISTANCE, fingerprint
 from polypseg.data.frames import FrameStore
 from polypseg.data.images import decode_frame
@@ -56,6 +56,8 @@ class ImagePrint:
     """64 hex digits: the 256-bit difference hash of ``polypseg.data.check``."""
     clip: str | None = None
     """Video clip, where the dataset tells."""
+    centre: str | None = None
+    """Hospital, where the dataset tells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,10 @@ class SplitManifest:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the sorted prints: the same for the same images in any order, whatever the part's name."""
-        lines = sorted("\0".join((i.id, i.pixels, i.hash, i.clip or "")) + "\n" for i in self.images)
+        lines = sorted(
+            "\0".join((i.id, i.pixels, i.hash, i.clip or "", *([i.centre] if i.centre else []))) + "\n"
+            for i in self.images
+        )
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @cached_property
@@ -108,6 +113,7 @@ class SplitManifest:
             "pixels": [image.pixels for image in self.images],
             "hashes": [image.hash for image in self.images],
             "clips": [image.clip for image in self.images] if any(i.clip is not None for i in self.images) else None,
+            **({"centres": [i.centre for i in self.images]} if any(i.centre for i in self.images) else {}),
         }
 
     def save(self, path: Path) -> Path:
@@ -123,8 +129,9 @@ class SplitManifest:
     def from_content(cls, content: Mapping[str, Any]) -> "SplitManifest":
         """The manifest of ``content``. Raises ValueError when its columns are not of the images of its digest."""
         clips = content["clips"] or [None] * len(content["ids"])
-        columns = (content["ids"], content["pixels"], content["hashes"], clips)
-        images = tuple(ImagePrint(id=i, pixels=p, hash=h, clip=c) for i, p, h, c in zip(*columns, strict=True))
+        centres = content.get("centres") or [None] * len(content["ids"])
+        columns = zip(content["ids"], content["pixels"], content["hashes"], clips, centres, strict=True)
+        images = tuple(ImagePrint(id=i, pixels=p, hash=h, clip=c, centre=of) for i, p, h, c, of in columns)
         names = ("dataset", "split", "part", "content_id")
         manifest = cls(**{name: content[name] for name in names}, images=images)
         if manifest.digest != content["digest"] or len(manifest.packed_hashes) != len(images):
@@ -183,7 +190,8 @@ def make_manifest(
     prints = []
     for record_id in tqdm(ids, desc=f"noting {dataset.spec.title}", unit="image", leave=False, disable=None):
         record = dataset.by_id[record_id]
-        prints.append(image_print(record_id, dataset.frame(record), clip=record.groups.get(CLIP_COLUMN)))
+        found = image_print(record_id, dataset.frame(record), clip=record.groups.get(CLIP_COLUMN))
+        prints.append(replace(found, centre=record.groups.get(CENTRE_COLUMN)))
     return SplitManifest(
         dataset=dataset.spec.name, split=split, part=label, content_id=dataset.content_id, images=tuple(prints)
     )
@@ -200,7 +208,8 @@ def kept_manifest(
 ) -> SplitManifest:
     """As ``make_manifest``; the images of the same content are read once and their prints kept in the cache folder."""
     ids, label = dataset.part(split, part, limit=limit)
-    key = hashlib.sha256("\0".join((dataset.content_id, split, label, *ids)).encode()).hexdigest()[:16]
+    told = [CENTRE_COLUMN] if CENTRE_COLUMN in dataset.spec.groups else []
+    key = hashlib.sha256("\0".join((dataset.content_id, split, label, *told, *ids)).encode()).hexdigest()[:16]
     path = cache_folder() / "manifests" / f"{dataset.spec.name}-{key}.json"
     with contextlib.suppress(PolypSegError):  # missing, or damaged: it is made again
         return SplitManifest.load(path)

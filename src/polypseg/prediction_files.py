@@ -1,6 +1,7 @@
 """Predictions as files: a folder or archive of masks or probability maps, matched to a dataset's ids by name.
 
-8-bit grey is read as value / 255 and 16-bit as value / 65535; a set whose values are all 0 and 1 is one of masks.
+8-bit grey is read as value / 255 and 16-bit as value / 65535; a set whose values are all 0 and 1, or in 16 bits all 0
+and 255, is one of masks.
 """
 
 import io
@@ -12,7 +13,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-import tifffile
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -26,8 +26,8 @@ from polypseg.predictions import Probability, probability_map
 
 _SUFFIXES = (*IMAGE_SUFFIXES, ".npy")
 _STEM = r"(?P<id>.+?)_(mask|pred|prediction|prob|probability)"
-_FEW_CLASSES = 9
-"""The highest value of a set of 8-bit files that must be class numbers: as probabilities all would be under 4 %."""
+_FAINT = 9 / 255
+"""Share of white up to which all values of a set must be class numbers: as probabilities all would be under 4 %."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,26 @@ class FilePredictions:
         return names
 
     @cached_property
-    def _highest(self) -> float:
-        """The highest stored value of the set, in 255ths; reading stops at the first that settles the coding."""
-        highest = 0.0
-        for name in self._names:
-            highest = max(highest, float(self._stored(name).max(initial=0)))
-            if highest > _FEW_CLASSES:
-                break
-        return highest
+    def _codes(self) -> dict[np.dtype[Any], frozenset[int] | None]:
+        """Filled by ``_codes_of``."""
+        return {}
+
+    def _codes_of(self, kind: np.dtype[Any]) -> frozenset[int] | None:
+        """The values of all files of a whole-number type, where they are codes; None where they are probabilities.
+
+        Reading stops at the first file that settles it.
+        """
+        if kind not in self._codes:
+            found: set[int] = set()
+            for name in self._names:
+                pixels = self._stored(name)
+                if pixels.dtype == kind:
+                    found.update(np.unique(pixels).tolist())
+                    if max(found) > _FAINT * np.iinfo(kind).max:
+                        self._codes[kind] = None
+                        return None
+            self._codes[kind] = frozenset(found)
+        return self._codes[kind]
 
     def files_of(self, dataset: PolypDataset, ids: Sequence[str]) -> dict[str, str]:
         """id -> file name. Raises UsageError listing missing files, files of no image, and two files of one image."""
@@ -107,24 +119,44 @@ class FilePredictions:
         if name is None:
             return np.zeros(shape, dtype=np.float32)
         pixels = self._stored(name)
-        probability = self._as_probability(pixels, name) if pixels.dtype == np.uint8 else _unit(pixels)
+        probability = _unit(pixels) if pixels.dtype.kind == "f" else self._as_probability(pixels, name)
         if probability.shape == shape:
             return probability
+        _refuse_transposed(probability.shape, shape, name=str(self.path / name))
         return probability_map(torch.from_numpy(probability), shape, output="probability")
 
     def _as_probability(self, pixels: NDArray[Any], name: str) -> Probability:
-        """8-bit values: masks of 0 and 1 only if the whole set is, since one faint map may hold nothing else."""
-        if pixels.max(initial=0) > _FEW_CLASSES or self._highest > _FEW_CLASSES:
+        """Whole numbers: codes only if the whole set is coded, since one faint map may hold nothing else."""
+        white = np.iinfo(pixels.dtype).max
+        if pixels.max() > _FAINT * white or (codes := self._codes_of(pixels.dtype)) is None:
             return _unit(pixels)
-        if self._highest > 1:
-            raise UsageError(
-                f"{self.path} is coded with class numbers up to {self._highest:.0f} ({name}): save 0 and 1, 0 and 255, "
-                "or probabilities"
-            )
-        return pixels.astype(np.float32)
+        if codes <= {0, 1}:
+            return pixels.astype(np.float32)
+        if codes <= {0, 255} and white > 255:
+            return (pixels == 255).astype(np.float32)
+        bits = f" in {8 * pixels.dtype.itemsize} bits" if white > 255 else ""
+        raise UsageError(
+            f"{self.path} is coded with class numbers up to {max(codes)}{bits} ({name}): save 0 and 1, 0 and 255, "
+            "or probabilities"
+        )
 
     def _stored(self, name: str) -> NDArray[Any]:
         return read_map(self._source.read(name), name=str(self.path / name))
+
+
+def _refuse_transposed(found: tuple[int, ...], wanted: tuple[int, ...], *, name: str) -> None:
+    """Raise PolypSegError for a map (h, w) whose sides are those of the image (H, W), at some scale, exchanged.
+
+    Other proportions are what models of a fixed input size give, and are resized.
+    """
+    (h, w), (height, width) = found, wanted
+    # Sides may have been rounded to whole pixels, by half a pixel each.
+    exchanged = abs(h * height - w * width) <= 0.5 * (height + width)
+    if exchanged and not abs(h * width - w * height) <= 0.5 * (height + width):
+        raise PolypSegError(
+            f"{name} is {w}x{h} but its image is {width}x{height}: it seems to be transposed. Save it upright, in the "
+            "image's size"
+        )
 
 
 def _some(names: Sequence[str]) -> str:
@@ -144,7 +176,12 @@ def read_map(data: bytes, *, name: str) -> NDArray[Any]:
     Raises PolypSegError for a file that cannot be read, is in colours, or holds other values.
     """
     try:
-        pixels = _decode(data, suffix=PurePosixPath(name).suffix.lower())
+        if PurePosixPath(name).suffix.lower() == ".npy":
+            pixels = np.load(io.BytesIO(data), allow_pickle=False)
+        else:
+            pixels = images.read_values(data, name=name)
+    except UsageError:
+        raise
     except Exception as error:  # damaged files fail in a dozen ways
         raise PolypSegError(f"{name} cannot be read as a map ({error}): save it again or remove it") from error
     pixels = np.squeeze(pixels, axis=tuple(k for k in (0, -1) if pixels.ndim == 3 and pixels.shape[k] == 1)[:1])
@@ -158,7 +195,7 @@ def read_map(data: bytes, *, name: str) -> NDArray[Any]:
         return pixels
     if pixels.dtype.kind == "f" and pixels.min() >= 0 and pixels.max() <= 1:
         return pixels
-    if pixels.dtype.kind == "i" and pixels.min() >= 0 and pixels.max() <= 1:
+    if pixels.dtype.kind in "iu" and pixels.min() >= 0 and pixels.max() <= 1:
         return pixels.astype(np.uint8) * np.uint8(255)
     raise PolypSegError(
         f"{name} holds {pixels.dtype} values from {pixels.min()} to {pixels.max()}: save probabilities between 0 and 1 "
@@ -173,19 +210,6 @@ def _grey(pixels: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
     if (np.ptp(pixels[..., :3], axis=2) > 64).mean() > 1e-3:
         raise PolypSegError(f"{name} is in colours: save the polyp's probability as grey")
     return np.asarray(Image.fromarray(pixels[..., :3]).convert("L"))
-
-
-def _decode(data: bytes, *, suffix: str) -> NDArray[Any]:
-    if suffix == ".npy":
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    if suffix in (".tif", ".tiff"):
-        return tifffile.imread(io.BytesIO(data))
-    with Image.open(io.BytesIO(data)) as image:
-        if image.mode == "I":
-            return np.asarray(image).astype(np.uint16)
-        if image.mode in ("P", "LA", "PA", "CMYK", "YCbCr"):
-            return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
-        return np.asarray(image)
 
 
 def save_predictions(

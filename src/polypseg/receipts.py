@@ -92,12 +92,20 @@ def image_rows(
     *,
     largest: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """One row an image: id, clip, measures that are numbers, and ``convention.output`` where images have such scores.
+    """One row per image: id, clip, centre where the dataset tells it, measures that are numbers, and
+    ``convention.output`` where images have such scores.
 
     None where an image has no such score. ``largest``: pixels of each prediction's largest component.
     """
+    centres = any(known.centre for known in manifest.images)
     rows: list[dict[str, Any]] = [
-        {"id": known.id, "clip": known.clip, **image.row(), LARGEST: area}
+        {
+            "id": known.id,
+            "clip": known.clip,
+            **({"centre": known.centre} if centres else {}),
+            **image.row(),
+            LARGEST: area,
+        }
         for known, image, area in zip(manifest.images, images, largest, strict=True)
     ]
     for convention in conventions:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageFilter
 
+from polypseg.data.images import as_frame
 from polypseg.errors import UsageError, missing_package
 from polypseg.inference.preparation import FrameProcessor
 from polypseg.inference.regions import measure_regions
@@ -139,6 +140,9 @@ class Segmenter:
         has at least. Raises UsageError for a threshold outside 0 to 1 or a count below 1.
         """
         check_options(threshold=threshold, min_area=min_area)
+        if isinstance(frames, str | Path | bytes) or not isinstance(frames, Sequence):
+            raise UsageError(f"frames are of the type {type(frames).__name__}: give a list of PIL images")
+        frames = [as_frame(frame, name=f"frame {number}") for number, frame in enumerate(frames)]
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, not {batch_size}")
         predictions = []
@@ -151,7 +155,7 @@ class Segmenter:
 
     def _logits(self, frames: Sequence[Image.Image]) -> NDArray[np.float32]:
         """Polyp logits (B, h, w) at the model's own size."""
-        inputs = self.processor(images=[frame.convert("RGB") for frame in frames], return_tensors="np")
+        inputs = self.processor(images=list(frames), return_tensors="np")
         return self.runtime.polyp_logits(np.ascontiguousarray(inputs["pixel_values"], dtype=np.float32))
 
     def fingerprint(self) -> str:

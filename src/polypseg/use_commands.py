@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
+from polypseg.arguments import MaskValuesOption
+
 if TYPE_CHECKING:
     from polypseg.card_facts import Test
 
@@ -191,6 +193,7 @@ def robustness(
     model: ModelOption,
     dataset: Annotated[str, Option(help="Dataset of the table; see `polypseg data list`.")],
     source: Annotated[Path | None, Option(help="Folder or archive of the dataset.")] = None,
+    mask_values: MaskValuesOption = None,
     split: Annotated[str, Option(help="Named split; `full` is every image.")] = "full",
     part: Annotated[str, Option(help="Part of the split.")] = "full",
     kinds: Annotated[list[str] | None, Option("--corruption", help="A kind; repeat for more. Default: all.")] = None,
@@ -207,7 +210,7 @@ def robustness(
     result = measure_robustness(
         segmenter.model,
         segmenter.processor,
-        open_dataset(dataset, source=source),
+        open_dataset(dataset, source=source, mask_values=mask_values),
         model_id=results_name(segmenter.model.config, model),
         split=split,
         part=part,

@@ -8,6 +8,19 @@ from polypseg.errors import unknown_name
 
 CLIP_COLUMN = "sequence_id"
 """Of the sets whose frames are video clips: which clip a frame belongs to."""
+CENTRE_COLUMN = "centre"
+"""Of the sets of several hospitals: which one a frame comes from."""
+_PART = r"((train(ing)?|val(id|idation)?|test(ing)?)[ _-]?)?"
+ANY_IMAGE_FOLDER = rf"{_PART}(images?|imgs?|original|frames)"
+ANY_MASK_FOLDER = rf"{_PART}(masks?|ground[ _]?truths?|gt|labels?|annotations?|segmentations?)"
+ANY_MASK_STEM = r"(?P<id>.+?)(_mask|_segmentation|_gt|_groundtruth|_label)?"
+"""Folders and names of re-packed sets, tried after a set's own; of any case, with the parts of a split before them."""
+MARKED_MASK_STEM = ANY_MASK_STEM.removesuffix("?")
+"""How masks are told from images in one folder."""
+EXPECTED_TREE = (
+    "images/NAME.png with masks/NAME.png (or NAME_mask.png), the same below train/, val/ and test/, "
+    "images/train/NAME.png with masks/train/NAME.png, or NAME.png beside NAME_mask.png in one folder"
+)
 _CLIP_ENDS = (
     25, 50, 67, 78, 103, 126, 151, 177, 199, 205, 227, 252, 277, 297, 317,
     342, 363, 383, 408, 428, 447, 466, 478, 503, 528, 546, 571, 591, 612,
@@ -23,8 +36,8 @@ def clinicdb_sequence(frame_id: str, path: str) -> str:
 
 def polypgen_centre(frame_id: str, path: str) -> str:
     """The centre C1 to C6 from the folder (``images_C3``) or the file name (``C3_...``); else ``unknown``."""
-    match = re.search(r"(?:^|[_/])(C[1-6])(?=[_/]|$)", path)
-    return match.group(1) if match else "unknown"
+    match = re.search(r"(?:^|[_/])(?:C|cent(?:re|er)[ _-]?)([1-6])(?=[_/]|$)", path, re.IGNORECASE)
+    return f"C{match.group(1)}" if match else "unknown"
 
 
 def parent_folder(frame_id: str, path: str) -> str:
@@ -49,6 +62,10 @@ class DatasetSpec:
     """None for sets without masks."""
     mask_stem: str = r"(?P<id>.+)"
     """How a mask's file name (without suffix) contains the image's."""
+    image_stem: str = r"(?P<id>.+)"
+    """How an image's file name looks where images and masks lie in one folder; other files there are left out."""
+    mask_values: str | None = None
+    """Which values or colors of the published masks are polyp; None for gray above 127."""
     groups: dict[str, Callable[[str, str], str]] = field(default_factory=dict)
     """Extra columns: name -> function of (id, path)."""
     locations: tuple[str, ...] = ()
@@ -149,14 +166,14 @@ DATASETS: dict[str, DatasetSpec] = {
             title="PolypGen (single frames)",
             license="CC BY 4.0",
             citation="Ali et al., A multi-centre polyp detection and segmentation dataset, Scientific Data, 2023",
-            homepage="https://www.synapse.org/Synapse:syn26376615",
+            homepage="https://www.synapse.org/Synapse:syn45200214",
             count=1537,
             image_folder=r"images(_C[1-6])?",
             mask_folder=r"masks(_C[1-6])?",
             mask_stem=r"(?P<id>.+?)(_mask)?",
-            groups={"centre": polypgen_centre},
+            groups={CENTRE_COLUMN: polypgen_centre},
             locations=("PolypGen", "PolypGen2021_MultiCenterData_v3", "PolypGen2021_MultiCenterData_v3.zip"),
-            request="Create an account, accept the terms at https://www.synapse.org/Synapse:syn26376615 and download.",
+            request="Create an account, accept the terms at https://www.synapse.org/Synapse:syn45200214 and download.",
             may_be_republished=True,
         ),
         DatasetSpec(
@@ -169,6 +186,7 @@ DATASETS: dict[str, DatasetSpec] = {
             image_folder="Original|ETIS-LaribPolypDB|images",
             mask_folder="Ground ?Truth|masks",
             mask_stem=r"p?(?P<id>\d+)",
+            image_stem=r"(?P<id>\d+)",
             locations=("ETIS-LaribPolypDB", "ETIS-LaribPolypDB.zip"),
             request="Register at https://polyp.grand-challenge.org/EtisLarib/ and follow the download link there.",
         ),
@@ -182,8 +200,22 @@ DATASETS: dict[str, DatasetSpec] = {
             image_folder="Original|CVC-ColonDB|images",
             mask_folder="Ground ?Truth|masks",
             mask_stem=r"p?(?P<id>\d+)",
+            image_stem=r"(?P<id>\d+)",  # as published: N.tiff, its mask pN.tiff and a contour cpN.tiff in one folder
             locations=("CVC-ColonDB", "CVC-ColonDB.zip"),
             request="Request the set at http://vi.cvc.uab.es/colon-qa/cvccolondb/ (research use, by agreement).",
+        ),
+        DatasetSpec(
+            name="neopolyp",
+            title="BKAI-IGH NeoPolyp-Small",
+            license="as its competition states; ask the owners before any other use",
+            citation="Lan et al., NeoUNet: Towards Accurate Colon Polyp Segmentation and Neoplasm Detection, ISVC 2021",
+            homepage="https://www.kaggle.com/competitions/bkai-igh-neopolyp",
+            count=1000,
+            image_folder="train|images",
+            mask_folder="train_gt|masks",
+            mask_values="#ff0000,#00ff00",  # neoplastic red, other polyps green: both are polyp here
+            locations=("bkai-igh-neopolyp", "bkai-igh-neopolyp.zip", "neopolyp"),
+            request="Join https://www.kaggle.com/competitions/bkai-igh-neopolyp, accept its rules and download.",
         ),
         DatasetSpec(
             name="folder",
@@ -192,9 +224,9 @@ DATASETS: dict[str, DatasetSpec] = {
             citation="",
             homepage="",
             count=None,
-            image_folder=r"images?|imgs?|original|frames",
-            mask_folder=r"masks?|ground[ _]?truth|gt|labels?|annotations?",
-            mask_stem=r"(?P<id>.+?)(_mask|_segmentation|_gt)?",
+            image_folder=ANY_IMAGE_FOLDER,
+            mask_folder=ANY_MASK_FOLDER,
+            mask_stem=ANY_MASK_STEM,
         ),
         *(
             DatasetSpec(

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from tqdm import tqdm
 
 from polypseg.artifacts import write_json, write_text
 from polypseg.data.catalog import get_spec
-from polypseg.data.polyps import PolypDataset, index_records
-from polypseg.data.sources import open_source
+from polypseg.data.images import describe_file
+from polypseg.data.polyps import PolypDataset, chosen_values, index_records
+from polypseg.data.sources import Source, open_source
 from polypseg.data.splits import DESCRIPTIONS
 from polypseg.errors import PolypSegError, UsageError
 
@@ -36,6 +38,8 @@ class CheckReport:
     problems: list[str] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
     """"WIDTHxHEIGHT" -> frames."""
+    forms: dict[str, int] = field(default_factory=dict)
+    """How files are coded, in words -> files, frames and masks together."""
     empty_masks: list[str] = field(default_factory=list)
     polyp_share: dict[str, float] = field(default_factory=dict)
     """Least, mean and greatest share of a frame that its mask covers."""
@@ -64,6 +68,8 @@ class CheckReport:
             f"- content id: {self.content_id}",
             f"- images: {self.images}{expected}, {len(self.sizes)} different sizes",
         ]
+        if self.forms:
+            lines.append(f"- files: {'; '.join(f'{count} {form}' for form, count in sorted(self.forms.items()))}")
         if self.polyp_share:
             low, mean, high = (100 * self.polyp_share[key] for key in ("least", "mean", "greatest"))
             lines.append(f"- polyp area: {low:.2f} to {high:.1f} % of the frame, mean {mean:.1f} %")
@@ -85,30 +91,62 @@ def _section(title: str, items: list[str]) -> list[str]:
     return ["", f"## {title}", "", *(f"- {item}" for item in items)] if items else []
 
 
-def check_dataset(name: str, path: Path) -> CheckReport:
+def check_dataset(name: str, path: Path, *, mask_values: str | None = None) -> CheckReport:
     """Read everything once and report. A broken file is a problem in the report, not an exception.
 
-    Raises UsageError only when the name is unknown or the path is no folder or archive.
+    ``mask_values`` as for ``open_dataset``. Raises UsageError only when the name or the values are no such thing or
+    the path is no folder or archive.
     """
     spec, source = get_spec(name), open_source(path)
     report = CheckReport(name=name, path=str(path), expected_images=spec.count)
+    values = chosen_values(spec, mask_values)
     try:
-        dataset = PolypDataset(spec=spec, source=source, records=index_records(spec, source))
+        records = index_records(spec, source)
     except PolypSegError as error:
         report.problems.append(str(error))
         return report
+    watched = _DescribedSource(source, report.forms)
+    dataset = PolypDataset(spec=spec, source=watched, records=records, mask_values=values)
     report.content_id, report.images = dataset.content_id, len(dataset.records)
     if spec.count not in (None, report.images):
         report.problems.append(
             f"{report.images} images instead of {spec.count}: the set is incomplete or has extra files"
         )
     prints = _read_all(dataset, report)
+    with_mask = [record.id for record in dataset.records if record.mask is not None]
+    if values is not None and with_mask and len(report.empty_masks) == len(with_mask):
+        report.problems.append(f"no mask holds a pixel of the values {values}: name those that are polyp")
     report.near_duplicates = near_duplicates(prints)
     report.exact_duplicates = [(a, b) for a, b in report.near_duplicates if prints[a].digest == prints[b].digest]
     for split in DESCRIPTIONS:
         if split != "full":
             _compare_with_split(dataset, split, report)
     return report
+
+
+@dataclass(frozen=True)
+class _DescribedSource:
+    """A source that notes how each file that is read is coded."""
+
+    source: Source
+    forms: dict[str, int]
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    def names(self) -> list[str]:
+        return self.source.names()
+
+    def content_id(self) -> str:
+        return self.source.content_id()
+
+    def read(self, name: str) -> bytes:
+        data = self.source.read(name)
+        with suppress(PolypSegError):  # its decoding says what is wrong
+            form = describe_file(data, name=name)
+            self.forms[form] = self.forms.get(form, 0) + 1
+        return data
 
 
 @dataclass(frozen=True)

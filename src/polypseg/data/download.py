@@ -10,13 +10,15 @@ import logging
 import os
 import re
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 from tqdm import tqdm
-from urllib3.exceptions import InvalidHeader
+from urllib3.exceptions import HTTPError, InvalidHeader
 from urllib3.util import Retry
 
 from polypseg.artifacts import file_sha256
@@ -26,6 +28,9 @@ log = logging.getLogger(__name__)
 
 CHUNK = 1 << 16  # bytes; also the most that a cut connection or a kill loses
 LONGEST_WAIT = 120.0  # seconds; a server that asks for more is not waited for
+LOWEST_SPEED = 1024.0  # bytes/s over the time-out, below which a transfer counts as failed
+RESERVE = 1 << 28  # bytes that a body of unannounced length leaves free on the disk
+_INFLATION = 20  # times the announced bytes that a body may become where the server compresses it unasked
 CONNECT_TIMEOUT = 5.0  # seconds; without a network all attempts together then fail within a minute
 
 
@@ -49,11 +54,12 @@ def download(
 ) -> Path:
     """Download ``url`` to the file ``destination`` and return it; a file already right costs no request.
 
-    ``size`` is in bytes, ``timeout`` and ``backoff`` in seconds. ``attempts`` counts failures in a row that
-    brought no new bytes; the wait between them doubles from ``backoff`` on, unless the server names one. An
-    existing file counts as right if neither size nor hash is known; a wrong one stays until its successor is
-    complete. Raises UsageError for anything but http and https, PolypSegError if the server refuses or stays
-    away, the bytes are wrong, or the disk does not take them. All but wrong bytes are kept for the next call.
+    ``size`` is in bytes, ``timeout`` and ``backoff`` in seconds. ``attempts`` counts failures in a row, of whatever
+    kind, after which the file was not longer than ever before; the wait between them doubles from ``backoff`` on,
+    unless the server names one. Slower than 1 KiB/s over ``timeout`` is a failure too. Never more is written than the
+    server announced. An existing file counts as right if neither size nor hash is known; a wrong one stays until its
+    successor is complete. Raises UsageError for anything but http and https, PolypSegError if the server refuses or
+    stays away, the bytes are wrong, or the disk does not take them. All but wrong bytes are kept for the next call.
     """
     if urlsplit(url).scheme not in ("http", "https"):
         raise UsageError(f"cannot download {url!r}: the address must start with http:// or https://")
@@ -72,7 +78,9 @@ def download(
                 return destination
             log.warning("%s has %s: downloading it again", destination, defect)
         destination.parent.mkdir(parents=True, exist_ok=True)
-        while not retrying(_receive, url, destination, size=size, timeout=timeout):
+        longest = _length(part)
+        while not retrying(_receive, url, destination, size=size, timeout=timeout, longest=longest):
+            longest = max(longest, _length(part))
             log.info("%s: resuming at byte %d", url, _length(part))
         if defect := _defect(part, sha256=sha256, size=size):
             _discard(part)
@@ -90,8 +98,11 @@ def download(
     return destination
 
 
-def _receive(url: str, destination: Path, *, size: int | None, timeout: float) -> bool:
-    """One request and its body; False if another should follow at once, because new bytes have arrived."""
+def _receive(url: str, destination: Path, *, size: int | None, timeout: float, longest: int) -> bool:
+    """One request and its body; False if another should follow at once, because new bytes have arrived.
+
+    New are those beyond ``longest``, the greatest length so far: a server that makes us begin again brings none.
+    """
     part, by_hand = _part(destination), _by_hand(destination)
     have = _length(part)
     headers = {"Accept-Encoding": "identity"}
@@ -105,18 +116,18 @@ def _receive(url: str, destination: Path, *, size: int | None, timeout: float) -
                 if response.headers.get("Content-Range") == f"bytes */{have}":
                     return True  # the last run was killed between the last byte and the rename
                 _discard(part)
-                return False
+                raise _TransientError(f"{status} to the rest of the file")
             if response.status_code in (408, 429) or response.status_code >= 500:
                 if (wait := _retry_after(response) or 0) > LONGEST_WAIT:
                     raise PolypSegError(f"cannot download {url}: {status}. Try again in {wait:.0f} s; it resumes.")
                 raise _TransientError(status, retry_after=wait or None)
             if response.status_code not in (200, 206):
                 raise PolypSegError(f"cannot download {url}: {status}. Open it in a browser, and {by_hand}.")
-            _store(response, url, destination, size=size)
+            _store(response, url, destination, size=size, timeout=timeout)
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise PolypSegError(f"cannot verify the certificate of {url}; {by_hand}.") from error
-        if _length(part) >= have + CHUNK:
+        if _length(part) >= max(have, longest) + CHUNK:
             return False
         raise _TransientError(f"the connection failed ({type(error).__name__})") from error
     except requests.RequestException as error:
@@ -124,7 +135,7 @@ def _receive(url: str, destination: Path, *, size: int | None, timeout: float) -
     return True
 
 
-def _store(response: requests.Response, url: str, destination: Path, *, size: int | None) -> None:
+def _store(response: requests.Response, url: str, destination: Path, *, size: int | None, timeout: float) -> None:
     """Write the body: behind the bytes that a 206 continues, else from zero."""
     part, have = _part(destination), _length(_part(destination))
     if response.status_code == 206:
@@ -163,13 +174,57 @@ def _store(response: requests.Response, url: str, destination: Path, *, size: in
             validator = etag if etag and not etag.startswith("W/") else modified
             origin = {"url": url, "validator": "" if encoded else validator}
             _origin(part).write_text(json.dumps(origin), encoding="utf-8")
-        for chunk in response.iter_content(CHUNK):
-            file.write(chunk)
-            bar.update(len(chunk))
-        file.flush()
-        os.fsync(file.fileno())
+        most = total
+        if most is None and encoded and announced.isdigit():
+            most = _INFLATION * int(announced)
+        written = start
+        try:
+            for chunk in _body(response, timeout=timeout):
+                written += len(chunk)
+                if most is not None and written > most:
+                    break
+                if most is None:
+                    _leave_room(part, written)
+                file.write(chunk)
+                bar.update(len(chunk))
+        finally:
+            file.flush()
+            os.fsync(file.fileno())
+    if most is not None and written > most:
+        _discard(part)
+        raise PolypSegError(
+            f"{url} sends more than the {total or announced} bytes that were announced: what arrived was deleted. "
+            f"Find the right file and place it at {destination}."
+        )
     if total is not None and _length(part) < total and not encoded:
         raise requests.ConnectionError("the body ended early")
+
+
+def _body(response: requests.Response, *, timeout: float) -> Iterator[bytes]:
+    """The body in pieces as they arrive. Raises _TransientError where they arrive more slowly than LOWEST_SPEED."""
+    since, received = time.monotonic(), 0
+    while True:
+        try:
+            chunk = response.raw.read1(CHUNK, decode_content=True)
+        except HTTPError as error:  # urllib3's, which requests translates only for its own readers
+            raise requests.ConnectionError(error) from error
+        if not chunk:
+            return
+        received += len(chunk)
+        if (passed := time.monotonic() - since) >= timeout:
+            if received < LOWEST_SPEED * passed:
+                raise _TransientError(f"only {received} bytes arrived in {passed:.0f} s")
+            since, received = time.monotonic(), 0
+        yield chunk
+
+
+def _leave_room(part: Path, written: int) -> None:
+    """Raise PolypSegError before a body of unknown length fills the disk; asked once every 16 MiB."""
+    if written % (1 << 24) < CHUNK and (free := shutil.disk_usage(part.parent).free) < RESERVE:
+        raise PolypSegError(
+            f"{part} has {written:,} bytes, the server does not say how many more follow, and {free:,} are left on the "
+            "disk. Free some space or choose another folder; what has arrived is kept."
+        )
 
 
 def _part(destination: Path) -> Path:

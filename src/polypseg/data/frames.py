@@ -26,7 +26,14 @@ from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from polypseg.artifacts import atomic_path, cache_folder, read_json
-from polypseg.data.sources import IMAGE_SUFFIXES, FolderSource, ZipSource, open_source
+from polypseg.data.sources import (
+    IMAGE_SUFFIXES,
+    FolderSource,
+    ZipSource,
+    inner_archives,
+    open_source,
+    printable_name,
+)
 from polypseg.errors import PolypSegError, UsageError
 
 MANIFEST = "shards.json"
@@ -93,7 +100,10 @@ def _open_folder(path: Path, corpus_folder: str) -> FrameStore:
 def _not_empty(frames: FrameStore, corpus_folder: str) -> FrameStore:
     if not len(frames):
         where = "" if corpus_folder == ".*" else f" in folders named {corpus_folder!r} (a regular expression)"
-        raise UsageError(f"no images in {frames.path}{where}: expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+        raise UsageError(
+            f"no images in {frames.path}{where}: expected files ending in {', '.join(IMAGE_SUFFIXES[:6])} and the like"
+            + (inner_archives(open_source(frames.path).names()) if corpus_folder == ".*" else "")
+        )
     return frames
 
 
@@ -227,7 +237,7 @@ class FolderFrames:
     def content_id(self) -> str:
         """From names and sizes."""
         try:
-            return _identity(f"{name}\0{(self.path / name).stat().st_size}" for name in self._names)
+            return _identity(f"{name}\0{self._source.file(name).stat().st_size}" for name in self._names)
         except OSError as error:
             raise PolypSegError(f"cannot read {error.filename}: {error.strerror}") from error
 
@@ -240,9 +250,9 @@ class ZipFrames:
 
     def __init__(self, path: Path, *, corpus_folder: str = ".*"):
         self.path = path
-        names = [n for n in ZipSource(path).names() if is_frame(n, corpus_folder=corpus_folder)]
-        with zipfile.ZipFile(path) as archive:
-            members = [archive.getinfo(name) for name in names]
+        source = ZipSource(path)
+        names = [n for n in source.names() if is_frame(n, corpus_folder=corpus_folder)]
+        members = [source.member(name) for name in names]
         for member in members:
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
                 raise UsageError(f"{member.filename} in {path} is encrypted or compressed in a rare way: extract it")
@@ -266,7 +276,7 @@ class ZipFrames:
         except PolypSegError as error:
             raise PolypSegError(f"cannot read {self.name(index)}: {error}") from error
         if method == zipfile.ZIP_DEFLATED:
-            data = _inflate(data)
+            data = _inflate(data, size=size)
         if signature != b"PK\3\4" or len(data) != size or zlib.crc32(data) != checksum:
             raise PolypSegError(f"cannot read {self.name(index)} in {self.path}: damaged. Download the archive again.")
         return data
@@ -278,10 +288,10 @@ class ZipFrames:
         return _identity(f"{name}\0{checksum:08x}-{size}" for name, (_, _, size, checksum, _) in rows)
 
 
-def _inflate(data: bytes) -> bytes:
-    """Inflated bytes; empty when they are damaged, which the caller's checksum then finds."""
+def _inflate(data: bytes, *, size: int) -> bytes:
+    """Inflated bytes, at most one more than declared; empty when damaged. The caller's checks find both."""
     try:
-        return zlib.decompress(data, wbits=-zlib.MAX_WBITS)
+        return zlib.decompressobj(wbits=-zlib.MAX_WBITS).decompress(data, size + 1)
     except zlib.error:
         return b""
 
@@ -446,7 +456,7 @@ def scan_tar(path: Path, *, begin: int = 0) -> Iterator[tuple[str, int, int]]:
                 while member := archive.next():
                     archive.members.clear()  # type: ignore[attr-defined]  # else it would keep every header
                     if member.isreg() and not member.issparse():
-                        yield member.name.removeprefix("./"), member.offset_data, member.size
+                        yield printable_name(member.name.removeprefix("./")), member.offset_data, member.size
                 file.seek(archive.offset)
                 if any(file.read(_BLOCK)):  # tarfile takes a damaged header for the end
                     raise tarfile.ReadError(f"no header at byte {archive.offset}")

@@ -17,8 +17,17 @@ from PIL import Image
 
 from polypseg.artifacts import cache_folder, explain_write_errors
 from polypseg.data import images, synthetic
-from polypseg.data.catalog import CLIP_COLUMN, DatasetSpec, get_spec
-from polypseg.data.sources import IMAGE_SUFFIXES, Source, open_source
+from polypseg.data.catalog import (
+    ANY_IMAGE_FOLDER,
+    ANY_MASK_FOLDER,
+    ANY_MASK_STEM,
+    CLIP_COLUMN,
+    EXPECTED_TREE,
+    MARKED_MASK_STEM,
+    DatasetSpec,
+    get_spec,
+)
+from polypseg.data.sources import IMAGE_SUFFIXES, Source, inner_archives, open_source
 from polypseg.data.splits import Split, make_split
 from polypseg.errors import PolypSegError, UsageError
 
@@ -77,11 +86,16 @@ class PolypDataset:
     spec: DatasetSpec
     source: Source
     records: tuple[Record, ...]
+    mask_values: images.MaskValues | None = None
+    """Which values or colors of the masks are polyp, where that is not gray above 127."""
 
     @cached_property
     def content_id(self) -> str:
-        """Identity of the content, by which caches are kept: 16 hex digits."""
-        return self.source.content_id()
+        """Identity of the content and of its reading, by which caches are kept: 16 hex digits."""
+        files = self.source.content_id()
+        if self.mask_values is None:
+            return files
+        return hashlib.sha256(f"{files} polyp={self.mask_values}".encode()).hexdigest()[:16]
 
     @cached_property
     def by_id(self) -> dict[str, Record]:
@@ -120,10 +134,11 @@ class PolypDataset:
         return (self.grey_mask(record) > images.MASK_THRESHOLD).astype(np.uint8)
 
     def grey_mask(self, record: Record) -> NDArray[np.uint8]:
-        """The mask (H, W) uint8 as stored, 0 to 255; errors as ``mask``."""
+        """The mask (H, W) uint8 as stored, 0 to 255, or 0 and 255 by ``mask_values``; errors as ``mask``."""
         if record.mask is None:
             raise UsageError(f"{self.spec.title} has no masks")
-        return images.decode_grey_mask(self.source.read(record.mask), name=self.locate(record.mask))
+        data = self.source.read(record.mask)
+        return images.decode_grey_mask(data, name=self.locate(record.mask), values=self.mask_values)
 
     def pair(self, record: Record) -> tuple[Image.Image, NDArray[np.uint8]]:
         """Frame and 0/1 mask, of equal size. Raises PolypSegError otherwise."""
@@ -236,29 +251,70 @@ class PolypSegBuilder(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
             else:
                 frame, mask = opened.pair(record)
                 example["mask"] = {"bytes": images.encode_png(mask), "path": None}
-            if record.image.lower().endswith((".tif", ".tiff")) or not images.stored_upright(data):
+            if images.is_tiff(data) or not images.stored_upright(data):
                 data = images.encode_png(frame)
             example["image"] = {"bytes": data, "path": Path(record.image).name}
             yield record.id, example
 
 
 def index_records(spec: DatasetSpec, source: Source) -> tuple[Record, ...]:
-    """Find frames and masks by folder and pair them by name. Raises PolypSegError naming what has no partner."""
-    names = [n for n in source.names() if n.lower().endswith(IMAGE_SUFFIXES)]
-    frames = _in_folder(names, spec.image_folder)
+    """Find frames and masks by folder and pair them by name, as published or as re-packs lay them out.
+
+    Raises PolypSegError naming what has no partner, UsageError with the trees that are known where none fits.
+    """
+    everything = source.names()
+    names = [n for n in everything if n.lower().endswith(IMAGE_SUFFIXES)]
     if spec.mask_folder is None:
-        by_stem = _by_key(frames, r"(?P<id>.+)", path=source.path)
+        by_stem = _by_key(_in_folder(names, spec.image_folder), r"(?P<id>.+)", path=source.path)
         return tuple(_with_groups(spec, Record(id=_stem(n), image=n)) for n in _by_file_name(list(by_stem.values())))
-    masks = _in_folder(names, spec.mask_folder)
-    taken = set(masks)
-    frames, masks = _one_form([n for n in frames if n not in taken]), _one_form(masks)
-    if not frames:
-        raise UsageError(
-            f"no images in {source.path}: expected a folder {spec.image_folder!r} with images and a folder "
-            f"{spec.mask_folder!r} with masks (regular expressions)"
-        )
+    first_problem: PolypSegError | None = None
+    for frames, masks, stem in _layouts(spec, names):
+        if not frames or not masks:
+            continue
+        try:
+            return _paired(spec, source, frames, masks, stem)
+        except PolypSegError as error:
+            first_problem = first_problem or error
+    if first_problem is not None:
+        raise first_problem
+    found = sorted({PurePosixPath(n).parent.as_posix() for n in names})
+    raise UsageError(
+        f"no images in {source.path} with masks beside them: expected a folder {spec.image_folder!r} with images and a "
+        f"folder {spec.mask_folder!r} with masks (regular expressions), or {EXPECTED_TREE}. "
+        + (f"Images are in {_some(found)}" if found else "It holds no image at all")
+        + inner_archives(everything)
+    )
+
+
+def _layouts(spec: DatasetSpec, names: list[str]) -> Iterator[tuple[list[str], list[str], str]]:
+    """Frames, masks and the masks' stem by each layout that is known, the published one first."""
+    assert spec.mask_folder is not None
+    ways = ((spec.image_folder, spec.mask_folder, spec.mask_stem), (ANY_IMAGE_FOLDER, ANY_MASK_FOLDER, ANY_MASK_STEM))
+    for inside in (_in_folder, _below_folder):
+        for image_folder, mask_folder, stem in ways if inside is _in_folder else ways[1:]:
+            masks = inside(names, mask_folder)
+            taken = set(masks)
+            yield [n for n in inside(names, image_folder) if n not in taken], masks, stem
+    for stem in (spec.mask_stem, MARKED_MASK_STEM):
+        frames = [n for n in names if re.fullmatch(spec.image_stem, _stem(n))]
+        masks = [n for n in names if re.fullmatch(stem, _stem(n)) and not _matches_whole(stem, _stem(n))]
+        taken = set(masks)
+        yield [n for n in frames if n not in taken], masks, stem
+
+
+def _matches_whole(pattern: str, stem: str) -> bool:
+    """Whether the id that the pattern finds is the stem itself: nothing then tells a mask from an image."""
+    match = re.fullmatch(pattern, stem)
+    return match is not None and match["id"] == stem
+
+
+def _paired(
+    spec: DatasetSpec, source: Source, frames: list[str], masks: list[str], mask_stem: str
+) -> tuple[Record, ...]:
+    """One record per frame, in the order of file names. Raises PolypSegError naming what has no partner."""
+    frames, masks = _one_form(frames), _one_form(masks)
     image_of = _by_key(frames, r"(?P<id>.+)", path=source.path)
-    mask_of = _by_key(masks, spec.mask_stem, path=source.path)
+    mask_of = _by_key(masks, mask_stem, path=source.path)
     for have, lack, kinds in ((image_of, mask_of, ("image", "mask")), (mask_of, image_of, ("mask", "image"))):
         alone = [name for key, name in have.items() if key not in lack]
         if alone:
@@ -269,6 +325,10 @@ def index_records(spec: DatasetSpec, source: Source) -> tuple[Record, ...]:
     return tuple(
         _with_groups(spec, Record(id=_stem(n), image=n, mask=mask_of[_stem(n)])) for n in _by_file_name(frames)
     )
+
+
+def _some(folders: list[str]) -> str:
+    return ", ".join(folders[:4]) + (f" and {len(folders) - 4} more" if len(folders) > 4 else "")
 
 
 def _stem(name: str) -> str:
@@ -282,13 +342,21 @@ def _by_key(names: list[str], pattern: str, *, path: Path) -> dict[str, str]:
         match = re.fullmatch(pattern, _stem(name))
         key = match["id"] if match else _stem(name)
         if key in found:
-            raise PolypSegError(f"{path}: {found[key]} and {name} have the same name: rename or remove one of them")
+            raise PolypSegError(
+                f"{path}: {found[key]} and {name} have the same name: rename or remove one of them, or give "
+                "only one of the folders"
+            )
         found[key] = name
     return found
 
 
 def _in_folder(names: list[str], pattern: str) -> list[str]:
     return [n for n in names if re.fullmatch(pattern, PurePosixPath(n).parent.name, re.IGNORECASE)]
+
+
+def _below_folder(names: list[str], pattern: str) -> list[str]:
+    """Files of which any folder above matches: ``images/train/1.png``."""
+    return [n for n in names if any(re.fullmatch(pattern, p, re.IGNORECASE) for p in PurePosixPath(n).parts[:-1])]
 
 
 def _one_form(names: list[str]) -> list[str]:
@@ -331,10 +399,13 @@ def open_dataset(
     source: Path | None = None,
     data_dir: Path | None = None,
     allow_partial: bool = False,
+    mask_values: str | None = None,
     synthetic_options: SyntheticOptions | None = None,
 ) -> PolypDataset:
     """Open a dataset of the table from a folder or archive; without ``source`` it is looked for in the data folder.
 
+    ``mask_values``: which values or colors of the masks are polyp, as ``images.MaskValues.parse`` reads them; without
+    it what the table says of the set, else gray above 127.
     Raises UsageError for an unknown name, a missing source or, unless ``allow_partial``, a count that is not the
     published one; PolypSegError for files without partner.
     """
@@ -348,13 +419,21 @@ def open_dataset(
         found = open_source(Path(source) if source else find_source(spec, data_dir=data_dir))
     records = index_records(spec, found)
     if not records:
-        raise UsageError(f"no images in {found.path}: {spec.title} was expected there")
+        raise UsageError(f"no images in {found.path}: {spec.title} was expected there{inner_archives(found.names())}")
     if spec.count is not None and len(records) != spec.count and not allow_partial:
         raise UsageError(
             f"{found.path} holds {len(records)} images but {spec.title} has {spec.count}: complete it, or say that a "
             "part is meant (--allow-partial)"
         )
-    return PolypDataset(spec=spec, source=found, records=records)
+    return PolypDataset(spec=spec, source=found, records=records, mask_values=chosen_values(spec, mask_values))
+
+
+def chosen_values(spec: DatasetSpec, text: str | None) -> images.MaskValues | None:
+    """The values that are asked for, else what the table says. Raises UsageError where there are no masks to read."""
+    if text is not None and (spec.mask_folder is None or spec.name.startswith("synthetic_")):
+        raise UsageError(f"mask values do not apply to {spec.title}: it has no mask files to read")
+    chosen = spec.mask_values if text is None else text
+    return None if chosen is None else images.MaskValues.parse(chosen)
 
 
 def load_polyps(name: str, *, split: str = "reference", streaming: bool = False, **where: Any) -> Any:

@@ -4,7 +4,6 @@ A frame is decoded once for all its views, and no larger than they need: JPEG ca
 size for a fraction of the time. Boxes are drawn at full resolution first, so this changes no distribution.
 """
 
-import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from polypseg.data.augmentation import Image8, colour_jitter, gaussian_blur
-from polypseg.data.images import decode_frame
+from polypseg.data.images import decode_frame, open_picture
 from polypseg.errors import PolypSegError
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -119,7 +118,7 @@ def _decode(
         image = decode_frame(data, name=name)
         return image, draw(image.height, image.width), 1
     with _explain_unreadable(name):
-        image = Image.open(io.BytesIO(data))
+        image = open_picture(data, name=name, load=False)
     boxes = draw(image.height, image.width)
     reduction = greatest_reduction(boxes, size=size)
     with _explain_unreadable(name):
@@ -134,6 +133,8 @@ def _decode(
 def _explain_unreadable(name: str) -> Iterator[None]:
     try:
         yield
+    except PolypSegError:
+        raise
     except Exception as error:  # as in decode_frame: damaged files fail in a dozen ways
         raise PolypSegError(f"{name} is truncated or not an image ({error}): download it again or remove it") from error
 
