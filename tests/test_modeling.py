@@ -222,6 +222,66 @@ class TestInitialisation:
         assert encoder.blocks[0].attn.qkv.bias.abs().max() == 0
 
 
+DROPPED = {
+    "everything": lambda key: True,
+    "encoder": lambda key: key.startswith("encoder."),
+    "decoder": lambda key: key.startswith("decoder."),
+    "some": lambda key: (
+        "running_" in key or key.endswith(("num_batches_tracked", "pos_embed", ".bias", "norm1.weight"))
+    ),
+}
+UNSAVED = PolypSegConfig(encoder="resnetblur18", decoder_channels=8)  # has buffers that no file holds
+
+
+class TestMissingWeights:
+    """Whatever a checkpoint lacks starts as in a new model: transformers builds without memory before it loads."""
+
+    @pytest.mark.parametrize(
+        ("name", "dropped"),
+        [
+            *((name, "everything") for name in ("resnet18", "tf_efficientnet_lite0", "vit_tiny", "unsaved")),
+            *((name, dropped) for name in ("vit_frozen", "resnet18") for dropped in ("encoder", "some")),
+            ("resnet_dpt", "decoder"),
+        ],
+    )
+    def test_they_get_the_references_initialisation(self, name, dropped):
+        config = SMALL.get(name, UNSAVED)
+        torch.manual_seed(2)
+        new = PolypSegForSemanticSegmentation(config)
+        kept = {k: v.clone() + 1 for k, v in new.state_dict().items() if not DROPPED[dropped](k)}
+        torch.manual_seed(2)
+        loaded, report = PolypSegForSemanticSegmentation.from_pretrained(
+            None, config=config, state_dict=dict(kept), output_loading_info=True
+        )
+        expected = dict([*new.named_parameters(), *new.named_buffers()])
+        assert set(report["missing_keys"]) == new.state_dict().keys() - kept.keys()
+        for name, tensor in [*loaded.named_parameters(), *loaded.named_buffers()]:
+            if name in kept:
+                assert torch.equal(tensor, kept[name]), name
+            elif name.startswith("encoder.") or (tensor.ndim < 2 and not name.endswith("bias")):
+                assert torch.equal(tensor, expected[name]), name
+            else:  # drawn after the encoder, as often as the encoder lacks something: the same distribution
+                assert tensor.isfinite().all() and tensor.abs().max() < 2, name
+                if tensor.numel() > 200:
+                    assert tensor.std().item() == pytest.approx(expected[name].std().item(), rel=0.2), name
+
+    def test_a_complete_checkpoint_draws_nothing(self, tmp_path):
+        PolypSegForSemanticSegmentation(SMALL["vit_frozen"]).save_pretrained(tmp_path)
+        torch.manual_seed(3)
+        wanted = torch.rand(1)
+        torch.manual_seed(3)
+        PolypSegForSemanticSegmentation.from_pretrained(tmp_path)
+        assert torch.equal(torch.rand(1), wanted)
+
+    def test_tensors_of_another_shape_are_drawn_too(self, tmp_path):
+        PolypSegForSemanticSegmentation(SMALL["vit_tiny"]).save_pretrained(tmp_path)
+        loaded = PolypSegForSemanticSegmentation.from_pretrained(
+            tmp_path, decoder_channels=8, ignore_mismatched_sizes=True
+        )
+        assert all(tensor.isfinite().all() for tensor in loaded.state_dict().values())
+        assert loaded.decoder.head[0].weight.std().item() == pytest.approx(1 / math.sqrt(3 * 72), rel=0.1)
+
+
 def test_sincos_tables_follow_their_definition():
     rows, columns, width = 3, 5, 16
     frequencies = [10000 ** (-4 * j / width) for j in range(width // 4)]
