@@ -65,6 +65,52 @@ def test_saved_model_loads_through_auto_classes_with_equal_logits(model, tmp_pat
     assert [n for n, p in loaded.named_parameters()] == [n for n, p in model.named_parameters() if p.requires_grad]
 
 
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny"])
+def test_options_of_forward_do_what_they_do_in_transformers(name):
+    model = PolypSegForSemanticSegmentation(SMALL[name]).eval()
+    labels = torch.rand(2, 64, 96)
+    with torch.no_grad():
+        plain = model(image(), labels=labels)
+        loss, logits = model(image(), labels=labels, return_dict=False)
+        assert torch.equal(loss, plain.loss) and torch.equal(logits, plain.logits) and plain.hidden_states is None
+        assert len(model(image(), return_dict=False)) == 1
+        shown = model(image(), output_hidden_states=True)
+        features = model.extract_features(image())
+        assert len(shown.hidden_states) == len(features) == len(model.levels)
+        assert all(torch.equal(a, b) for a, b in zip(shown.hidden_states, features, strict=True))
+        model.config.return_dict, model.config.output_hidden_states = False, True
+        logits, hidden = model(image())
+        assert torch.equal(logits, plain.logits) and len(hidden) == len(features)
+        model.config.return_dict, model.config.output_hidden_states = True, False
+    with pytest.raises(ValueError, match="no attention maps"):
+        model(image(), output_attentions=True)
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="no attention maps"):
+        model(image())
+    with pytest.raises(TypeError, match="label"):
+        model(image(), label=labels)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_labels": 3}, {"num_labels": 1}, {"id2label": {0: "polyp", 1: "other"}}, {"id2label": {1: "polyp"}}]
+)
+def test_other_labels_are_refused(fields):
+    with pytest.raises(ValueError, match="background"):
+        PolypSegConfig(**fields)
+    config = PolypSegConfig(encoder="resnet10t", decoder_channels=8)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match="background"):
+        PolypSegForSemanticSegmentation(config)
+
+
+def test_own_names_of_the_two_labels_are_kept(tmp_path):
+    config = PolypSegConfig(id2label={0: "mucosa", 1: "lesion"}, num_labels=2)
+    config.save_pretrained(tmp_path)
+    kept = PolypSegConfig.from_pretrained(tmp_path)
+    assert kept.id2label == {0: "mucosa", 1: "lesion"} and kept.label2id == {"mucosa": 0, "lesion": 1}
+
+
 @pytest.mark.parametrize("size", [(224, 224), (352, 352), (512, 512), (224, 352), (240, 336)])
 def test_other_sizes_work(model, size):
     with torch.no_grad():

@@ -8,7 +8,7 @@ import csv
 import io
 import os
 import shutil
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,10 +22,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from polypseg.artifacts import (
+    LOCK,
     atomic_path,
     environment_record,
     explain_write_errors,
     read_json,
+    sole_writer,
     write_csv,
     write_json,
 )
@@ -138,7 +140,22 @@ def segment_files(
         "every": every,
         "save_probability": save_probability,
     }
-    _claim_output(output, settings, overwrite=overwrite)
+    with sole_writer(output):
+        return _segment(segmenter, found, output, settings, overwrite=overwrite)
+
+
+def _segment(
+    segmenter: Segmenter,
+    found: Sequence[tuple[Path, PurePosixPath]],
+    output: Path,
+    settings: Mapping[str, Any],
+    *,
+    overwrite: bool,
+) -> SegmentReport:
+    """What segment_files does while nobody else writes to ``output``."""
+    threshold, min_area, every = (settings[name] for name in ("threshold", "min_area", "every"))
+    save_probability = settings["save_probability"]
+    _claim_output(output, dict(settings), overwrite=overwrite)
     tables = _Tables(output, pictures=_picture_folders(save_probability))
     sources = tables.name_sources(found)
     skipped: list[tuple[str, str]] = []
@@ -149,7 +166,9 @@ def segment_files(
                 try:
                     for frame in tables.frames(source, every=every):
                         if frame.image is not None:
-                            prediction = segmenter.predict([frame.image], threshold=threshold, min_area=min_area)[0]
+                            (prediction,) = segmenter.predict(
+                                [frame.image], threshold=threshold, min_area=min_area, names=[_called(source, frame)]
+                            )
                             _write_pictures(
                                 output, frame.name, frame.image, prediction, save_probability=save_probability
                             )
@@ -173,6 +192,11 @@ def segment_files(
         with_lesions=sum(tables.done[name]["lesions"] != "0" for name in seen),
         skipped=tuple(skipped),
     )
+
+
+def _called(source: _Source, frame: _Frame) -> str:
+    """What errors call a frame."""
+    return str(source.path) if frame.index is None else f"frame {frame.index} of {source.path}"
 
 
 # What is asked for -------------------------------------------------------------------------------------
@@ -281,11 +305,9 @@ def _picture_folders(save_probability: bool) -> dict[str, str]:
 def _claim_output(output: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
     """Write ``run.json``, or check that what is there was made with these settings; see ``segment_files``."""
     path, environment = output / RECORD, environment_record()
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"{output} is a file: choose a folder for the results")
     record = read_json(path) if path.is_file() else {}
     if record.get("kind") != KIND:
-        if output.is_dir() and any(output.iterdir()):
+        if output.is_dir() and any(path.name != LOCK for path in output.iterdir()):
             raise UsageError(f"{output} holds something else than results of segmentation: choose another folder")
         record = {}
     elif overwrite:

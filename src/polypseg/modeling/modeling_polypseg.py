@@ -32,6 +32,7 @@ class PolypSegForSemanticSegmentation(PreTrainedModel):
 
     def __init__(self, config: PolypSegConfig):
         super().__init__(config)
+        config.check_labels()
         self.encoder = self._build_encoder()
         self._encoder_awaits_values = any(tensor.is_meta for tensor in _tensors(self.encoder).values())
         self.levels = feature_levels(self.encoder, decoder=config.decoder)
@@ -93,17 +94,31 @@ class PolypSegForSemanticSegmentation(PreTrainedModel):
         return tokens
 
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **_: Any
-    ) -> SemanticSegmenterOutput:
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SemanticSegmenterOutput | tuple[Any, ...]:
         """pixel_values (B, 3, H, W), labels (B, H, W) in [0, 1] -> logits (B, 2, H, W) and the soft Dice loss.
 
         The logits are [0, z]: softmax of the polyp channel is sigmoid(z) and argmax is z > 0. Labels may be soft.
+        ``output_hidden_states`` adds the feature maps (B, C, h, w) that the decoder reads, finest first;
+        ``return_dict=False`` gives a tuple of what there is. Where they are None, the configuration decides. Raises
+        ValueError for ``output_attentions``: timm's encoders give no attention maps.
         """
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("output_attentions is not possible: the encoders of timm give no attention maps")
         image_size = (pixel_values.shape[-2], pixel_values.shape[-1])
-        polyp = self.decoder(self.extract_features(pixel_values), image_size)  # (B, 1, H, W)
+        features = self.extract_features(pixel_values)
+        polyp = self.decoder(features, image_size)  # (B, 1, H, W)
         logits = torch.cat([torch.zeros_like(polyp), polyp], dim=1)
         loss = None if labels is None else soft_dice_loss(polyp[:, 0], labels)
-        return SemanticSegmenterOutput(loss=loss, logits=logits)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = SemanticSegmenterOutput(loss=loss, logits=logits, hidden_states=tuple(features) if wanted else None)
+        as_record = self.config.return_dict if return_dict is None else return_dict
+        return output if as_record else output.to_tuple()
 
     @property
     def gradient_checkpointing(self) -> bool:

@@ -12,7 +12,7 @@ from PIL import Image
 from polypseg import zoo
 from polypseg.errors import UsageError
 from polypseg.modeling import PolypSegForSemanticSegmentation
-from polypseg.processing import build_image_processor, load_model
+from polypseg.processing import build_image_processor, load_model, refuse_non_finite
 from polypseg.recipe import load_recipe
 from polypseg.shift.comparison import Embed
 from polypseg.training import build_model
@@ -47,6 +47,7 @@ def embed_with(model: PolypSegForSemanticSegmentation, processor: object) -> Emb
     def embed(frames: Sequence[Image.Image]) -> NDArray[np.float32]:
         pixels = processor(images=list(frames), return_tensors="pt")["pixel_values"]  # type: ignore[operator]
         deepest = model.extract_features(pixels)[-1]
+        refuse_non_finite(deepest, model=str(getattr(model.config, "_name_or_path", "") or "the encoder"))
         found: NDArray[np.float32] = deepest.mean(dim=(2, 3)).float().numpy()
         return found
 
