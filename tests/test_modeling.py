@@ -65,6 +65,52 @@ def test_saved_model_loads_through_auto_classes_with_equal_logits(model, tmp_pat
     assert [n for n, p in loaded.named_parameters()] == [n for n, p in model.named_parameters() if p.requires_grad]
 
 
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny"])
+def test_options_of_forward_do_what_they_do_in_transformers(name):
+    model = PolypSegForSemanticSegmentation(SMALL[name]).eval()
+    labels = torch.rand(2, 64, 96)
+    with torch.no_grad():
+        plain = model(image(), labels=labels)
+        loss, logits = model(image(), labels=labels, return_dict=False)
+        assert torch.equal(loss, plain.loss) and torch.equal(logits, plain.logits) and plain.hidden_states is None
+        assert len(model(image(), return_dict=False)) == 1
+        shown = model(image(), output_hidden_states=True)
+        features = model.extract_features(image())
+        assert len(shown.hidden_states) == len(features) == len(model.levels)
+        assert all(torch.equal(a, b) for a, b in zip(shown.hidden_states, features, strict=True))
+        model.config.return_dict, model.config.output_hidden_states = False, True
+        logits, hidden = model(image())
+        assert torch.equal(logits, plain.logits) and len(hidden) == len(features)
+        model.config.return_dict, model.config.output_hidden_states = True, False
+    with pytest.raises(ValueError, match="no attention maps"):
+        model(image(), output_attentions=True)
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="no attention maps"):
+        model(image())
+    with pytest.raises(TypeError, match="label"):
+        model(image(), label=labels)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_labels": 3}, {"num_labels": 1}, {"id2label": {0: "polyp", 1: "other"}}, {"id2label": {1: "polyp"}}]
+)
+def test_other_labels_are_refused(fields):
+    with pytest.raises(ValueError, match="background"):
+        PolypSegConfig(**fields)
+    config = PolypSegConfig(encoder="resnet10t", decoder_channels=8)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match="background"):
+        PolypSegForSemanticSegmentation(config)
+
+
+def test_own_names_of_the_two_labels_are_kept(tmp_path):
+    config = PolypSegConfig(id2label={0: "mucosa", 1: "lesion"}, num_labels=2)
+    config.save_pretrained(tmp_path)
+    kept = PolypSegConfig.from_pretrained(tmp_path)
+    assert kept.id2label == {0: "mucosa", 1: "lesion"} and kept.label2id == {"mucosa": 0, "lesion": 1}
+
+
 @pytest.mark.parametrize("size", [(224, 224), (352, 352), (512, 512), (224, 352), (240, 336)])
 def test_other_sizes_work(model, size):
     with torch.no_grad():
@@ -220,6 +266,66 @@ class TestInitialisation:
         assert encoder.blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
         assert encoder.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
         assert encoder.blocks[0].attn.qkv.bias.abs().max() == 0
+
+
+DROPPED = {
+    "everything": lambda key: True,
+    "encoder": lambda key: key.startswith("encoder."),
+    "decoder": lambda key: key.startswith("decoder."),
+    "some": lambda key: (
+        "running_" in key or key.endswith(("num_batches_tracked", "pos_embed", ".bias", "norm1.weight"))
+    ),
+}
+UNSAVED = PolypSegConfig(encoder="resnetblur18", decoder_channels=8)  # has buffers that no file holds
+
+
+class TestMissingWeights:
+    """Whatever a checkpoint lacks starts as in a new model: transformers builds without memory before it loads."""
+
+    @pytest.mark.parametrize(
+        ("name", "dropped"),
+        [
+            *((name, "everything") for name in ("resnet18", "tf_efficientnet_lite0", "vit_tiny", "unsaved")),
+            *((name, dropped) for name in ("vit_frozen", "resnet18") for dropped in ("encoder", "some")),
+            ("resnet_dpt", "decoder"),
+        ],
+    )
+    def test_they_get_the_references_initialisation(self, name, dropped):
+        config = SMALL.get(name, UNSAVED)
+        torch.manual_seed(2)
+        new = PolypSegForSemanticSegmentation(config)
+        kept = {k: v.clone() + 1 for k, v in new.state_dict().items() if not DROPPED[dropped](k)}
+        torch.manual_seed(2)
+        loaded, report = PolypSegForSemanticSegmentation.from_pretrained(
+            None, config=config, state_dict=dict(kept), output_loading_info=True
+        )
+        expected = dict([*new.named_parameters(), *new.named_buffers()])
+        assert set(report["missing_keys"]) == new.state_dict().keys() - kept.keys()
+        for name, tensor in [*loaded.named_parameters(), *loaded.named_buffers()]:
+            if name in kept:
+                assert torch.equal(tensor, kept[name]), name
+            elif name.startswith("encoder.") or (tensor.ndim < 2 and not name.endswith("bias")):
+                assert torch.equal(tensor, expected[name]), name
+            else:  # drawn after the encoder, as often as the encoder lacks something: the same distribution
+                assert tensor.isfinite().all() and tensor.abs().max() < 2, name
+                if tensor.numel() > 200:
+                    assert tensor.std().item() == pytest.approx(expected[name].std().item(), rel=0.2), name
+
+    def test_a_complete_checkpoint_draws_nothing(self, tmp_path):
+        PolypSegForSemanticSegmentation(SMALL["vit_frozen"]).save_pretrained(tmp_path)
+        torch.manual_seed(3)
+        wanted = torch.rand(1)
+        torch.manual_seed(3)
+        PolypSegForSemanticSegmentation.from_pretrained(tmp_path)
+        assert torch.equal(torch.rand(1), wanted)
+
+    def test_tensors_of_another_shape_are_drawn_too(self, tmp_path):
+        PolypSegForSemanticSegmentation(SMALL["vit_tiny"]).save_pretrained(tmp_path)
+        loaded = PolypSegForSemanticSegmentation.from_pretrained(
+            tmp_path, decoder_channels=8, ignore_mismatched_sizes=True
+        )
+        assert all(tensor.isfinite().all() for tensor in loaded.state_dict().values())
+        assert loaded.decoder.head[0].weight.std().item() == pytest.approx(1 / math.sqrt(3 * 72), rel=0.1)
 
 
 def test_sincos_tables_follow_their_definition():

@@ -11,6 +11,7 @@ import typer
 from typer import Option
 
 from polypseg.arguments import MaskValuesOption
+from polypseg.artifacts import sole_writer
 from polypseg.card_facts import cell_of, scores_of, seen_words, size_of
 from polypseg.cli import run_script
 from polypseg.data import open_dataset
@@ -59,20 +60,22 @@ def main(
     if trust_remote_code and folder is None and not (revision and re.fullmatch(r"[0-9a-f]{40}", revision)):
         raise UsageError("code from the Hub is run at a full commit only: give --revision with its 40 digits")
     network, processor = load_model(str(folder or model), revision=revision, trust_remote_code=trust_remote_code)
-    result = score_images(
-        ModelPredictions(
-            name=model_id or results_name(network.config, model),
-            model=network,
-            processor=processor,
-            batch_size=batch_size,
-            device=default_device(),
-        ),
-        SuitePlan(output=output, conventions=CONVENTIONS[convention], rule=seen.value),
-        data,
-        manifest,
-        model_folder=folder or fetch(model, revision=revision),
+    predictions = ModelPredictions(
+        name=model_id or results_name(network.config, model),
+        model=network,
+        processor=processor,
+        batch_size=batch_size,
+        device=default_device(),
     )
-    path = result.write(output)
+    with sole_writer(output / predictions.name):
+        result = score_images(
+            predictions,
+            SuitePlan(output=output, conventions=CONVENTIONS[convention], rule=seen.value),
+            data,
+            manifest,
+            model_folder=folder or fetch(model, revision=revision),
+        )
+        path = result.write(output)
     content = read_receipt(path)
     for name in METRICS:
         typer.echo(f"m{name:<10} {cell_of(scores_of(content)[name])}")

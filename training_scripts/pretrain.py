@@ -18,7 +18,7 @@ from polypseg.data.labelled import load_labelled
 from polypseg.pretraining.export import export_encoder, write_run_report
 from polypseg.pretraining.recipe import load_pretraining_recipe
 from polypseg.pretraining.run import build_method, pretrain
-from polypseg.runs import check_processes, make_accelerator
+from polypseg.runs import check_processes, make_accelerator, sole_run
 
 
 def main(
@@ -39,11 +39,12 @@ def main(
     accelerator = make_accelerator(settings.training.precision, run_dir=output)
     check_processes(accelerator, expected=num_processes)
     method = build_method(settings)
-    progress = pretrain(method, store, settings, accelerator, run_dir=output, resume=resume, workers=workers)
-    if accelerator.is_main_process:
-        weights = export_encoder(method, settings, progress, store, folder=output / "encoder", corpus=corpus)
-        report = write_run_report(method, settings, progress, store, folder=output / "report", labelled=classes)
-        accelerator.print(f"encoder: {weights}\nreport: {', '.join(map(str, report))}")
+    with sole_run(output, accelerator):
+        progress = pretrain(method, store, settings, accelerator, run_dir=output, resume=resume, workers=workers)
+        if accelerator.is_main_process:
+            weights = export_encoder(method, settings, progress, store, folder=output / "encoder", corpus=corpus)
+            report = write_run_report(method, settings, progress, store, folder=output / "report", labelled=classes)
+            accelerator.print(f"encoder: {weights}\nreport: {', '.join(map(str, report))}")
 
 
 if __name__ == "__main__":

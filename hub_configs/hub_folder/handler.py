@@ -15,7 +15,13 @@ class EndpointHandler:
 
     def __init__(self, path: str = ""):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForSemanticSegmentation.from_pretrained(path, trust_remote_code=True)
+        model, report = AutoModelForSemanticSegmentation.from_pretrained(
+            path, trust_remote_code=True, output_loading_info=True
+        )
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise ValueError(f"the weights in {path} are not complete; missing: {', '.join(missing)}")
+        self.name = path
         self.model = model.to(self.device).eval()
         self.processor = AutoImageProcessor.from_pretrained(path, backend="pil")
 
@@ -24,7 +30,8 @@ class EndpointHandler:
         """data["inputs"]: a PIL image, its bytes or their base64 text; data["parameters"]["threshold"]: 0.5 by default.
 
         Returns one entry a label: {"label", "score": mean probability of the label inside its mask or None where the
-        mask is empty, "mask": base64 text of a PNG of the image's size, 0 or 255}. Raises ValueError for anything else.
+        mask is empty, "mask": base64 text of a PNG of the image's size, 0 or 255}. Raises ValueError for anything
+        else and for outputs that are not finite.
         """
         image = _read_image(data.get("inputs"))
         threshold = float((data.get("parameters") or {}).get("threshold", 0.5))
@@ -32,6 +39,10 @@ class EndpointHandler:
             raise ValueError(f"threshold must lie between 0 and 1, not {threshold}")
         inputs = self.processor(images=[image], return_tensors="pt").to(self.device)
         logits = self.model(**inputs).logits.float()
+        if not logits.isfinite().all():  # no NaN is above a threshold: the answer would be that there is no polyp
+            raise ValueError(
+                f"{self.name} gives values that are no finite numbers for this image: its files are damaged"
+            )
         polyp = (logits[:, 1] - logits[:, 0])[:, None]
         polyp = F.interpolate(polyp, size=(image.height, image.width), mode="bilinear", align_corners=False)
         probability = polyp[0, 0].sigmoid().cpu()

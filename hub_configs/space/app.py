@@ -47,9 +47,11 @@ def load_model(title):
     options = {} if local or not entry["revision"] else {"revision": entry["revision"]}
     try:
         processor = AutoImageProcessor.from_pretrained(source, backend="pil", **options)
-        model = AutoModelForSemanticSegmentation.from_pretrained(
-            source, trust_remote_code=bool(entry["remote_code"]), **options
+        model, report = AutoModelForSemanticSegmentation.from_pretrained(
+            source, trust_remote_code=bool(entry["remote_code"]), output_loading_info=True, **options
         )
+        if report["missing_keys"]:
+            raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys']))}")
     except Exception as error:  # no network, no such model, a damaged file, a missing package
         raise gr.Error(f"{title} could not be loaded: {first_line(error)}. Choose another model.") from error
     return model.to(DEVICE).eval(), processor
@@ -70,6 +72,8 @@ def polyp_logits(title, pixels, width, height):
             logits = model(**processor(images=[frame], return_tensors="pt").to(DEVICE)).logits.float().cpu()
         except Exception as error:
             raise gr.Error(f"{title} failed on this frame: {first_line(error)}.") from error
+    if not logits.isfinite().all():  # no NaN is above a threshold: the app would say that there is no polyp
+        raise gr.Error(f"{title} gives values that are no finite numbers for this frame: its files are damaged.")
     labels = {str(name).lower(): int(index) for index, name in model.config.id2label.items()}
     classes = logits.shape[1]
     if classes > 2 and "polyp" not in labels:

@@ -13,15 +13,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from polypseg.errors import PolypSegError
+from polypseg.errors import PolypSegError, UsageError
 
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free some space or choose another folder",
@@ -31,8 +33,10 @@ _REMEDIES = {
     errno.EPERM: "permission denied: choose a folder that you may write to",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another folder",
 }
-_FORMULA = re.compile(r"'*[=+\-@\t\r]")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
+LARGEST_JSON = 2**28
+"""Bytes; a passport of a hundred thousand frames has some thirty million."""
+LOCK = ".lock"
+"""File that the process which writes a folder holds locked; it is gone when the process ends well."""
 PACKAGES = (
     "torch",
     "torchvision",
@@ -97,6 +101,59 @@ def _put_in_place(new: Path, path: Path, *, aside: Path) -> None:
         raise
 
 
+class FolderInUseError(UsageError):
+    """Another process is writing the folder."""
+
+
+_held: set[tuple[int, Path]] = set()  # (thread, folder)
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Be the only process that writes into ``folder`` for the block; the folder is made where it is not there.
+
+    May be nested within one thread. The system frees the lock of a process that dies, however it does. Raises
+    FolderInUseError at once when another process holds the folder, UsageError when it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file: choose a folder for the results")
+    holder = (threading.get_ident(), folder.resolve())
+    if holder in _held:
+        yield
+        return
+    is_new = not folder.exists()
+    path = folder / LOCK
+    lock = FileLock(path, blocking=False)
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise FolderInUseError(
+                f"{folder} is being written by another process{_writer(path)}: wait until it ends, or choose another "
+                "folder"
+            ) from None
+    _held.add(holder)
+    try:
+        with explain_write_errors(folder):
+            path.write_text(f"{os.getpid()}\n", encoding="ascii")
+        yield
+    finally:
+        _held.discard(holder)
+        with suppress(OSError):
+            path.unlink()  # while it is held: whoever opened it meanwhile finds it gone and is refused
+        lock.release()
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()  # nothing was written
+
+
+def _writer(path: Path) -> str:
+    with suppress(OSError, ValueError):
+        return f" (number {int(path.read_text(encoding='ascii'))})"
+    return ""
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write ``text`` to ``path`` in one step and return the path.
 
@@ -149,11 +206,20 @@ def original_name(text: str) -> str:
     return _ESCAPED.sub(lambda found: chr(int(found[1], 16) | (0xDC00 if int(found[1], 16) > 0x7F else 0)), text)
 
 
+def read_bounded(path: Path, *, largest: int) -> str:
+    """The UTF-8 text of a file. Raises ValueError where it has more than ``largest`` bytes or is no text."""
+    with path.open("rb") as file:
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise ValueError(f"it has more than the {largest} bytes that are read")
+    return data.decode("utf-8")
+
+
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises PolypSegError when it is missing or damaged."""
+    """The content of a JSON file. Raises PolypSegError when it is missing, damaged or larger than any that we write."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(read_bounded(path, largest=LARGEST_JSON))
+    except (OSError, ValueError, RecursionError) as error:  # Python refuses numbers of 4300 digits, and deep nesting
         raise PolypSegError(f"cannot read {path}: {error}. Delete it and run the command again.") from error
 
 

@@ -46,7 +46,7 @@ def load_card(path: Path) -> ModelCard:
     """A card from its file. Raises UsageError when the file is missing or its metadata cannot be read."""
     try:
         return ModelCard.load(path)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"the card {path} cannot be read: {first_line(error)}. Export the model again") from error
 
 
@@ -59,7 +59,7 @@ def lint_card(card: ModelCard, *, folder: Path | None = None) -> list[str]:
     text = str(card)
     try:
         metadata = yaml.safe_load(text.split("---", maxsplit=2)[1])
-    except (IndexError, yaml.YAMLError) as error:
+    except (IndexError, ValueError, RecursionError, yaml.YAMLError) as error:
         return [f"its metadata is not valid YAML: {' '.join(str(error).split())}"]
     findings = [*_metadata_findings(metadata or {}), *_text_findings(card.text, whole=text)]
     pictures = [*_IMAGE.findall(card.text), *_widget_files(metadata or {})]

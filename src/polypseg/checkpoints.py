@@ -117,7 +117,7 @@ def _header_record(text: str, *, path: Path) -> dict[str, Any]:
     """A record in a safetensors header. Raises PolypSegError for what is not a JSON object."""
     try:
         record = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
         raise PolypSegError(f"{path} has a damaged record of its pretraining in its header: make or download it again")

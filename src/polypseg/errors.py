@@ -1,5 +1,7 @@
 """The two errors that users see: one line of English that names the file and the remedy, and an exit code."""
 
+_LONGEST = 500  # characters of what another library says
+
 
 class PolypSegError(Exception):
     """Something failed while working: a broken file, no space, a server that refuses. Exit code 1."""
@@ -14,8 +16,9 @@ class UsageError(PolypSegError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its kind where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of an error's text, cut at 500 characters, or its kind where it has none."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
 
 
 PIP = "python -m pip install"

@@ -66,6 +66,7 @@ def evaluate(
     output: Annotated[Path, Option(help="Folder of results.")] = Path("results"),
 ) -> None:
     """Score a model, or anybody's predicted masks, by every metric convention, and write a receipt of each test."""
+    from polypseg.artifacts import sole_writer
     from polypseg.conventions import CONVENTIONS, choose_conventions
     from polypseg.data import open_dataset
     from polypseg.errors import UsageError
@@ -105,9 +106,11 @@ def evaluate(
         chosen = _files(predictions, allow_missing=allow_missing, name=name)
     else:
         chosen = open_model(str(model), name=name, image_size=image_size, gives_probabilities=gives_probabilities)
-    result = score_images(chosen, plan, data, manifest, model_folder=model_folder(model))
+    with sole_writer(output / chosen.name):
+        result = score_images(chosen, plan, data, manifest, model_folder=model_folder(model))
+        path = result.write(output)
     _print_scores(result)
-    print(f"definitions, intervals and every image: {result.write(output)}")
+    print(f"definitions, intervals and every image: {path}")
 
 
 _DONE = {Seen.report: "They were tested all the same.", Seen.exclude: "They were left out."}

@@ -81,8 +81,9 @@ def evaluate_model(
         total=len(ids), desc=f"evaluating on {dataset.spec.title}", unit="image", leave=False, disable=None
     ) as progress:
         for pixel_values, masks in prepared_batches(dataset, processor, ids, batch_size=batch_size, change=change):
-            logits = model(pixel_values=pixel_values.to(device)).logits
-            for z, mask in zip(polyp_logits(logits.float(), model.config).cpu(), masks, strict=True):
+            logits = model(pixel_values=pixel_values.to(device)).logits.float()
+            polyp = polyp_logits(logits, model.config, model=model_id, images=ids[len(counts) :]).cpu()
+            for z, mask in zip(polyp, masks, strict=True):
                 counts.append(pixel_counts(predicted_mask(z, mask.shape), mask.astype(bool)))
             progress.update(len(masks))
     return EvaluationResult(
@@ -103,9 +104,10 @@ def evaluate_model(
 def predict_masks(model: Any, processor: Any, frames: Sequence[Image.Image]) -> list[NDArray[np.bool_]]:
     """PIL images of any size -> boolean masks (H, W) of their sizes."""
     masks = []
-    for frame in frames:
-        logits = model.eval()(**processor(images=[as_frame(frame)], return_tensors="pt")).logits
-        masks.append(predicted_mask(polyp_logits(logits.float(), model.config)[0], (frame.height, frame.width)))
+    for number, frame in enumerate(frames, start=1):
+        logits = model.eval()(**processor(images=[as_frame(frame)], return_tensors="pt")).logits.float()
+        polyp = polyp_logits(logits, model.config, images=[f"frame {number}"])
+        masks.append(predicted_mask(polyp[0], (frame.height, frame.width)))
     return masks
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from polypseg.artifacts import file_sha256, write_text
+from polypseg.artifacts import LARGEST_JSON, file_sha256, read_bounded, write_text
 from polypseg.errors import PolypSegError
 
 MANIFEST = "SHA256SUMS"
@@ -38,8 +38,8 @@ def write_manifest(folder: Path) -> Path:
 def read_manifest(path: Path) -> dict[str, str]:
     """File name -> SHA-256. Raises PolypSegError for a missing or damaged manifest."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_bounded(path, largest=LARGEST_JSON).splitlines()
+    except (OSError, ValueError) as error:
         raise PolypSegError(f"cannot read {path}: {error}") from error
     matches = [_LINE.fullmatch(line) for line in lines]
     if not lines or not all(matches):

@@ -22,12 +22,13 @@ from polypseg.errors import UsageError, first_line
 from polypseg.evaluation import prepared_batches
 from polypseg.hub import fetch
 from polypseg.inference.preparation import PREPROCESSOR, FrameProcessor
-from polypseg.inference.runtimes import TORCH, OnnxRuntime
+from polypseg.inference.runtimes import TORCH, OnnxRuntime, refuse_non_finite
 from polypseg.modeling import PolypSegConfig
 from polypseg.processing import (
     build_image_processor,
     current_record,
     default_device,
+    finite_images,
     polyp_logits,
     resize_map,
     results_name,
@@ -74,8 +75,9 @@ class ModelPredictions:
         """Thresholded at 0.5 (strictly), these are evaluate_model's masks."""
         model = self.model.to(self.device).eval()
 
-        def forward(pixels: Tensor) -> Tensor:
-            return polyp_logits(model(pixel_values=pixels.to(self.device)).logits.float(), model.config).cpu()
+        def forward(pixels: Tensor, images: Sequence[str]) -> Tensor:
+            logits = model(pixel_values=pixels.to(self.device)).logits.float()
+            return polyp_logits(logits, model.config, model=self.name, images=images).cpu()
 
         return _from_logits(forward, self.processor, dataset, ids, batch_size=self.batch_size)
 
@@ -104,8 +106,9 @@ class SmpPredictions:
         """Resized as evaluation does: the frame to the model's size, the output back to the mask's."""
         model = self.model.to(self.device).eval()
 
-        def forward(pixels: Tensor) -> Tensor:
-            return _one_channel(model(pixels.to(self.device)).float().cpu(), output=self.output, name=self.name)
+        def forward(pixels: Tensor, images: Sequence[str]) -> Tensor:
+            result = model(pixels.to(self.device)).float().cpu()
+            return _one_channel(result, output=self.output, name=self.name, images=images)
 
         processor = _square_processor(self.image_size, mean=self.image_mean, std=self.image_std)
         return _from_logits(forward, processor, dataset, ids, batch_size=self.batch_size, output=self.output)
@@ -140,9 +143,9 @@ class OnnxPredictions:
             )
         processor = self.processor or self._processor(height, width)
 
-        def forward(pixels: Tensor) -> Tensor:
+        def forward(pixels: Tensor, images: Sequence[str]) -> Tensor:
             result = torch.from_numpy(network.run(pixels.numpy()))
-            return _one_channel(result, output=self.output, name=str(self.path))
+            return _one_channel(result, output=self.output, name=str(self.path), images=images)
 
         size = self.batch_size if batch is None else batch
         if size != 1 and batch is not None:
@@ -248,10 +251,11 @@ def _square_processor(size: int, **statistics: Sequence[float]) -> Any:
     return build_image_processor(PolypSegConfig(image_size=size, **named))
 
 
-def _one_channel(result: Tensor, *, output: Output, name: str) -> Tensor:
+def _one_channel(result: Tensor, *, output: Output, name: str, images: Sequence[str]) -> Tensor:
     """(B, 1 or 2, h, w) logits or probabilities -> (B, h, w) of the same kind for the polyp."""
     if result.ndim != 4 or result.shape[1] not in (1, 2):
         raise UsageError(f"{name} gives {tuple(result.shape)}: (B, 1 or 2, h, w) is needed")
+    refuse_non_finite(finite_images(result), model=name, images=images)
     within = bool(result.min() >= 0 and result.max() <= 1)
     if output == "logits":
         if within:  # as logits every pixel would be polyp
@@ -263,7 +267,7 @@ def _one_channel(result: Tensor, *, output: Output, name: str) -> Tensor:
 
 
 def _from_logits(
-    forward: Callable[[Tensor], Tensor],
+    forward: Callable[[Tensor, Sequence[str]], Tensor],
     processor: Any,
     dataset: PolypDataset,
     ids: Sequence[str],
@@ -274,10 +278,11 @@ def _from_logits(
     """Run a model over prepared batches; logits are resized before the sigmoid, as in evaluation."""
     names = iter(ids)
     for pixels, masks in prepared_batches(dataset, processor, ids, batch_size=batch_size):
+        images = list(islice(names, len(masks)))
         with torch.inference_mode():  # inside the loop: a generator must not leave the mode on for its caller
-            results = forward(pixels)
+            results = forward(pixels, images)
             maps = [probability_map(z, mask.shape, output=output) for z, mask in zip(results, masks, strict=True)]
-        yield from zip(islice(names, len(maps)), maps, strict=True)
+        yield from zip(images, maps, strict=True)
 
 
 def probability_map(values: Tensor, size: tuple[int, ...], *, output: Output = "logits") -> Probability:

@@ -4,6 +4,7 @@ Unknown and missing keys are errors before any work starts. Code holds no number
 """
 
 import json
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -20,7 +21,11 @@ from pydantic import (
     model_validator,
 )
 
+from polypseg.artifacts import read_bounded
 from polypseg.errors import UsageError, unknown_name
+
+LARGEST_SIDE, LARGEST_COUNT, LARGEST_STEPS, LARGEST_SEED = 4096, 1_000_000, 10**9, 2**32 - 1
+"""Upper bounds of recipes: pixels, images or channels or epochs, optimiser steps, seeds (NumPy's)."""
 
 
 class RecipeSection(BaseModel):
@@ -40,22 +45,71 @@ class RecipeSection(BaseModel):
         return value
 
 
+LARGEST_YAML = 2**20
+"""Bytes; the largest bundled file has some thousand."""
+_DEEPEST, _LONGEST_NUMBER, _SHOWN = 20, 30, 80
+
+
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML in which a repeated key is an error; elsewhere the last one wins in silence."""
+    """YAML in which a repeated key is an error; elsewhere the last one wins in silence.
+
+    Anchors, which a few lines can expand without end, deep nesting and numbers of many digits are errors too.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise yaml.composer.ComposerError(None, None, "anchors and aliases are not read here", event.start_mark)
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise yaml.composer.ComposerError(None, None, f"nested more than {_DEEPEST} levels deep", event.start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []
+        seen: set[str] = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is repeated", key.start_mark)
-            seen.append(key.value)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value[:_SHOWN]!r} is repeated", key.start_mark
+                )
+            seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        """Python's own limit is 4300 digits, and its error is no YAMLError."""
+        if len(node.value) > _LONGEST_NUMBER:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of {len(node.value)} characters", node.start_mark
+            )
+        is_float = node.tag == "tag:yaml.org,2002:float"
+        return self.construct_yaml_float(node) if is_float else self.construct_yaml_int(node)
+
+
+for _tag in ("int", "float"):
+    _RecipeLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _RecipeLoader.construct_number)
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says. Raises ValueError for one that cannot be read or is larger than any recipe."""
+    if len(text) > LARGEST_YAML:
+        raise ValueError(f"it has {len(text)} characters, more than the {LARGEST_YAML} that are read")
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from error
 
 
 def _undo_yaml(value: object) -> object:
     return "no" if value is False else value  # YAML reads a bare no as false
 
 
+RangeEnd = Annotated[float, Field(ge=0, le=1000)]
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_undo_yaml)]
 
 
@@ -67,9 +121,11 @@ def _is_unset(value: object) -> bool:
 class DataRecipe(RecipeSection):
     """What the model sees before augmentation."""
 
-    image_size: int = Field(ge=32)
+    image_size: int = Field(ge=32, le=LARGEST_SIDE)
     """Side in pixels to which image and mask are resized (bicubic, antialiased)."""
-    batch_sizes: tuple[Annotated[int, Field(ge=32)], ...] | None = Field(default=None, exclude_if=_is_unset)
+    batch_sizes: tuple[Annotated[int, Field(ge=32, le=LARGEST_SIDE)], ...] | None = Field(
+        default=None, exclude_if=_is_unset
+    )
     """Sides in pixels of training batches, one drawn per batch; null trains at ``image_size`` only."""
     negatives: str | None = Field(default=None, exclude_if=_is_unset)
     """Pinned list of polyp-free frames whose part ``train`` is trained on with empty masks; null for none."""
@@ -99,24 +155,24 @@ class AugmentationRecipe(RecipeSection):
     saturation: float = Field(ge=0, lt=1)
     hue: float = Field(ge=0, le=0.5)
     """Shift drawn from [-h, h], in turns of the colour wheel."""
-    blur_kernel: int = Field(ge=0)
+    blur_kernel: int = Field(ge=0, le=LARGEST_SIDE)
     """Side of the Gaussian kernel in pixels; odd, or 0 for no blur."""
-    blur_sigma: tuple[float, float]
+    blur_sigma: tuple[RangeEnd, RangeEnd]
     """Standard deviation in pixels, drawn uniformly."""
     horizontal_flip: float = Field(ge=0, le=1)
     """Probability."""
     vertical_flip: float = Field(ge=0, le=1)
-    rotation: float = Field(ge=0)
+    rotation: float = Field(ge=0, le=360)
     """Angle drawn from [-r, r] degrees."""
     translation: float = Field(ge=0, lt=1)
     """Shift of each axis drawn from [-t, t], as a share of the side."""
-    scale: tuple[float, float]
+    scale: tuple[RangeEnd, RangeEnd]
     """Zoom factor, drawn uniformly."""
     shear: float = Field(ge=0, lt=90)
     """Horizontal shear drawn from [-s, s] degrees."""
     interpolation: Literal["nearest", "bilinear"]
     """Of the affine warp; the reference's is nearest."""
-    fill: float
+    fill: float = Field(ge=-1000, le=1000)
     """Value outside the warped image, in normalised units; the reference's is -1."""
     appearance: AppearanceRecipe | None = Field(default=None, exclude_if=_is_unset)
     """Changes of appearance, drawn before everything else; null for none."""
@@ -134,29 +190,29 @@ class AugmentationRecipe(RecipeSection):
 class TrainingRecipe(RecipeSection):
     """The optimisation."""
 
-    epochs: int = Field(ge=1)
+    epochs: int = Field(ge=1, le=LARGEST_COUNT)
     """Passes over the training split."""
-    total_batch_size: int = Field(ge=2)
+    total_batch_size: int = Field(ge=2, le=LARGEST_COUNT)
     """Images per optimiser step, over all processes; the last short batch is dropped."""
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, le=1000)
     """AdamW step size: the start of ``plateau``, the peak of ``one_cycle``."""
-    weight_decay: float = Field(ge=0)
+    weight_decay: float = Field(ge=0, le=1000)
     """On every parameter, as in the reference."""
     precision: Precision
     """Autocast type of forward and loss; bf16 falls back to float32 on a CPU without bf16 arithmetic."""
 
-    dice_weight: float = Field(ge=0)
-    bce_weight: float = Field(ge=0)
+    dice_weight: float = Field(ge=0, le=1000)
+    bce_weight: float = Field(ge=0, le=1000)
     """Loss = dice_weight * soft Dice + bce_weight * binary cross-entropy."""
     ema_decay: float = Field(ge=0, lt=1)
     """Decay per step of the averaged weights that are validated and kept; 0 for none, as in the reference."""
     keep: Literal["best", "last"] = Field(default="best", exclude_if=_is_unset)
     """Which weights become the model: those of the epoch with the best validation Dice, or the last epoch's."""
-    frozen_stages: int = Field(default=0, ge=0, exclude_if=_is_unset)
+    frozen_stages: int = Field(default=0, ge=0, le=16, exclude_if=_is_unset)
     """Leading stages of an EfficientNet encoder, the stem first, that stay as they were loaded; 0 for none."""
-    max_steps: int | None = Field(ge=1)
+    max_steps: int | None = Field(ge=1, le=LARGEST_STEPS)
     """Stop after so many optimiser steps; null for all epochs."""
-    checkpoint_steps: int | None = Field(ge=1)
+    checkpoint_steps: int | None = Field(ge=1, le=LARGEST_STEPS)
     """Save a resumable checkpoint every so many steps, besides the one at each epoch's end."""
 
 
@@ -167,9 +223,9 @@ class ScheduleRecipe(RecipeSection):
     """``plateau`` halves on a stalled global validation Dice; ``one_cycle`` warms up and anneals over all steps."""
     factor: float = Field(gt=0, lt=1)
     """plateau: multiplier."""
-    patience: int = Field(ge=0)
+    patience: int = Field(ge=0, le=LARGEST_COUNT)
     """plateau: epochs without improvement before the multiplier."""
-    min_learning_rate: float = Field(ge=0)
+    min_learning_rate: float = Field(ge=0, le=1000)
     """plateau: floor."""
     warmup: float = Field(ge=0, lt=1)
     """one_cycle: share of all steps that warm up."""
@@ -182,7 +238,7 @@ class ModelRecipe(RecipeSection):
     """timm name of another encoder, for small-scale runs."""
     decoder: str | None
     """Another decoder than the row's, for architecture grids; see PolypSegConfig."""
-    decoder_channels: int | None = Field(ge=1)
+    decoder_channels: int | None = Field(ge=1, le=LARGEST_SIDE)
     decoder_dropout: float | None = Field(ge=0, lt=1)
 
 
@@ -195,7 +251,7 @@ class NamedRecipe(RecipeSection):
 class Recipe(NamedRecipe):
     """One experiment, apart from the model's row, the data and the place of the output."""
 
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, le=LARGEST_SEED)
     model: ModelRecipe
     data: DataRecipe
     augmentation: AugmentationRecipe
@@ -203,6 +259,8 @@ class Recipe(NamedRecipe):
     schedule: ScheduleRecipe
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _SHOWN
 AnyRecipe = TypeVar("AnyRecipe", bound=RecipeSection)
 
 
@@ -251,9 +309,11 @@ def read_recipe(name_or_path: str | Path, *, overrides: Sequence[str] = ()) -> t
 def read_yaml(path: Path, *, kind: str) -> dict[str, Any]:
     """A mapping from a YAML file without repeated keys. Raises UsageError that names the file and its ``kind``."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{kind} {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        content = parse_yaml(read_bounded(path, largest=LARGEST_YAML))
+    except OSError as error:
+        raise UsageError(f"{kind} {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a UnicodeDecodeError is one
+        raise UsageError(f"{kind} {path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{kind} {path} is empty or not a mapping")
     return content
@@ -303,7 +363,7 @@ def _problem(schema: type[BaseModel], detail: Any) -> str:
         return str(unknown_name(f"key {key!r}: no such setting", str(detail["loc"][-1]), section.model_fields))
     if detail["type"] == "missing":
         return f"key {key!r} is missing"
-    return f"key {key!r}: {detail['msg']} (got {detail['input']!r})" if key else str(detail["msg"])
+    return f"key {key!r}: {detail['msg']} (got {_SHORT.repr(detail['input'])})" if key else str(detail["msg"])
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -320,6 +380,6 @@ def _apply(content: dict[str, Any], override: str) -> None:
     if name not in target:
         raise unknown_name("recipe key", key, [".".join([*sections, known]) for known in target])
     try:
-        target[name] = yaml.load(value, Loader=_RecipeLoader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {override!r}: the value is not valid YAML") from error
+        target[name] = parse_yaml(value)
+    except ValueError as error:
+        raise UsageError(f"--set {override[:_SHOWN]!r}: the value is not valid YAML: {error}") from error

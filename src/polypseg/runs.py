@@ -5,17 +5,24 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from tqdm import tqdm
 
-from polypseg.artifacts import atomic_path, environment_record, explain_write_errors, read_json, write_json
+from polypseg.artifacts import (
+    atomic_path,
+    environment_record,
+    explain_write_errors,
+    read_json,
+    sole_writer,
+    write_json,
+)
 from polypseg.errors import PolypSegError, UsageError
 
 
@@ -53,6 +60,23 @@ def check_processes(accelerator: Accelerator, *, expected: int | None) -> None:
             f"{accelerator.num_processes} process(es) run instead of {expected}: on CPU start them with "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
         )
+
+
+@contextmanager
+def sole_run(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
+    """``sole_writer`` of a run's folder for all processes of the run: where one is refused, all of them are."""
+    refused: list[PolypSegError | None] = [None]
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            try:
+                stack.enter_context(sole_writer(run_dir))
+            except PolypSegError as error:
+                refused = [error]
+        if accelerator.num_processes > 1:
+            broadcast_object_list(refused)
+        if refused[0] is not None:
+            raise refused[0]
+        yield
 
 
 def claim_run(run_dir: Path, record: Mapping[str, Any], accelerator: Accelerator, *, resume: bool) -> bool:

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -24,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from polypseg.artifacts import (
+    LOCK,
     atomic_path,
     environment_record,
     explain_write_errors,
@@ -31,13 +32,14 @@ from polypseg.artifacts import (
     original_name,
     printable,
     read_json,
+    sole_writer,
     to_cell,
     write_csv,
     write_json,
 )
 from polypseg.data.images import decode_frame, encode_png
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.inference.inputs import Source, read_inputs
+from polypseg.inference.inputs import Inputs, Source, read_inputs
 from polypseg.inference.pipeline import in_background
 from polypseg.inference.video import (
     ENCODED_FORMATS,
@@ -224,7 +226,26 @@ def segment_files(
         "save_probability": save_probability,
         "smooth": smooth,
     }
-    _claim_output(output, settings, overwrite=overwrite)
+    with sole_writer(output):
+        return _segment(
+            segmenter, found, output, settings, overlay_video=overlay_video, batch_size=batch_size, overwrite=overwrite
+        )
+
+
+def _segment(
+    segmenter: Segmenter,
+    found: Inputs,
+    output: Path,
+    settings: Mapping[str, Any],
+    *,
+    overlay_video: str | None,
+    batch_size: int,
+    overwrite: bool,
+) -> SegmentReport:
+    """What segment_files does while nobody else writes to ``output``."""
+    threshold, min_area, every = (settings[name] for name in ("threshold", "min_area", "every"))
+    save_probability, smooth = settings["save_probability"], settings["smooth"]
+    _claim_output(output, dict(settings), overwrite=overwrite)
     tables = _Tables(output, pictures=_picture_folders(save_probability), every=every, whole_videos=smooth is not None)
     sources = tables.name_sources(found.sources)
     skipped: list[tuple[str, str]] = []
@@ -283,6 +304,12 @@ def segment_files(
     )
 
 
+def _called(frame: _Frame) -> str:
+    """What errors call a frame."""
+    name = printable(str(frame.source.path))
+    return name if frame.index is None else f"frame {frame.index} of {name}"
+
+
 def _flicker_words(row: dict[str, str]) -> str:
     before = f" ({row['flicker_unsmoothed']} without smoothing)" if row["flicker_unsmoothed"] else ""
     return f"flicker index {row['flicker']}{before}"
@@ -329,9 +356,9 @@ def _predict(entries: _Entries, segmenter: Segmenter, *, threshold: float, min_a
     def predict() -> Iterator[_Entry]:
         frames = [entry for entry in waiting if isinstance(entry, _Frame) and not entry.finished]
         images = [frame.image for frame in frames if frame.image is not None]
-        made = iter(
-            segmenter.predict(images, threshold=threshold, min_area=min_area, batch_size=batch_size) if images else ()
-        )
+        names = [_called(frame) for frame in frames]
+        options: dict[str, Any] = {"threshold": threshold, "min_area": min_area, "batch_size": batch_size}
+        made = iter(segmenter.predict(images, names=names, **options) if images else ())
         for entry in waiting:
             if isinstance(entry, _Frame) and not entry.finished:
                 entry = replace(entry, prediction=next(made))
@@ -445,11 +472,9 @@ def _picture_folders(save_probability: bool) -> dict[str, str]:
 def _claim_output(output: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
     """Write ``run.json``, or check that what is there was made with these settings; see ``segment_files``."""
     path, environment = output / RECORD, environment_record()
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"{output} is a file: choose a folder for the results")
     record = read_json(path) if path.is_file() else {}
     if record.get("kind") != KIND:
-        if output.is_dir() and any(output.iterdir()):
+        if output.is_dir() and any(path.name != LOCK for path in output.iterdir()):
             raise UsageError(f"{output} holds something else than results of segmentation: choose another folder")
         record = {}
     elif overwrite:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from polypseg import plots, zoo
 from polypseg.arguments import named_values
-from polypseg.artifacts import environment_record, file_sha256, write_csv, write_json, write_text
+from polypseg.artifacts import environment_record, file_sha256, sole_writer, write_csv, write_json, write_text
 from polypseg.card_facts import CONVENTION, cell_of, scores_of, seen_words
 from polypseg.checkpoints import STARTER_ENCODER, describe_source, starter_installed
 from polypseg.data.polyps import PolypDataset, SyntheticOptions, open_dataset
@@ -188,6 +188,11 @@ def run_study(plan: StudyPlan) -> Path:
     inside = open_dataset(plan.in_distribution, source=plan.in_source, **how)
     outside = open_dataset(plan.out_of_distribution, source=plan.out_source, **how)
     tests = _tests(plan, inside, outside)  # a wrong split fails here, before any work
+    with sole_writer(plan.output):
+        return _run_jobs(jobs, plan, tests)
+
+
+def _run_jobs(jobs: Sequence[Job], plan: StudyPlan, tests: Sequence[Test]) -> Path:
     console = Console()
     for number, job in enumerate(jobs, start=1):
         console.print(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from polypseg.artifacts import write_csv, write_json
+from polypseg.artifacts import sole_writer, write_csv, write_json
 from polypseg.conventions import CONVENTIONS
 from polypseg.data.catalog import DATASETS, DatasetSpec, get_spec
 from polypseg.data.polyps import PolypDataset, Record, find_source, index_records, open_dataset
@@ -203,6 +203,11 @@ def run_suite(source: PredictionSource, plan: SuitePlan, *, model_folder: Path |
     """
     if "paper" not in plan.conventions:
         raise UsageError("the suite's summary is of the convention 'paper': ask for it as well")
+    with sole_writer(plan.output / source.name):
+        return _run_suite(source, plan, model_folder=model_folder)
+
+
+def _run_suite(source: PredictionSource, plan: SuitePlan, *, model_folder: Path | None) -> list[Outcome]:
     outcomes: list[Outcome] = []
     for dataset, tests in groupby(plan.tests(), key=lambda test: test.dataset):
         outcomes += _run_dataset(source, plan, dataset, list(tests), model_folder=model_folder)

@@ -50,6 +50,7 @@ from polypseg.runs import (
     claim_run,
     newest_checkpoint,
     save_checkpoint,
+    sole_run,
     step_bar,
     stop_requests,
 )
@@ -132,16 +133,19 @@ def finetune(
 
     ``negatives``: the polyp-free frames of a recipe that asks for them, whose pinned ``train`` part is trained on with
     empty masks. With ``resume`` continues from the newest checkpoint, if there is one. Raises UsageError when
-    ``run_dir`` holds another run or the recipe's negatives are absent, PolypSegError for a non-finite loss (the last
-    checkpoint stays), InterruptedRunError after a SIGINT or SIGTERM.
+    ``run_dir`` holds another run, another process writes there or the recipe's negatives are absent, PolypSegError for
+    a non-finite loss (the last checkpoint stays) or validation, InterruptedRunError after a SIGINT or SIGTERM.
     """
     if (negatives is None) != (recipe.data.negatives is None):
         wants = "asks for" if recipe.data.negatives else "takes no"
         raise UsageError(f"recipe {recipe.name} {wants} polyp-free frames (data.negatives): see --negatives")
-    run = _Run(model, dataset, recipe, accelerator, run_dir=run_dir, split=split, workers=workers, negatives=negatives)
-    run.start(resume=resume)
-    with stop_requests() as stop:
-        run.train(stop)
+    with sole_run(run_dir, accelerator):
+        run = _Run(
+            model, dataset, recipe, accelerator, run_dir=run_dir, split=split, workers=workers, negatives=negatives
+        )
+        run.start(resume=resume)
+        with stop_requests() as stop:
+            run.train(stop)
     return run.progress
 
 
@@ -400,6 +404,12 @@ class _Run:
                 logits = model(batch["pixel_values"]).logits
             total += _dice_sum(logits[:, 1].float(), batch["labels"])
         overall = self.accelerator.reduce(total, reduction="sum")
+        if not overall.isfinite().all():
+            raise PolypSegError(
+                f"the model's outputs on the validation images are no finite numbers at step {self.progress.step}: "
+                "start again in another --output with a lower --set training.learning_rate or with "
+                "training.precision=no"
+            )
         return float(overall[0] / overall[1])
 
 
@@ -428,8 +438,17 @@ def _mark_finished(config: Path) -> None:
     write_json(config, content)
 
 
+def _is_marked_finished(config: Path) -> bool:
+    """Whether _mark_finished was reached: a kill may come between the last checkpoint and it."""
+    if not config.is_file():
+        return False
+    return (read_json(config).get("weights_origin") or {}).get("finished") is True
+
+
 def _dice_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, H, W) twice -> (sum of Dice, number of images)."""
+    """(B, H, W) twice -> (sum of Dice, number of images); the sum is NaN where a logit is not finite."""
+    if not logits.isfinite().all():  # no NaN is above 0: the Dice would be that of an empty mask
+        return torch.full((2,), torch.nan, device=logits.device)
     prediction, target = logits > 0, labels > 0.5
     counts = [(x.sum((1, 2))).cpu().numpy() for x in (prediction & target, prediction, target)]
     return torch.tensor(
@@ -483,7 +502,7 @@ class Schedule:
 def run_is_finished(run_dir: Path, recipe: Recipe, *, start: str) -> bool:
     """Whether ``run_dir`` holds a completed run of just this recipe and this start (see ``describe_source``)."""
     path, checkpoint = run_dir / "run.json", newest_checkpoint(run_dir)
-    if not path.is_file() or checkpoint is None:
+    if not path.is_file() or checkpoint is None or not _is_marked_finished(run_dir / "best" / CONFIG_NAME):
         return False
     record = read_json(path)
     if record["recipe"] != recipe.model_dump(mode="json"):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from polypseg.artifacts import atomic_path, explain_write_errors, file_sha256, write_json
+from polypseg.artifacts import atomic_path, explain_write_errors, file_sha256, sole_writer, write_json
 from polypseg.data.frames import (
     INDEX,
     MANIFEST,
@@ -60,14 +60,15 @@ def write_shards(frames: FrameStore, folder: Path, *, images_per_shard: int = 10
     source most of which cannot be read.
     """
     plan = ShardPlan(format=FORMAT, source=frames.content_id, images_per_shard=images_per_shard)
-    records = _finished(folder, plan)
-    starts = range(0, len(frames), images_per_shard)
-    missing = [n for n in range(len(starts)) if not _is_there(folder, records.get(_shard_name(n)))]
-    if missing or not _is_complete(folder):
-        write_json(folder / PARTIAL / _PLAN, asdict(plan))
-        _write_missing(frames, folder, records, missing=missing, images_per_shard=images_per_shard)
-        _complete(folder, plan, [records[_shard_name(n)] for n in range(len(starts))])
-    return _report(folder, written=len(missing))
+    with sole_writer(folder):
+        records = _finished(folder, plan)
+        starts = range(0, len(frames), images_per_shard)
+        missing = [n for n in range(len(starts)) if not _is_there(folder, records.get(_shard_name(n)))]
+        if missing or not _is_complete(folder):
+            write_json(folder / PARTIAL / _PLAN, asdict(plan))
+            _write_missing(frames, folder, records, missing=missing, images_per_shard=images_per_shard)
+            _complete(folder, plan, [records[_shard_name(n)] for n in range(len(starts))])
+        return _report(folder, written=len(missing))
 
 
 def verify_shards(folder: Path) -> ShardReport:

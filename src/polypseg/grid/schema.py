@@ -1,12 +1,24 @@
 """What a grid's YAML file says: which encoders and decoders, which starts, how each is pretrained, which seeds."""
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from polypseg import zoo
 from polypseg.errors import UsageError, unknown_name
-from polypseg.recipe import NamedRecipe, RecipeSection, bundled_folder, read_yaml, validate_recipe
+from polypseg.recipe import (
+    LARGEST_SEED,
+    LARGEST_SIDE,
+    LARGEST_STEPS,
+    NamedRecipe,
+    RecipeSection,
+    bundled_folder,
+    read_yaml,
+    validate_recipe,
+)
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Architecture(RecipeSection):
@@ -34,7 +46,7 @@ class PretrainingPlan(RecipeSection):
     method: str
     families: tuple[str, ...]
     recipe: str | None = None
-    steps: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=LARGEST_STEPS)
     """Optimiser steps on every corpus, whatever its size; null: the recipe's epochs."""
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
     """Part of ``steps`` that warms up."""
@@ -84,11 +96,11 @@ class Grid(NamedRecipe):
     corpora: dict[str, Corpus]
     pretraining: tuple[PretrainingPlan, ...]
     starts: tuple[StartPlan, ...] = Field(min_length=1)
-    shares: tuple[float, ...] = (1.0,)
+    shares: tuple[Share, ...] = (1.0,)
     """Shares of the corpus to pretrain on; smaller ones are contained in larger ones."""
-    image_sizes: tuple[int, ...] = Field(min_length=1)
+    image_sizes: tuple[Annotated[int, Field(ge=32, le=LARGEST_SIDE)], ...] = Field(min_length=1)
     """Of fine-tuning, in pixels."""
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, le=LARGEST_SEED)], ...] = Field(min_length=1)
     """Of fine-tuning: the same for all cells."""
     repeat_pretraining: bool = False
     """Whether each seed pretrains anew; else all seeds of a cell share one encoder."""

@@ -18,7 +18,7 @@ from polypseg.pretraining.export import export_encoder, write_run_report
 from polypseg.pretraining.run import build_method, pretrain
 from polypseg.processing import default_device, load_model
 from polypseg.recipe import read_recipe
-from polypseg.runs import make_accelerator
+from polypseg.runs import make_accelerator, sole_run
 from polypseg.suite import SuitePlan, run_suite
 from polypseg.training import build_model, finetune, run_is_finished
 from polypseg.zoo import RANDOM
@@ -100,11 +100,12 @@ class PretrainTask:
         AcceleratorState._reset_state()
         accelerator = make_accelerator(recipe.training.precision, run_dir=self.folder)
         method = build_method(recipe)
-        progress = pretrain(method, frames, recipe, accelerator, run_dir=self.folder, resume=True)
-        write_run_report(method, recipe, progress, frames, folder=self.folder / "report", labelled=None)
-        export_encoder(
-            method, recipe, progress, frames, folder=self.folder / ENCODER_FILE.parent, corpus=self.start.corpus
-        )
+        with sole_run(self.folder, accelerator):
+            progress = pretrain(method, frames, recipe, accelerator, run_dir=self.folder, resume=True)
+            write_run_report(method, recipe, progress, frames, folder=self.folder / "report", labelled=None)
+            export_encoder(
+                method, recipe, progress, frames, folder=self.folder / ENCODER_FILE.parent, corpus=self.start.corpus
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import SoftFileLease, Timeout
 from rich.console import Console
 
-from polypseg.artifacts import environment_record, explain_write_errors, read_json, write_json
+from polypseg.artifacts import FolderInUseError, environment_record, explain_write_errors, read_json, write_json
 from polypseg.errors import UsageError
 from polypseg.grid.schema import Grid
 from polypseg.grid.tasks import GridData, Task, describe_grid, describe_recipes, grid_tasks
@@ -84,7 +84,10 @@ def _do_one(waiting: Sequence[Task], claims: Path, *, done: int, console: Consol
             if not claimed or task.is_done():
                 continue
             console.print(f"[bold]{done} done, {len(waiting)} left: {task.name}[/bold]", highlight=False)
-            task.run()
+            try:
+                task.run()
+            except FolderInUseError:  # of a worker that lost its lease and has not stopped yet
+                continue
             return True
     return False
 

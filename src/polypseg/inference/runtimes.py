@@ -6,7 +6,7 @@ Only the chosen one is imported: ONNX Runtime and OpenVINO need neither torch no
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polypseg.artifacts import cache_folder, file_sha256
-from polypseg.errors import PIP, UsageError, first_line, unknown_name
+from polypseg.errors import PIP, PolypSegError, UsageError, first_line, unknown_name
 
 Logits = NDArray[np.float32]
 Precision = Literal["fp32", "fp16", "int8"]
@@ -292,6 +292,21 @@ def thread_count() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return min(cores, int(asked)) if asked.isdigit() and int(asked) > 0 else cores
+
+
+def refuse_non_finite(finite: Sequence[bool], *, model: str = "the model", images: Sequence[str] = ()) -> None:
+    """Raise PolypSegError that names model and image where the outputs of an image are not all finite.
+
+    A NaN is not above any threshold: without this, a broken model reports that there are no polyps.
+    """
+    where = next((number for number, good in enumerate(finite) if not good), None)
+    if where is None:
+        return
+    image = images[where] if where < len(images) else f"image {where + 1} of the batch"
+    raise PolypSegError(
+        f"{model} gives values that are no finite numbers (NaN or infinity) for {image}: its weights or the mean and "
+        "standard deviation of its inputs are damaged; get the model again"
+    )
 
 
 def one_logit(result: NDArray[np.float32], *, name: str) -> Logits:

@@ -32,17 +32,23 @@ class PolypSegForSemanticSegmentation(PreTrainedModel):
 
     def __init__(self, config: PolypSegConfig):
         super().__init__(config)
+        config.check_labels()
+        self.encoder = self._build_encoder()
+        self._encoder_awaits_values = any(tensor.is_meta for tensor in _tensors(self.encoder).values())
+        self.levels = feature_levels(self.encoder, decoder=config.decoder)
+        self.decoder = self._build_decoder()
+        self.post_init()
+
+    def _build_encoder(self) -> Any:
+        """A new encoder as timm and the reference initialise it."""
+        config = self.config
         if is_plain_vit(config.encoder):
-            self.encoder: Any = build_vit_encoder(
+            return build_vit_encoder(
                 config.encoder,
                 position_embedding=config.position_embedding,
                 position_embedding_trainable=config.position_embedding_trainable,
             )
-        else:
-            self.encoder = build_cnn_encoder(config.encoder)
-        self.levels = feature_levels(self.encoder, decoder=config.decoder)
-        self.decoder = self._build_decoder()
-        self.post_init()
+        return build_cnn_encoder(config.encoder)
 
     def _build_decoder(self) -> nn.Module:
         widths, channels = level_widths(self.encoder, self.levels), self.config.decoder_channels
@@ -88,17 +94,31 @@ class PolypSegForSemanticSegmentation(PreTrainedModel):
         return tokens
 
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **_: Any
-    ) -> SemanticSegmenterOutput:
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SemanticSegmenterOutput | tuple[Any, ...]:
         """pixel_values (B, 3, H, W), labels (B, H, W) in [0, 1] -> logits (B, 2, H, W) and the soft Dice loss.
 
         The logits are [0, z]: softmax of the polyp channel is sigmoid(z) and argmax is z > 0. Labels may be soft.
+        ``output_hidden_states`` adds the feature maps (B, C, h, w) that the decoder reads, finest first;
+        ``return_dict=False`` gives a tuple of what there is. Where they are None, the configuration decides. Raises
+        ValueError for ``output_attentions``: timm's encoders give no attention maps.
         """
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("output_attentions is not possible: the encoders of timm give no attention maps")
         image_size = (pixel_values.shape[-2], pixel_values.shape[-1])
-        polyp = self.decoder(self.extract_features(pixel_values), image_size)  # (B, 1, H, W)
+        features = self.extract_features(pixel_values)
+        polyp = self.decoder(features, image_size)  # (B, 1, H, W)
         logits = torch.cat([torch.zeros_like(polyp), polyp], dim=1)
         loss = None if labels is None else soft_dice_loss(polyp[:, 0], labels)
-        return SemanticSegmenterOutput(loss=loss, logits=logits)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = SemanticSegmenterOutput(loss=loss, logits=logits, hidden_states=tuple(features) if wanted else None)
+        as_record = self.config.return_dict if return_dict is None else return_dict
+        return output if as_record else output.to_tuple()
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -110,13 +130,32 @@ class PolypSegForSemanticSegmentation(PreTrainedModel):
         self.encoder.set_grad_checkpointing(enable)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The reference's initialisation, for decoders only: timm has initialised the encoder already.
+        """The reference's initialisation of everything that a checkpoint did not bring.
 
+        Encoder: timm's own, which has happened already unless the model was built without memory (``from_pretrained``).
         DeepLabV3+: Kaiming uniform (fan in) convolutions, Xavier uniform head. DPT: PyTorch's defaults, which for
-        convolutions are Kaiming uniform with a = sqrt(5).
+        convolutions are Kaiming uniform with a = sqrt(5). BatchNorm starts at the identity.
         """
-        in_decoder = any(module is layer for layer in self.decoder.modules())
-        if not in_decoder or not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        if any(module is layer for layer in self.decoder.modules()):
+            self._init_decoder_layer(module)
+        elif self._encoder_awaits_values:  # a layer of the encoder lacks something, and others may too
+            self._fill_encoder()
+
+    def _fill_encoder(self) -> None:
+        """Give each tensor of the encoder that was not loaded its value in a newly initialised encoder."""
+        fresh = _tensors(self._build_encoder())
+        for name, tensor in _tensors(self.encoder).items():
+            init.copy_(tensor, fresh[name])  # leaves what was loaded
+        self._encoder_awaits_values = False
+
+    def _init_decoder_layer(self, module: nn.Module) -> None:
+        if isinstance(module, nn.BatchNorm2d):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
+        if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             return
         if self.config.decoder == "dpt":
             init.kaiming_uniform_(module.weight, a=5**0.5)
@@ -128,6 +167,11 @@ class PolypSegForSemanticSegmentation(PreTrainedModel):
             init.zeros_(module.bias)
         else:
             init.kaiming_uniform_(module.weight, mode="fan_in", nonlinearity="relu")
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by name, buffers that are not saved included."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def soft_dice_loss(logits: Tensor, labels: Tensor, *, smooth: float = 1e-8) -> Tensor:

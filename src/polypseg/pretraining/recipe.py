@@ -2,19 +2,34 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from polypseg.errors import UsageError, unknown_name
 from polypseg.pretraining.views import ViewSettings
-from polypseg.recipe import NamedRecipe, Precision, RecipeSection, read_recipe, validate_recipe
+from polypseg.recipe import (
+    LARGEST_COUNT,
+    LARGEST_SEED,
+    LARGEST_SIDE,
+    LARGEST_STEPS,
+    NamedRecipe,
+    Precision,
+    RangeEnd,
+    RecipeSection,
+    read_recipe,
+    validate_recipe,
+)
+
+WIDEST = 65536
+"""Channels of a projector's or decoder's layer; the methods' papers go to 8192."""
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ViewRecipe(RecipeSection):
     """How one view of a frame is made, in this order."""
 
-    crop_scale: tuple[float, float]
+    crop_scale: tuple[RangeEnd, RangeEnd]
     """Share of the frame's area that the random crop takes; its aspect ratio is drawn from [3/4, 4/3]."""
     interpolation: Literal["bilinear", "bicubic"]
     """Of the crop's resize, antialiased."""
@@ -25,7 +40,7 @@ class ViewRecipe(RecipeSection):
     hue: float = Field(ge=0, le=0.5)
     grayscale_probability: float = Field(ge=0, le=1)
     blur_probability: float = Field(ge=0, le=1)
-    blur_sigma: tuple[float, float]
+    blur_sigma: tuple[RangeEnd, RangeEnd]
     """Standard deviation in pixels, drawn uniformly."""
     solarize_probability: float = Field(ge=0, le=1)
     """Values of 128 and above are inverted."""
@@ -48,7 +63,7 @@ class ViewRecipe(RecipeSection):
 class PretrainingDataRecipe(RecipeSection):
     """What the model sees before augmentation."""
 
-    image_size: int = Field(ge=32)
+    image_size: int = Field(ge=32, le=LARGEST_SIDE)
     """Side of a view in pixels."""
     max_unreadable: float = Field(ge=0, lt=1)
     """Largest share of frames that may be unreadable before the run fails."""
@@ -57,17 +72,17 @@ class PretrainingDataRecipe(RecipeSection):
 class PretrainingTrainingRecipe(RecipeSection):
     """The optimisation."""
 
-    epochs: int = Field(ge=1)
+    epochs: int = Field(ge=1, le=LARGEST_COUNT)
     """Passes over the corpus; the schedules span them."""
-    total_batch_size: int = Field(ge=2)
+    total_batch_size: int = Field(ge=2, le=LARGEST_COUNT)
     """Images per optimiser step, over all processes; the last short batch is dropped."""
-    accumulation_steps: int = Field(ge=1)
+    accumulation_steps: int = Field(ge=1, le=LARGEST_COUNT)
     """Micro-batches of each process's share; only where images of a batch do not meet in the loss (MAE)."""
     precision: Precision
     """Autocast type of the networks; losses are float32. bf16 falls back to float32 on a CPU without it."""
-    max_steps: int | None = Field(ge=1)
+    max_steps: int | None = Field(ge=1, le=LARGEST_STEPS)
     """Stop after so many steps; the schedules stay those of all epochs."""
-    checkpoint_steps: int = Field(ge=1)
+    checkpoint_steps: int = Field(ge=1, le=LARGEST_STEPS)
     """Save a resumable checkpoint every so many steps."""
 
 
@@ -75,16 +90,16 @@ class OptimiserRecipe(RecipeSection):
     """LARS or AdamW, linear warm-up and half a cosine, per step."""
 
     kind: Literal["lars", "adamw"]
-    base_learning_rate: float = Field(gt=0)
+    base_learning_rate: float = Field(gt=0, le=1000)
     """Peak for a total batch of 256; the peak grows with the batch."""
-    bias_base_learning_rate: float | None = Field(gt=0)
+    bias_base_learning_rate: float | None = Field(gt=0, le=1000)
     """The same for biases and normalisation; null: as the weights."""
-    weight_decay: float = Field(ge=0)
+    weight_decay: float = Field(ge=0, le=1000)
     decay_everything: bool
     """Whether AdamW's weight decay reaches biases and normalisation too."""
-    betas: tuple[float, float]
+    betas: tuple[Beta, Beta]
     """Of AdamW."""
-    warmup_epochs: float = Field(ge=0)
+    warmup_epochs: float = Field(ge=0, le=LARGEST_COUNT)
     final_learning_rate: float = Field(ge=0, lt=1)
     """Where the cosine ends, as a share of the peak."""
 
@@ -92,20 +107,20 @@ class OptimiserRecipe(RecipeSection):
 class MoCoV3Section(RecipeSection):
     """See ``MoCoV3``."""
 
-    temperature: float = Field(gt=0)
+    temperature: float = Field(gt=0, le=1000)
     momentum: float = Field(ge=0, le=1)
-    hidden_width: int = Field(ge=1)
-    output_width: int = Field(ge=1)
-    encoder_chunk: int | None = Field(ge=1)
+    hidden_width: int = Field(ge=1, le=WIDEST)
+    output_width: int = Field(ge=1, le=WIDEST)
+    encoder_chunk: int | None = Field(ge=1, le=LARGEST_COUNT)
     """Encode so many images at a time: the memory of a small batch, the loss of the whole one. ViTs only."""
 
 
 class BarlowTwinsSection(RecipeSection):
     """See ``BarlowTwins``."""
 
-    projector_width: int = Field(ge=1)
-    off_diagonal_weight: float = Field(ge=0)
-    encoder_chunk: int | None = Field(ge=1)
+    projector_width: int = Field(ge=1, le=WIDEST)
+    off_diagonal_weight: float = Field(ge=0, le=1000)
+    encoder_chunk: int | None = Field(ge=1, le=LARGEST_COUNT)
     """Encode so many images at a time: the memory of a small batch, the loss of the whole one. ViTs only."""
 
 
@@ -113,16 +128,16 @@ class MAESection(RecipeSection):
     """See ``MAE``."""
 
     mask_ratio: float = Field(gt=0, lt=1)
-    decoder_width: int = Field(ge=4)
-    decoder_depth: int = Field(ge=1)
-    decoder_heads: int = Field(ge=1)
+    decoder_width: int = Field(ge=4, le=WIDEST)
+    decoder_depth: int = Field(ge=1, le=1000)
+    decoder_heads: int = Field(ge=1, le=WIDEST)
     normalise_targets: bool
 
 
 class SupervisedSection(RecipeSection):
     """See ``Supervised``."""
 
-    classes: int = Field(ge=2)
+    classes: int = Field(ge=2, le=LARGEST_COUNT)
     """Of the corpus, which must have just so many."""
     label_smoothing: float = Field(ge=0, lt=1)
 
@@ -133,7 +148,7 @@ class PretrainingRecipe(NamedRecipe):
     method: str
     encoder: str
     """timm architecture."""
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, le=LARGEST_SEED)
     data: PretrainingDataRecipe
     views: tuple[ViewRecipe, ...]
     """One for each view of a frame: two for MoCo v3 and Barlow Twins, one for MAE and supervised training."""

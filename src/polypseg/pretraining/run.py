@@ -39,6 +39,7 @@ from polypseg.runs import (
     claim_run,
     newest_checkpoint,
     save_checkpoint,
+    sole_run,
     step_bar,
     stop_requests,
 )
@@ -124,10 +125,11 @@ def pretrain(
     another run or the batch does not fit, PolypSegError for a non-finite loss (the last checkpoint stays) or too many
     unreadable frames, InterruptedRunError after a SIGINT or SIGTERM.
     """
-    run = _Run(method, frames, recipe, accelerator, run_dir=run_dir, workers=workers)
-    run.start(resume=resume)
-    with stop_requests() as stop:
-        run.train(stop)
+    with sole_run(run_dir, accelerator):
+        run = _Run(method, frames, recipe, accelerator, run_dir=run_dir, workers=workers)
+        run.start(resume=resume)
+        with stop_requests() as stop:
+            run.train(stop)
     return run.progress
 
 

@@ -11,8 +11,9 @@ from PIL import Image
 from polypseg import zoo
 from polypseg.checkpoints import STARTER_ENCODER, starter_installed
 from polypseg.errors import UsageError
+from polypseg.inference.runtimes import refuse_non_finite
 from polypseg.modeling import PolypSegForSemanticSegmentation
-from polypseg.processing import build_image_processor, load_model
+from polypseg.processing import build_image_processor, finite_images, load_model
 from polypseg.recipe import load_recipe
 from polypseg.shift.comparison import Embed
 from polypseg.training import build_model
@@ -47,6 +48,9 @@ def embed_with(model: PolypSegForSemanticSegmentation, processor: object) -> Emb
     def embed(frames: Sequence[Image.Image]) -> NDArray[np.float32]:
         pixels = processor(images=list(frames), return_tensors="pt")["pixel_values"]  # type: ignore[operator]
         deepest = model.extract_features(pixels)[-1]
+        refuse_non_finite(
+            finite_images(deepest), model=str(getattr(model.config, "_name_or_path", "") or "the encoder")
+        )
         found: NDArray[np.float32] = deepest.mean(dim=(2, 3)).float().numpy()
         return found
 
