@@ -22,14 +22,17 @@ def answer_sentences(analysis: Analysis) -> tuple[str, str, str]:
 def _scores(analysis: Analysis) -> str:
     material = analysis.material
     parts = []
-    for scores, test in ((analysis.inside, material.inside), (analysis.outside, material.outside)):
+    for where, scores, test in (
+        ("in distribution", analysis.inside, material.inside),
+        ("out of distribution", analysis.outside, material.outside),
+    ):
         assert scores is not None
         means = dict(zip(scores.models, scores.means.tolist(), strict=True))
         best = max(means, key=lambda model: means[model])
-        spread = " to ".join(dict.fromkeys(number(value) for value in (min(means.values()), means[best])))
-        name = f", best {material.label(best)}" if len(means) > 1 else ""
-        parts.append(f"{spread} on {material.test_title(test)}{name}")
-    return f"Mean Dice is {parts[0]}, in distribution, and {parts[1]}, out of it."
+        span = " to ".join(dict.fromkeys(number(value) for value in (min(means.values()), means[best])))
+        name = f", highest for {material.label(best)}" if len(means) > 1 else ""
+        parts.append(f"{where} ({material.test_title(test)}) {span}{name}")
+    return f"Mean Dice is {'; '.join(parts)}."
 
 
 def _ranking(analysis: Analysis) -> str:
