@@ -16,6 +16,7 @@ from transformers import DPTConfig, DPTForSemanticSegmentation
 
 from hub.cards import check_card
 from polypseg import zoo
+from polypseg.artifacts import write_json
 from polypseg.card_facts import (
     PICTURES,
     collect_facts,
@@ -24,7 +25,6 @@ from polypseg.card_facts import (
     pretrained_entry,
     read_results,
 )
-from polypseg.artifacts import write_json
 from polypseg.card_pictures import SEED, SIZE, write_card_pictures
 from polypseg.cards import lint_card, load_card, render_card, render_pages, write_pages
 from polypseg.data.catalog import DATASETS, clinicdb_sequence
