@@ -1,4 +1,4 @@
-"""Without a network the Hub's client is not left to repeat its requests: the cache is looked at, and one line says it."""
+"""Without a network the Hub's client does not repeat its requests: it looks into the cache, and one line says it."""
 
 import socket
 import time
@@ -47,8 +47,6 @@ def test_reachable_hub_or_proxy_changes_nothing(unreachable, monkeypatch):
 def test_timm_weights_without_a_network_fail_at_once_with_one_line(unreachable):
     model = PolypSegForSemanticSegmentation(PolypSegConfig(encoder="resnet10t", decoder_channels=8, image_size=64))
     begun = time.monotonic()
-    with pytest.raises(
-        PolypSegError, match=r"timm:resnet10t\.c3_in1k is not in the cache and the Hub cannot be reached"
-    ):
+    with pytest.raises(PolypSegError, match=r"timm:resnet10t\.c3_in1k is not in the cache and the Hub cannot"):
         load_encoder_weights(model, "timm:resnet10t.c3_in1k")
     assert time.monotonic() - begun < 30  # the client's own repeats last a hundred seconds

@@ -24,8 +24,8 @@ def render_reading(path: Path, analysis: Analysis) -> str:
     """The text as HTML; HTML and pictures in it are left as text.
 
     It may use ``mean(row, test)``, ``gap(row)``, ``rank(row, test)``, ``contrast(name)``, ``floor(side)`` (noise floor
-    of a pair of rows), ``agreement``, ``tau`` and the filters ``number``, ``percent`` and ``p_value``; a test is ``"in"``,
-    ``"out"`` or DATASET.SPLIT.PART. Raises
+    of a pair of rows), ``agreement``, ``tau`` and the filters ``number``, ``percent`` and ``p_value``; a test is
+    ``"in"``, ``"out"`` or DATASET.SPLIT.PART. Raises
     UsageError naming the file for a missing file, a mistake in the template or a number that is not there.
     """
     environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined)
