@@ -559,7 +559,7 @@ def test_input_facts_that_are_no_numbers_are_refused(tmp_path):
 def test_plain_text_leaves_names_and_numbers_alone():
     for text in ('model.encoder="resnet10t"', "augmentation.scale=[0.5, 2.0]", "kvasir_seg reference/train", "−0.5 %"):
         assert plain(text) == text
-    assert plain("a\r\n\u2028# b\u202e") == "a # b "
+    assert plain("a\r\n\u2028# b\u202e") == "a # b " and plain("# **b**") == "&#35; &#42;&#42;b&#42;&#42;"
     assert all_plain({"<a>": [("`", 1)]}) == {"&lt;a&gt;": [("'", 1)]}
 
 
