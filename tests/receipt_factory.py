@@ -111,6 +111,19 @@ def small_origin(entry: ZooEntry, *, seed: int) -> dict[str, Any]:
     return origin
 
 
+def smoke_origin(entry: ZooEntry, *, seed: int) -> dict[str, Any]:
+    """``weights_origin`` as the study writes it at smoke scale, where every encoder starts at random."""
+    encoder = {"resnet50": "resnet18", "vit_base": "vit_tiny_patch16_224"}[entry.encoder]
+    return small_origin(entry, seed=seed) | {
+        "model_id": f"{encoder}_{entry.decoder}.random",
+        "encoder_initialisation": "random",
+        "recipe": "smoke",
+        "recipe_changes": [f"seed={seed}", f'model.encoder="{encoder}"'],
+        "pretraining": None,
+        "finetuned_on": "synthetic_a reference/train",
+    }
+
+
 def write_receipt(
     folder: Path,
     entry: ZooEntry,
@@ -121,10 +134,11 @@ def write_receipt(
     part: str,
     skill: float,
     conventions: Sequence[str] = ("paper", "calibration"),
+    origin: dict[str, Any] | None = None,
 ) -> Path:
     """One receipt, with the predicted masks where ``evaluate --save-masks`` puts them; returns its path."""
-    origin = small_origin(entry, seed=seed)
-    name = f"{origin['model_id']}-seed{seed}"
+    name = entry.model_id if origin else f"{small_origin(entry, seed=seed)['model_id']}-seed{seed}"
+    origin = origin or small_origin(entry, seed=seed)
     number = int(hashlib.sha256(name.encode()).hexdigest()[:6], 16)
     result = score_predictions(
         DrawnPredictions(name=name, weights_origin=origin, skill=skill, seed=number),

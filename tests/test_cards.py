@@ -16,6 +16,7 @@ from transformers import DPTConfig, DPTForSemanticSegmentation
 
 from hub.cards import check_card
 from polypseg import zoo
+from polypseg.artifacts import write_json
 from polypseg.card_facts import (
     PICTURES,
     collect_facts,
@@ -30,10 +31,11 @@ from polypseg.data.catalog import DATASETS, clinicdb_sequence
 from polypseg.data.splits import pinned_split
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.dataset_cards import DISCLAIMER, POPULATIONS, load_references
-from polypseg.errors import UsageError
+from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation import predict_masks
 from polypseg.hub import ORGANISATION
 from polypseg.licences import model_license
+from polypseg.markdown import all_plain, plain
 from polypseg.metrics import METRICS
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.origin import read_origin
@@ -515,6 +517,50 @@ def test_a_folder_of_result_files_of_another_format_is_a_clear_error(tmp_path):
     (folder / "kvasir_seg.reference.test.json").write_text(json.dumps({"metrics": {}, "images": []}))
     with pytest.raises(UsageError, match=r"no receipts .*resnet10t_deeplabv3plus\.random.*not read: run"):
         measured_facts(folder, organisation="x")
+
+
+HOSTILE = 'x" + str(1) + "\n# Heading\n<img src=x onerror=alert(1)> ![p](http://h/x.png) [go](javascript:x) `a` | b'
+
+
+def test_what_a_config_says_of_itself_stays_plain_text():
+    facts = planned_facts(zoo.get("RN-IN-MC"), organisation="someone")
+    record = facts.origin.record | {
+        "model_id": HOSTILE,
+        "recipe": HOSTILE,
+        "recipe_changes": [HOSTILE],
+        "finetuned_on": f"kvasir_seg {HOSTILE}",
+        "encoder_initialisation": HOSTILE,
+        "sha256": HOSTILE,
+    }
+    hostile = dataclasses.replace(
+        facts, origin=read_origin(record), encoder=HOSTILE, revision=HOSTILE, organisation=HOSTILE, recipe=None
+    )
+    card = render_card(hostile)
+    text = re.sub(r"`[^`\n]*`", "", card.text)
+    assert "<img" not in card.text and "](javascript" not in text and "![p](" not in text
+    headings = re.findall(r"^#+ .*$", card.text, flags=re.MULTILINE)
+    assert not [line for line in headings if line.startswith("# Heading")] and len(headings) > 10
+    blocks = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    names = next(node for node in ast.walk(ast.parse(blocks[0])) if isinstance(node, ast.Tuple))
+    assert all(isinstance(part, ast.Name | ast.Constant) for part in names.elts)
+    values = next(node.value for node in ast.parse(blocks[0]).body if isinstance(node, ast.Assign))
+    assert isinstance(values, ast.Tuple) and all(isinstance(part, ast.Constant) for part in values.elts)
+    assert isinstance(metadata(card)["tags"], list)
+
+
+def test_input_facts_that_are_no_numbers_are_refused(tmp_path):
+    write_json(tmp_path / "config.json", {"decoder": "dpt", "encoder": "x"})
+    sizes = {"size": {"height": "<b>"}, "image_mean": [0.5], "image_std": [0.5]}
+    write_json(tmp_path / "preprocessor_config.json", sizes)
+    with pytest.raises(PolypSegError, match="something else than numbers"):
+        collect_facts(tmp_path)
+
+
+def test_plain_text_leaves_names_and_numbers_alone():
+    for text in ('model.encoder="resnet10t"', "augmentation.scale=[0.5, 2.0]", "kvasir_seg reference/train", "−0.5 %"):
+        assert plain(text) == text
+    assert plain("a\r\n\u2028# b\u202e") == "a # b " and plain("# **b**") == "&#35; &#42;&#42;b&#42;&#42;"
+    assert all_plain({"<a>": [("`", 1)]}) == {"&lt;a&gt;": [("'", 1)]}
 
 
 @pytest.mark.parametrize("text", ["---\nlicense: [mit\n---\n", "---\n- mit\n---\n"])

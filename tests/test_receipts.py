@@ -194,6 +194,10 @@ def change_table(content):
     content["tables"]["squared_error"] = pack(unpack(content["tables"]["squared_error"]) * 1.01)
 
 
+def change_weights(field: str, value: object):
+    return lambda content: content["model"].update({field: value})
+
+
 def invent_collisions(content):
     hit = {"kind": "same id", "id": "1", "seen_id": "1", "stage": "fine-tuning", "seen_in": "x", "bits": 0}
     kinds = {"same content": 0, "same id": 0, "near-duplicate": 0, "same clip": 0}
@@ -228,6 +232,15 @@ def invent_collisions(content):
         (invent_collisions, "collisions.colliding: stored 0, recomputed 1"),
         (lambda content: content["seen"].update(reason=None), "collisions: neither listed nor a reason"),
         (lambda content: content.pop("clusters"), "the receipt is damaged"),
+        (lambda content: content["bootstrap"].update(seed=1), "bootstrap.seed: stored 1, recomputed 0"),
+        (lambda content: content["bootstrap"].update(resamples=50), "bootstrap.resamples: stored 50"),
+        (lambda content: content["bootstrap"].update(by_image="99 %"), "bootstrap.by_image"),
+        (lambda content: content["bootstrap"].update(more=1), "bootstrap.more: stored, but nothing computes it"),
+        (change_weights("sha256", "g" * 64), "model.sha256: 'gggg"),
+        (change_weights("sha256", "a" * 63), "model.sha256: "),
+        (change_weights("sha256", 7), "model.sha256: 7 is no SHA-256"),
+        (change_weights("sha256", "b" * 64), "model.sha256: stored 'bbb"),
+        (change_weights("seed", "1"), "model.seed: '1' is no whole number"),
     ],
 )
 def test_whatever_is_changed_is_named(content, change, field, tmp_path):

@@ -266,7 +266,9 @@ def test_receipts_that_mix_models_are_refused(receipts, words, edit):
     model, other = (json.loads(path.read_text())["model"] for path in (two, one))
     if "weights_origin" in edit:
         edit = {"weights_origin": model["weights_origin"] | edit["weights_origin"]}
-    change(two, model={**model, **edit} | ({"sha256": other["sha256"]} if edit.get("sha256") else {}))
+    if edit.get("sha256"):
+        edit = {"sha256": other["sha256"], "weights_origin": model["weights_origin"] | {"sha256": other["sha256"]}}
+    change(two, model={**model, **edit})
     with pytest.raises(UsageError, match=words):
         read(receipts)
 

@@ -83,6 +83,28 @@ def test_page_never_scrolls_sideways_but_tables_do(open_report, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_what_is_wider_than_a_phone_says_so_and_only_that(open_report):
+    hints = "box => [box.scrollWidth > box.clientWidth + 1, !box.previousElementSibling.hidden]"
+    for width in (360, 1280):
+        page = open_report(width=width)
+        page.wait_for_timeout(200)
+        found = [box.evaluate(hints) for box in page.locator(".scroll").all()]
+        assert all(wider == said for wider, said in found)
+        assert width > 360 or any(wider for wider, _ in found)
+    assert "swipe" in open_report(width=360).locator(".swipe:visible").first.inner_text()
+
+
+def test_answer_stands_first_and_models_are_folded_until_one_is_asked_for(open_report):
+    page = open_report()
+    answer = page.locator("#answer p")
+    assert answer.count() == 3 and answer.first.bounding_box()["y"] < 400
+    models = page.locator("details.model")
+    assert models.count() == 3 and not any(model.get_attribute("open") is not None for model in models.all())
+    page.locator("#table-comparison tbody th a").first.click()
+    opened = [model for model in models.all() if model.get_attribute("open") is not None]
+    assert len(opened) == 1 and opened[0].locator("table").is_visible()
+
+
 CONTRAST = """texts => {
   const light = (colour) => {
     const [r, g, b] = colour.match(/[\\d.]+/g).map(Number).map(v => v / 255)

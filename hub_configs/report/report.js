@@ -30,6 +30,25 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", name);
 button.hidden = false;
 name();
 
+// What is wider than its box says so above it, as long as it does not fit.
+const hints = new Map();
+for (const box of document.querySelectorAll(".scroll")) {
+  const hint = document.createElement("p");
+  hint.className = "swipe";
+  hint.textContent = "↔ wider than the screen: swipe or scroll sideways";
+  hint.hidden = true;
+  box.before(hint);
+  hints.set(box, hint);
+}
+const watch = new ResizeObserver((entries) => {
+  for (const { target } of entries) {
+    const wider = target.scrollWidth > target.clientWidth + 1;
+    target.classList.toggle("wider", wider);
+    hints.get(target).hidden = !wider;
+  }
+});
+for (const box of hints.keys()) watch.observe(box);
+
 // A link into a folded part opens it; printing opens all.
 const unfold = () => {
   const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));

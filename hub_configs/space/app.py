@@ -3,10 +3,11 @@
 Reads ``models.json`` beside it and needs nothing but what ``requirements.txt`` lists.
 """
 
+import ctypes
 import json
 import math
 import re
-from functools import lru_cache
+from functools import lru_cache, wraps
 from html import escape
 from pathlib import Path
 from threading import Lock
@@ -25,6 +26,7 @@ EXAMPLES = [str(path) for path in sorted((HERE / "examples").glob("*.png"))]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIN_AREA = 64  # pixels; smaller regions are drawn but not counted
 LARGEST = 20_000_000  # pixels of a frame
+LARGEST_UPLOAD = "20mb"
 FIRST, SECOND, BOTH = (0, 229, 255), (255, 214, 10), (255, 255, 255)
 """Cyan and yellow differ in hue and lightness for every kind of colour vision, and from red mucosa."""
 
@@ -34,6 +36,28 @@ WARNING = (
 )
 WAITING = '<p class="hint">Drop a colonoscopy frame on the left, or choose one of the examples.</p>'
 _busy = Lock()  # both tabs ask at once: the second finds the first's answer
+_libc = ctypes.CDLL(None)
+if hasattr(_libc, "malloc_trim"):  # glibc keeps a heap for each thread of the server: at most two
+    _libc.mallopt(-8, 2)
+
+
+class RefusedError(Exception):
+    """What stands on the page in place of a result."""
+
+
+def answered(show, outputs):
+    """``show`` with the reason of a RefusedError in the first of so many outputs, and memory given back."""
+
+    @wraps(show)
+    def answer(*inputs):
+        try:
+            return show(*inputs)
+        except RefusedError as reason:
+            return f'<p class="refused" role="alert">{escape(str(reason))}</p>', *[None] * (outputs - 1)
+        finally:
+            getattr(_libc, "malloc_trim", id)(0)
+
+    return answer
 
 
 @lru_cache(maxsize=2)
@@ -43,7 +67,7 @@ def load_model(title):
     local = (HERE / entry["id"]).is_dir()
     source = str(HERE / entry["id"]) if local else entry["id"]
     if entry["remote_code"] and not local and not re.fullmatch(r"[0-9a-f]{40}", entry["revision"] or ""):
-        raise gr.Error(f"{title} brings its own code, which is run only at a full commit id: add its revision.")
+        raise RefusedError(f"{title} brings its own code, which is run only at a full commit id: add its revision.")
     options = {} if local or not entry["revision"] else {"revision": entry["revision"]}
     try:
         processor = AutoImageProcessor.from_pretrained(source, backend="pil", **options)
@@ -53,7 +77,7 @@ def load_model(title):
         if report["missing_keys"]:
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys']))}")
     except Exception as error:  # no network, no such model, a damaged file, a missing package
-        raise gr.Error(f"{title} could not be loaded: {first_line(error)}. Choose another model.") from error
+        raise RefusedError(f"{title} could not be loaded: {first_line(error)}. Choose another model.") from error
     return model.to(DEVICE).eval(), processor
 
 
@@ -62,7 +86,7 @@ def first_line(error):
     return next((line.strip(" .") for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-@lru_cache(maxsize=6)
+@lru_cache(maxsize=3)  # both tabs and their two models; a large frame takes 140 MB
 def polyp_logits(title, pixels, width, height):
     """RGB bytes of a frame -> logits (height, width) at the frame's size, positive where a polyp is more likely."""
     frame = Image.frombytes("RGB", (width, height), pixels)
@@ -71,13 +95,13 @@ def polyp_logits(title, pixels, width, height):
         try:
             logits = model(**processor(images=[frame], return_tensors="pt").to(DEVICE)).logits.float().cpu()
         except Exception as error:
-            raise gr.Error(f"{title} failed on this frame: {first_line(error)}.") from error
+            raise RefusedError(f"{title} failed on this frame: {first_line(error)}.") from error
     if not logits.isfinite().all():  # no NaN is above a threshold: the app would say that there is no polyp
-        raise gr.Error(f"{title} gives values that are no finite numbers for this frame: its files are damaged.")
+        raise RefusedError(f"{title} gives values that are no finite numbers for this frame: its files are damaged.")
     labels = {str(name).lower(): int(index) for index, name in model.config.id2label.items()}
     classes = logits.shape[1]
     if classes > 2 and "polyp" not in labels:
-        raise gr.Error(f"{title} has {classes} classes and none is called polyp.")
+        raise RefusedError(f"{title} has {classes} classes and none is called polyp.")
     index = labels["polyp"] if classes > 2 else classes - 1
     polyp, others = logits[:, index], [other for other in range(classes) if other != index]
     if others:
@@ -86,21 +110,23 @@ def polyp_logits(title, pixels, width, height):
 
 
 class FrameInput(gr.Image):
-    """An image component that says in words when an upload is no picture."""
+    """An image component that hands on what is wrong with an upload, where gradio would fail once for each output."""
 
     is_template = True  # drawn as gradio's own
 
     def preprocess(self, payload):
         try:
+            if payload is not None and math.prod(Image.open(payload.path).size) > LARGEST:
+                return RefusedError(f"The picture has more than {LARGEST // 1_000_000} megapixels: crop or shrink it.")
             return super().preprocess(payload)
-        except Exception as error:
-            raise gr.Error("This file cannot be read as a picture: upload a JPEG or PNG of one frame.") from error
+        except Exception:
+            return RefusedError("This file cannot be read as a picture: upload a JPEG or PNG of one frame.")
 
 
 def predict(image, title, threshold):
     """A frame -> probability (H, W) and mask (H, W)."""
-    if image.width * image.height > LARGEST:
-        raise gr.Error(f"The picture has more than {LARGEST // 1_000_000} megapixels: crop or shrink it.")
+    if isinstance(image, RefusedError):
+        raise image
     with _busy:
         logits = polyp_logits(title, image.tobytes(), *image.size)
     return 1 / (1 + np.exp(-logits)), logits > math.log(threshold / (1 - threshold))
@@ -151,9 +177,9 @@ def show_two(image, first, second, threshold, shown):
         return gr.skip(), gr.skip(), gr.skip()
     if image is None:
         return WAITING, None, None
+    found = [predict(image, title, threshold) for title in (first, second)]
     rows, masks, drawn = [], [], np.array(image)
-    for title, colour in ((first, FIRST), (second, SECOND)):
-        probability, mask = predict(image, title, threshold)
+    for title, colour, (probability, mask) in zip((first, second), (FIRST, SECOND), found, strict=True):
         outline(drawn, mask, colour, fill=0)
         masks.append(mask)
         cells = (f"{100 * mask.mean():.1f} %", f"{mask.sum():,}", count_lesions(mask), f"{probability.max():.2f}")
@@ -241,8 +267,8 @@ with gr.Blocks(title="Polyp segmentation", analytics_enabled=False, delete_cache
                     pair_difference = panel(names, height=300, min_width=260)
                 pair_about = gr.HTML(about_two(titles[0], titles[-1]))
     shown = gr.State(False)
-    one = (show_one, [image, model, threshold], [result, drawn, mask, chart])
-    two = (show_two, [image, first, second, threshold, shown], [pair_result, pair_drawn, pair_difference])
+    one = (answered(show_one, 4), [image, model, threshold], [result, drawn, mask, chart])
+    two = (answered(show_two, 3), [image, first, second, threshold, shown], [pair_result, pair_drawn, pair_difference])
     gr.on([image.change, threshold.change, model.change], *one, trigger_mode="always_last")
     gr.on([image.change, threshold.change, first.change, second.change], *two, trigger_mode="always_last")
     pair_tab.select(lambda: True, None, shown).then(*two)
@@ -251,4 +277,4 @@ with gr.Blocks(title="Polyp segmentation", analytics_enabled=False, delete_cache
 
 if __name__ == "__main__":
     theme = gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=["system-ui", "sans-serif"])
-    demo.launch(theme=theme, css_paths=HERE / "style.css", footer_links=[], quiet=True)
+    demo.launch(theme=theme, css_paths=HERE / "style.css", footer_links=[], quiet=True, max_file_size=LARGEST_UPLOAD)

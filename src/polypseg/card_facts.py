@@ -9,7 +9,7 @@ from typing import Any, Literal
 from polypseg import __version__, zoo
 from polypseg.artifacts import read_json
 from polypseg.data.catalog import DATASETS, DatasetSpec
-from polypseg.errors import UsageError
+from polypseg.errors import PolypSegError, UsageError
 from polypseg.origin import STUDY_DATA, STUDY_RECIPE, STUDY_TRAINING_IMAGES, Origin, read_origin
 from polypseg.passport import PASSPORT, Passport
 from polypseg.receipts import SUFFIX, find_receipts
@@ -104,7 +104,6 @@ def collect_facts(
     from polypseg.hub import organisation as default_organisation
 
     config = read_json(folder / "config.json")
-    processor = read_json(folder / "preprocessor_config.json")
     origin = read_origin(config.get("weights_origin"))
     native = config.get("model_type") == "dpt"
     decoder = config.get("decoder", "dpt")
@@ -116,11 +115,7 @@ def collect_facts(
         encoder=encoder or _encoder_of(origin.model_id, decoder),
         decoder=decoder,
         native=native,
-        inputs=InputFacts(
-            size=processor["size"]["height"],
-            mean=tuple(processor["image_mean"]),
-            std=tuple(processor["image_std"]),
-        ),
+        inputs=_input_facts(folder / "preprocessor_config.json"),
         stage="published",
         organisation=organisation or default_organisation(),
         revision=revision or f"v{__version__}",
@@ -132,6 +127,20 @@ def collect_facts(
         examples=EXAMPLES if (folder / EXAMPLES).is_file() else None,
         dice_distributions=DICE_DISTRIBUTIONS if (folder / DICE_DISTRIBUTIONS).is_file() else None,
     )
+
+
+def _input_facts(path: Path) -> InputFacts:
+    """Raises PolypSegError for anything but numbers."""
+    processor = read_json(path)
+    try:
+        size, mean, std = processor["size"]["height"], tuple(processor["image_mean"]), tuple(processor["image_std"])
+    except (KeyError, TypeError) as error:
+        raise PolypSegError(f"{path} does not say how frames are prepared: export the model again") from error
+    if not all(isinstance(value, int | float) for value in (size, *mean, *std)):
+        raise PolypSegError(
+            f"{path} has something else than numbers as size, mean or deviation: export the model again"
+        )
+    return InputFacts(size=size, mean=mean, std=std)
 
 
 def planned_facts(entry: ZooEntry, *, organisation: str) -> CardFacts:

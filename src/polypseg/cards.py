@@ -5,6 +5,7 @@ The template is in hub_configs/cards and knows no model by name.
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from polypseg.dataset_cards import (
     population_of,
 )
 from polypseg.licences import ModelLicense, model_license
+from polypseg.markdown import all_plain, plain, python_string
 from polypseg.metrics import METRICS
 from polypseg.origin import Origin
 from polypseg.recipe import Recipe
@@ -79,7 +81,8 @@ _SAME_IMAGES = {"hyperkvasir_segmented": "kvasir_seg"}
 
 
 def render_card(facts: CardFacts) -> ModelCard:
-    """The card of a model: metadata and text."""
+    """The card of a model: metadata and text. What the model's files say of themselves is shown as plain text."""
+    facts = _plain_facts(facts)
     license = model_license(facts.origin)
     metadata = _metadata(facts, license)
     body = load_template("model_card.md.jinja").render(
@@ -90,6 +93,8 @@ def render_card(facts: CardFacts) -> ModelCard:
         disclaimer=DISCLAIMER,
         license=license,
         title=_architecture_title(facts),
+        repo_literal=python_string(facts.repo_id),
+        revision_literal=python_string(facts.revision),
         pretraining=_pretraining_lines(facts),
         data=_data_facts(facts),
         recipe_rows=_recipe_rows(facts.recipe),
@@ -108,6 +113,31 @@ def render_card(facts: CardFacts) -> ModelCard:
         metric_titles=[_METRIC_TITLES[name] for name in METRICS],
     )
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
+
+
+def _plain_facts(facts: CardFacts) -> CardFacts:
+    """The facts with every text that comes from a file made plain; see ``markdown.plain``."""
+    origin = replace(
+        facts.origin,
+        model_id=plain(facts.origin.model_id),
+        shortcomings=all_plain(facts.origin.shortcomings),
+        suffix=plain(facts.origin.suffix),
+        record=all_plain(facts.origin.record),
+    )
+    seen = tuple(
+        replace(seen, stage=plain(seen.stage), description=plain(seen.description))
+        for seen in (facts.passport.seen if facts.passport else ())
+    )
+    return replace(
+        facts,
+        origin=origin,
+        encoder=plain(facts.encoder),
+        decoder=plain(facts.decoder),
+        organisation=plain(facts.organisation),
+        revision=plain(facts.revision),
+        results=all_plain(facts.results),
+        passport=replace(facts.passport, seen=seen) if facts.passport else None,
+    )
 
 
 def _architecture_title(facts: CardFacts) -> str:
@@ -381,7 +411,7 @@ def _reference_keys(facts: CardFacts) -> list[str]:
         if facts.origin.record.get("scale") == "full":
             keys += [key for part, key in _RECIPE_REFERENCES.items() if part in entry.upstream.location]
     keys += [key for part, key in _ENCODER_REFERENCES.items() if part in facts.encoder]
-    keys += [_DECODER_REFERENCES[facts.decoder]]
+    keys += [_DECODER_REFERENCES[facts.decoder]] if facts.decoder in _DECODER_REFERENCES else []
     return list(dict.fromkeys(keys))
 
 

@@ -11,6 +11,7 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import Tensor, nn
 
 from polypseg.artifacts import atomic_path, file_sha256, write_json
@@ -229,8 +230,16 @@ def _whole_architecture(name: str) -> nn.Module:
 def _timm_state(model: PolypSegForSemanticSegmentation, name: str) -> dict[str, Tensor]:
     if name.split(".")[0] != model.config.encoder:
         raise UsageError(f"timm:{name} are not weights of encoder {model.config.encoder!r}")
+    from polypseg.hub import without_retries_when_offline
+
     try:
-        pretrained: Any = timm.create_model(name, pretrained=True)
+        with without_retries_when_offline():
+            pretrained: Any = timm.create_model(name, pretrained=True)
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise PolypSegError(
+            f"timm:{name} is not in the cache and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set): "
+            "connect once, or download the weights elsewhere and give the file"
+        ) from error
     except Exception as error:
         raise PolypSegError(
             f"cannot get timm:{name}: {first_line(error)}. Check the name and the network, or download the "

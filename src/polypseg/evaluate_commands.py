@@ -190,26 +190,34 @@ def _files(predictions: Path, *, allow_missing: bool, name: str | None) -> "Pred
     return files if name is None else RenamedPredictions(name=name, source=files)
 
 
+PathsArgument = Annotated[list[Path], Argument(help="Receipts, or folders that hold them.")]
+
+
 def check_receipts(
-    paths: Annotated[list[Path], Argument(help="Receipts, or folders that hold them.")],
+    paths: PathsArgument,
+    public_key: Annotated[
+        Path | None, Option(help="PEM file of an ed25519 public key: each receipt must bear a signature by it.")
+    ] = None,
 ) -> None:
     """Compute every score and interval of evaluation receipts again from their images; exit 1 for any difference."""
     from polypseg.errors import PolypSegError, UsageError
-    from polypseg.receipts import SUFFIX, check_receipt
+    from polypseg.receipts import check_receipt
 
-    absent = [str(path) for path in paths if not path.exists()]
-    if absent:
-        raise UsageError(f"{absent[0]} does not exist: give receipts of `polypseg evaluate`, or folders of them")
-    files = [file for path in paths for file in (sorted(path.rglob(f"*{SUFFIX}")) if path.is_dir() else [path])]
-    if not files:
-        raise UsageError(f"no *{SUFFIX} in {', '.join(map(str, paths))}: run `polypseg evaluate` first")
+    if public_key is not None:
+        from polypseg.provenance.signatures import check_signature
+    files = _receipt_files(paths)
     wrong: dict[Path, str] = {}
     for file in files:
         try:
             found = check_receipt(file)
+            if public_key is not None:
+                found += check_signature(file, public_key=public_key)
+        except UsageError:  # a key that is none
+            raise
         except PolypSegError as error:
             found = [str(error)]
-        print(f"{file}: {'as computed again' if not found else f'{len(found)} difference(s)'}", flush=True)
+        fine = "as computed again" + (f", signed by the key of {public_key}" if public_key else "")
+        print(f"{file}: {fine if not found else f'{len(found)} difference(s)'}", flush=True)
         for line in found[:_SHOWN]:
             print(f"  {line}")
         if len(found) > _SHOWN:
@@ -220,7 +228,35 @@ def check_receipts(
         file, first = next(iter(wrong.items()))
         raise PolypSegError(
             f"{len(wrong)} of {len(files)} receipts are not what their images give, first {file}: {first}"
+            if public_key is None
+            else f"{len(wrong)} of {len(files)} receipts are not what their images give and their signer stands by, "
+            f"first {file}: {first}"
         )
+
+
+def sign_receipts(
+    paths: PathsArgument,
+    key: Annotated[Path, Option(help="PEM file of your ed25519 private key; keep it to yourself.")],
+) -> None:
+    """Sign evaluation receipts that recompute with your ed25519 key; a .sig file is written beside each."""
+    from polypseg.provenance.signatures import sign_receipt
+
+    for file in _receipt_files(paths):
+        print(f"{file}: signed, {sign_receipt(file, key=key).name}", flush=True)
+
+
+def _receipt_files(paths: list[Path]) -> list[Path]:
+    """The receipts among files and in folders. Raises UsageError for a path that is not there, and for none."""
+    from polypseg.errors import UsageError
+    from polypseg.receipts import SUFFIX
+
+    absent = [str(path) for path in paths if not path.exists()]
+    if absent:
+        raise UsageError(f"{absent[0]} does not exist: give receipts of `polypseg evaluate`, or folders of them")
+    files = [file for path in paths for file in (sorted(path.rglob(f"*{SUFFIX}")) if path.is_dir() else [path])]
+    if not files:
+        raise UsageError(f"no *{SUFFIX} in {', '.join(map(str, paths))}: run `polypseg evaluate` first")
+    return files
 
 
 def diagnose(

@@ -2,14 +2,17 @@
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import httpx2
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -113,7 +116,7 @@ def _fetch_checked(
 ) -> Verification:
     """Download ``files`` (patterns; None: everything), compare them, and fetch once more what is damaged."""
     wanted = None if files is None else partial(is_loaded, names=files)
-    with hub_errors(repo_id, revision=revision):
+    with hub_errors(repo_id, revision=revision), without_retries_when_offline():
         folder = Path(
             snapshot_download(
                 repo_id,
@@ -168,6 +171,39 @@ def _inspect(folder: Path, *, revision: str | None, wanted: Callable[[str], bool
         return Verification(folder=folder, revision=revision, digests={}, problems={MANIFEST: "damaged"})
     problems = find_problems(folder, digests, wanted=wanted)
     return Verification(folder=folder, revision=revision, digests=digests, problems=problems)
+
+
+_REACH_SECONDS = 5.0
+"""How long the Hub, or the proxy before it, may take to accept a connection."""
+
+
+def hub_is_reachable() -> bool:
+    """Whether the Hub's server, or the proxy that leads to it, accepts a connection; asks no question of it."""
+    address = urlsplit(constants.ENDPOINT)
+    proxy = getproxies().get(address.scheme)
+    if proxy and not proxy_bypass(address.hostname or ""):
+        address = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        with socket.create_connection((address.hostname, port), timeout=_REACH_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def without_retries_when_offline() -> Iterator[None]:
+    """Within it the Hub's client uses its cache only, where the Hub cannot be reached.
+
+    The client would repeat every request for some hundred seconds without a network before it looks there.
+    """
+    before = constants.HF_HUB_OFFLINE
+    if not before and not hub_is_reachable():
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 @contextmanager

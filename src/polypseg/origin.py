@@ -23,6 +23,8 @@ HARMLESS_CHANGES = ("seed", "model.encoder", "training.precision", "training.che
 its encoder."""
 HARMLESS_PRETRAINING_CHANGES = ("training.precision", "training.checkpoint_steps", "moco_v3.encoder_chunk")
 """Settings of a pretraining recipe that change where or how fast it runs, not what it computes."""
+RANDOM_MARK = "*"
+"""Ends the short name of a row whose encoder started at random instead of from the pretraining in its name."""
 CORPUS_FRAMES = {"hyperkvasir": 99_417, "imagenet1k": 1_281_167}
 """Frames of a complete corpus; a hundredth of them may be unreadable."""
 
@@ -55,23 +57,25 @@ class Origin:
 
     @property
     def label(self) -> str:
-        """Short name for tables and plots: the paper's at full size (``RN-IN-MC``), else with the encoder's own name.
+        """Short name of the row for tables and plots: the paper's at full size (``RN-IN-MC``), else with the encoder.
 
-        ``resnet10t-NI-MC`` is a small encoder pretrained with MoCo v3 on natural images that are no ImageNet-1k.
+        ``resnet10t-NI-MC`` is a small encoder pretrained with MoCo v3 on natural images that are no ImageNet-1k. A row
+        keeps its name when its encoder started at random for lack of weights; RANDOM_MARK then ends it.
         """
-        if self.entry is None:
+        row = zoo.get(self.record["row"]) if "row" in self.record else self.entry
+        if row is None:
             return self.model_id
-        if self.model_id == self.entry.model_id:
-            return self.entry.short_name
-        _, corpus, method = self.entry.short_name.split("-")
-        named = (self.record.get("pretraining") or {}).get("corpus", self.entry.corpus)
-        if named != self.entry.corpus:
+        mark = RANDOM_MARK if self.record.get("encoder_initialisation") == RANDOM and row.method != "none" else ""
+        architecture, named = self.model_id.split(".", maxsplit=1)[0], row.corpus
+        if not mark:
+            named = (self.record.get("pretraining") or {}).get("corpus", row.corpus)
+        if named == row.corpus and architecture == row.model_id.split(".", maxsplit=1)[0]:
+            return row.short_name + mark
+        _, corpus, method = row.short_name.split("-")
+        if named != row.corpus:
             corpus = "".join(word[0] for word in named.split("_")).upper()
-        architecture = self.model_id.split(".", maxsplit=1)[0]
-        encoder = architecture.removesuffix(f"_{self.entry.decoder}").split("_patch", maxsplit=1)[0]
-        if self.record.get("encoder_initialisation") == RANDOM:
-            corpus = method = "NA"
-        return f"{encoder}-{corpus}-{method}"
+        encoder = architecture.removesuffix(f"_{row.decoder}").split("_patch", maxsplit=1)[0]
+        return f"{encoder}-{corpus}-{method}{mark}"
 
     @property
     def own_pretraining(self) -> str:

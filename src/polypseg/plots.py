@@ -14,6 +14,8 @@ from polypseg.artifacts import atomic_path
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+OVERLAY = 2.8
+"""Inches of a frame's side in the picture of overlays: 336 pixels, in which an outline can be judged."""
 CNN_COLOUR, VIT_COLOUR = "#1f77b4", "#d95f02"
 
 
@@ -103,7 +105,7 @@ def plot_overlays(
     """Rows: frames; columns: the frame, then each model's mask (filled) with the true outline (line) on the frame."""
     columns = ["frame", *predictions]
     figure, axes = plt.subplots(
-        len(frames), len(columns), figsize=(1.7 * len(columns), 1.75 * len(frames) + 0.4), squeeze=False
+        len(frames), len(columns), figsize=(OVERLAY * len(columns), OVERLAY * len(frames) + 0.4), squeeze=False
     )
     for row, (frame, truth) in enumerate(zip(frames, truths, strict=True)):
         for column, name in enumerate(columns):
@@ -117,7 +119,7 @@ def plot_overlays(
             axis.set_xticks([])
             axis.set_yticks([])
             if row == 0:
-                axis.set_title(name, fontsize=8)
-        axes[row][0].set_ylabel(captions[row], fontsize=7)
+                axis.set_title(name, fontsize=11)
+        axes[row][0].set_ylabel(captions[row], fontsize=10)
     add_note(figure, note)
     return save_figure(figure, path)

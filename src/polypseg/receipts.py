@@ -7,6 +7,7 @@ and what identifies the images. docs/receipts.md describes its fields.
 import base64
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,9 @@ PACKED: dict[str, tuple[str, ...]] = {
 """Measures that are tables, kept packed -> the conventions that need them."""
 LARGEST = "largest_component"
 """Column: pixels of the prediction's largest 8-connected component; 0 where nothing is predicted."""
+BOOTSTRAP = {"by_image": BY_IMAGE, "by_cluster": BY_CLUSTER, "resamples": RESAMPLES, "seed": SEED}
+"""What a receipt says of its bootstraps."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHAPES = {"curve": (2, 256), "rescaled_curve": (2, 256), "calibration": (2, 10, 3), "squared_error": (2,)}
 _TOLERANCE = 1e-7
 """Relative and absolute: sums in another order on another machine."""
@@ -339,6 +343,8 @@ def _differences(content: Mapping[str, Any]) -> Iterator[str]:
     rows = content["images"]
     if content["n"] != len(rows):
         yield f"n: stored {content['n']}, but there are {len(rows)} images"
+    yield from compare(content["bootstrap"], BOOTSTRAP, "bootstrap")
+    yield from _check_model(content)
     yield from _check_collisions(content)
     manifest = yield from _check_manifest(content)
     images, unusable = yield from _read_measures(content)
@@ -346,6 +352,22 @@ def _differences(content: Mapping[str, Any]) -> Iterator[str]:
         yield from _check_scores(content, manifest, images, unusable)
     if content.get("digest") != digest_of(content):
         yield "digest: not that of the content, so something was changed after the receipt was written"
+
+
+def _check_model(content: Mapping[str, Any]) -> Iterator[str]:
+    """Whether digests are digests, and the weights are those of their own record."""
+    model = content["model"]
+    if model is None:
+        return
+    digest, recorded = model["sha256"], (model["weights_origin"] or {}).get("sha256")
+    for field, value in (("model.sha256", digest), ("model.weights_origin.sha256", recorded)):
+        if value is not None and not (isinstance(value, str) and _SHA256.fullmatch(value)):
+            yield f"{field}: {_shown(value)} is no SHA-256 (64 hexadecimal digits)"
+    if digest and recorded and digest != recorded:
+        yield f"model.sha256: stored {_shown(digest)}, but the weights' record says {_shown(recorded)}"
+    seed = model["seed"]
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        yield f"model.seed: {_shown(seed)} is no whole number"
 
 
 def _check_manifest(content: Mapping[str, Any]) -> Generator[str, None, SplitManifest | None]:

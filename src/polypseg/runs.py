@@ -1,12 +1,14 @@
 """What every long run shares: its folder and record, checkpoints that are whole or absent, stopping and resuming."""
 
 import json
+import os
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,51 @@ class InterruptedRunError(PolypSegError):
 def make_accelerator(precision: str, *, run_dir: Path) -> Accelerator:
     """An Accelerator in the recipe's precision, or in float32 where that is not to be had; it logs to TensorBoard.
 
-    fp16 needs a GPU, and bf16 on a CPU without bf16 arithmetic is some ten times slower than float32.
+    fp16 needs a GPU, and bf16 on a CPU without bf16 arithmetic is some ten times slower than float32. Uses the cores
+    that there are unless it was told otherwise, and says how many threads compute; see ``use_cores``.
     """
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    threads = use_cores(local_processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if state.is_main_process:
+        _say_once(f"{state.num_processes} process(es) on {state.device.type}, {threads} thread(s) each")
     usable = usable_precision(precision, device=state.device.type)
     if usable != precision:
         state.print(f"this {state.device.type} has no {precision} arithmetic: computing in float32")
     return Accelerator(mixed_precision=usable, log_with="tensorboard", project_dir=run_dir)
+
+
+def use_cores(*, local_processes: int) -> int:
+    """Share this machine's cores among its processes where nobody chose a number; return the threads of this process.
+
+    `accelerate launch` starts a script with OMP_NUM_THREADS=1 when it is not told a number, which leaves all cores but
+    one idle. OMP_NUM_THREADS and --num_cpu_threads_per_process are kept.
+    """
+    if threads_are_launch_default():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_processes))
+    return torch.get_num_threads()
+
+
+def threads_are_launch_default(parent: Path | None = None) -> bool:
+    """Whether OMP_NUM_THREADS=1 is the launcher's own default, by its environment and command line.
+
+    ``parent``: folder of the launcher's process, by default this process's parent. False where it cannot be read.
+    """
+    if os.environ.get("OMP_NUM_THREADS") != "1" or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return False
+    folder = parent or Path("/proc", str(os.getppid()))
+    try:
+        variables, words = ((folder / name).read_bytes().split(b"\0") for name in ("environ", "cmdline"))
+    except OSError:
+        return False
+    told = any(variable.startswith(b"OMP_NUM_THREADS=") for variable in variables)
+    options = [word.replace(b"-", b"_").split(b"=")[0] for word in words]
+    return any(b"accelerate" in word for word in words) and not told and b"__num_cpu_threads_per_process" not in options
+
+
+@cache
+def _say_once(text: str) -> None:
+    print(text, flush=True)
 
 
 def usable_precision(precision: str, *, device: str) -> str:

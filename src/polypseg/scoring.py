@@ -21,10 +21,8 @@ from polypseg.passport import SeenCheck, SplitManifest, kept_manifest
 from polypseg.predictions import PredictionSource, Probability
 from polypseg.processing import SOURCE_SHA256
 from polypseg.receipts import (
-    BY_CLUSTER,
-    BY_IMAGE,
+    BOOTSTRAP,
     RECEIPT,
-    SEED,
     Layout,
     cluster_scores,
     describe,
@@ -34,7 +32,6 @@ from polypseg.receipts import (
     receipt_path,
     save_receipt,
 )
-from polypseg.statistics import RESAMPLES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +116,7 @@ class SuiteResult:
             "seen": self.seen.content(),
             "collisions": None if collisions is None else collisions.content(),
             "surface_tolerance_pixels": self.images[0].tolerance,
-            "bootstrap": {"by_image": BY_IMAGE, "by_cluster": BY_CLUSTER, "resamples": RESAMPLES, "seed": SEED},
+            "bootstrap": BOOTSTRAP,
             "clusters": layout.record(),
             "scores": self.summary(),
             "scores_by_cluster": cluster_scores(self.images, layout, conventions),

@@ -24,6 +24,7 @@ from PIL import Image
 from polypseg.artifacts import atomic_path, explain_write_errors, read_json, write_json, write_text
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.markdown import plain
 from polypseg.provenance.local import local_folder
 from polypseg.recipe import bundled_folder
 
@@ -185,10 +186,10 @@ def _write_readme(folder: Path, models: Sequence[SpaceModel], *, title: str) -> 
         "pinned": False,
         "short_description": "Polyp segmentation for research; no medical device",
     }
-    rows = "\n".join(f"| {model.title} | {model.licence} | {model.note} |" for model in models)
+    rows = "\n".join(f"| {plain(model.title)} | {plain(model.licence)} | {plain(model.note)} |" for model in models)
     text = Template((bundled_folder("space") / "README.md").read_text(encoding="utf-8"))
     head = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
-    write_text(folder / "README.md", f"---\n{head}---\n\n{text.substitute(title=title, rows=rows)}")
+    write_text(folder / "README.md", f"---\n{head}---\n\n{text.substitute(title=plain(title), rows=rows)}")
 
 
 # On this machine ---------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from polypseg import plots, zoo
 from polypseg.arguments import named_values
-from polypseg.artifacts import environment_record, file_sha256, sole_writer, write_csv, write_json, write_text
-from polypseg.card_facts import CONVENTION, cell_of, scores_of, seen_words
+from polypseg.artifacts import environment_record, file_sha256, sole_writer, write_csv, write_json
+from polypseg.card_facts import CONVENTION, scores_of
 from polypseg.checkpoints import STARTER_ENCODER, describe_source, starter_installed
 from polypseg.data.polyps import PolypDataset, SyntheticOptions, open_dataset
 from polypseg.errors import UsageError, unknown_name
@@ -31,6 +31,7 @@ from polypseg.predictions import ModelPredictions
 from polypseg.processing import load_model
 from polypseg.receipts import BY_CLUSTER, read_receipt, receipt_path
 from polypseg.recipe import Recipe, load_recipe
+from polypseg.report import write_report as write_page
 from polypseg.runs import make_accelerator
 from polypseg.scoring import score_predictions
 from polypseg.statistics import (
@@ -45,7 +46,7 @@ from polypseg.statistics import (
 from polypseg.training import build_model, finetune, run_is_finished
 from polypseg.zoo import RANDOM, ZooEntry
 
-SAMPLES = 3
+SAMPLES = 2
 """Frames of each dataset that the overlay figure shows."""
 RANKED = 3
 """Models from which on a change of their ranking is analysed."""
@@ -135,9 +136,13 @@ def plan_jobs(plan: StudyPlan) -> list[Job]:
     for row in rows:
         stand_in = [f"model.encoder={scale.encoders[row.encoder]}"] if row.encoder in scale.encoders else []
         recipe = load_recipe(scale.recipe, overrides=[*stand_in, *plan.overrides])
-        if scale.encoders:  # rows that share a start would otherwise be copies of each other
+        start = _choose_start(row, recipe, given.get(row.model_id))
+        # Rows that share a start would otherwise be copies of each other.
+        if scale.encoders:
             recipe = recipe.model_copy(update={"seed": recipe.seed + zoo.rows().index(row)})
-        jobs.append(Job(entry=row, recipe=recipe, start=_choose_start(row, recipe, given.get(row.model_id))))
+        elif not start.as_published and row.model_id not in given:
+            recipe = recipe.model_copy(update={"seed": recipe.seed + 1 + zoo.rows().index(row)})
+        jobs.append(Job(entry=row, recipe=recipe, start=start))
     missing = [job.entry.model_id for job in jobs if not job.start.as_published]
     if plan.scale == "full" and missing and not plan.start_from_available:
         raise UsageError(
@@ -202,10 +207,24 @@ def _run_jobs(jobs: Sequence[Job], plan: StudyPlan, tests: Sequence[Test]) -> Pa
         _run_job(job, plan, tests)
     report = write_report(plan, jobs, tests, console=console)
     console.print(
-        f"\nreport: {report}\nfigures: {plan.output / 'figures'}\nmodels: {plan.output / 'runs'}",
+        f"\nmodels:  {plan.output / 'runs'}\nfigures: {plan.output / 'figures'}\nreport:  {report}\n"
+        f"next:    {_next_step(plan, jobs, report)}",
         soft_wrap=True,
+        highlight=False,
     )
     return report
+
+
+def _next_step(plan: StudyPlan, jobs: Sequence[Job], report: Path) -> str:
+    """What to do after this study, in one line."""
+    opened = f"open {report} in a browser; then "
+    if plan.in_distribution.startswith("synthetic_"):
+        return opened + (
+            "do the same on real frames: `polypseg data list` says where they are, and `polypseg study --scale small "
+            "--in-distribution kvasir_seg --out-of-distribution cvc_clinicdb --output runs/small` continues"
+        )
+    best = plan.output / "runs" / jobs[0].entry.model_id / "best"
+    return opened + f"outline your own frames: `polypseg segment FRAMES --model {best} --output masks`"
 
 
 def _tests(plan: StudyPlan, inside: PolypDataset, outside: PolypDataset) -> list[Test]:
@@ -245,7 +264,10 @@ def _run_job(job: Job, plan: StudyPlan, tests: Sequence[Test]) -> None:
     source = ModelPredictions(name=job.entry.model_id, model=model, processor=processor, device=accelerator.device)
     for test in pending:
         manifest, seen = check_seen(run_dir / "best", _manifest(plan, test), rule="report")
-        result = score_predictions(source, test[0], conventions=(CONVENTION,), manifest=manifest, seen=seen)
+        masks = plan.output / "results" / job.entry.model_id / "masks" / test[0].spec.name
+        result = score_predictions(
+            source, test[0], conventions=(CONVENTION,), manifest=manifest, seen=seen, masks=masks
+        )
         result.write(plan.output / "results")
 
 
@@ -311,29 +333,18 @@ class Comparison:
             rows.append(row)
         return rows
 
-    def agreement(self) -> str:
-        """Whether the change of ranking is real, in words."""
-        if self.change is None:
-            return f"Whether the change of ranking is real is asked of {RANKED} models or more."
-        found = self.change.agreement
-        tau = cell_of({"mean": found.tau.estimate, "low": found.tau.low, "high": found.tau.high})
-        return (
-            f"Kendall's tau of the two rankings: {tau}; it would be {found.expected_tau:.3f} on average if both sets "
-            f"had one true order and only the images varied. Test of one true order in both sets: p = "
-            f"{found.p_one_order:.3f}; a small p says that the order does change."
-        )
-
 
 def _dice(results: Mapping[str, Sequence[dict[str, Any]]], where: int) -> ScoreSet:
     return read_score_set({name: [pair[where]] for name, pair in results.items()}, metric=f"{CONVENTION}.dice")
 
 
 def write_report(plan: StudyPlan, jobs: Sequence[Job], tests: Sequence[Test], *, console: Console) -> Path:
-    """Tables, figures and ``report.md`` from the receipts on disk; prints the table too."""
+    """Tables, figures and ``report.html`` from the receipts on disk; prints the table too."""
     results = {job.entry.model_id: [read_receipt(_receipt_path(plan, job, test)) for test in tests] for job in jobs}
     comparison = Comparison.of(results)
     labels = {job.entry.model_id: job.entry.short_name for job in jobs}
     rows = comparison.rows({job.entry.model_id: job.start.label for job in jobs})
+    manifests = [_manifest(plan, test) for test in tests]
     titles = [f"{dataset.spec.title}, {split} {part}" for dataset, split, part in tests]
     note = _caveat(plan, jobs, tests)
     figures = plan.output / "figures"
@@ -342,7 +353,7 @@ def write_report(plan: StudyPlan, jobs: Sequence[Job], tests: Sequence[Test], *,
     plots.plot_dice_distributions(dice, labels=labels, titles=short, note=note, path=figures / "dice_distributions.png")
     ranks = {row["model"]: (row["rank_in"], row["rank_out"]) for row in rows}
     plots.plot_rank_changes(ranks, labels=labels, titles=short, note=note, path=figures / "rank_changes.png")
-    _draw_overlays(plan, jobs, tests, labels=labels, note=note)
+    _draw_overlays(plan, _drawn_jobs(jobs, rows), tests, labels=labels, note=note)
     _print_table(console, rows, labels, titles=titles, note=note)
     write_csv(plan.output / "comparison.csv", rows)
     write_json(
@@ -357,12 +368,30 @@ def write_report(plan: StudyPlan, jobs: Sequence[Job], tests: Sequence[Test], *,
             "environment": environment_record(),
         },
     )
-    return write_text(plan.output / "report.md", _markdown(rows, labels, comparison, titles=titles, note=note))
+    inside, outside = (f"{m.dataset}.{m.split}.{m.part}" for m in manifests)
+    return write_page(
+        plan.output / "results",
+        plan.output / "report.html",
+        title=f"{len(jobs)} model{'s' if len(jobs) != 1 else ''} at {plan.scale} scale",
+        inside=inside,
+        outside=outside,
+        masks=plan.output / "results",
+        datasets={dataset.spec.name: dataset for dataset, _, _ in tests},
+    )
+
+
+def _drawn_jobs(jobs: Sequence[Job], rows: Sequence[Mapping[str, Any]]) -> list[Job]:
+    """The best row of each kind of encoder on the second test: as many masks as a picture shows at legible size."""
+    places = {row["model"]: row["rank_out"] for row in rows}
+    best: dict[str, Job] = {}
+    for job in sorted(jobs, key=lambda job: places[job.entry.model_id]):
+        best.setdefault(job.entry.encoder, job)
+    return list(best.values())
 
 
 def _caveat(plan: StudyPlan, jobs: Sequence[Job], tests: Sequence[Test]) -> str:
     """What every table and figure must say about itself."""
-    parts = [f"{plan.scale} scale, {jobs[0].recipe.name} recipe, one seed a row"]
+    parts = [f"{plan.scale} scale, {jobs[0].recipe.name} recipe, one training run per row: no claim of differences"]
     if any(dataset.spec.name.startswith("synthetic_") for dataset, _, _ in tests):
         parts.append("SYNTHETIC frames: no statement about patients")
     if SCALES[plan.scale].encoders:
@@ -419,10 +448,6 @@ def _shrink(frame: Image.Image, truth: NDArray[np.uint8]) -> tuple[Image.Image, 
     return frame.resize(size), np.asarray(Image.fromarray(truth).resize(size, Image.Resampling.NEAREST))
 
 
-def _cell(row: dict[str, Any], key: str) -> str:
-    return cell_of({"mean": row[key], "low": row[f"{key}_low"], "high": row[f"{key}_high"]})
-
-
 def _print_table(
     console: Console,
     rows: Sequence[dict[str, Any]],
@@ -439,64 +464,3 @@ def _print_table(
         ranks = [str(row["rank_in"]), str(row["rank_out"]), f"{row['rank_change']:+d}"]
         table.add_row(labels[row["model"]], *cells, *ranks)
     console.print(table)
-
-
-def _markdown(
-    rows: Sequence[dict[str, Any]],
-    labels: dict[str, str],
-    comparison: Comparison,
-    *,
-    titles: Sequence[str],
-    note: str,
-) -> str:
-    """The comparison as a page: what was tested, one table a dataset, gaps, ranks, starts, figures."""
-    lines = ["# Comparison", "", f"{note} Not a medical device.", ""]
-    lines += [f"Scores: convention `{CONVENTION}`, from the receipts in `results`. Intervals: {BY_CLUSTER}.", ""]
-    for k, where in enumerate(("in", "out")):
-        receipts = {name: pair[k] for name, pair in comparison.results.items()}
-        kind = "In distribution" if where == "in" else "Out of distribution"
-        lines += [f"## {kind}: {titles[k]}, {_size(next(iter(receipts.values())))}", ""]
-        lines += [f"- {words}." for words in _seen_lines(receipts, labels)]
-        lines += [
-            "",
-            "| model | mDice | mIoU | mPrecision | mRecall | effective n | rank |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for row in sorted(rows, key=lambda r, key=f"rank_{where}": r[key]):  # type: ignore[misc]
-            cells = " | ".join(_cell(row, f"{where}_m{metric}") for metric in METRICS)
-            weight = f"{row[f'{where}_effective_n']:.0f}"
-            lines.append(f"| {labels[row['model']]} | {cells} | {weight} | {row[f'rank_{where}']} |")
-        lines.append("")
-    lines += [
-        "The effective n is the number of independent images that would make the mean Dice as certain.",
-        "",
-        "## Gaps, ranks and starts",
-        "",
-        "Gap: mDice in distribution minus mDice out of distribution.",
-        "",
-        "| model | gap | rank in | rank out | change | encoder starts from |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = f"{_cell(row, 'gap_mdice')} | {row['rank_in']} | {row['rank_out']} | {row['rank_change']:+d}"
-        lines.append(f"| {labels[row['model']]} `{row['model']}` | {cells} | {row['start']} |")
-    lines += ["", comparison.agreement()]
-    for title, name in (("Dice distributions", "dice_distributions"), ("Rank changes", "rank_changes")):
-        lines += ["", f"![{title}](figures/{name}.png)"]
-    return "\n".join([*lines, "", "![Overlays](figures/overlays.png)", ""])
-
-
-def _size(receipt: Mapping[str, Any]) -> str:
-    clusters = receipt["clusters"]
-    repeats = f", {clusters['repeats_merged']} of them repeats" if clusters["repeats_merged"] else ""
-    clips = f" in {clusters['clusters']} video clips" if clusters["by"] == "clip" else ""
-    return f"n = {clusters['images']}{repeats}{clips}"
-
-
-def _seen_lines(receipts: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> list[str]:
-    """What the receipts of a test say of seen images, each statement once with the models that it is of."""
-    said: dict[str, list[str]] = {}
-    for name, receipt in receipts.items():
-        said.setdefault(seen_words(receipt), []).append(labels[name])
-    every = len(said) == 1
-    return [words if every else f"{', '.join(names)}: {words}" for words, names in said.items()]

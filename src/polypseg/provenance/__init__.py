@@ -1,1 +1,1 @@
-"""What is known of a model's weights, and where its files are."""
+"""What is known of a model's weights and results, and how it is proven."""

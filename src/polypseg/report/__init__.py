@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from polypseg.artifacts import atomic_path, write_csv, write_json, write_text
+from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError
 from polypseg.report.analysis import analyse
 from polypseg.report.documents import read_document
@@ -40,6 +41,7 @@ def write_report(
     outside: str,
     masks: Path | None = None,
     sources: Mapping[str, Path] | None = None,
+    datasets: Mapping[str, PolypDataset] | None = None,
     shift: Sequence[Path] = (),
     robustness: Sequence[Path] = (),
     reading: Path | None = None,
@@ -48,12 +50,13 @@ def write_report(
     """Write the report of a folder of receipts to ``output`` (HTML) and return the path.
 
     Beside it, ``<stem>_files`` holds each figure as SVG and PDF and each table as CSV and JSON. ``inside`` and
-    ``outside`` name the two tests as DATASET.SPLIT.PART. ``masks``: folder of predicted masks, ``sources``: dataset ->
-    folder or archive, for pictures. The same input gives the same bytes. Raises UsageError for receipts that do not fit
-    together and PolypSegError for one whose aggregates do not follow from its rows.
+    ``outside`` name the two tests as DATASET.SPLIT.PART. For pictures: ``masks``, folder of predicted masks;
+    ``sources``, dataset -> folder or archive; ``datasets``, dataset -> opened. The same input gives the same bytes.
+    Raises UsageError for receipts that do not fit together and PolypSegError for one whose aggregates do not follow
+    from its rows.
     """
     material = read_material(receipts, inside=parse_test(inside), outside=parse_test(outside))
-    galleries = build_galleries(material, masks=masks, sources=sources or {})
+    galleries = build_galleries(material, masks=masks, sources=sources or {}, datasets=datasets)
     documents = {"Shift": [read_document(p) for p in shift], "Robustness": [read_document(p) for p in robustness]}
     analysis = analyse(material, resamples=resamples)
     others = [test for test in material.polyp_tests if test not in (material.inside, material.outside)]

@@ -1,18 +1,22 @@
 """What polypseg.statistics says of a study's receipts; nothing is computed here."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from polypseg.card_facts import CONVENTION, Test
 from polypseg.metrics import METRICS
 from polypseg.report.material import Material, Receipt
+from polypseg.report.wording import ALPHA
 from polypseg.statistics import (
     RESAMPLES,
     Comparison,
     Contrast,
     Gap,
+    Interval,
     RankChange,
+    RunVariation,
     ScoreSet,
     analyse_rank_change,
     compare_models,
@@ -20,9 +24,13 @@ from polypseg.statistics import (
     group_contrasts,
     mean_rows,
     read_score_set,
+    run_variation,
     study_groups,
+    widened,
 )
 
+SIDES = ("inside", "outside", "gap")
+"""Mean Dice in and out of distribution, and the loss between the two."""
 MeanKey = tuple[str, Test, str]
 """Row, test, metric."""
 
@@ -44,6 +52,40 @@ class Analysis:
     comparisons: tuple[tuple[Comparison, ...], ...] = ()
     """All pairs in distribution, then out of it."""
     change: RankChange | None = None
+    runs: Mapping[str, RunVariation] = field(default_factory=dict)
+    """Variation of mean Dice between repeated runs, ``inside``, ``outside`` and of the loss (``gap``), where measured.
+
+    Measured from every repeated run among the receipts: seeds of a row, and rows that share start and recipe.
+    """
+
+    @property
+    def seeds(self) -> int:
+        """Training runs of each compared row; 0 without compared rows."""
+        return self.inside.seeds if self.inside else 0
+
+    @property
+    def claims(self) -> bool:
+        """Whether anything may be said of differences between trained models: not from one training run of each."""
+        return self.seeds > 1
+
+    def floor(self, which: str, *sides: int) -> float | None:
+        """Noise floor of a difference of groups of so many models: what identical recipes differ by; None: unknown."""
+        runs = self.runs.get(which)
+        return None if runs is None or not self.seeds else runs.floor(*sides, seeds=self.seeds)
+
+    def is_shown(self, value: Interval) -> bool:
+        """Whether a difference between trained models is beyond the chance of images and training runs."""
+        return self.claims and value.excludes_zero
+
+    def certain_flips(self) -> list[dict[str, Any]]:
+        """Pairs shown to change places: by Holm's p over images, and both differences beyond that of training runs."""
+        if self.change is None or not self.claims:
+            return []
+        return [
+            pair
+            for pair, one, other in zip(self.change.pairs, *self.comparisons, strict=True)
+            if pair["p_flip_holm"] < ALPHA and self.is_shown(one.difference) and self.is_shown(other.difference)
+        ]
 
 
 def score_set_of(receipts: Mapping[str, Sequence[Receipt]], *, metric: str = "dice") -> ScoreSet:
@@ -71,16 +113,69 @@ def analyse(material: Material, *, resamples: int = RESAMPLES) -> Analysis:
         for test in (material.inside, material.outside)
     )
     several = len(material.compared) > 1
-    groups = study_groups(list(material.compared), names=material.names)
+    groups = study_groups(
+        list(material.compared),
+        names=material.names,
+        random_starts=material.random_starts,
+        unknown_starts=material.unknown_starts,
+    )
+    runs = _measure_runs(material)
+    sets = {"inside": inside, "outside": outside} if several else {}
     return Analysis(
         **common,  # type: ignore[arg-type]
         inside=inside,
         outside=outside,
         gaps=tuple(generalisation_gaps(inside, outside, resamples=resamples)),
-        contrasts=tuple(group_contrasts(inside, outside, groups, resamples=resamples)),
-        comparisons=tuple(tuple(compare_models(s, resamples=resamples)) for s in (inside, outside) if several),
+        contrasts=tuple(
+            _contrast_with_runs(contrast, runs, seeds=inside.seeds)
+            for contrast in group_contrasts(inside, outside, groups, resamples=resamples)
+        ),
+        comparisons=tuple(
+            tuple(
+                replace(pair, difference=_with_runs(pair.difference, runs.get(which), 1, 1, seeds=scores.seeds))
+                for pair in compare_models(scores, resamples=resamples)
+            )
+            for which, scores in sets.items()
+        ),
         change=analyse_rank_change(inside, outside, resamples=resamples) if several else None,
+        runs=runs,
     )
+
+
+def _measure_runs(material: Material) -> dict[str, RunVariation]:
+    """The variation between repeated runs in and out of distribution, and of the loss of runs tested on both."""
+    tests = {"inside": material.inside, "outside": material.outside}
+    means = {which: [_run_means(group) for group in material.repeated_runs(test)] for which, test in tests.items()}
+    outside = {weights: mean for group in means["outside"] for weights, mean in group.items()}
+    means["gap"] = [
+        {weights: mean - outside[weights] for weights, mean in group.items() if weights in outside}
+        for group in means["inside"]
+    ]
+    found = {which: run_variation(list(group.values()) for group in groups) for which, groups in means.items()}
+    return {which: runs for which, runs in found.items() if runs is not None}
+
+
+def _run_means(receipts: Sequence[Receipt]) -> dict[str, float]:
+    return {str(receipt.model_sha256): receipt.mean_dice for receipt in receipts}
+
+
+def _with_runs(value: Interval, runs: RunVariation | None, *sides: int, seeds: int) -> Interval:
+    """A difference's interval with what its draws leave out of run-to-run variation: all with one seed, else 1/seeds.
+
+    Drawing S trained networks from S shows (S - 1) / S of the variance of their mean. With one seed and no repeated
+    run the variation is not known, and the interval loses its bounds.
+    """
+    if runs is None:
+        return value if seeds > 1 else widened(value, None)
+    return widened(value, runs.floor(*sides, seeds=seeds) / math.sqrt(seeds))
+
+
+def _contrast_with_runs(contrast: Contrast, runs: Mapping[str, RunVariation], *, seeds: int) -> Contrast:
+    sides = tuple(map(len, contrast.groups))
+    inside, outside, gap = (
+        _with_runs(getattr(contrast, which), runs.get(which), *sides, seeds=seeds) for which in SIDES
+    )
+    return replace(contrast, inside=inside, outside=outside, gap=gap)
 
 
 def _drawn_together(material: Material, test: Test) -> list[list[str]]:

@@ -165,8 +165,9 @@ def _slopes(analysis: Analysis) -> Picture | None:
             name, rank = analysis.material.label(row["model"]), f"{row[f'rank_{where}']:g}"
             text = f"{name}  {rank}" if place == 0 else f"{rank}  {name}"
             axis.text(place + 0.05 * away, y, text, ha=side, va="center", color=colour(row["model"]))
-            axis.text(place + 0.75 * away, y, spread, ha=side, va="center", color=MUTED, fontsize=7.5)
-    certain = {frozenset((p["a"], p["b"])) for p in change.pairs if p["p_flip_holm"] < ALPHA}
+            if analysis.claims:
+                axis.text(place + 0.75 * away, y, spread, ha=side, va="center", color=MUTED, fontsize=7.5)
+    certain = {frozenset((p["a"], p["b"])) for p in analysis.certain_flips()}
     named = {model for pair in certain for model in pair}
     for row in rows:
         width = 2.2 if row["model"] in named else 1.2
@@ -176,15 +177,18 @@ def _slopes(analysis: Analysis) -> Picture | None:
     for place, where, side in ((0, "in distribution", "right"), (1, "out of distribution", "left")):
         away = 1 if place else -1
         axis.text(place + 0.05 * away, 0.2, where, ha=side, va="bottom", weight="bold")
-        axis.text(place + 0.75 * away, 0.2, "95 %", ha=side, va="bottom", color=MUTED, fontsize=7.5)
+        if analysis.claims:
+            axis.text(place + 0.75 * away, 0.2, "95 %", ha=side, va="bottom", color=MUTED, fontsize=7.5)
     return _picture(
         figure,
         name="rank-slopes",
         title="Rank by mean Dice in and out of distribution",
-        caption="Rank by mean Dice, 1 is best. 95 %: range of a model's rank over joint draws of images"
-        f"{' and seeds' if analysis.inside and analysis.inside.seeds > 1 else ''}. "
-        f"Blue: {names.get('resnet50', 'ResNet50')} + DeepLabV3+ rows; orange: {names.get('vit_base', 'ViT-B')} + DPT "
-        "rows. Thick: part of a pair shown to change places.",
+        caption="Rank by mean Dice, 1 is best. "
+        + ("95 %: range of a model's rank over joint draws of images and seeds. " if analysis.claims else "")
+        + f"Blue: {names.get('resnet50', 'ResNet50')} + DeepLabV3+ rows; orange: "
+        + f"{names.get('vit_base', 'ViT-B')} + DPT "
+        + ("rows. Thick: part of a pair shown to change places." if analysis.claims else "rows.")
+        + ("" if analysis.claims else " One training run a row: another run may rank them otherwise."),
     )
 
 
@@ -199,7 +203,7 @@ def _spread_ties(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[floa
 
 def _rank_probabilities(analysis: Analysis) -> Picture | None:
     change = analysis.change
-    if change is None:
+    if change is None or not analysis.claims:
         return None
     count = len(change.models)
     figure, axes = _axes(2 * WIDTH * min(1.0, (count + 2) / 14), 0.26 * count + 0.9, ncols=2)
@@ -234,14 +238,14 @@ def _cells(axis: Any, shares: Any) -> None:
 
 def _flips(analysis: Analysis) -> Picture | None:
     change = analysis.change
-    if change is None:
+    if change is None or not analysis.claims:
         return None
     count = len(change.models)
     order = np.argsort(change.inside.ranks, kind="stable")
     figure, (axis,) = _axes(min(WIDTH, 0.42 * count + 1.3), 0.27 * count + 0.7)
     shares = change.flips[np.ix_(order, order)]
     _cells(axis, np.where(np.tri(count, k=-1, dtype=bool), shares, np.nan)[1:, :-1])
-    certain = {frozenset((p["a"], p["b"])) for p in change.pairs if p["p_flip_holm"] < ALPHA}
+    certain = {frozenset((p["a"], p["b"])) for p in analysis.certain_flips()}
     names = [change.models[m] for m in order]
     for row in range(1, count):
         for column in range(row):
@@ -292,8 +296,8 @@ def _calibration(analysis: Analysis) -> Picture | None:
     )
 
 
-Line = tuple[str, str, Interval]
-"""Name, colour, estimate with interval."""
+Line = tuple[str, str, Interval, float | None]
+"""Name, colour, estimate with interval, noise floor of the training runs (None: not drawn)."""
 
 
 def _forest(
@@ -304,7 +308,9 @@ def _forest(
     figure, axes = _axes(WIDTH, line * count + 0.75, ncols=len(panels), sharey=True)
     for axis, (heading, lines) in zip(axes, panels, strict=True):
         axis.axvline(0, color=RULE, lw=1)
-        for row, (_, tone, value) in enumerate(lines):
+        for row, (_, tone, value, floor) in enumerate(lines):
+            if floor is not None:
+                axis.barh(row, 2 * floor, left=-floor, height=0.62, color=MUTED, alpha=0.18, lw=0)
             if value.low is not None:
                 axis.plot([value.low, value.high], [row, row], color=tone, lw=1.6, solid_capstyle="butt")
             axis.plot(value.estimate, row, "o", ms=4.5, color=tone, mew=0)
@@ -319,12 +325,14 @@ def _gaps(analysis: Analysis) -> Picture | None:
     if not analysis.gaps:
         return None
     ordered = sorted(analysis.gaps, key=lambda gap: gap.gap.estimate)
-    panels = [("loss of mean Dice", [(analysis.material.label(g.model), colour(g.model), g.gap) for g in ordered])]
+    panels = [
+        ("loss of mean Dice", [(analysis.material.label(g.model), colour(g.model), g.gap, None) for g in ordered])
+    ]
     if all(gap.relative for gap in ordered):
         panels.append(
             (
                 "loss relative to in distribution",
-                [(analysis.material.label(g.model), colour(g.model), g.relative) for g in ordered if g.relative],
+                [(analysis.material.label(g.model), colour(g.model), g.relative, None) for g in ordered if g.relative],
             )
         )
     return _forest(
@@ -338,16 +346,30 @@ def _gaps(analysis: Analysis) -> Picture | None:
 def _contrasts(analysis: Analysis) -> Picture | None:
     if not analysis.contrasts:
         return None
+    titles = {"inside": "mean Dice, in", "outside": "mean Dice, out", "gap": "loss (in − out)"}
     panels = [
-        (heading, [(c.name.replace(" - ", " −\n"), INK, getattr(c, which)) for c in analysis.contrasts])
-        for which, heading in (("inside", "mean Dice, in"), ("outside", "mean Dice, out"), ("gap", "loss (in − out)"))
+        (
+            heading,
+            [
+                (
+                    c.name.replace(" - ", " −\n"),
+                    INK,
+                    getattr(c, which),
+                    analysis.floor(which, *map(len, c.groups)),
+                )
+                for c in analysis.contrasts
+            ],
+        )
+        for which, heading in titles.items()
     ]
     return _forest(
         panels,
         name="group-contrasts",
         title="Contrasts between groups of models",
         caption="First group minus second with 95 % intervals. Positive: the first has the higher Dice in or out of "
-        "distribution; negative loss: it loses less.",
+        "distribution; negative loss: it loses less. "
+        + ("Grey: noise floor, what training runs alone may make. " if analysis.runs else "")
+        + ("" if analysis.claims else "One training run a row: no claim."),
         line=0.45,
     )
 

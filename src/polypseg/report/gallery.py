@@ -77,31 +77,40 @@ def permission(dataset: str) -> str | None:
     return f"Images: {spec.title}{f' ({spec.citation})' if spec.citation else ''}, {spec.license}."
 
 
-def build_galleries(material: Material, *, masks: Path | None, sources: Mapping[str, Path]) -> list[Gallery]:
+def build_galleries(
+    material: Material,
+    *,
+    masks: Path | None,
+    sources: Mapping[str, Path],
+    datasets: Mapping[str, PolypDataset] | None = None,
+) -> list[Gallery]:
     """The telling cases of both tests of the comparison.
 
-    Pictures need the predicted masks, the dataset's source (or a synthetic set) and its terms. Raises UsageError for a
-    source of another dataset or masks of other predictions than the receipts'.
+    Pictures need the predicted masks, the dataset (open, by its source, or synthetic) and its terms. Raises UsageError
+    for a source of another dataset or masks of other predictions than the receipts'.
     """
-    unknown = set(sources) - {test[0] for test in material.tests}
+    opened = dict(datasets or {})
+    unknown = {*sources, *opened} - {test[0] for test in material.tests}
     if unknown:
         raise UsageError(f"no receipt is of the dataset {min(unknown)!r}, for which a source is given")
     tests = [test for test in (material.inside, material.outside) if test in material.tests]
-    return [_gallery(material, test, masks=masks, source=sources.get(test[0])) for test in tests]
+    for name in {test[0] for test in tests} - set(opened):
+        if masks is not None and permission(name) and (name in sources or name.startswith("synthetic_")):
+            opened[name] = open_dataset(name, source=sources.get(name), allow_partial=True)
+    return [_gallery(material, test, masks=masks, dataset=opened.get(test[0])) for test in tests]
 
 
-def _gallery(material: Material, test: Test, *, masks: Path | None, source: Path | None) -> Gallery:
+def _gallery(material: Material, test: Test, *, masks: Path | None, dataset: PolypDataset | None) -> Gallery:
     attribution = permission(test[0])
     chosen = [material.label(model) for model in chosen_models(material, test)]
     seeds = {material.label(m): material.used(m, test) for m in material.models if material.used(m, test)}
     dice = np.stack([np.mean([r.scores("dice") for r in used], axis=0) for used in seeds.values()])  # (M, N)
     ids = [row["id"] for row in next(iter(seeds.values()))[0].images]
-    drawn = attribution is not None and masks is not None and (source is not None or test[0].startswith("synthetic_"))
-    dataset = open_dataset(test[0], source=source, allow_partial=True) if drawn else None
+    drawn = attribution is not None and masks is not None and dataset is not None
     cases = []
     for why, place in telling_images(dice):
         case = Case(why=why, id=ids[place], scores=_scores(seeds, chosen, dice[:, place]))
-        if dataset is not None and masks is not None:
+        if drawn and dataset is not None and masks is not None:
             case = _with_picture(case, dataset, {m: seeds[m][0] for m in chosen}, masks=masks)
         cases.append(case)
     if attribution is None:

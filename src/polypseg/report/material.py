@@ -1,6 +1,8 @@
 """The receipts of a study, grouped by the table's row, seed and test; what does not fit together is refused."""
 
+import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +18,9 @@ from polypseg.card_facts import CONVENTION, LIMITS, Test, test_of
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.origin import read_origin
 from polypseg.receipts import check_content, find_receipts, unpack
+
+_OF_ONE_RUN = ("row", "seed", "sha256", "passport")
+"""Fields of ``weights_origin`` that differ between runs of the same training."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,21 @@ class Receipt:
     def seed(self) -> int | None:
         """Of the recipe; None where it is not known."""
         return self.model.get("seed")
+
+    @property
+    def training(self) -> str:
+        """How the weights were trained, without the seed and without the row that they stand for, as one line.
+
+        Equal lines are repeated runs: rows that start at random with one recipe are runs of one model.
+        """
+        origin = {key: value for key, value in self.weights_origin.items() if key not in _OF_ONE_RUN}
+        changes = [change for change in origin.get("recipe_changes") or [] if not change.startswith("seed=")]
+        return json.dumps(origin | {"recipe_changes": changes}, sort_keys=True)
+
+    @property
+    def mean_dice(self) -> float:
+        """Over observations: images of equal pixels count once."""
+        return float(self.content["scores_by_cluster"][CONVENTION]["dice"]["mean"])
 
     @property
     def model_sha256(self) -> str | None:
@@ -150,11 +170,41 @@ class Material:
 
     @cached_property
     def _labels(self) -> dict[str, str]:
-        return {model: _label(model, self.of(model)[0].weights_origin) for model in self.models}
+        labels = {model: _label(model, self.of(model)[0].weights_origin) for model in self.models}
+        shared = {label for label, count in Counter(labels.values()).items() if count > 1}
+        return {m: f"{label} ({table_name(m)})" if label in shared else label for m, label in labels.items()}
 
     def label(self, model: str) -> str:
-        """Short name of a row's weights: the paper's at full size, else one of the small encoder's own facts."""
+        """Short name of a row, no two alike; see Origin.label."""
         return self._labels[model]
+
+    @cached_property
+    def random_starts(self) -> frozenset[str]:
+        """Rows named after a pretraining whose encoder started at random, for lack of weights."""
+        return frozenset(
+            model
+            for model in self.models
+            for entry, origin in [(entry_of(model), self.of(model)[0].weights_origin)]
+            if entry is not None and entry.method != "none" and origin.get("encoder_initialisation") == zoo.RANDOM
+        )
+
+    @cached_property
+    def unknown_starts(self) -> frozenset[str]:
+        """Rows of the table whose receipts do not say what the encoder started from, or say that of another row."""
+        return frozenset(
+            model
+            for model in self.models
+            for entry, origin in [(entry_of(model), self.of(model)[0].weights_origin)]
+            if entry is not None and not _start_is_known(entry, origin)
+        )
+
+    def repeated_runs(self, test: Test) -> list[list[Receipt]]:
+        """The receipts of a test in groups whose training differs in nothing but the seed."""
+        groups: dict[str, list[Receipt]] = {}
+        for receipt in self.receipts:
+            if receipt.test == test and receipt.model_sha256:
+                groups.setdefault(receipt.training, []).append(receipt)
+        return [group for group in groups.values() if len(group) > 1]
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -197,9 +247,19 @@ class Material:
 
 
 def _label(model: str, weights_origin: Mapping[str, Any]) -> str:
-    if weights_origin and weights_origin.get("scale") != "full":
-        return read_origin(weights_origin).label
-    return table_name(model)
+    if weights_origin and entry_of(model) is not None:
+        return read_origin({**weights_origin, "row": model}).label
+    return read_origin(weights_origin).label if weights_origin.get("scale") == "small" else table_name(model)
+
+
+def _start_is_known(entry: zoo.ZooEntry, origin: Mapping[str, Any]) -> bool:
+    """Whether the encoder is recorded to have started at random or from the row's own kind of pretraining."""
+    if "converted_from" in origin:
+        return True
+    start, run = origin.get("encoder_initialisation"), origin.get("pretraining") or {}
+    if start is None or start == zoo.RANDOM:
+        return start is not None
+    return entry.method != "none" and run.get("method", entry.method) == entry.method
 
 
 def table_name(model: str) -> str:

@@ -12,15 +12,16 @@ import numpy as np
 from polypseg import __version__, zoo
 from polypseg.card_facts import Test, seen_words
 from polypseg.licences import ModelLicense, model_license
-from polypseg.origin import read_origin
+from polypseg.origin import RANDOM_MARK, read_origin
 from polypseg.recipe import bundled_folder
 from polypseg.report.analysis import Analysis
+from polypseg.report.answer import answer_sentences, noise_sentences
 from polypseg.report.documents import Document
 from polypseg.report.figures import Picture
 from polypseg.report.gallery import Gallery
 from polypseg.report.material import Material, Receipt, entry_of
 from polypseg.report.tables import METRIC_TITLES, Cell, Column, Row, Table, metric_cells, slug
-from polypseg.report.wording import number, rank_change_verdict
+from polypseg.report.wording import no_verdict, number, rank_change_verdict
 from polypseg.zoo import RANDOM
 
 WORST = 5
@@ -69,7 +70,7 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    verdict, sentences = rank_change_verdict(analysis.change, label=material.label) if analysis.change else ("", ())
+    verdict, sentences = _verdict(analysis)
     return environment.get_template("report.html.jinja").render(
         title=title,
         style=style,
@@ -77,6 +78,9 @@ def render_page(
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         version=__version__,
         scale=scale_sentences(material),
+        small=any(r.weights_origin.get("scale") == "small" for r in material.receipts),
+        answer=answer_sentences(analysis),
+        noise=noise_sentences(analysis),
         samples=sample_table(analysis),
         counts={
             "models": len(material.models),
@@ -84,7 +88,7 @@ def render_page(
             "seeds": sorted({len(material.used(m, t)) for m in material.models for t in material.tests} - {0}),
         },
         bootstrap=material.receipts[0].content["bootstrap"],
-        compared_seeds=analysis.inside.seeds if analysis.inside else 0,
+        compared_seeds=analysis.seeds,
         tables=tables,
         pictures=pictures,
         verdict=verdict,
@@ -98,17 +102,33 @@ def render_page(
     )
 
 
+def _verdict(analysis: Analysis) -> tuple[str, tuple[str, ...]]:
+    """Whether the ranking changes, and why; that nothing is claimed, for one training run a row; empty for one row."""
+    if analysis.change is None:
+        return "", ()
+    if not analysis.claims:
+        return no_verdict(analysis.change)
+    return rank_change_verdict(analysis.change, label=analysis.material.label, certain=analysis.certain_flips())
+
+
 def scale_sentences(material: Material) -> list[str]:
     """What stands in for the study's encoders and corpora, where the weights are not of full size."""
+    marked = [material.label(model) for model in material.models if model in material.random_starts]
+    stars = (
+        [f"Rows marked {RANDOM_MARK} started at random, for lack of the weights that they are named after."]
+        if marked
+        else []
+    )
     small = [r for r in material.receipts if r.weights_origin and r.weights_origin.get("scale") != "full"]
     if not small:
-        return []
+        return stars
     stand_ins = [f"{material.names[key]} for {title}" for key, title in _ENCODERS.items() if key in material.names]
     corpora = dict.fromkeys(_corpus(receipt.weights_origin) for receipt in small)
     pretrained = [corpus for corpus in corpora if corpus]
     return [
         f"Small encoders stand in for the study’s: {', '.join(stand_ins)}." if stand_ins else "Small encoders.",
         f"Their encoders started from: {'; '.join(pretrained)}." if pretrained else "All encoders started at random.",
+        *stars,
         "No number here is one of the full-size models of the same name.",
     ]
 

@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 from polypseg.card_facts import Test
 from polypseg.errors import UsageError, first_line, unknown_name
 from polypseg.metrics import METRICS
-from polypseg.report.analysis import Analysis
+from polypseg.report.analysis import SIDES, Analysis
 from polypseg.report.material import parse_test, table_name
 from polypseg.report.wording import number, p_value, percent, rank, span, with_interval
 from polypseg.statistics import agreement_row
@@ -23,8 +23,9 @@ _TABLE = '<div class="scroll" role="region" tabindex="0" aria-label="Table of th
 def render_reading(path: Path, analysis: Analysis) -> str:
     """The text as HTML; HTML and pictures in it are left as text.
 
-    It may use ``mean(row, test)``, ``gap(row)``, ``rank(row, test)``, ``contrast(name)``, ``agreement``, ``tau`` and
-    the filters ``number``, ``percent`` and ``p_value``; a test is ``"in"``, ``"out"`` or DATASET.SPLIT.PART. Raises
+    It may use ``mean(row, test)``, ``gap(row)``, ``rank(row, test)``, ``contrast(name)``, ``floor(side)`` (noise floor
+    of a pair of rows), ``agreement``, ``tau`` and the filters ``number``, ``percent`` and ``p_value``; a test is
+    ``"in"``, ``"out"`` or DATASET.SPLIT.PART. Raises
     UsageError naming the file for a missing file, a mistake in the template or a number that is not there.
     """
     environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined)
@@ -71,7 +72,18 @@ def _numbers(analysis: Analysis) -> dict[str, Any]:
         found = _choose(_choose(row, models, "row"), rows, "compared row")
         return rank(found[{"in": "rank_inside", "out": "rank_outside"}[test]])
 
-    functions: dict[str, Callable[..., str]] = {"mean": mean, "gap": gap, "contrast": contrast, "rank": rank_of}
+    def floor(which: str) -> str:
+        if which not in SIDES:
+            raise unknown_name("side", which, SIDES)
+        return number(analysis.floor(which, 1, 1))
+
+    functions: dict[str, Callable[..., str]] = {
+        "mean": mean,
+        "gap": gap,
+        "contrast": contrast,
+        "rank": rank_of,
+        "floor": floor,
+    }
     if change is None:
         return functions
     return {**functions, "agreement": agreement_row(change.agreement), "tau": span(change.agreement.tau)}

@@ -8,7 +8,7 @@ from typing import Any
 from polypseg import zoo
 from polypseg.card_facts import Test
 from polypseg.metrics import METRICS
-from polypseg.report.analysis import Analysis
+from polypseg.report.analysis import SIDES, Analysis
 from polypseg.report.material import Material, Receipt, entry_of, part_words
 from polypseg.report.wording import between, number, percent, rank, short_p
 from polypseg.statistics import Interval
@@ -159,13 +159,16 @@ def comparison_table(analysis: Analysis) -> Table:
         for where, test in sides:
             cells += metric_cells(analysis, model, test)
             record |= _metric_record(analysis, model, test, prefix=f"{where}_")
-        cells += _rank_cells(ranks.get(model))
+        cells += _rank_cells(ranks.get(model), ranges=analysis.claims)
         record |= {key: ranks[model][key] if model in ranks else None for key in _RANKS}
         rows.append(Row(cells))
         records.append(record)
     return Table(
         name="comparison",
-        caption=f"Mean over images, 95 % interval{SEEDS_NOTE}. Rank: 1 is best; below it its 95 % range over draws.",
+        caption=f"Mean over images, 95 % interval{SEEDS_NOTE}. Rank: 1 is best; below it its 95 % range over draws."
+        if analysis.claims
+        else "Mean over images, 95 % interval over images for this one trained network. Rank: 1 is best; with one "
+        "training run a row its range is not known.",
         columns=columns,
         rows=rows,
         records=records,
@@ -213,13 +216,13 @@ def _metric_record(analysis: Analysis, model: str, test: Test, *, prefix: str = 
     return record
 
 
-def _rank_cells(row: dict[str, Any] | None) -> list[Cell]:
+def _rank_cells(row: dict[str, Any] | None, *, ranges: bool) -> list[Cell]:
     if row is None:
         return [Cell("–")] * 3
     cells = [
         Cell(
             rank(row[f"rank_{where}"]),
-            f"{row[f'rank_{where}_low']}–{row[f'rank_{where}_high']}",
+            f"{row[f'rank_{where}_low']}–{row[f'rank_{where}_high']}" if ranges else "",
             sort=row[f"rank_{where}"],
         )
         for where in ("inside", "outside")
@@ -375,27 +378,35 @@ def gap_table(analysis: Analysis) -> Table:
 
 
 def contrast_table(analysis: Analysis) -> Table:
-    """Differences between groups of rows."""
-    rows = [
-        Row(
-            [
-                Cell(
-                    c.name.replace(" - ", " − "),
-                    f"{len(c.groups[0])} and {len(c.groups[1])} models",
-                    sort=c.name,
-                    title=_sides(analysis.material, c.groups),
-                ),
-                *(_interval_cell(value, signed=True) for value in (c.inside, c.outside, c.gap)),
-            ]
-        )
-        for c in analysis.contrasts
-    ]
+    """Differences between groups of rows, with the noise floor of the training runs."""
+    rows, records = [], []
+    for c in analysis.contrasts:
+        sides = tuple(map(len, c.groups))
+        cells = [
+            Cell(
+                c.name.replace(" - ", " − "),
+                f"{sides[0]} and {sides[1]} models",
+                sort=c.name,
+                title=_sides(analysis.material, c.groups),
+            )
+        ]
+        record = c.row() | {"seeds": analysis.seeds}
+        for which in SIDES:
+            value, floor = getattr(c, which), analysis.floor(which, *sides)
+            record |= {f"{which}_runs": floor, f"{which}_shown": analysis.is_shown(value)}
+            runs = "runs not measured" if floor is None else f"runs ± {number(floor)}"
+            cells.append(_interval_cell(value, signed=True, more=runs))
+        rows.append(Row(cells))
+        records.append(record)
     return Table(
         name="contrasts",
-        caption="Mean Dice of the first group minus the second’s, and of their losses, with 95 % intervals.",
+        caption="Mean Dice of the first group minus the second’s, and of their losses, with 95 % intervals over images "
+        "and training runs. Runs: noise floor, the difference that groups of this size stay within in 95 of 100 cases "
+        "although nothing but the training run differs."
+        + ("" if analysis.claims else " One training run a row: no claim."),
         columns=[Column("Contrast", numeric=False, smallest_first=True), Column("In"), Column("Out"), Column("Loss")],
         rows=rows,
-        records=[c.row() for c in analysis.contrasts],
+        records=records,
     )
 
 
@@ -404,8 +415,11 @@ def _sides(material: Material, groups: tuple[tuple[str, ...], tuple[str, ...]]) 
 
 
 def pair_table(analysis: Analysis) -> Table:
-    """All pairs of models: differences with Holm-adjusted p in both tests, and whether their order turns."""
-    if analysis.change is None:
+    """All pairs of models: differences with Holm-adjusted p in both tests, and whether their order turns.
+
+    Empty with one training run a row: an interval and a p over images would take another run for another model.
+    """
+    if analysis.change is None or not analysis.claims:
         return Table(name="pairs", caption="", columns=[], rows=[])
     label = analysis.material.label
     rows, records = [], []
@@ -430,13 +444,15 @@ def pair_table(analysis: Analysis) -> Table:
         sides = {
             f"{key}_{where}": value for where, c in (("in", one), ("out", other)) for key, value in c.row().items()
         }
-        records.append({**pair, **{k: v for k, v in sides.items() if not k.startswith(("a_", "b_"))}})
+        intervals = one.difference.cells("inside") | other.difference.cells("outside")
+        records.append({**pair, **intervals, **{k: v for k, v in sides.items() if not k.startswith(("a_", "b_"))}})
     margin = analysis.comparisons[0][0].margin
     return Table(
         name="pairs",
-        caption="Difference of mean Dice with 95 % interval, and p of the sign-flip test over clusters, adjusted "
-        f"(Holm) for all pairs of a test; equivalent: the interval lies within ± {margin}. Order turns: share of "
-        "draws, and p that the two are not in opposite orders, adjusted for all pairs.",
+        caption="Difference of mean Dice with 95 % interval over images and training runs, what it says, and p of the "
+        f"sign-flip test over clusters, adjusted (Holm) for all pairs of a test; equivalent: the interval lies within "
+        f"± {margin}. {_floor_words(analysis)}. Order turns: share of draws, and p that the two are not in opposite "
+        "orders, adjusted for all pairs.",
         columns=[
             Column("Pair", numeric=False, smallest_first=True),
             Column("Difference", "In distribution"),
@@ -449,6 +465,11 @@ def pair_table(analysis: Analysis) -> Table:
         rows=rows,
         records=records,
     )
+
+
+def _floor_words(analysis: Analysis) -> str:
+    floors = [analysis.floor(which, 1, 1) for which in ("inside", "outside")]
+    return f"Training runs alone make a pair differ by up to {number(floors[0])} in and {number(floors[1])} out"
 
 
 def calibration_table(analysis: Analysis) -> Table:

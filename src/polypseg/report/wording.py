@@ -1,6 +1,6 @@
 """How numbers are written, and what may be said of a change of ranking."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from polypseg.statistics import Interval, RankChange
 
@@ -63,23 +63,45 @@ def span(interval: Interval) -> str:
     return number(interval.estimate, digits=2) + bounds
 
 
-def rank_change_verdict(change: RankChange, *, label: Callable[[str], str]) -> tuple[str, tuple[str, ...]]:
-    """A short answer to "is the ranking change real?" and the sentences behind it; ``label``: a row's name in text."""
-    agreement, count = change.agreement, len(change.models)
-    moved = sum(row["rank_change"] != 0 for row in change.rows())
-    certain = [pair for pair in change.pairs if pair["p_flip_holm"] < ALPHA]
+def rank_change_verdict(
+    change: RankChange, *, label: Callable[[str], str], certain: Sequence[Mapping[str, object]] | None = None
+) -> tuple[str, tuple[str, ...]]:
+    """A short answer to "is the ranking change real?" and the sentences behind it; ``label``: a row's name in text.
+
+    ``certain``: the pairs shown to change places; by default those that the images show, whatever the training runs do.
+    """
+    agreement = change.agreement
+    if certain is None:
+        certain = [pair for pair in change.pairs if pair["p_flip_holm"] < ALPHA]
     rejected = agreement.p_one_order < ALPHA
     flipped = sum(pair["flipped"] for pair in change.pairs)
-    observed = (
-        f"{moved} of {count} models change rank between the two tests; {flipped} of {len(change.pairs)} pairs stand in "
-        f"opposite orders. Kendall’s τ between the rankings is {span(agreement.tau)}."
-    )
-    sentences = [observed, _test_sentence(agreement.p_one_order, rejected=rejected)]
+    sentences = [_observed(change), _test_sentence(agreement.p_one_order, rejected=rejected)]
     if agreement.tau.estimate < 1 - 1e-9:
         sentences.append(_noise_sentence(change))
     sentences.append(_pair_sentence(certain, flipped=flipped, label=label))
     sentences.append(_winner_sentence(change, label=label))
     return _answer(change, rejected=rejected, certain=bool(certain)), tuple(sentences)
+
+
+def no_verdict(change: RankChange) -> tuple[str, tuple[str, ...]]:
+    """What takes the place of the verdict with one training run per row: nothing is claimed."""
+    return "Not claimed: there is one training run a row.", (
+        _observed(change, interval=False),
+        "These numbers describe the networks at hand: another training run of the same recipe may rank them otherwise, "
+        "which images alone cannot tell.",
+    )
+
+
+def _observed(change: RankChange, *, interval: bool = True) -> str:
+    moved, flipped = (
+        sum(row["rank_change"] != 0 for row in change.rows()),
+        sum(pair["flipped"] for pair in change.pairs),
+    )
+    tau = span(change.agreement.tau) if interval else number(change.agreement.tau.estimate, digits=2)
+    return (
+        f"{moved} of {len(change.models)} models change rank between the two tests; {flipped} of {len(change.pairs)} "
+        f"pairs stand in opposite orders. Kendall’s τ between the rankings is {tau}."
+    )
 
 
 def _answer(change: RankChange, *, rejected: bool, certain: bool) -> str:
@@ -114,7 +136,7 @@ def _noise_sentence(change: RankChange) -> str:
     )
 
 
-def _pair_sentence(certain: Sequence[dict[str, object]], *, flipped: int, label: Callable[[str], str]) -> str:
+def _pair_sentence(certain: Sequence[Mapping[str, object]], *, flipped: int, label: Callable[[str], str]) -> str:
     if not certain:
         return (
             ""

@@ -13,6 +13,7 @@ from polypseg.statistics.intervals import (
 )
 from polypseg.statistics.rankings import Agreement, RankChange, Ranking, agreement_row, analyse_rank_change
 from polypseg.statistics.resampling import RESAMPLES, Draws, draw_both, draw_means
+from polypseg.statistics.runs import RunVariation, run_variation, widened
 from polypseg.statistics.scores import ScoreSet, read_score_set, score_set
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Interval",
     "RankChange",
     "Ranking",
+    "RunVariation",
     "SampleWeight",
     "ScoreSet",
     "agreement_row",
@@ -41,8 +43,10 @@ __all__ = [
     "mean_intervals",
     "mean_rows",
     "read_score_set",
+    "run_variation",
     "sample_weights",
     "score_set",
     "sign_flip_p_values",
     "study_groups",
+    "widened",
 ]

@@ -4,7 +4,7 @@ gap = mean in distribution - mean out of distribution. The two sets' images are 
 the same for all models, so contrasts between models keep what the models share.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from polypseg.errors import UsageError, unknown_name
 from polypseg.statistics.intervals import Interval, interval_of
 from polypseg.statistics.resampling import RESAMPLES, Draws, draw_both
 from polypseg.statistics.scores import Floats, ScoreSet
+from polypseg.zoo import ZooEntry
 
 Groups = tuple[tuple[str, ...], tuple[str, ...]]
 """The models on either side of a contrast."""
@@ -104,32 +105,57 @@ def group_contrasts(
     return contrasts
 
 
-def study_groups(models: Sequence[str], *, names: Mapping[str, str] | None = None) -> dict[str, Groups]:
+def study_groups(
+    models: Sequence[str],
+    *,
+    names: Mapping[str, str] | None = None,
+    random_starts: Collection[str] = (),
+    unknown_starts: Collection[str] = (),
+) -> dict[str, Groups]:
     """The study's questions as groups of the table's rows, of those in ``models``; one without a side is left out.
 
     ``names``: what the questions call an encoder or a corpus of the table, where others stand in for it.
+    ``random_starts``: rows whose encoder in truth started at random, whatever pretraining they are named after;
+    ``unknown_starts``: rows whose start is not recorded or is not their own, which no question of pretraining takes.
+    Questions of pretraining compare within kinds of encoder: a kind that only one side has is left out of both.
     """
     called = {"vit_base": "ViT-B", "resnet50": "ResNet50", "imagenet1k": "ImageNet-1k", "hyperkvasir": "Hyperkvasir"}
     called |= names or {}
     rows = [row for row in zoo.ZOO if row.model_id in models]
     self_supervised = ("moco_v3", "barlow_twins", "mae")
 
-    def ids(**wanted: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(r.model_id for r in rows if all(getattr(r, key) in values for key, values in wanted.items()))
+    def started(methods: tuple[str, ...], *corpora: str) -> list[ZooEntry]:
+        known = [row for row in rows if row.model_id not in unknown_starts]
+        at_random = {row.model_id for row in known if row.method == "none" or row.model_id in random_starts}
+        if methods == ("none",):
+            return [row for row in known if row.model_id in at_random]
+        return [
+            row
+            for row in known
+            if row.model_id not in at_random and row.method in methods and (not corpora or row.corpus in corpora)
+        ]
 
+    def of(encoder: str) -> list[ZooEntry]:
+        return [row for row in rows if row.encoder == encoder]
+
+    def within_encoders(first: list[ZooEntry], second: list[ZooEntry]) -> tuple[list[ZooEntry], list[ZooEntry]]:
+        both = {row.encoder for row in first} & {row.encoder for row in second}
+        return [row for row in first if row.encoder in both], [row for row in second if row.encoder in both]
+
+    imagenet, hyperkvasir = (started(self_supervised, corpus) for corpus in ("imagenet1k", "hyperkvasir"))
     questions = {
-        f"{called['vit_base']} - {called['resnet50']}": (ids(encoder=("vit_base",)), ids(encoder=("resnet50",))),
-        f"self-supervised - supervised, {called['imagenet1k']}": (
-            ids(method=self_supervised, corpus=("imagenet1k",)),
-            ids(method=("supervised",), corpus=("imagenet1k",)),
+        f"{called['vit_base']} - {called['resnet50']}": (of("vit_base"), of("resnet50")),
+        f"self-supervised - supervised, {called['imagenet1k']}": within_encoders(
+            imagenet, started(("supervised",), "imagenet1k")
         ),
-        f"{called['imagenet1k']} - {called['hyperkvasir']}, self-supervised": (
-            ids(method=self_supervised, corpus=("imagenet1k",)),
-            ids(method=self_supervised, corpus=("hyperkvasir",)),
-        ),
-        "pretrained - random": (ids(method=(*self_supervised, "supervised")), ids(method=("none",))),
+        f"{called['imagenet1k']} - {called['hyperkvasir']}, self-supervised": within_encoders(imagenet, hyperkvasir),
+        "pretrained - random": within_encoders(started((*self_supervised, "supervised")), started(("none",))),
     }
-    return {name: sides for name, sides in questions.items() if all(sides)}
+    sides = {
+        name: (tuple(row.model_id for row in first), tuple(row.model_id for row in second))
+        for name, (first, second) in questions.items()
+    }
+    return {name: groups for name, groups in sides.items() if all(groups)}
 
 
 def _weighted(draws: tuple[Draws, Draws], weights: Floats) -> tuple[Interval, Interval, Interval]:

@@ -1,0 +1,52 @@
+"""Without a network the Hub's client does not repeat its requests: it looks into the cache, and one line says it."""
+
+import socket
+import time
+
+import pytest
+from huggingface_hub import constants
+
+from polypseg.checkpoints import load_encoder_weights
+from polypseg.errors import PolypSegError
+from polypseg.hub import hub_is_reachable, without_retries_when_offline
+from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
+
+
+@pytest.fixture
+def unreachable(monkeypatch, tmp_path):
+    """A Hub at a port where nobody listens, an empty cache, no proxy."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_unreachable_hub_means_the_cache_only_and_no_longer_than_needed(unreachable):
+    assert not hub_is_reachable()
+    with without_retries_when_offline():
+        assert constants.HF_HUB_OFFLINE is True
+    assert constants.HF_HUB_OFFLINE is False
+
+
+def test_reachable_hub_or_proxy_changes_nothing(unreachable, monkeypatch):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("no_proxy", "example.org")
+        monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
+        assert hub_is_reachable()
+        with without_retries_when_offline():
+            assert constants.HF_HUB_OFFLINE is False
+
+
+def test_timm_weights_without_a_network_fail_at_once_with_one_line(unreachable):
+    model = PolypSegForSemanticSegmentation(PolypSegConfig(encoder="resnet10t", decoder_channels=8, image_size=64))
+    begun = time.monotonic()
+    with pytest.raises(PolypSegError, match=r"timm:resnet10t\.c3_in1k is not in the cache and the Hub cannot"):
+        load_encoder_weights(model, "timm:resnet10t.c3_in1k")
+    assert time.monotonic() - begun < 30  # the client's own repeats last a hundred seconds
