@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+import processes
 from polypseg import zoo
 from polypseg.data import SyntheticOptions, open_dataset
 from polypseg.errors import PolypSegError, UsageError
@@ -190,8 +191,8 @@ def test_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
     """SIGKILL between checkpoints, on the script itself, as a user's machine would do it."""
     more = ("--set", "training.epochs=1", "--set", "training.checkpoint_steps=7")
     environment = script_environment()
-    subprocess.run([sys.executable, *script_command(tmp_path / "whole", *more)], env=environment, check=True)
-    process = subprocess.Popen(
+    processes.run([sys.executable, *script_command(tmp_path / "whole", *more)], env=environment, check=True)
+    process = processes.start(
         [sys.executable, *script_command(tmp_path / "killed", *more)], env=environment, start_new_session=True
     )
     deadline = time.time() + 300
@@ -202,7 +203,7 @@ def test_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
     process.wait()
     assert not (tmp_path / "killed" / "epochs.csv").exists(), "it had finished: nothing was tested"
     resumed = [sys.executable, *script_command(tmp_path / "killed", *more, "--resume")]
-    subprocess.run(resumed, env=environment, check=True)
+    processes.run(resumed, env=environment, check=True)
     whole, killed = newest_checkpoint(tmp_path / "whole"), newest_checkpoint(tmp_path / "killed")
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
 
