@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from polypseg.artifacts import file_sha256, read_json
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError, first_line
-from polypseg.evaluation import prepared_batches
+from polypseg.evaluation import prepared_frames
 from polypseg.hub import fetch, load
 from polypseg.modeling import PolypSegConfig
 from polypseg.processing import (
@@ -261,10 +261,10 @@ def _from_logits(
 ) -> Iterator[tuple[str, Probability]]:
     """Run a model over prepared batches; logits are resized before the sigmoid, as in evaluation."""
     names = iter(ids)
-    for pixels, masks in prepared_batches(dataset, processor, ids, batch_size=batch_size):
+    for pixels, sizes in prepared_frames(dataset, processor, ids, batch_size=batch_size):
         with torch.inference_mode():  # inside the loop: a generator must not leave the mode on for its caller
             results = forward(pixels)
-            maps = [probability_map(z, mask.shape, output=output) for z, mask in zip(results, masks, strict=True)]
+            maps = [probability_map(z, size, output=output) for z, size in zip(results, sizes, strict=True)]
         yield from zip(islice(names, len(maps)), maps, strict=True)
 
 
