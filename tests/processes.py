@@ -42,7 +42,7 @@ _LAZY = {
     "transformers": ("transformers.models.auto", "transformers.pipelines", "transformers.modeling_utils"),
     "timm": ("timm.models.resnet", "timm.models.vision_transformer"),
 }
-_OF_THE_HUB = ("HF_", "HUGGING", "TRANSFORMERS_", "XDG_", "DISABLE_SAFETENSORS", "ACCELERATE_")
+_OF_THE_HUB = ("HF_", "HUGGING", "TRANSFORMERS_", "XDG_", "DISABLE_SAFETENSORS")
 _LENGTH = struct.Struct("!I")
 _STATUS = struct.Struct("!i")
 

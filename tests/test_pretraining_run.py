@@ -177,7 +177,7 @@ def test_two_processes_give_the_curve_of_one(method, frames, tmp_path):
     ]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     two = command(method, frames, tmp_path / "two", "--num-processes", "2")
-    subprocess.run([*launcher, *two], check=True, timeout=300, env=environment)
+    processes.run([*launcher, *two], check=True, timeout=300, env=environment)
     progress, *_ = run(method, frames, tmp_path / "one")
     rows = list(csv.DictReader((tmp_path / "two" / "losses.csv").open()))
     assert [float(row["loss"]) for row in rows] == pytest.approx(progress.losses, rel=1e-3)
