@@ -14,7 +14,7 @@ demo: $(INSTALLED)  ## all twelve rows at smoke scale on synthetic frames
 
 test: $(INSTALLED)  ## every test; those on real data run where ../shared/data or $$POLYPSEG_DATA is present
 	@echo "== Running all tests"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)  ## format, lint, types, fast tests
 	@echo "== Checking format, lint and types, then the fast tests"
