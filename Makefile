@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # Waiting threads sleep rather than spin: two processes on few cores would otherwise stall each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check fast-test format hub hub-configs cards clean
+.PHONY: demo test check fast-test format bench hub hub-configs cards clean
 
 demo: $(INSTALLED)  ## all twelve rows at smoke scale on synthetic frames
 	@echo "== Training and testing the twelve rows at smoke scale on synthetic frames (results in runs/demo)"
@@ -14,7 +14,7 @@ demo: $(INSTALLED)  ## all twelve rows at smoke scale on synthetic frames
 
 test: $(INSTALLED)  ## every test; those on real data run where ../shared/data or $$POLYPSEG_DATA is present
 	@echo "== Running all tests"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)  ## format, lint, types, fast tests
 	@echo "== Checking format, lint and types, then the fast tests"
@@ -30,6 +30,10 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+bench: $(INSTALLED)  ## each job against the way before it, side by side; results in runs/bench
+	@echo "== Timing each job against the way before it (results in runs/bench)"
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py --output runs/bench
+
 hub: demo  ## the demo's models on a Hub of this machine, to try publishing and loading; Ctrl-C ends it
 	@echo "== Publishing the demo's models to a Hub on this machine (data in runs/hub)"
 	$(BIN)/python tests/hub_demo.py
@@ -43,7 +47,8 @@ hub-configs: $(INSTALLED)  ## render hub_configs/models from the table
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "== Installing polypseg and its tested dependencies into $(VENV) (once; several GB with torch)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@# Without --no-compile pip compiles 300 MB of source, of which a fifth is ever imported; Python does that by itself.
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $(INSTALLED)
 
 clean:

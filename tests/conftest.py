@@ -10,8 +10,20 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 
+SLOW = 10
+"""Tests that a slow one weighs."""
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL_DATA = Path(os.environ.get("POLYPSEG_DATA", REPOSITORY.parent / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several workers, which take file by file, long files first: the last ones then end at about one time."""
+    if not hasattr(config, "workerinput"):
+        return
+    weights: dict[Path, int] = {}
+    for item in items:
+        weights[item.path] = weights.get(item.path, 0) + (SLOW if item.get_closest_marker("slow") else 1)
+    items.sort(key=lambda item: (-weights[item.path], item.path))  # stable: a file's tests keep their order
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,10 @@ import pytest
 from scipy import ndimage, spatial
 from sklearn import metrics as sklearn_metrics
 
+import frozen_measures
 from polypseg.conventions import CONVENTIONS, choose_conventions, conventions_markdown
 from polypseg.errors import UsageError
-from polypseg.measures import THRESHOLDS, e_measure, measure_image, threshold_counts
+from polypseg.measures import MEASURES, THRESHOLDS, e_measure, largest_component, measure_image, threshold_counts
 from polypseg.metrics import mean_with_interval, score
 
 
@@ -492,6 +493,65 @@ def test_row_of_an_image_is_single_numbers():
     row = measured("blob")[0].row()
     assert json.loads(json.dumps(row)) == row
     assert row["share"] == pytest.approx(CASES["blob"][1].mean()) and row["height"] == 40
+
+
+def random_case(rng):
+    """A map and a mask of random sizes and shapes, each sometimes empty, full, saturated or of few values."""
+    height, width = rng.integers(4, 90, 2)
+    rows, columns = np.mgrid[:height, :width]
+
+    def blobs():
+        found = np.zeros((height, width), bool)
+        for _ in range(rng.integers(0, 4)):
+            y, x, radius = rng.uniform(0, height), rng.uniform(0, width), rng.uniform(0.5, 25)
+            found |= (rows - y) ** 2 + (columns - x) ** 2 <= radius**2
+        return found
+
+    mask, guess = blobs(), blobs()
+    if rng.random() < 0.1:
+        mask = ~mask
+    p = np.clip(0.8 * guess + rng.choice([0.0, 0.02, 0.3]) * rng.normal(size=guess.shape), 0, 1)
+    if rng.random() < 0.3:
+        p = ndimage.gaussian_filter(p, 3)
+    if rng.random() < 0.2:
+        p = np.round(p * 255) / 255
+    return p.astype(np.float32), mask
+
+
+@pytest.mark.parametrize("case", [*CASES, *range(150)])
+def test_measures_equal_the_plain_ones_to_a_billionth(case):
+    p, mask = random_case(np.random.default_rng(case)) if isinstance(case, int) else CASES[case]
+    ours, plain = measure_image(p, mask, tolerance=1.5), frozen_measures.measure_image(p, mask, tolerance=1.5)
+    for name, expected in vars(plain).items():
+        found = getattr(ours, name)
+        if np.issubdtype(np.asarray(expected).dtype, np.integer):
+            assert np.array_equal(found, expected), name
+        else:
+            assert found == pytest.approx(expected, rel=1e-9, abs=1e-9), name
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS.values(), ids=lambda c: c.name)
+def test_a_convention_needs_what_it_names_and_refuses_images_without_it(convention):
+    whole = [measure_image(*CASES[name]) for name in ("blob", "two", "missed", "false alarm")]
+    some = [measure_image(*CASES[name], measures=convention.needs) for name in ("blob", "two", "missed", "false alarm")]
+    assert {name for name in MEASURES if getattr(some[0], name) is not None} == set(convention.needs)
+    assert convention.summary(some) == convention.summary(whole)
+    for needed in convention.needs:
+        less = [measure_image(*CASES["blob"], measures=set(convention.needs) - {needed})]
+        with pytest.raises(ValueError, match=f"{needed} was not measured, which the convention '{convention.name}'"):
+            convention.values(less)
+
+
+def test_unknown_measures_are_refused():
+    with pytest.raises(ValueError, match="unknown measures: dice"):
+        measure_image(*CASES["blob"], measures=("dice",))
+
+
+def test_largest_component_is_that_of_8_neighbours():
+    mask = np.zeros((9, 9), bool)
+    assert largest_component(mask) == 0
+    mask[0, 0] = mask[1, 1] = mask[8, 8] = True
+    assert largest_component(mask) == 2 and largest_component(~np.zeros((3, 4), bool)) == 12
 
 
 def test_measure_image_is_quick():

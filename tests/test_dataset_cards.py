@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import processes
 from hub.process import running_hub
 from polypseg.data.catalog import DATASETS, get_spec
 from polypseg.dataset_cards import (
@@ -167,12 +167,12 @@ def test_pushed_copy_comes_back_with_its_card_and_never_lands_in_a_public_reposi
         from huggingface_hub import HfApi
         HfApi().create_repo(sys.argv[1], repo_type="dataset", private=False)
     """
-    with running_hub(tmp_path / "hub") as hub:
+    with running_hub(tmp_path / "hub", start=processes.start) as hub:
         environment = hub.environment(tmp_path / "home") | {"POLYPSEG_CACHE": str(tmp_path / "cache")}
 
         def run(code: str, *words: str) -> str:
             command = [sys.executable, "-c", textwrap.dedent(code), *words]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+            done = processes.run(command, env=environment, capture_output=True, timeout=300)
             assert done.returncode == 0, done.stderr
             return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
 

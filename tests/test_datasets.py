@@ -1,5 +1,6 @@
 """What a user may rely on when a dataset is opened and loaded: right pairs, fresh content, clear refusals."""
 
+import dataclasses
 import io
 import os
 import pickle
@@ -14,6 +15,7 @@ from PIL import Image
 from polypseg.data import polyps
 from polypseg.data.polyps import SyntheticOptions, load_polyps, open_dataset
 from polypseg.data.splits import pinned_split
+from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.errors import PolypSegError, UsageError
 
 HEIGHT, WIDTH = 16, 96
@@ -512,6 +514,38 @@ def test_synthetic_content_id_follows_every_option():
     variants.append(open_dataset("synthetic_b", synthetic_options=SyntheticOptions(count=4, size=(64, 64))))
     assert len({opened.content_id for opened in variants}) == len(variants)
     assert synthetic().content_id == synthetic().content_id
+
+
+def test_synthetic_content_id_follows_the_camera_and_the_version_of_the_drawing(monkeypatch):
+    ids = {synthetic().content_id}
+    monkeypatch.setattr("polypseg.data.synthetic.VERSION", 0)
+    ids.add(synthetic().content_id)
+    monkeypatch.setitem(CAMERAS, "a", dataclasses.replace(CAMERAS["a"], noise=0.0))
+    ids.add(synthetic().content_id)
+    assert len(ids) == 3
+
+
+def test_synthetic_frames_are_drawn_once_while_they_fit(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "polypseg.data.polyps.synthetic.synthesise_frame",
+        lambda camera, **options: drawn.append(options["index"]) or synthesise_frame(camera, **options),
+    )
+    kept = polyps._DrawnFrames(limit=2**20)
+    monkeypatch.setattr(polyps, "_DRAWN", kept)
+    opened = synthetic()
+    first = [opened.pair(record) for record in opened.records]
+    again = [opened.pair(record) for record in opened.records]
+    assert drawn == [0, 1, 2, 3]
+    for (frame, mask), (other, same) in zip(first, again, strict=True):
+        assert np.array_equal(np.asarray(frame), np.asarray(other)) and np.array_equal(mask, same)
+    one_frame = sum(map(len, next(iter(kept._kept.values()))))
+    small = polyps._DrawnFrames(limit=2 * one_frame)
+    monkeypatch.setattr(polyps, "_DRAWN", small)
+    for record in opened.records:
+        opened.pair(record)
+    assert len(small._kept) < 4 and small._size == sum(len(a) + len(b) for a, b in small._kept.values())
+    assert small._size <= 2 * one_frame
 
 
 def test_synthetic_seed_changes_the_loaded_frames():

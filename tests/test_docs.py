@@ -1,6 +1,7 @@
 """Every command in the README and in the scripts' docstrings names files and options that exist."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import processes
 from polypseg.card_facts import cell_of, read_results, scores_of, size_of
 from polypseg.conventions import conventions_markdown
 from polypseg.pretraining.export import render_index
@@ -43,7 +45,7 @@ COMMANDS = readme_commands() + docstring_commands()
 
 @cache
 def help_text(*command: str) -> str:
-    result = subprocess.run([*command, "--help"], capture_output=True, text=True, env={"COLUMNS": "300", "PATH": ""})
+    result = processes.run([*command, "--help"], capture_output=True, env=os.environ | {"COLUMNS": "300"})
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from PIL import Image
 from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+import processes
 from polypseg import export as export_module
 from polypseg.artifacts import file_sha256, read_json
 from polypseg.errors import PolypSegError, UsageError
@@ -112,7 +112,7 @@ def test_exported_folder_works_where_polypseg_cannot_be_imported(source, exporte
     frame = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 130, 3), dtype=np.uint8))
     frame.save(tmp_path / "frame.png")
     command = [sys.executable, "-c", PLAIN, str(exported), str(tmp_path / "frame.png"), str(tmp_path / "out.npz")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = processes.run(command, capture_output=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     model, processor = load_model(str(source))
     torch.manual_seed(0)

@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 
+import processes
 from hub.process import HubProcess, running_hub
 from hub.xet import chunk_offsets
 
@@ -51,13 +52,13 @@ arguments = sys.argv[1:]
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[HubProcess]:
-    with running_hub(tmp_path / "hub") as process:
+    with running_hub(tmp_path / "hub", start=processes.start) as process:
         yield process
 
 
 @pytest.fixture
 def xet_hub(tmp_path: Path) -> Iterator[HubProcess]:
-    with running_hub(tmp_path / "hub", xet=True) as process:
+    with running_hub(tmp_path / "hub", xet=True, start=processes.start) as process:
         yield process
 
 
@@ -84,16 +85,11 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def start_client(hub: HubProcess, home: Path, *programs: str, arguments: Sequence[object] = ()) -> Popen[str]:
+def start_client(hub: HubProcess, home: Path, *programs: str, arguments: Sequence[object] = ()) -> processes.Process:
     """A Python process that runs the programs one after another, with `api`, `outcome` and `arguments`."""
     program = "\n".join([PREAMBLE, *map(textwrap.dedent, programs)])
-    return Popen(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        env=hub.environment(home),
-        stdout=PIPE,
-        stderr=PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return processes.start(command, env=hub.environment(home), stdout=PIPE, stderr=PIPE)
 
 
 def run_client(hub: HubProcess, home: Path, *programs: str, arguments: Sequence[object] = ()) -> Any:
@@ -588,7 +584,7 @@ def test_javascript_client_uploads_and_downloads(
 ) -> None:
     """Another implementation of both protocols; what it uploads, the Python client reads."""
     source, received = model / "model.safetensors", tmp_path / "received"
-    with running_hub(tmp_path / "hub", xet=transfer == "xet") as hub:
+    with running_hub(tmp_path / "hub", xet=transfer == "xet", start=processes.start) as hub:
         run = subprocess.run(
             [*javascript, hub.url, str(source), str(received), transfer],
             env={**os.environ, "NO_PROXY": "127.0.0.1,localhost"},

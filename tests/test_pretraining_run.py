@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
+import processes
 from polypseg import zoo
 from polypseg.data.frames import open_frames
 from polypseg.data.labelled import load_labelled
@@ -130,7 +131,7 @@ def test_sigterm_to_the_whole_process_group_still_saves(frames, tmp_path):
     """As launchers and Slurm send it: the workers that make views hear it too."""
     long = ("--set", "training.epochs=500", "--set", "training.checkpoint_steps=2", "--workers", "1")
     words = [sys.executable, *command("barlow_twins", frames, tmp_path / "run", *long)]
-    process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = processes.start(words, start_new_session=True, stderr=subprocess.PIPE)
     deadline = time.time() + 120
     while not list((tmp_path / "run" / "checkpoints").glob("step-*")) and time.time() < deadline:
         time.sleep(0.05)
@@ -145,7 +146,7 @@ def test_resume_after_sigkill_continues_to_the_same_weights(frames, tmp_path):
     """The process dies without warning after a checkpoint; the run goes on from it."""
     every = ("--set", "training.checkpoint_steps=2")
     for name in ("whole", "killed"):
-        process = subprocess.Popen([sys.executable, *command("moco_v3", frames, tmp_path / name, *every)])
+        process = processes.start([sys.executable, *command("moco_v3", frames, tmp_path / name, *every)])
         if name == "killed":
             deadline = time.time() + 120
             while not list((tmp_path / name / "checkpoints").glob("step-*")) and time.time() < deadline:
@@ -154,7 +155,7 @@ def test_resume_after_sigkill_continues_to_the_same_weights(frames, tmp_path):
         process.wait(timeout=200)
     killed_at = max((tmp_path / "killed" / "checkpoints").glob("step-*")).name
     again = [sys.executable, *command("moco_v3", frames, tmp_path / "killed", *every, "--resume")]
-    subprocess.run(again, check=True, timeout=200)
+    processes.run(again, check=True, timeout=200)
     whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(whole[key], killed[key]) for key in whole), killed_at
 
@@ -176,7 +177,7 @@ def test_two_processes_give_the_curve_of_one(method, frames, tmp_path):
     ]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     two = command(method, frames, tmp_path / "two", "--num-processes", "2")
-    subprocess.run([*launcher, *two], check=True, timeout=300, env=environment)
+    processes.run([*launcher, *two], check=True, timeout=300, env=environment)
     progress, *_ = run(method, frames, tmp_path / "one")
     rows = list(csv.DictReader((tmp_path / "two" / "losses.csv").open()))
     assert [float(row["loss"]) for row in rows] == pytest.approx(progress.losses, rel=1e-3)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import processes
 from hub.process import HubProcess, running_hub
 from polypseg.export import export_model
 from polypseg.manifest import MANIFEST, list_files, read_manifest, write_manifest
@@ -49,7 +50,7 @@ def changed(exported, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def hub(tmp_path):
-    with running_hub(tmp_path / "hub") as process:
+    with running_hub(tmp_path / "hub", start=processes.start) as process:
         yield process
 
 
@@ -67,7 +68,7 @@ def client(hub: HubProcess, home: Path, *words: object, token: str | None = "hf_
 def run(hub: HubProcess, home: Path, *words: object, code: int = 0, **changes: str) -> str:
     """Run a command to its end; stdout and stderr together."""
     command, environment = client(hub, home, *words, **changes)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = processes.run(command, env=environment, capture_output=True, timeout=120)
     output = done.stdout + done.stderr
     assert done.returncode == code, output
     assert "Traceback" not in output and "hf_write" not in output
@@ -77,9 +78,7 @@ def run(hub: HubProcess, home: Path, *words: object, code: int = 0, **changes: s
 def ask(hub: HubProcess, home: Path, code: str) -> object:
     """Evaluate Python with an HfApi named api in a client process; the value comes back as JSON."""
     script = f"import json\nfrom huggingface_hub import *\napi = HfApi()\nprint(json.dumps({code}))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=hub.environment(home), capture_output=True, text=True, timeout=60
-    )
+    done = processes.run([sys.executable, "-c", script], env=hub.environment(home), capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -184,7 +183,7 @@ def test_two_folders_for_one_repository_are_refused(hub, home, exported, changed
 def test_a_push_killed_at_any_stage_leaves_the_old_state_and_the_next_completes(hub, home, exported, stage):
     hub.control(stage, "delay", seconds=20)
     command, environment = client(hub, home, "push", exported, "--organisation", "polypseg")
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = processes.start(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     hub.wait_for(stage, seconds=60)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -200,7 +199,7 @@ def test_pushes_killed_at_random_moments_never_leave_a_mixture(hub, home, export
     moments = random.Random(0)
     for _ in range(4):
         command, environment = client(hub, home, "push", changed, "--organisation", "polypseg", "--tag", "v2")
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = processes.start(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(moments.uniform(0.8, 4.0))
         process.kill()
         process.wait()
@@ -265,7 +264,7 @@ def _in_process(hub: HubProcess, home: Path, statement: str, code: int, **change
     )
     token = changes.pop("token", "hf_write")
     environment = hub.environment(home, token=token or None) | {"OMP_NUM_THREADS": "1"} | changes
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    done = processes.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=120)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
@@ -351,7 +350,7 @@ def test_no_token_reaches_an_address_or_the_cdn(published, tmp_path):
 
 
 def test_with_xet_on_a_model_goes_there_and_back(tmp_path, home, exported):
-    with running_hub(tmp_path / "hub", xet=True) as hub:
+    with running_hub(tmp_path / "hub", xet=True, start=processes.start) as hub:
         assert "fetched back and equal" in run(hub, home, "push", exported, "--organisation", "polypseg")
         assert hub.requests("xet-write-token")
         assert head_is(hub, home) == read_manifest(exported / MANIFEST)
@@ -372,5 +371,5 @@ def test_the_collection_holds_each_of_the_twelve_once(hub, home):
         "print('collected')\n"
     )
     environment = hub.environment(home)
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    done = processes.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=120)
     assert "collected" in done.stdout, done.stderr

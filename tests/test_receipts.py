@@ -90,6 +90,42 @@ def test_a_receipt_of_every_convention_is_computed_again_without_a_difference(da
     assert list(find_receipts(tmp_path)) == [path]
 
 
+def test_only_what_the_conventions_need_is_measured_and_a_later_call_adds_to_it(dataset, tmp_path):
+    measured: dict = {}
+    paper = score_predictions(Guesses(), dataset, conventions=("paper",), measured=measured)
+    row = paper.content()["images"][0]
+    assert row["true"] and row["paper.dice"] and not {"mae", "hd95", "hd95_relative", "lesions"} & set(row)
+    assert check_receipt(paper.write(tmp_path / "paper")) == []
+    both = score_predictions(Guesses(), dataset, conventions=("paper", "lesions"), measured=measured)
+    assert both.images[0].lesions == 1 and both.images[0].hd95 is None
+    assert check_receipt(both.write(tmp_path / "both")) == []
+    whole = score_predictions(Guesses(), dataset).content()
+    for part in (paper, both):
+        assert part.summary() == {name: whole["scores"][name] for name in part.conventions}
+
+    class NoMore(Guesses):
+        def predict(self, dataset, ids):
+            raise AssertionError("it was measured before")
+
+    assert score_predictions(NoMore(), dataset, conventions=("lesions",), measured=measured).summary()
+
+
+def test_a_row_without_a_measure_that_a_convention_needs_is_damage(content, tmp_path):
+    del content["images"][3]["found"]
+    (told, *_) = differences(content, tmp_path)
+    assert "the receipt is damaged" in told and "found was not measured" in told
+
+
+def test_a_mask_of_another_size_than_its_frame_is_named(dataset):
+    class Cropped(Guesses):
+        def predict(self, dataset, ids):
+            for record_id, probability in super().predict(dataset, ids):
+                yield record_id, probability[1:]
+
+    with pytest.raises(PolypSegError, match=r"the mask of 1 is 56x40, its prediction 56x39"):
+        score_predictions(Cropped(), dataset, conventions=("paper",))
+
+
 def test_a_receipt_says_what_was_tested_on_what(content):
     assert content["model"]["sha256"] == "a" * 64 and content["model"]["row"] == "vit_base_dpt.random"
     assert content["model"]["seed"] is None and content["predictions"] == {"source": "model"}

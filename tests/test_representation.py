@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from polypseg.data import labelled
-from polypseg.data.check import near_duplicates
+from polypseg.data.duplicates import near_duplicates
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.probes import corrected_interval, grouped_folds
 from polypseg.representation import (

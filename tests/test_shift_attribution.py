@@ -6,12 +6,13 @@ from functools import cache
 import numpy as np
 import pytest
 import typer
+from scipy import stats
 from typer.testing import CliRunner
 
 from polypseg.errors import UsageError
 from polypseg.shift import FACTORS, attribute_shift, compare_sets, measure_set, typical_look
 from polypseg.shift.attribution import ALL, ShiftSet, render_dataset
-from polypseg.shift.comparison import kernel_distance
+from polypseg.shift.comparison import HALVES, _floor, kernel_distance
 from polypseg.shift_commands import shift_app
 from synthetic_pairs import INJECTED, KnownSensitivity, draw, pixel_classifier
 from tiny_models import write_tiny_model
@@ -112,6 +113,48 @@ def test_kernel_distance_is_zero_for_one_population_and_known_for_a_shift():
     off = ~np.eye(300, dtype=bool)
     assert shifted.estimate == pytest.approx(kernel[0][off].mean() + kernel[1][off].mean() - 2 * kernel[2].mean())
     assert shifted.low > 0
+
+
+def distance_of(x, y, gx, gy, *, left_out=()):
+    """The distance by its definition: means of the kernel over pairs of different clusters; one cluster left out."""
+    side, cluster = left_out or (None, None)
+    if side is not None:
+        kept = (gx, gy)[side] != cluster
+        x, gx = (x[kept], gx[kept]) if side == 0 else (x, gx)
+        y, gy = (y[kept], gy[kept]) if side == 1 else (y, gy)
+
+    def between(a, b, ga, gb):
+        kernel, apart = (a @ b.T / a.shape[1] + 1) ** 3, ga[:, None] != gb[None, :]
+        return kernel[apart].mean()
+
+    everything = (x @ y.T / x.shape[1] + 1) ** 3
+    return between(x, x, gx, gx) + between(y, y, gy, gy) - 2 * everything.mean()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_kernel_distance_leaves_out_each_cluster_in_turn(seed):
+    """Equal to the jackknife cluster by cluster to 1e-9, and the floor to the distance of each half from the other."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(40, 6)), 0.3 + rng.normal(size=(31, 6))
+    groups = [np.unique(rng.integers(0, k, len(v)), return_inverse=True)[1] for k, v in ((9, x), (31, y))]
+    found = kernel_distance([x, y], groups)
+    variance = 0.0
+    for side in (0, 1):
+        clusters = range(groups[side].max() + 1)
+        left = np.array([distance_of(x, y, *groups, left_out=(side, cluster)) for cluster in clusters])
+        variance += (len(left) - 1) / len(left) * ((left - left.mean()) ** 2).sum()
+    reach = stats.t.ppf(0.975, min(group.max() for group in groups)) * np.sqrt(variance)
+    estimate = distance_of(x, y, *groups)
+    expected = (estimate, estimate - reach, estimate + reach)
+    assert (found.estimate, found.low, found.high) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+    draws, halves = np.random.default_rng(seed), []
+    for z, group in ((x, groups[0]), (y, groups[1])):
+        count = group.max() + 1
+        for _ in range(HALVES // 2):
+            half = np.isin(group, draws.permutation(count)[: count // 2])
+            halves.append(distance_of(z[half], z[~half], group[half], group[~half]))
+    assert _floor([x, y], groups, seed=seed) == pytest.approx(tuple(np.quantile(halves, [0.025, 0.975])), rel=1e-9)
 
 
 def test_commands_write_both_directions(tmp_path):

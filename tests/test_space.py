@@ -24,6 +24,7 @@ import yaml
 from PIL import Image
 from transformers import DPTConfig, DPTForSemanticSegmentation
 
+import processes
 from polypseg import PolypSegConfig
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.errors import UsageError
@@ -263,7 +264,7 @@ def page_of(url: str) -> str:
 
 
 @contextmanager
-def serving(program: str, *, port: int, cwd: Path) -> Iterator[subprocess.Popen]:
+def serving(program: str, *, port: int, cwd: Path) -> Iterator[processes.Process]:
     """A process that serves at ``port``; killed at the end if it still runs."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -273,7 +274,7 @@ def serving(program: str, *, port: int, cwd: Path) -> Iterator[subprocess.Popen]
     }
     log = cwd / "server.log"
     with log.open("w") as output:
-        process = subprocess.Popen(
+        process = processes.start(
             [sys.executable, "-c", program], cwd=cwd, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
         try:

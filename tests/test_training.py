@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
+import processes
 from polypseg import zoo
 from polypseg.data import SyntheticOptions, open_dataset
 from polypseg.data.splits import pinned_split
@@ -195,8 +196,8 @@ def test_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
     """SIGKILL between checkpoints, on the script itself, as a user's machine would do it."""
     more = ("--set", "training.epochs=1", "--set", "training.checkpoint_steps=7")
     environment = script_environment()
-    subprocess.run([sys.executable, *script_command(tmp_path / "whole", *more)], env=environment, check=True)
-    process = subprocess.Popen(
+    processes.run([sys.executable, *script_command(tmp_path / "whole", *more)], env=environment, check=True)
+    process = processes.start(
         [sys.executable, *script_command(tmp_path / "killed", *more)], env=environment, start_new_session=True
     )
     deadline = time.time() + 300
@@ -207,7 +208,7 @@ def test_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
     process.wait()
     assert not (tmp_path / "killed" / "epochs.csv").exists(), "it had finished: nothing was tested"
     resumed = [sys.executable, *script_command(tmp_path / "killed", *more, "--resume")]
-    subprocess.run(resumed, env=environment, check=True)
+    processes.run(resumed, env=environment, check=True)
     whole, killed = newest_checkpoint(tmp_path / "whole"), newest_checkpoint(tmp_path / "killed")
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
 
@@ -223,14 +224,10 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path, model, encoder):
     more = ["--set", "training.max_steps=6", "--set", "model.decoder_dropout=0.0", "--model", model]
     more += ["--set", "training.learning_rate=1.0e-4"]
     more += ["--set", f"model.encoder={encoder}"]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    for name, start in {
-        "one": ["--cpu", "--num_processes", "1"],
-        "two": ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
-    }.items():
-        count = start[start.index("--num_processes") + 1]
-        command = [*launcher, *start, *script_command(tmp_path / name, *more, "--num-processes", count)]
-        result = subprocess.run(command, env=script_environment(), capture_output=True, text=True)
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    for name, start, count in (("one", [], "1"), ("two", launcher, "2")):
+        command = [sys.executable, *start, *script_command(tmp_path / name, *more, "--num-processes", count)]
+        result = processes.run(command, env=script_environment(), capture_output=True)
         assert result.returncode == 0, result.stderr[-3000:]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 6 and one[0] != one[1]

@@ -2,13 +2,14 @@
 
 import csv
 import json
-import subprocess
 import sys
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import processes
 from tiny_models import write_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -20,9 +21,9 @@ def model(tmp_path_factory):
     return write_tiny_model(tmp_path_factory.mktemp("model") / "best")
 
 
-def polypseg(*words: object) -> subprocess.CompletedProcess[str]:
+def polypseg(*words: object) -> CompletedProcess[str]:
     command = [sys.executable, "-m", "polypseg_command", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180)
+    return processes.run(command, capture_output=True, timeout=180)
 
 
 def test_segment_writes_masks_of_the_frames_sizes_and_goes_on_after_bad_files(model, tmp_path):

@@ -49,18 +49,27 @@ class Convention:
     outputs: tuple[str, ...]
     table: Callable[[Images], Floats]
     """N images -> (N, K)."""
+    needs: tuple[str, ...] = ()
+    """Those of ``measures.MEASURES`` that the table is made of; pixel counts and sizes there always are."""
     reduce: Callable[[Floats], Floats] | None = None
     """Means over images (..., K) -> (..., len(outputs)). None: the means of the columns are the outputs."""
+
+    def numbers(self, images: Images) -> Floats:
+        """N images -> (N, K), the table. Raises ValueError where an image was measured without what is needed."""
+        for name in self.needs:
+            if any(getattr(image, name) is None for image in images):
+                raise ValueError(f"{name} was not measured, which the convention {self.name!r} needs")
+        return self.table(images)
 
     def per_image(self, images: Images) -> dict[str, Floats] | None:
         """output -> (N,), NaN where an image has no such score; None when scores exist for the whole set only."""
         if self.reduce is not None:
             return None
-        return dict(zip(self.outputs, self.table(images).T, strict=True))
+        return dict(zip(self.outputs, self.numbers(images).T, strict=True))
 
     def values(self, images: Images) -> dict[str, float]:
         """output -> the set's score; NaN where nothing in the set defines it."""
-        table = self.table(images)
+        table = self.numbers(images)
         found = _column_means(table) if self.reduce is None else self.reduce(table.mean(axis=0))
         return {name: float(value) for name, value in zip(self.outputs, found, strict=True)}
 
@@ -72,7 +81,7 @@ class Convention:
         scores = self.per_image(images)
         if scores is not None:
             return {name: _mean_of_defined(values) for name, values in scores.items()}
-        low, high = _bootstrap(self.table(images), self.reduce) if len(images) > 1 else (None, None)
+        low, high = _bootstrap(self.numbers(images), self.reduce) if len(images) > 1 else (None, None)
         return {
             name: {
                 "mean": _or_none(value),
@@ -162,6 +171,7 @@ CONVENTIONS: dict[str, Convention] = {
             empty=_ZERO_RULE,
             source="PraNet's MATLAB toolbox (Fmeasure_calu), without its stretching of each map to 0..1",
             outputs=_THRESHOLD_OUTPUTS,
+            needs=("curve",),
             table=threshold_scores("curve"),
             reduce=mean_and_max,
         ),
@@ -172,6 +182,7 @@ CONVENTIONS: dict[str, Convention] = {
             empty=f"{_ZERO_RULE}; stretching invents a mask where the model saw nothing",
             source="PraNet's MATLAB toolbox as published (mapminmax)",
             outputs=_THRESHOLD_OUTPUTS,
+            needs=("rescaled_curve",),
             table=threshold_scores("rescaled_curve"),
             reduce=mean_and_max,
         ),
@@ -204,6 +215,7 @@ CONVENTIONS: dict[str, Convention] = {
             empty="no polyp: S = 1 - mean p, weighted F = 0 (sic), E = share of pixels left out",
             source="Fan et al. 2017 and 2018, Margolin et al. 2014; equal to pysodmetrics 1.6.2 without its stretching",
             outputs=("mae", "s_measure", "weighted_f", "e_adaptive", "e_mean", "e_max"),
+            needs=("curve", "mae", "s_measure", "weighted_f", "e_adaptive"),
             table=structure_columns,
             reduce=structure_scores,
         ),
@@ -217,6 +229,7 @@ CONVENTIONS: dict[str, Convention] = {
             empty="both empty: 1 and 0; one empty: 0 and the diagonal; the last output leaves such images out",
             source="equal to MONAI 1.6.1's compute_surface_dice and compute_hausdorff_distance on non-empty masks",
             outputs=("surface_dice", "hd95", "hd95_relative", "hd95_both_present"),
+            needs=("surface_dice", "hd95"),
             table=columns(
                 lambda i: i.surface_dice,
                 lambda i: i.hd95,
@@ -242,6 +255,7 @@ CONVENTIONS: dict[str, Convention] = {
                 "false_positives_iou",
                 "false_alarms",
             ),
+            needs=("lesions", "found", "found_iou", "components", "false_components", "false_components_iou"),
             table=lesion_sums,
             reduce=lesion_rates,
         ),
@@ -255,6 +269,7 @@ CONVENTIONS: dict[str, Convention] = {
             empty="undefined inside when the set has no polyp pixel, outside when it has no other",
             source="Guo et al. 2017 for the ECE, Brier 1950; reported by region since the background hides the polyp",
             outputs=("ece_inside", "ece_outside", "ece", "brier_inside", "brier_outside", "brier"),
+            needs=("calibration", "squared_error"),
             table=calibration_sums,
             reduce=calibration_scores,
         ),
@@ -281,6 +296,11 @@ def choose_conventions(names: Iterable[str]) -> tuple[Convention, ...]:
         if name not in CONVENTIONS:
             raise unknown_name("metric convention", name, CONVENTIONS)
     return tuple(CONVENTIONS[name] for name in chosen)
+
+
+def needed_measures(names: Iterable[str]) -> frozenset[str]:
+    """Those of ``measures.MEASURES`` that the conventions of these names need."""
+    return frozenset(name for convention in choose_conventions(names) for name in convention.needs)
 
 
 def conventions_markdown() -> str:

@@ -7,7 +7,7 @@ then means over images, with bootstrap intervals. Results stay in memory; scorin
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from polypseg.data.polyps import PolypDataset
 from polypseg.metrics import METRICS, Scores, mean_with_interval, pixel_counts, score
 from polypseg.processing import polyp_logits, resize_map
 
+Batch = TypeVar("Batch")
 FrameChange: TypeAlias = Callable[[Image.Image, str], Image.Image]
 """An RGB frame and its id -> the frame that the model sees, of the same size."""
 INTERVAL = "95 % percentile bootstrap over images, 5000 resamples, seed 0"
@@ -126,9 +127,28 @@ def prepared_batches(
         frames = [frame for frame, _ in pairs]
         if change is not None:
             frames = [change(frame, record_id) for frame, record_id in zip(frames, chunk, strict=True)]
-        inputs = processor(images=frames, return_tensors="pt")
-        return inputs["pixel_values"], [mask for _, mask in pairs]
+        return processor(images=frames, return_tensors="pt")["pixel_values"], [mask for _, mask in pairs]
 
+    yield from _prepared_ahead(prepare, ids, batch_size=batch_size)
+
+
+def prepared_frames(
+    dataset: PolypDataset, processor: Any, ids: Sequence[str], *, batch_size: int
+) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
+    """Prepared batches (B, 3, h, w) with the frames' sizes (H, W), as ``prepared_batches``; no mask is read."""
+
+    def prepare(chunk: Sequence[str]) -> tuple[Tensor, list[tuple[int, int]]]:
+        frames = [dataset.frame(dataset.by_id[record_id]) for record_id in chunk]
+        inputs = processor(images=frames, return_tensors="pt")
+        return inputs["pixel_values"], [(frame.height, frame.width) for frame in frames]
+
+    yield from _prepared_ahead(prepare, ids, batch_size=batch_size)
+
+
+def _prepared_ahead(
+    prepare: Callable[[Sequence[str]], Batch], ids: Sequence[str], *, batch_size: int
+) -> Iterator[Batch]:
+    """Each batch, while the next one is prepared in a thread."""
     chunks = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]
     with ThreadPoolExecutor(max_workers=1) as ahead:
         pending = ahead.submit(prepare, chunks[0])

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from polypseg import zoo
 from polypseg.artifacts import cache_folder, file_sha256, read_json, write_text
 from polypseg.data.catalog import CENTRE_COLUMN, CLIP_COLUMN, DATASETS
-from polypseg.data.check import HASH_DISTANCE, fingerprint
+from polypseg.data.duplicates import HASH_DISTANCE, fingerprint
 from polypseg.data.frames import FrameStore
 from polypseg.data.images import decode_frame
 from polypseg.data.polyps import PolypDataset

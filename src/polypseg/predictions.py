@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from polypseg.artifacts import file_sha256, read_json
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError, first_line
-from polypseg.evaluation import prepared_batches
+from polypseg.evaluation import prepared_frames
 from polypseg.hub import fetch
 from polypseg.inference.preparation import PREPROCESSOR, FrameProcessor
 from polypseg.inference.runtimes import TORCH, OnnxRuntime, refuse_non_finite
@@ -277,11 +277,11 @@ def _from_logits(
 ) -> Iterator[tuple[str, Probability]]:
     """Run a model over prepared batches; logits are resized before the sigmoid, as in evaluation."""
     names = iter(ids)
-    for pixels, masks in prepared_batches(dataset, processor, ids, batch_size=batch_size):
-        images = list(islice(names, len(masks)))
+    for pixels, sizes in prepared_frames(dataset, processor, ids, batch_size=batch_size):
+        images = list(islice(names, len(sizes)))
         with torch.inference_mode():  # inside the loop: a generator must not leave the mode on for its caller
             results = forward(pixels, images)
-            maps = [probability_map(z, mask.shape, output=output) for z, mask in zip(results, masks, strict=True)]
+            maps = [probability_map(z, size, output=output) for z, size in zip(results, sizes, strict=True)]
         yield from zip(images, maps, strict=True)
 
 

@@ -21,7 +21,7 @@ from scipy.stats import binomtest
 from polypseg.artifacts import read_json, write_text
 from polypseg.conventions import CONVENTIONS, Convention
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.measures import Floats, ImageMeasures
+from polypseg.measures import MEASURES, Floats, ImageMeasures
 from polypseg.metrics import mean_with_interval
 from polypseg.passport import KINDS, SplitManifest
 from polypseg.statistics import RESAMPLES, Interval, draw_means, sample_weights, score_set
@@ -38,11 +38,9 @@ BY_CLUSTER = (
     f"95 % expanded percentile bootstrap (Hesterberg 2015) over clusters, {RESAMPLES} resamples, seed {SEED}; a "
     "cluster is a video clip where clips are known, else an image; images of equal pixels count once"
 )
+_SHAPES = {"curve": (2, 256), "rescaled_curve": (2, 256), "calibration": (2, 10, 3), "squared_error": (2,)}
 PACKED: dict[str, tuple[str, ...]] = {
-    "curve": ("pranet", "structure"),
-    "rescaled_curve": ("pranet_rescaled",),
-    "calibration": ("calibration",),
-    "squared_error": ("calibration",),
+    name: tuple(convention.name for convention in CONVENTIONS.values() if name in convention.needs) for name in _SHAPES
 }
 """Measures that are tables, kept packed -> the conventions that need them."""
 LARGEST = "largest_component"
@@ -50,7 +48,6 @@ LARGEST = "largest_component"
 BOOTSTRAP = {"by_image": BY_IMAGE, "by_cluster": BY_CLUSTER, "resamples": RESAMPLES, "seed": SEED}
 """What a receipt says of its bootstraps."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_SHAPES = {"curve": (2, 256), "rescaled_curve": (2, 256), "calibration": (2, 10, 3), "squared_error": (2,)}
 _TOLERANCE = 1e-7
 """Relative and absolute: sums in another order on another machine."""
 _SHOWN = 60  # characters of a value in a difference
@@ -234,7 +231,7 @@ def _means(scores: ScoreSet) -> dict[str, dict[str, Any]]:
 def _reduced(convention: Convention, images: Sequence[ImageMeasures], layout: Layout) -> dict[str, dict[str, Any]]:
     """Scores of the whole set: the columns of the convention's table are drawn together, then reduced."""
     assert convention.reduce is not None
-    table = convention.table(images)
+    table = convention.numbers(images)
     scores = layout.scores({str(k): column for k, column in enumerate(table.T)}, np.ones(len(images), dtype=bool))
     draws = draw_means(scores, seed=SEED)
     estimates, values = convention.reduce(draws.estimates), convention.reduce(draws.values)
@@ -397,7 +394,6 @@ def _read_measures(content: Mapping[str, Any]) -> Generator[str, None, tuple[lis
     for name, needed_by in PACKED.items():
         shape = (len(rows), *_SHAPES[name])
         if name not in needed:
-            tables[name] = np.zeros(shape)
             continue
         try:
             tables[name] = unpack(content["tables"][name])
@@ -410,10 +406,11 @@ def _read_measures(content: Mapping[str, Any]) -> Generator[str, None, tuple[lis
     names = [name for name in ImageMeasures.__dataclass_fields__ if name not in PACKED]
     images = []
     for k, row in enumerate(rows):
-        known = {name: row[name] for name in names}
-        pair = tables["squared_error"][k]
-        arrays = {name: tables[name][k] for name in ("curve", "rescaled_curve", "calibration")}
-        images.append(ImageMeasures(**known, **arrays, squared_error=(float(pair[0]), float(pair[1]))))
+        known = {name: row[name] for name in names if name in row or name not in MEASURES}
+        arrays: dict[str, Any] = {name: table[k] for name, table in tables.items()}
+        if "squared_error" in arrays:
+            arrays["squared_error"] = tuple(float(value) for value in arrays["squared_error"])
+        images.append(ImageMeasures(**known, **arrays))
     return images, unusable
 
 

@@ -1,12 +1,13 @@
 """Any source of predictions on any part of a dataset, measured once and scored by every convention by name."""
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, MutableMapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -14,9 +15,10 @@ from tqdm import tqdm
 from polypseg import zoo
 from polypseg.artifacts import atomic_path, environment_record, write_csv
 from polypseg.card_facts import recorded_recipe
-from polypseg.conventions import CONVENTIONS, choose_conventions
+from polypseg.conventions import CONVENTIONS, choose_conventions, needed_measures
 from polypseg.data.polyps import PolypDataset
-from polypseg.measures import TOLERANCE, ImageMeasures, measure_image
+from polypseg.errors import PolypSegError
+from polypseg.measures import TOLERANCE, ImageMeasures, largest_component, measure_image
 from polypseg.passport import SeenCheck, SplitManifest, kept_manifest
 from polypseg.predictions import PredictionSource, Probability
 from polypseg.processing import SOURCE_SHA256
@@ -144,6 +146,14 @@ class Measured:
     largest: int
     """Pixels of its largest component."""
 
+    def has(self, measures: Collection[str]) -> bool:
+        """Whether these of ``measures.MEASURES`` were made."""
+        return all(getattr(self.image, name) is not None for name in measures)
+
+
+_WAITING = 16
+"""Maps that wait to be measured."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RenamedPredictions:
@@ -190,19 +200,21 @@ def score_predictions(
 ) -> SuiteResult:
     """Measure a source's predictions on one part of a split; ``limit`` takes only the first images of it.
 
-    ``tolerance`` is the surface Dice's, in pixels. ``manifest``: the images instead of a part, with ``seen`` as
-    ``passport.check_seen`` gives them. ``measured``: measures by id from an earlier call with the same source and
-    dataset, which are used and added to. ``masks``: folder that receives each predicted mask as ``<id>.png``, 1 bit.
-    ``alarm_area``: pixels from which a component on a frame without polyp is a false alarm.
+    Only what the conventions need is measured, beside the thread that predicts. ``tolerance`` is the surface Dice's, in
+    pixels. ``manifest``: the images instead of a part, with ``seen`` as ``passport.check_seen`` gives them.
+    ``measured``: measures by id from an earlier call with the same source and dataset, which are used and added to.
+    ``masks``: folder that receives each predicted mask as ``<id>.png``, 1 bit. ``alarm_area``: pixels from which a
+    component on a frame without polyp is a false alarm.
+
     Raises UsageError for an unknown part or convention and for predictions that do not fit the dataset, PolypSegError
     for a broken file.
     """
-    choose_conventions(conventions)  # an unknown name fails before the work
+    needed = needed_measures(conventions)  # an unknown name fails before the work
     if manifest is None:
         manifest = kept_manifest(dataset, split=split, part=part, limit=limit)
     known = {} if measured is None else measured
     ids = [image.id for image in manifest.images]
-    new = [record_id for record_id in ids if record_id not in known]
+    new = [record_id for record_id in ids if record_id not in known or not known[record_id].has(needed)]
     progress = tqdm(
         source.predict(dataset, new) if new else (),
         total=len(new),
@@ -211,15 +223,32 @@ def score_predictions(
         leave=False,
         disable=None,
     )
-    for wanted, (record_id, probability) in zip(new, progress, strict=True):
-        if record_id != wanted:
-            raise ValueError(f"{source.name} predicts {record_id} where {wanted} was asked for")
+
+    def measure(record_id: str, probability: Probability) -> Measured:
         mask = dataset.mask(dataset.by_id[record_id]).astype(bool)
-        known[record_id] = Measured(
-            image=measure_image(probability, mask, tolerance=tolerance), largest=largest_component(probability)
-        )
+        if mask.shape != probability.shape:
+            raise PolypSegError(
+                f"{dataset.spec.title}: the mask of {record_id} is {mask.shape[1]}x{mask.shape[0]}, its prediction "
+                f"{probability.shape[1]}x{probability.shape[0]}: give the mask in the image's size"
+            )
         if masks is not None:
             save_mask(probability, masks / f"{record_id}.png")
+        return Measured(
+            image=measure_image(probability, mask, tolerance=tolerance, measures=needed),
+            largest=largest_component(probability > np.float32(0.5)),
+        )
+
+    waiting: deque[tuple[str, Future[Measured]]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as beside:  # the model goes on while an image is measured
+        for wanted, (record_id, probability) in zip(new, progress, strict=True):
+            if record_id != wanted:
+                raise ValueError(f"{source.name} predicts {record_id} where {wanted} was asked for")
+            waiting.append((record_id, beside.submit(measure, record_id, probability)))
+            while len(waiting) > _WAITING or (waiting and waiting[0][1].done()):
+                measured_id, done = waiting.popleft()
+                known[measured_id] = done.result()
+        for measured_id, done in waiting:
+            known[measured_id] = done.result()
     return SuiteResult(
         name=source.name,
         origin=source.origin,
@@ -231,13 +260,6 @@ def score_predictions(
         seen=seen or SeenCheck(rule="refuse"),
         alarm_area=alarm_area,
     )
-
-
-def largest_component(probability: Probability) -> int:
-    """Pixels of the largest 8-connected component where a map (H, W) exceeds 0.5; 0 where nothing does."""
-    mask = (probability > np.float32(0.5)).astype(np.uint8)
-    _, _, facts, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-    return int(facts[1:, cv2.CC_STAT_AREA].max(initial=0))
 
 
 def save_mask(probability: Probability, path: Path) -> Path:

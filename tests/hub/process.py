@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,9 @@ class HubProcess:
     root: Path
     xet: bool
     url: str
-    process: subprocess.Popen[str]
+    process: Any
+    """A ``subprocess.Popen``, or what stands for one."""
+    start: Callable[..., Any] = subprocess.Popen
 
     def environment(self, home: Path, *, token: str | None = "hf_write") -> dict[str, str]:
         """The environment of a client whose caches are below `home`; without a token it is nobody."""
@@ -81,7 +83,7 @@ class HubProcess:
     def restart(self) -> None:
         """Start again at the same address with the same data."""
         self.kill()
-        self.process = _start(self.root, port=int(self.url.rsplit(":", 1)[1]), xet=self.xet)[0]
+        self.process = _start(self.root, port=int(self.url.rsplit(":", 1)[1]), xet=self.xet, start=self.start)[0]
 
     def _call(self, method: str, path: str, body: dict[str, object] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -89,12 +91,12 @@ class HubProcess:
             return json.load(answer)
 
 
-def _start(root: Path, *, port: int, xet: bool) -> tuple[subprocess.Popen[str], str]:
+def _start(root: Path, *, port: int, xet: bool, start: Callable[..., Any]) -> tuple[Any, str]:
     # The server watches its standard input and ends with whoever started it.
     command = [sys.executable, "-m", "hub", "--root", str(root), "--port", str(port), "--end-with-stdin"]
-    process = subprocess.Popen(
-        command + ["--xet"] * xet, cwd=TESTS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = start(command + ["--xet"] * xet, cwd=TESTS, env=environment, **streams)
     assert process.stdout is not None
     url = process.stdout.readline().strip()
     if not url:
@@ -103,11 +105,13 @@ def _start(root: Path, *, port: int, xet: bool) -> tuple[subprocess.Popen[str], 
 
 
 @contextmanager
-def running_hub(root: Path, *, xet: bool = False, port: int = 0) -> Iterator[HubProcess]:
+def running_hub(
+    root: Path, *, xet: bool = False, port: int = 0, start: Callable[..., Any] = subprocess.Popen
+) -> Iterator[HubProcess]:
     """A Hub with its data in `root`, on a free port for 0; it is killed at the end, the data stay."""
     root = root.resolve()  # the server runs in another folder
-    process, url = _start(root, port=port, xet=xet)
-    hub = HubProcess(root, xet, url, process)
+    process, url = _start(root, port=port, xet=xet, start=start)
+    hub = HubProcess(root, xet, url, process, start)
     try:
         yield hub
     finally:

@@ -1,29 +1,21 @@
 """Is a dataset what its table row says? Files, pairing, sizes, masks, duplicates inside and across splits."""
 
-import hashlib
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
 from polypseg.artifacts import write_json, write_text
 from polypseg.data.catalog import get_spec
+from polypseg.data.duplicates import Fingerprint, fingerprint, near_duplicates
 from polypseg.data.images import describe_file
 from polypseg.data.polyps import PolypDataset, chosen_values, index_records
 from polypseg.data.sources import Source, open_source
 from polypseg.data.splits import DESCRIPTIONS
 from polypseg.errors import PolypSegError, UsageError
-
-HASH_DISTANCE = 10
-"""Bits of a 256-bit difference hash within which two frames may be near-duplicates."""
-THUMBNAIL_DIFFERENCE = 4.0
-"""Mean absolute difference, in grey levels, of 32x32 RGB thumbnails below which they are."""
 
 
 @dataclass(kw_only=True)
@@ -149,33 +141,6 @@ class _DescribedSource:
         return data
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """What is kept of a frame for comparing it with others."""
-
-    digest: str
-    """sha256 of the decoded pixels."""
-    bits: NDArray[np.bool_]
-    """(256,) difference hash."""
-    thumbnail: NDArray[np.float32]
-    """(32, 32, 3), 0 to 255."""
-
-
-def fingerprint(frame: Image.Image) -> Fingerprint:
-    """The fingerprint of an RGB frame."""
-    return Fingerprint(
-        digest=hashlib.sha256(np.asarray(frame).tobytes()).hexdigest(),
-        bits=difference_hash(frame),
-        thumbnail=np.asarray(frame.resize((32, 32), Image.Resampling.BOX), dtype=np.float32),
-    )
-
-
-def difference_hash(frame: Image.Image) -> NDArray[np.bool_]:
-    """256 bits: whether each cell of a 16x17 grey thumbnail (bilinear, antialiased) is brighter than its left one."""
-    grey = np.asarray(frame.convert("L").resize((17, 16), Image.Resampling.BILINEAR))
-    return (grey[:, 1:] > grey[:, :-1]).ravel()
-
-
 def _read_all(dataset: PolypDataset, report: CheckReport) -> dict[str, Fingerprint]:
     """Decode every frame and mask; note what is wrong and what they are like."""
     prints, shares = {}, []
@@ -201,30 +166,6 @@ def _read_all(dataset: PolypDataset, report: CheckReport) -> dict[str, Fingerpri
             "greatest": max(shares),
         }
     return prints
-
-
-def near_duplicates(
-    prints: dict[str, Fingerprint],
-    *,
-    hash_distance: int = HASH_DISTANCE,
-    thumbnail_difference: float = THUMBNAIL_DIFFERENCE,
-) -> list[tuple[str, str]]:
-    """Pairs of ids whose hashes differ in at most 10 of 256 bits and whose thumbnails hardly differ.
-
-    Compares block by block, so memory stays small; time grows with the square of the number of frames.
-    """
-    ids = list(prints)
-    if not ids:
-        return []
-    packed = np.packbits(np.stack([prints[i].bits for i in ids]), axis=1)  # (N, 32)
-    pairs = []
-    for index in range(len(ids) - 1):
-        distance = np.bitwise_count(packed[index + 1 :] ^ packed[index]).sum(axis=1)
-        for other in index + 1 + np.flatnonzero(distance <= hash_distance):
-            a, b = prints[ids[index]], prints[ids[other]]
-            if float(np.abs(a.thumbnail - b.thumbnail).mean()) < thumbnail_difference:
-                pairs.append((ids[index], ids[other]))
-    return pairs
 
 
 def _compare_with_split(dataset: PolypDataset, split: str, report: CheckReport) -> None:

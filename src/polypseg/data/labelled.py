@@ -11,7 +11,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
-from polypseg.data.check import Fingerprint, fingerprint, near_duplicates
+from polypseg.data.duplicates import Fingerprint, fingerprint, near_duplicates
 from polypseg.data.frames import open_frames
 from polypseg.data.images import decode_frame
 from polypseg.errors import UsageError

@@ -1,13 +1,14 @@
 """Datasets of frames and polyp masks: found, indexed, paired by name, checked, and given as HF datasets."""
 
 import hashlib
-import inspect
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import Any
 
 import datasets
@@ -64,19 +65,47 @@ class SyntheticSource:
         return [f"{folder}/{i:05d}.png" for folder in ("images", "masks") for i in range(self.options.count)]
 
     def read(self, name: str) -> bytes:
-        frame, mask = _drawn(self.camera, self.options, int(PurePosixPath(name).stem))
-        return images.encode_png(frame if name.startswith("images") else mask * np.uint8(255))
+        frame, mask = _DRAWN.pair(synthetic.CAMERAS[self.camera], self.options, int(PurePosixPath(name).stem))
+        return frame if name.startswith("images") else mask
 
     def content_id(self) -> str:
-        """Follows the options and the code that draws."""
-        key = f"{self.camera} {self.options} {inspect.getsource(synthetic)}"
+        """Follows the options, the camera and the version of the code that draws."""
+        key = f"{self.camera} {self.options} {synthetic.CAMERAS[self.camera]} version {synthetic.VERSION}"
         return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-@lru_cache(maxsize=4)
-def _drawn(camera: str, options: SyntheticOptions, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    style = synthetic.CAMERAS[camera]
-    return synthetic.synthesise_frame(style, seed=options.seed, index=index, size=options.size)
+class _DrawnFrames:
+    """The frames that were drawn last, as PNG, up to a number of bytes: a study reads the same ones for every row."""
+
+    def __init__(self, *, limit: int):
+        self._limit, self._size = limit, 0
+        self._renew_lock()
+        os.register_at_fork(after_in_child=self._renew_lock)  # another thread's hold on it does not pass to a child
+        self._kept: OrderedDict[tuple[synthetic.CameraStyle, SyntheticOptions, int], tuple[bytes, bytes]]
+        self._kept = OrderedDict()
+
+    def _renew_lock(self) -> None:
+        self._lock = Lock()
+
+    def pair(self, style: synthetic.CameraStyle, options: SyntheticOptions, index: int) -> tuple[bytes, bytes]:
+        """Frame and mask, drawn unless they are kept."""
+        key = (style, options, index)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        frame, mask = synthetic.synthesise_frame(style, seed=options.seed, index=index, size=options.size)
+        made = images.encode_png(frame), images.encode_png(mask * np.uint8(255))
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = made
+                self._size += sum(map(len, made))
+            while self._size > self._limit and len(self._kept) > 1:
+                self._size -= sum(map(len, self._kept.popitem(last=False)[1]))
+        return made
+
+
+_DRAWN = _DrawnFrames(limit=2**27)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ Plane: TypeAlias = NDArray[np.float32]
 Bytes: TypeAlias = NDArray[np.uint8]
 Triple: TypeAlias = tuple[float, float, float]
 
+VERSION = 1
+"""Of the drawing: raised with every change that changes pixels, so that no cache mistakes one for another."""
 SMALLEST_SIDE = 32
 """Pixels; below this a small polyp can vanish and the overlays do not fit."""
 

@@ -24,7 +24,6 @@ from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError
 from polypseg.shift.measures import measure_frame
 from polypseg.statistics import RESAMPLES, Gap, Interval, generalisation_gaps, score_set
-from polypseg.statistics.scores import sum_by
 
 Floats = NDArray[np.float64]
 Embed = Callable[[Sequence[Image.Image]], NDArray[np.float32]]
@@ -33,6 +32,8 @@ FOLDS = 5
 HALVES = 20
 """Splits of one set into halves, from which the distance that means nothing is estimated."""
 _BATCH = 16
+_ROWS = 512
+"""Of a kernel, held at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,64 +205,112 @@ def kernel_distance(vectors: Sequence[Floats], groups: Sequence[NDArray[np.int64
     """Squared kernel distance of (N_a, D) and (N_b, D), pairs within one cluster left out, with a jackknife interval.
 
     Kernel (x y / D + 1)^3 as KID (Binkowski et al., ICLR 2018). Leaving each cluster out in turn gives the standard
-    error; the interval is t with the smaller set's clusters - 1 degrees of freedom.
+    error; the interval is t with the smaller set's clusters - 1 degrees of freedom. What is left without a cluster is
+    the whole less the cluster's own pairs, so the time grows with the square of the frames and the memory with them.
     """
-    blocks = [_block_sums(vectors[i], vectors[j], groups[i], groups[j]) for i, j in ((0, 0), (1, 1), (0, 1))]
-    estimate = _distance(*blocks)
+    own = [_own_pairs(x, group) for x, group in zip(vectors, groups, strict=True)]
+    cross = _cross_pairs(vectors, groups)
+    estimate = sum(pairs.mean for pairs in own) - 2 * cross[0].mean
     variance = 0.0
     for side in (0, 1):
-        count = int(groups[side].max()) + 1
-        left = np.array([_distance(*_without(blocks, side, c)) for c in range(count)])
-        variance += (count - 1) / count * float(((left - left.mean()) ** 2).sum())
+        left = own[side].without_each + own[1 - side].mean - 2 * cross[side].without_each
+        variance += (len(left) - 1) / len(left) * float(((left - left.mean()) ** 2).sum())
     freedom = min(int(part.max()) for part in groups)
     reach = float(stats.t.ppf(0.975, freedom)) * np.sqrt(variance)
     return Interval(estimate=estimate, low=estimate - reach, high=estimate + reach)
 
 
-Block = tuple[Floats, Floats]
-"""Sums of the kernel and numbers of pairs, by cluster of either side."""
+@dataclass(frozen=True, kw_only=True)
+class _Pairs:
+    """Sum of the kernel over pairs of frames and their number, in all and of the pairs that each cluster is in."""
+
+    total: float
+    count: float
+    of_cluster: Floats
+    """(C,)."""
+    count_of_cluster: Floats
+
+    @property
+    def mean(self) -> float:
+        return float(self.total / self.count)
+
+    @property
+    def without_each(self) -> Floats:
+        """(C,): the mean without each cluster in turn."""
+        return np.asarray((self.total - self.of_cluster) / (self.count - self.count_of_cluster))
 
 
-def _block_sums(x: Floats, y: Floats, gx: NDArray[np.int64], gy: NDArray[np.int64]) -> Block:
-    kernel = (x @ y.T / x.shape[1] + 1) ** 3
-    sums = sum_by(sum_by(kernel, gy).T, gx).T
-    return sums, np.outer(np.bincount(gx), np.bincount(gy)).astype(np.float64)
+def _own_pairs(x: Floats, groups: NDArray[np.int64]) -> _Pairs:
+    """Ordered pairs of frames of different clusters of one set."""
+    sizes, (sums, _) = _sizes(groups), _kernel_sums(x, x)
+    between, count = np.bincount(groups, weights=sums) - _within_clusters(x, groups), sizes * (len(x) - sizes)
+    return _Pairs(
+        total=float(between.sum()), count=float(count.sum()), of_cluster=2 * between, count_of_cluster=2 * count
+    )
 
 
-def _distance(aa: Block, bb: Block, ab: Block) -> float:
-    def between(block: Block) -> float:
-        """Mean over pairs of different clusters."""
-        sums, counts = block
-        return float((sums.sum() - np.trace(sums)) / (counts.sum() - np.trace(counts)))
+def _cross_pairs(vectors: Sequence[Floats], groups: Sequence[NDArray[np.int64]]) -> list[_Pairs]:
+    """Pairs of a frame of either set, by the clusters of the first set and of the second."""
+    x, y = vectors
+    return [
+        _Pairs(
+            total=float(sums.sum()),
+            count=float(len(x) * len(y)),
+            of_cluster=np.bincount(group, weights=sums),
+            count_of_cluster=_sizes(group) * others,
+        )
+        for sums, group, others in zip(_kernel_sums(x, y), groups, (len(y), len(x)), strict=True)
+    ]
 
-    return between(aa) + between(bb) - 2 * float(ab[0].sum() / ab[1].sum())
+
+def _sizes(groups: NDArray[np.int64]) -> Floats:
+    return np.bincount(groups).astype(np.float64)
 
 
-def _without(blocks: Sequence[Block], side: int, cluster: int) -> list[Block]:
-    own, cross = blocks[side], blocks[2]
-    reduced = tuple(np.delete(np.delete(part, cluster, 0), cluster, 1) for part in own)
-    crossed = tuple(np.delete(part, cluster, side) for part in cross)
-    result = list(blocks)
-    result[side], result[2] = (reduced[0], reduced[1]), (crossed[0], crossed[1])
-    return result
+def _kernel(x: Floats, y: Floats) -> Floats:
+    """(N, M): (x y / D + 1)^3."""
+    root = x @ y.T
+    root /= x.shape[1]
+    root += 1
+    return np.asarray(root * root * root)
+
+
+def _kernel_sums(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    """(N,) and (M,): sums of the kernel (N, M) over the other set's frames, some rows at a time."""
+    of_x, of_y = np.empty(len(x)), np.zeros(len(y))
+    for at in range(0, len(x), _ROWS):
+        part = _kernel(x[at : at + _ROWS], y)
+        of_x[at : at + _ROWS] = part.sum(axis=1)
+        of_y += part.sum(axis=0)
+    return of_x, of_y
+
+
+def _within_clusters(x: Floats, groups: NDArray[np.int64]) -> Floats:
+    """(C,): the kernel's sum over ordered pairs of frames of each cluster, a frame and itself included."""
+    order, sizes = np.argsort(groups, kind="stable"), np.bincount(groups)
+    members = np.split(x[order], np.cumsum(sizes)[:-1])
+    return np.array([_kernel(part, part).sum() for part in members])
 
 
 def _floor(vectors: Sequence[Floats], groups: Sequence[NDArray[np.int64]], *, seed: int) -> tuple[float, float]:
     """The distance between halves of either set, by cluster, in HALVES splits."""
     rng, found = np.random.default_rng(seed), []
     for x, group in zip(vectors, groups, strict=True):
-        count = int(group.max()) + 1
-        for _ in range(HALVES // 2):
-            half = np.isin(group, rng.permutation(count)[: count // 2])
-            parts = [np.unique(group[side], return_inverse=True)[1] for side in (half, ~half)]
-            blocks = [
-                _block_sums(p, q, gp, gq)
-                for p, q, gp, gq in (
-                    (x[half], x[half], parts[0], parts[0]),
-                    (x[~half], x[~half], parts[1], parts[1]),
-                    (x[half], x[~half], parts[0], parts[1]),
-                )
-            ]
-            found.append(_distance(*blocks))
-    low, high = np.quantile(found, [0.025, 0.975])
+        count, sizes, within = int(group.max()) + 1, _sizes(group), _within_clusters(x, group)
+        chosen = np.zeros((count, HALVES // 2))
+        for split in range(HALVES // 2):
+            chosen[rng.permutation(count)[: count // 2], split] = 1
+        half = chosen[group]  # (N, splits): whether a frame is in the first half
+        weights = np.concatenate([half, 1 - half], axis=1)
+        product = np.concatenate([_kernel(x[at : at + _ROWS], x) @ weights for at in range(0, len(x), _ROWS)])
+        to_first, to_second = np.split(product, 2, axis=1)
+        first, second = (half * to_first).sum(axis=0), ((1 - half) * to_second).sum(axis=0)
+        cross = (half * to_second).sum(axis=0)
+        frames = half.sum(axis=0)
+        own = [
+            (total - within @ side) / (number**2 - sizes**2 @ side)
+            for total, side, number in ((first, chosen, frames), (second, 1 - chosen, len(x) - frames))
+        ]
+        found.append(own[0] + own[1] - 2 * cross / (frames * (len(x) - frames)))
+    low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
     return float(low), float(high)

@@ -1,0 +1,367 @@
+"""Processes of tests, forked from one that has imported the heavy libraries: a second each instead of ten.
+
+``run`` and ``start`` stand for ``subprocess.run`` and ``subprocess.Popen`` of a Python process. The process is one of
+its own in all that tests look at: environment, folder, arguments, output, signals, exit code, death. Only the libraries
+of LIBRARIES are there before it starts, and those of READING_THE_ENVIRONMENT where its variables for them are those of
+the tests themselves. A test of what is imported, or of an installed command, needs ``subprocess``.
+"""
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+import types
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+LIBRARIES = (
+    *("numpy", "scipy.stats", "scipy.ndimage", "scipy.optimize", "scipy.sparse", "pandas", "pyarrow.dataset"),
+    *("sklearn.linear_model", "sklearn.metrics", "sklearn.model_selection", "sklearn.pipeline", "matplotlib.pyplot"),
+    *("PIL.Image", "PIL.ImageFilter", "cv2", "tifffile", "torch", "torchvision", "torch.utils.tensorboard"),
+    *("safetensors.torch", "httpx", "requests", "fsspec", "aiohttp", "jinja2", "markdown_it", "pydantic", "yaml"),
+    *("typer", "rich.table", "tqdm.auto", "filelock", "tenacity", "starlette.applications", "starlette.routing"),
+    *("uvicorn", "uvicorn.protocols.http.h11_impl", "python_multipart", "multiprocess", "dill"),
+)
+READING_THE_ENVIRONMENT = ("huggingface_hub", "datasets", "evaluate", "timm", "accelerate", "transformers")
+"""Libraries that read the Hub's address and the cache's place when they are imported."""
+_LAZY = {
+    "transformers": ("transformers.models.auto", "transformers.pipelines", "transformers.modeling_utils"),
+    "timm": ("timm.models.resnet", "timm.models.vision_transformer"),
+}
+_OF_THE_HUB = ("HF_", "HUGGING", "TRANSFORMERS_", "XDG_", "DISABLE_SAFETENSORS")
+_LENGTH = struct.Struct("!I")
+_STATUS = struct.Struct("!i")
+
+
+class Process:
+    """What ``subprocess.Popen`` offers, of a process that the forking server started."""
+
+    def __init__(self, args: Sequence[str], connection: socket.socket, pid: int, streams: Sequence[IO[str] | None]):
+        self.args, self.pid, self.returncode = args, pid, None
+        self.stdin, self.stdout, self.stderr = streams
+        self._connection = connection
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(timeout=0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self._connection.settimeout(timeout)
+            try:
+                answer = self._connection.recv(_STATUS.size)
+            except (TimeoutError, BlockingIOError):
+                raise subprocess.TimeoutExpired(list(self.args), timeout or 0) from None
+            if len(answer) != _STATUS.size:
+                raise RuntimeError("the forking server has died")
+            self.returncode = int(_STATUS.unpack(answer)[0])
+            self._connection.close()
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str | None, str | None]:
+        if self.stdin is not None:
+            self.stdin.close()
+        read: list[str | None] = [None, None]
+
+        def drain(place: int, stream: IO[str]) -> None:
+            read[place] = stream.read()
+
+        streams = [(place, stream) for place, stream in enumerate((self.stdout, self.stderr)) if stream is not None]
+        threads = [threading.Thread(target=drain, args=pair, daemon=True) for pair in streams]
+        for thread in threads:
+            thread.start()
+        self.wait(timeout)
+        for thread in threads:
+            thread.join(timeout)
+        return read[0], read[1]
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in (self.stdin, self.stdout, self.stderr):
+            if stream is not None:
+                stream.close()
+        self.wait()
+
+
+def start(
+    command: Sequence[object],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | str | None = None,
+    stdin: Any = subprocess.DEVNULL,
+    stdout: Any = None,
+    stderr: Any = None,
+    start_new_session: bool = False,
+    text: bool = True,
+) -> Process:
+    """Start ``[sys.executable, "-c" | "-m" | script, ...]``; streams as ``subprocess.Popen`` takes them, as text."""
+    assert text, "streams are text"
+    python, *arguments = map(str, command)
+    assert python == sys.executable, f"not a process of this Python: {python}"
+    environment = dict(os.environ if env is None else env)
+    ours: list[IO[str] | None] = []
+    theirs: list[int] = []
+    opened: list[int] = []
+    for number, stream in enumerate((stdin, stdout, stderr)):
+        ours.append(None)
+        if stream is None:
+            theirs.append(number)
+        elif stream == subprocess.STDOUT:
+            theirs.append(theirs[1])
+        elif stream == subprocess.DEVNULL:
+            theirs.append(os.open(os.devnull, os.O_RDWR))
+            opened.append(theirs[-1])
+        elif stream == subprocess.PIPE:
+            reading, writing = os.pipe()
+            mine, other = (writing, reading) if number == 0 else (reading, writing)
+            ours[-1] = os.fdopen(mine, "w" if number == 0 else "r", encoding="utf-8")
+            theirs.append(other)
+            opened.append(other)
+        else:
+            theirs.append(stream.fileno())
+    request = {
+        "arguments": arguments,
+        "environment": environment,
+        "folder": str(cwd or Path.cwd()),
+        "session": start_new_session,
+    }
+    connection = _connect(everything=_of_the_hub(environment) == _of_the_hub(os.environ))
+    body = json.dumps(request).encode()
+    socket.send_fds(connection, [_LENGTH.pack(len(body))], theirs)
+    connection.sendall(body)
+    for descriptor in opened:
+        os.close(descriptor)
+    answer = connection.recv(_LENGTH.size)
+    if len(answer) != _LENGTH.size:
+        raise RuntimeError("the forking server has died")
+    return Process(list(map(str, command)), connection, _LENGTH.unpack(answer)[0], ours)
+
+
+def run(
+    command: Sequence[object],
+    *,
+    capture_output: bool = False,
+    check: bool = False,
+    timeout: float | None = None,
+    **options: Any,
+) -> "subprocess.CompletedProcess[str]":
+    """As ``subprocess.run`` with text; see ``start`` for the options."""
+    if capture_output:
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with start(command, **options) as process:
+        try:
+            output, errors = process.communicate(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    done = subprocess.CompletedProcess(list(map(str, command)), process.returncode, output, errors)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def _of_the_hub(environment: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in environment.items() if key.startswith(_OF_THE_HUB)}
+
+
+def _connect(*, everything: bool) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(_server(everything=everything))
+    return connection
+
+
+@cache
+def _server(*, everything: bool) -> str:
+    """The address of the forking server, which is started when first needed and ends with this process."""
+    folder = tempfile.mkdtemp(prefix="polypseg-forks-")
+    address = f"{folder}/socket"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}  # no thread of a pool is lost in a fork
+    command = [sys.executable, __file__, address, *(["everything"] if everything else [])]
+    server = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    assert server.stdin is not None and server.stdout is not None
+
+    def end() -> None:
+        with contextlib.suppress(OSError):
+            server.stdin.close()
+        server.wait()
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+
+    atexit.register(end)
+    if server.stdout.readline().strip() != "ready":
+        raise RuntimeError(f"the forking server did not start: exit code {server.wait()}")
+    return address
+
+
+# -- in the server -----------------------------------------------------------------------------------------------------
+
+
+def _import_libraries(*, everything: bool) -> None:
+    for name in LIBRARIES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    for name in READING_THE_ENVIRONMENT if everything else ():
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+            for part in _LAZY.get(name, ()):
+                importlib.import_module(part)
+
+
+def _serve(address: str) -> dict[str, Any] | None:
+    """Fork until standard input ends. Returns None then, and in each child what it is asked to run."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    selector = selectors.DefaultSelector()
+    selector.register(listener, selectors.EVENT_READ)
+    selector.register(sys.stdin, selectors.EVENT_READ)
+    children: dict[int, tuple[int, socket.socket]] = {}  # file descriptor of the child -> pid, whom to tell
+    print("ready", flush=True)
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is sys.stdin:
+                for pid, _ in children.values():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                os.unlink(address)
+                return None
+            if key.fileobj is listener:
+                connection, _ = listener.accept()
+                request, streams = _receive(connection)
+                reading, writing = os.pipe()  # closed once the child has its own session
+                pid = os.fork()
+                if pid == 0:
+                    selector.close()
+                    for descriptor, (_, other) in children.items():
+                        os.close(descriptor)
+                        other.close()
+                    listener.close()
+                    connection.close()
+                    os.close(reading)
+                    _become(request, streams)
+                    os.close(writing)
+                    return request
+                os.close(writing)
+                os.read(reading, 1)
+                for descriptor in (reading, *streams):
+                    os.close(descriptor)
+                connection.sendall(_LENGTH.pack(pid))
+                descriptor = os.pidfd_open(pid)
+                children[descriptor] = pid, connection
+                selector.register(descriptor, selectors.EVENT_READ)
+            else:
+                descriptor = key.fd
+                selector.unregister(descriptor)
+                pid, connection = children.pop(descriptor)
+                status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                os.close(descriptor)
+                with contextlib.suppress(OSError), connection:
+                    connection.sendall(_STATUS.pack(status))
+
+
+def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    header, streams, _, _ = socket.recv_fds(connection, _LENGTH.size, 3)
+    (length,) = _LENGTH.unpack(header)
+    body = b""
+    while len(body) < length:
+        body += connection.recv(length - len(body))
+    return json.loads(body), list(streams)
+
+
+def _become(request: Mapping[str, Any], streams: Sequence[int]) -> None:
+    """Give a forked process its own streams, environment, folder and session."""
+    if request["session"]:
+        os.setsid()
+    for number, descriptor in enumerate(streams):
+        os.dup2(descriptor, number)
+    for descriptor in set(streams):
+        os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    import numpy as np
+
+    np.random.seed()
+
+
+def _carry_out(arguments: Sequence[str]) -> None:
+    """What the interpreter does with its arguments."""
+    kind, *rest = arguments
+    if kind == "-c":
+        code, *words = rest
+        sys.argv, sys.path[0] = ["-c", *words], ""
+        module = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(code, "<string>", "exec"), module.__dict__)
+    elif kind == "-m":
+        name, *words = rest
+        sys.argv, sys.path[0] = [name, *words], os.getcwd()
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = list(arguments), str(Path(kind).resolve().parent)
+        runpy.run_path(kind, run_name="__main__")
+
+
+def _end(arguments: Sequence[str]) -> NoReturn:
+    """Carry out and end as the interpreter does, without taking apart a gigabyte of libraries."""
+    code = 0
+    try:
+        _carry_out(arguments)
+    except SystemExit as stop:
+        if stop.code is not None:
+            code = stop.code if isinstance(stop.code, int) else 1
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+    except Exception as error:
+        inner = error.__traceback__
+        while inner is not None and inner.tb_frame.f_code.co_filename == __file__:
+            inner = inner.tb_next
+        traceback.print_exception(type(error), error, inner)
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code & 0xFF)
+
+
+if __name__ == "__main__":
+    _import_libraries(everything=sys.argv[2:] == ["everything"])
+    gc.collect()
+    gc.freeze()
+    asked = _serve(sys.argv[1])
+    if asked is not None:
+        _end(asked["arguments"])

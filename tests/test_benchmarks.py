@@ -1,0 +1,63 @@
+"""The benchmarks run, both of their ways agree, and a busy machine's ratios are refused."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def load(name: str):
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("near_duplicates", {"frames": 120}),
+        ("embedding_distance", {"clusters": 12}),
+        ("measures", {"images": 1}),
+        ("synthetic_frames", {"frames": 9}),
+    ],
+)
+def test_each_benchmark_times_its_ways_in_turn(name, size):
+    rows = load(name).rows(repeats=2, **size)
+    assert rows and all(len(row.seconds) == len(row.before) == 2 and row.ratio > 0 for row in rows)
+
+
+def test_ratio_is_of_medians_and_the_first_round_is_not_counted(monkeypatch):
+    tool = load("side_by_side")
+    clock = iter([0, 100, 200, 201, *(t for k in range(3) for t in (300 + k, 304 + k, 310 + k, 311 + k))])
+    monkeypatch.setattr(tool.time, "perf_counter", lambda: next(clock))
+    (row,) = tool.side_by_side("job", {"before": lambda: None, "now": lambda: None}, repeats=3)
+    assert (row.before, row.seconds, row.ratio) == ((4, 4, 4), (1, 1, 1), 4)
+
+
+def test_neither_a_busy_machine_nor_restless_repeats_may_be_quoted():
+    tool = load("side_by_side")
+    steady = tool.Row(job="a", way="b", seconds=(1.0, 1.1, 0.9), before=(2.0, 2.0, 2.1))
+    restless = tool.Row(job="c", way="d", seconds=(1.0, 3.0, 9.0), before=(2.0, 2.0, 2.1))
+    assert tool.why_not_quotable([steady], 0.05) == []
+    assert "other processes used 1.3 cores" in tool.why_not_quotable([steady], 1.3)[0]
+    assert "c, d" in tool.why_not_quotable([steady, restless], 0.0)[0]
+    assert tool.why_not_quotable([steady], None)
+
+
+@pytest.mark.parametrize("cores", [0.0, 1.5])
+def test_bench_writes_a_table_or_why_there_is_none(tmp_path, monkeypatch, cores):
+    bench, tool = load("bench"), load("side_by_side")
+    row = tool.Row(job="a job", way="new", seconds=(1.0, 1.0), before=(3.0, 3.0))
+    monkeypatch.setattr(bench, "BENCHMARKS", (lambda repeats: [row],))
+    monkeypatch.setattr(tool.Neighbours, "cores", lambda self: cores)
+    bench.main(output=tmp_path, repeats=2)
+    content, table = json.loads((tmp_path / "bench.json").read_text()), (tmp_path / "bench.md").read_text()
+    assert content["quotable"] == (cores == 0.0) and content["rows"][0]["ratio"] == 3
+    assert ("| a job | new | 3.0 | 1 | 3 |" in table) == (cores == 0.0)
+    assert ("Not to be quoted" in table) == (cores > 0.0)
