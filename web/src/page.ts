@@ -137,7 +137,7 @@ async function begin(): Promise<void> {
   showThreshold();
   say("quality", qualityWords(facts));
   say("model", `${facts.model.name}, ${facts.model.precision}, license ${facts.model.license}`);
-  say("lesions-name", `Lesions of ${facts.min_area} px or more`);
+  say("lesions-name", `Lesions (≥ ${facts.min_area} px)`);
   const asked = query.get("engine");
   const remembered = recall(REMEMBERED) === `webgpu ${facts.version}`;
   const engine: EngineName = asked === "webgpu" || (remembered && asked !== "wasm") ? "webgpu" : "wasm";

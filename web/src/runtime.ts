@@ -44,9 +44,9 @@ async function unpack(bytes: Uint8Array<ArrayBuffer>): Promise<ArrayBuffer> {
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
 }
 
-/** Two threads only where the browser shares memory between them. */
+/** Two to four threads, only where the browser shares memory between them; some say one core where there are two. */
 export function threadCount(): number {
-  return self.crossOriginIsolated ? Math.max(1, Math.min(4, navigator.hardwareConcurrency || 1)) : 1;
+  return self.crossOriginIsolated ? Math.max(2, Math.min(4, navigator.hardwareConcurrency || 2)) : 1;
 }
 
 /** One session of the network. */

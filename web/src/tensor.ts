@@ -43,7 +43,7 @@ function blend(from: number, to: number): Blend {
   const scale = Math.fround(from / to);
   const result = { low: new Int32Array(to), high: new Int32Array(to), share: new Float32Array(to) };
   for (let i = 0; i < to; i++) {
-    const place = Math.max(0, scale * (i + 0.5) - 0.5);
+    const place = Math.max(0, Math.fround(Math.fround(scale * (i + 0.5)) - 0.5)); // torch computes it in float32
     const low = Math.min(Math.trunc(place), from - 1);
     result.low[i] = low;
     result.high[i] = Math.min(low + 1, from - 1);

@@ -34,8 +34,7 @@ export function resultWords(summary: Summary, threshold: number): string {
     return `No polyp above a probability of ${threshold.toFixed(2)}. That is no proof of absence.`;
   }
   const count = summary.regions.length;
-  const regions = count === 1 ? "1 region" : `${count} regions`;
-  return `Polyp area ${percent(summary.fraction)} of the frame, ${regions}.`;
+  return `Polyp area ${percent(summary.fraction)} of the frame, ${count === 1 ? "1 lesion" : `${count} lesions`}.`;
 }
 
 export function csv(rows: readonly (readonly (string | number)[])[]): string {
