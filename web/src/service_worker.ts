@@ -28,8 +28,8 @@ interface LifeEvent {
 
 const worker = self as unknown as ServiceWorker;
 const SMALL_FILES = `polypseg-page-${POLYPSEG.version}`;
-/** Milliseconds after which a slow network counts as none. */
-const PATIENCE = 4000;
+/** Milliseconds after which a network that hangs counts as none; long, because the kept page may be an older one. */
+const PATIENCE = 15_000;
 
 function place(path: string): string {
   return new URL(path, worker.registration.scope).href;
