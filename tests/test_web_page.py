@@ -171,6 +171,17 @@ def test_server_answers_this_machine_only_and_gives_nothing_else(server):
     assert ask(server, "/", method="POST")[0].status == 501
 
 
+def test_closed_server_answers_nobody_over_an_open_connection(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    connection.request("GET", "/")
+    connection.getresponse().read()
+    server.shutdown()
+    server.server_close()
+    with pytest.raises((http.client.HTTPException, OSError)):
+        connection.request("GET", "/")
+        connection.getresponse()
+
+
 def test_taken_port_is_named(server):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

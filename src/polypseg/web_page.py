@@ -8,8 +8,10 @@ import gzip
 import hashlib
 import json
 import math
+import socket
 import webbrowser
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -175,7 +177,7 @@ def _preparation(path: Path) -> tuple[int, list[float], list[float]]:
     """Side, mean and standard deviation of an image processor that the page can follow exactly."""
     settings = read_json(path)
     size = settings.get("size") or {}
-    side = size.get("height")
+    side: Any = size.get("height")
     expected = {
         "resample": _BICUBIC,
         "do_resize": True,
@@ -194,7 +196,7 @@ def _preparation(path: Path) -> tuple[int, list[float], list[float]]:
             f"{path}: the page squashes frames to a square by Pillow's bicubic filter and normalises them, but this "
             f"model asks for something else: {', '.join(other)}"
         )
-    return side, list(settings["image_mean"]), list(settings["image_std"])
+    return int(side), list(settings["image_mean"]), list(settings["image_std"])
 
 
 def _file_list(version: str, facts: Mapping[str, Any], content: Mapping[str, bytes], build: Mapping[str, Any]) -> bytes:
@@ -242,6 +244,7 @@ class PageServer(ThreadingHTTPServer):
         """``port`` 0 takes a free one. Raises UsageError for a port that is taken."""
         self.content = content
         self.digests = {name: _sha256(data) for name, data in content.items()}
+        self._connections: set[Any] = set()
         try:
             super().__init__(("127.0.0.1", port), _Handler)
         except (OSError, OverflowError) as error:
@@ -251,6 +254,23 @@ class PageServer(ThreadingHTTPServer):
     def address(self) -> str:
         """Where the page is."""
         return f"http://127.0.0.1:{self.server_port}"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a connection in a thread of its own."""
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Forget a connection that ended."""
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        """Stop listening and end what browsers keep open, so that nothing is answered any more."""
+        super().server_close()
+        for connection in tuple(self._connections):
+            with suppress(OSError):  # it ended by itself
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(BaseHTTPRequestHandler):
