@@ -368,6 +368,7 @@ def test_page_fits_and_stays_legible(browser, content, frame, width, scheme):
         assert page.eval_on_selector_all(controls, f"all => all.filter({nameless}).length") == 0
 
 
+@pytest.mark.slow
 def test_webgpu_gives_the_same_mask_where_there_is_an_adapter(driver, content, model, frame):
     flags = ["--no-sandbox", "--enable-unsafe-webgpu", "--ignore-gpu-blocklist", "--enable-gpu"]
     flags += ["--enable-features=Vulkan", "--use-vulkan=swiftshader", "--use-webgpu-adapter=swiftshader"]

@@ -11,7 +11,7 @@ export class Camera {
 
   static async open(device: string | null): Promise<Camera> {
     if (!navigator.mediaDevices) {
-      throw new CameraError("The browser offers no camera here: open the page at https:// or at http://localhost.");
+      throw new CameraError("The browser offers no camera here: open the page over https or on this machine.");
     }
     const choice: MediaTrackConstraints = device ? { deviceId: { exact: device } } : { facingMode: { ideal: "environment" } };
     let stream: MediaStream;

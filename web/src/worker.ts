@@ -44,13 +44,17 @@ async function loadAloud(name: EngineName): Promise<Network> {
   });
 }
 
-/** Load the WebGPU file where there is a real adapter, and change over where it is faster and says the same. */
-async function tryGpu(): Promise<void> {
-  if (network.engine.name === "webgpu" || !("Suspending" in WebAssembly)) return;
+/** Load the WebGPU file where there is a real adapter; null where there is none, or the page runs on it already. */
+async function loadForGpu(): Promise<Network | null> {
+  if (network.engine.name === "webgpu" || !("Suspending" in WebAssembly)) return null;
   const gpu = (navigator as { gpu?: { requestAdapter(): Promise<GpuAdapter | null> } }).gpu;
   const adapter = await gpu?.requestAdapter();
-  if (!adapter || adapter.info?.isFallbackAdapter) return;
-  const other = await Network.load(facts, "webgpu", () => undefined);
+  if (!adapter || adapter.info?.isFallbackAdapter) return null;
+  return Network.load(facts, "webgpu", () => undefined);
+}
+
+/** Change over to another network where it is faster and says the same. */
+async function compare(other: Network): Promise<void> {
   const side = facts.model.size;
   const probe = Float32Array.from({ length: 3 * side * side }, (_, i) => Math.sin(i * 0.01) + Math.sin(i * 0.003));
   const [one, two] = [await network.run(probe), await other.run(probe)];
@@ -94,12 +98,18 @@ function summaryOf(logits: Float32Array, size: Size, threshold: number): Summary
   return summarise(maskOf(logits, threshold), logits, size, facts.min_area);
 }
 
-async function handle(request: Request): Promise<void> {
+/** The download does not hold up the user's pictures; the comparison waits for its turn. */
+function tryGpu(): void {
+  const refuse = (error: unknown): void => console.warn(`WebGPU is not used: ${messageOf(error)}`);
+  loadForGpu().then((other) => {
+    if (other) queue = queue.then(() => compare(other)).catch(refuse);
+  }, refuse);
+}
+
+async function handle(request: Exclude<Request, { kind: "gpu" }>): Promise<void> {
   switch (request.kind) {
     case "start":
       return start(request.facts, request.engine);
-    case "gpu":
-      return tryGpu().catch((error: unknown) => console.warn(`WebGPU is not used: ${messageOf(error)}`));
     case "forget":
       return kept.clear();
     case "measure": {
@@ -131,6 +141,10 @@ function messageOf(error: unknown): string {
 let queue: Promise<void> = Promise.resolve();
 self.addEventListener("message", (event: MessageEvent<Request>) => {
   const request = event.data;
+  if (request.kind === "gpu") {
+    tryGpu();
+    return;
+  }
   queue = queue
     .then(() => handle(request))
     .catch((error: unknown) => {
