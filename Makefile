@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # Waiting threads sleep rather than spin: two processes on few cores would otherwise stall each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check fast-test format bench hub hub-configs cards clean
+.PHONY: demo test check fast-test format bench hub hub-configs cards web clean
 
 demo: $(INSTALLED)  ## all twelve rows at smoke scale on synthetic frames
 	@echo "== Training and testing the twelve rows at smoke scale on synthetic frames (results in runs/demo)"
@@ -43,6 +43,13 @@ cards: $(INSTALLED)  ## render model_cards from the table and the results
 
 hub-configs: $(INSTALLED)  ## render hub_configs/models from the table
 	$(BIN)/python training_scripts/render_hub_configs.py
+
+web: src/polypseg/_web/build.json  ## build the browser page into the package; needs Node.js >= 20 with npm
+
+src/polypseg/_web/build.json: $(wildcard web/src/* web/static/* web/third_party/* web/*.json web/*.mjs)
+	@command -v npm >/dev/null || { echo "npm is missing: install Node.js >= 20 (https://nodejs.org)"; exit 2; }
+	@echo "== Building the browser page into src/polypseg/_web"
+	cd web && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error && npm run --silent check && npm run --silent build
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "== Installing polypseg and its tested dependencies into $(VENV) (once; several GB with torch)"

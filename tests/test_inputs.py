@@ -231,7 +231,7 @@ def test_reading_images_needs_no_opencv(tmp_path):
         "import sys; from pathlib import Path; from polypseg.inference import inputs, pipeline, video; "
         "inputs.read_inputs([sys.argv[1]], output=Path('x')); print('cv2' in sys.modules)"
     )
-    environment = {**os.environ, "POLYPSEG_LAZY": "1"}
+    environment = dict(os.environ)
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=environment, timeout=120
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from polypseg import evaluate_commands, hub_commands, report_commands, shift_commands, use_commands
+from polypseg import evaluate_commands, hub_commands, report_commands, shift_commands, use_commands, web_commands
 from polypseg.arguments import MaskValuesOption
 from polypseg.console import reported
 
@@ -31,6 +31,7 @@ for command in (
     evaluate_commands.diagnose,
     report_commands.report,
     use_commands.segment,
+    web_commands.web,
     use_commands.demo_app,
     use_commands.export_space,
     use_commands.robustness,
