@@ -2,11 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 from typer import Argument, Option
 
 if TYPE_CHECKING:
+    from polypseg.inference.runtimes import Precision
     from polypseg.publish import PublishPlan
 
 
@@ -62,7 +63,11 @@ def export(
         from polypseg.weights.onnx import export_runtime
 
         written = export_runtime(
-            folder, format=format_, precision=precision or "fp32", calibration=calibration, output=output
+            folder,
+            format=format_,
+            precision=cast("Precision", precision or "fp32"),
+            calibration=calibration,
+            output=output,
         )
         print("\n".join(written.lines()))
         return

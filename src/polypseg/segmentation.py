@@ -161,7 +161,7 @@ class Segmenter:
         """Polyp logits (B, h, w) at the model's own size."""
         inputs = self.processor(images=list(frames), return_tensors="np")
         logits = self.runtime.polyp_logits(np.ascontiguousarray(inputs["pixel_values"], dtype=np.float32))
-        refuse_non_finite(np.isfinite(logits).reshape(len(logits), -1).all(axis=1), model=self.name, images=names)
+        refuse_non_finite([bool(np.isfinite(one).all()) for one in logits], model=self.name, images=names)
         return logits
 
     def fingerprint(self) -> str:

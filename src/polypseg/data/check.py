@@ -116,16 +116,15 @@ def check_dataset(name: str, path: Path, *, mask_values: str | None = None) -> C
     return report
 
 
-@dataclass(frozen=True)
+@dataclass
 class _DescribedSource:
     """A source that notes how each file that is read is coded."""
 
     source: Source
     forms: dict[str, int]
 
-    @property
-    def path(self) -> Path:
-        return self.source.path
+    def __post_init__(self) -> None:
+        self.path = self.source.path
 
     def names(self) -> list[str]:
         return self.source.names()

@@ -48,7 +48,7 @@ class FrameProcessor:
     @classmethod
     def from_dict(cls, settings: dict[str, Any], *, origin: str) -> "FrameProcessor":
         """The same from the file's content."""
-        size = settings.get("size")
+        size: Any = settings.get("size")
         missing = [key for key in _NEEDED if settings.get(key) is None]
         if not missing and not (isinstance(size, dict) and {"height", "width"} <= size.keys()):
             missing = ["size.height and size.width"]
@@ -86,7 +86,7 @@ class FrameProcessor:
         """(3, 256): what each grey value of each channel becomes, in transformers' order of rounding."""
         values = np.arange(256, dtype=np.uint8)
         scaled = values.astype(np.float64) * self.rescale_factor if self.do_rescale else values
-        table = np.repeat(scaled.astype(np.float32)[:, None], 3, axis=1)
+        table: NDArray[np.float32] = np.repeat(scaled.astype(np.float32)[:, None], 3, axis=1)
         if self.do_normalize:
-            table = (table - np.array(self.image_mean, np.float32)) / np.array(self.image_std, np.float32)
+            table = np.divide(table - np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32))
         return np.ascontiguousarray(table.T)
