@@ -307,11 +307,11 @@ def index_records(spec: DatasetSpec, source: Source) -> tuple[Record, ...]:
     if first_problem is not None:
         raise first_problem
     found = sorted({PurePosixPath(n).parent.as_posix() for n in names})
+    where = f"Images are in {_some(found)}" if found else "It holds no image at all"
     raise UsageError(
-        f"no images in {source.path} with masks beside them: expected a folder {spec.image_folder!r} with images and a "
-        f"folder {spec.mask_folder!r} with masks (regular expressions), or {EXPECTED_TREE}. "
-        + (f"Images are in {_some(found)}" if found else "It holds no image at all")
-        + inner_archives(everything)
+        f"no images in {source.path} with masks beside them{inner_archives(everything)}. {where}; expected was a "
+        f"folder {spec.image_folder!r} with images and a folder {spec.mask_folder!r} with masks (regular expressions), "
+        f"or {EXPECTED_TREE}"
     )
 
 
