@@ -33,7 +33,7 @@ def test_the_whole_one_is_the_light_one_with_its_extras_and_no_file():
     ("module", "line"),
     [
         ("torch", "python -m pip install polypseg"),
-        ("cv2", "python -m pip install opencv-python-headless"),
+        ("openvino", "python -m pip install openvino"),
         ("onnxscript", "python -m pip install 'polypseg[export]'"),
     ],
 )

@@ -131,12 +131,14 @@ class Segmenter:
         threshold: float = 0.5,
         min_area: int = MIN_AREA,
         batch_size: int = 1,
+        names: Sequence[str] = (),
     ) -> list[Prediction]:
         """RGB frames of any size -> one prediction per frame; with torch, masks at 0.5 are those of ``predict_masks``.
 
         Frames that go through the model together (``batch_size``) can differ from single ones in the last bits.
         ``threshold``: a pixel is polyp where its probability exceeds it. ``min_area``: pixels that a lesion of the list
-        has at least. Raises UsageError for a threshold outside 0 to 1 or a count below 1.
+        has at least. ``names``: what errors call the frames. Raises UsageError for a threshold outside 0 to 1 or a
+        count below 1, PolypSegError for outputs that are not finite.
         """
         check_options(threshold=threshold, min_area=min_area)
         if batch_size < 1:
@@ -144,15 +146,17 @@ class Segmenter:
         predictions = []
         for start in range(0, len(frames), batch_size):
             batch = frames[start : start + batch_size]
-            for frame, logits in zip(batch, self._logits(batch), strict=True):
+            called = names[start:] or [f"frame {number + 1}" for number in range(start, len(frames))]
+            for frame, logits in zip(batch, self._logits(batch, names=called), strict=True):
                 resized = self.runtime.resize(logits, (frame.height, frame.width))
                 predictions.append(read_logits(resized, threshold=threshold, min_area=min_area))
         return predictions
 
-    def _logits(self, frames: Sequence[Image.Image]) -> NDArray[np.float32]:
+    def _logits(self, frames: Sequence[Image.Image], *, names: Sequence[str]) -> NDArray[np.float32]:
         """Polyp logits (B, h, w) at the model's own size."""
         inputs = self.processor(images=[frame.convert("RGB") for frame in frames], return_tensors="np")
-        return self.runtime.polyp_logits(np.ascontiguousarray(inputs["pixel_values"], dtype=np.float32))
+        pixels = np.ascontiguousarray(inputs["pixel_values"], dtype=np.float32)
+        return self.runtime.polyp_logits(pixels, names=names)
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights and of the processor's settings: the same for the same model in another file.
