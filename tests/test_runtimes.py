@@ -121,6 +121,17 @@ def test_two_classes_become_one_logit(tmp_path):
         OnnxRuntime(tmp_path / "three.onnx").polyp_logits(pixels)
 
 
+def test_outputs_that_are_not_finite_are_refused_by_name(tmp_path):
+    model = write_light_model(tmp_path / "m")
+    graph = network()
+    weights = onnx.numpy_helper.to_array(graph.graph.initializer[0]).copy()
+    weights[0, 0, 0, 0] = np.nan
+    graph.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(weights, "w"))
+    onnx.save(graph, model / "onnx" / "model.onnx")
+    with pytest.raises(PolypSegError, match=r"model\.onnx gives values that are no finite numbers .* for second\.png"):
+        load(model).predict([noise(50, 50), noise(60, 50)][1:], names=["second.png"])
+
+
 # -- choice ---------------------------------------------------------------------------------------------
 
 

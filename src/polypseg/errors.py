@@ -23,7 +23,6 @@ def first_line(error: BaseException) -> str:
 
 PIP = "python -m pip install"
 _DISTRIBUTIONS = {
-    "cv2": "opencv-python-headless",
     "openvino": "openvino",
     "onnxruntime": "onnxruntime",
     "gradio": "'polypseg[app]'",
@@ -36,6 +35,9 @@ _DISTRIBUTIONS = {
 def missing_package(error: ModuleNotFoundError) -> UsageError:
     """What a user of a light installation is told: which module is missing, and the line that brings it."""
     module = (error.name or "a module").partition(".")[0]
+    if module == "cv2":
+        videos = f"`{PIP} opencv-python-headless` for videos, `{PIP} polypseg` for everything"
+        return UsageError(f"this needs cv2, which is not installed: run {videos}")
     needed = _DISTRIBUTIONS.get(module, "polypseg")
     return UsageError(f"this needs {module}, which is not installed: run `{PIP} {needed}`")
 

@@ -3,9 +3,8 @@
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -30,29 +29,17 @@ from polypseg.manifest import (
     LOADED,
     MANIFEST,
     NOT_LOADED,
+    Verification,
     describe_problems,
-    find_problems,
+    inspect_folder,
     is_loaded,
-    read_manifest,
+    verify_folder,
 )
 from polypseg.provenance.local import local_folder
 
 ORGANISATION = "polypseg"
 """Whose models a bare model id or short name means; ``POLYPSEG_ORGANISATION`` replaces it."""
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verification:
-    """What checking a model folder or repository found."""
-
-    folder: Path
-    revision: str | None
-    """Commit of a Hub repository; None for a folder."""
-    digests: dict[str, str]
-    """File name -> SHA-256 as the manifest says."""
-    problems: dict[str, str]
-    """File name -> what is wrong with it; empty when all is well."""
 
 
 def organisation() -> str:
@@ -97,9 +84,7 @@ def verify(
     """
     folder = local_folder(id_or_path)
     if folder is not None:
-        if not (folder / MANIFEST).is_file():
-            raise UsageError(f"{folder} has no {MANIFEST}: it was not written by `polypseg export`")
-        return _inspect(folder, revision=None, wanted=None)
+        return verify_folder(folder)
     found = _fetch_checked(resolve_id(str(id_or_path)), revision=revision, cache_dir=cache_dir, token=token, files=None)
     if not found.digests and not found.problems:
         raise UsageError(f"{id_or_path} has no {MANIFEST}: it was not published by `polypseg push`")
@@ -130,10 +115,10 @@ def _fetch_checked(
         if not (folder / MANIFEST).is_file():
             _log.warning("%s has no %s: its files cannot be checked", repo_id, MANIFEST)
             return Verification(folder=folder, revision=folder.name, digests={}, problems={})
-        found = _inspect(folder, revision=folder.name, wanted=wanted)
+        found = inspect_folder(folder, revision=folder.name, wanted=wanted)
         if found.problems:
             _fetch_again(repo_id, found, cache_dir=cache_dir, token=token)
-            found = _inspect(folder, revision=folder.name, wanted=wanted)
+            found = inspect_folder(folder, revision=folder.name, wanted=wanted)
     if found.problems and files is not None:
         raise PolypSegError(
             f"{repo_id}: {describe_problems(found.problems)} after a second download: the copy on the server does not "
@@ -161,16 +146,6 @@ def _fetch_again(repo_id: str, found: Verification, *, cache_dir: Path | None, t
             f"{', '.join(names)} of {repo_id} is damaged in the cache ({found.folder}) and cannot be fetched again: "
             f"{first_line(error)}"
         ) from error
-
-
-def _inspect(folder: Path, *, revision: str | None, wanted: Callable[[str], bool] | None) -> Verification:
-    """Compare the wanted files with the manifest: each that it lists must be there, and each that is there listed."""
-    try:
-        digests = read_manifest(folder / MANIFEST)
-    except PolypSegError:
-        return Verification(folder=folder, revision=revision, digests={}, problems={MANIFEST: "damaged"})
-    problems = find_problems(folder, digests, wanted=wanted)
-    return Verification(folder=folder, revision=revision, digests=digests, problems=problems)
 
 
 _REACH_SECONDS = 5.0

@@ -150,10 +150,19 @@ def verify(
 
     A Hub model is downloaded whole.
     """
-    from polypseg.errors import PolypSegError
-    from polypseg.hub import verify as check
+    from polypseg.errors import PolypSegError, UsageError
+    from polypseg.manifest import verify_folder
+    from polypseg.provenance.local import local_folder
 
-    found = check(model, revision=revision)
+    folder = local_folder(model)
+    if folder is None:
+        from polypseg.hub import verify as check
+
+        found = check(model, revision=revision)
+    elif revision is not None:
+        raise UsageError(f"{folder} is a folder: a revision belongs to a Hub id")
+    else:
+        found = verify_folder(folder)
     for name in sorted({*found.digests, *found.problems}):
         print(f"{found.problems.get(name, 'ok'):<22} {name}")
     at = f" at commit {found.revision}" if found.revision else ""

@@ -6,11 +6,13 @@ is that of ``sha256sum``, so that ``sha256sum -c SHA256SUMS`` checks a folder wi
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 from polypseg.artifacts import LARGEST_JSON, file_sha256, read_bounded, write_text
-from polypseg.errors import PolypSegError
+from polypseg.errors import PolypSegError, UsageError
 
 MANIFEST = "SHA256SUMS"
 NOT_LISTED = (MANIFEST, ".gitattributes")
@@ -19,6 +21,19 @@ LOADED = ("*.json", "*.safetensors")
 """Files of a model folder that loading it with transformers reads, except those of the next line."""
 NOT_LOADED = ("*.fp16.safetensors", "results/*", "replay/*")
 _LINE = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *](?P<name>.+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What checking a model folder or repository found."""
+
+    folder: Path
+    revision: str | None
+    """Commit of a Hub repository; None for a folder."""
+    digests: dict[str, str]
+    """File name -> SHA-256 as the manifest says."""
+    problems: dict[str, str]
+    """File name -> what is wrong with it; empty when all is well."""
 
 
 def list_files(folder: Path) -> list[str]:
@@ -83,6 +98,23 @@ def is_loaded(name: str, *, names: Sequence[str] = LOADED) -> bool:
     return any(fnmatch(name, p) for p in (*names, MANIFEST)) and not any(fnmatch(name, p) for p in NOT_LOADED)
 
 
+def inspect_folder(folder: Path, *, revision: str | None, wanted: Callable[[str], bool] | None) -> Verification:
+    """Compare the wanted files with the manifest: each that it lists must be there, and each that is there listed."""
+    try:
+        digests = read_manifest(folder / MANIFEST)
+    except PolypSegError:
+        return Verification(folder=folder, revision=revision, digests={}, problems={MANIFEST: "damaged"})
+    problems = find_problems(folder, digests, wanted=wanted)
+    return Verification(folder=folder, revision=revision, digests=digests, problems=problems)
+
+
+def verify_folder(folder: Path) -> Verification:
+    """Compare every file of a model folder with its manifest. Raises UsageError for a folder without one."""
+    if not (folder / MANIFEST).is_file():
+        raise UsageError(f"{folder} has no {MANIFEST}: it was not written by `polypseg export`")
+    return inspect_folder(folder, revision=None, wanted=None)
+
+
 def check_folder(folder: Path, *, names: Sequence[str] = LOADED) -> None:
     """Raise PolypSegError where files of a model folder differ from its manifest; a folder without (a run's) passes.
 
@@ -90,12 +122,7 @@ def check_folder(folder: Path, *, names: Sequence[str] = LOADED) -> None:
     """
     if not (folder / MANIFEST).is_file():
         return
-    try:
-        problems = find_problems(
-            folder, read_manifest(folder / MANIFEST), wanted=lambda name: is_loaded(name, names=names)
-        )
-    except PolypSegError:
-        problems = {MANIFEST: "damaged"}
+    problems = inspect_folder(folder, revision=None, wanted=partial(is_loaded, names=names)).problems
     if problems:
         listed = describe_problems(problems)
         raise PolypSegError(f"{folder} does not agree with its {MANIFEST}: {listed}. Export it or get it again")

@@ -49,8 +49,11 @@ class Runtime(Protocol):
     def description(self) -> str:
         """Which version computes which file in which precision, for people."""
 
-    def polyp_logits(self, pixels: NDArray[np.float32]) -> Logits:
-        """Prepared frames (B, 3, h, w) -> polyp logits (B, h', w') float32, positive where a polyp is predicted."""
+    def polyp_logits(self, pixels: NDArray[np.float32], *, names: Sequence[str] = ()) -> Logits:
+        """Prepared frames (B, 3, h, w) -> polyp logits (B, h', w') float32, positive where a polyp is predicted.
+
+        ``names``: what errors call the frames. Raises PolypSegError for outputs that are not finite.
+        """
 
     def resize(self, logits: Logits, size: tuple[int, int]) -> Logits:
         """Logits (h, w) -> (H, W) of ``size``: bilinear, no antialias, corners not aligned."""
@@ -73,7 +76,7 @@ class TorchRuntime:
         parameter = next(self.model.parameters())
         return f"torch {torch.__version__} on {parameter.device.type}, {str(parameter.dtype).removeprefix('torch.')}"
 
-    def polyp_logits(self, pixels: NDArray[np.float32]) -> Logits:
+    def polyp_logits(self, pixels: NDArray[np.float32], *, names: Sequence[str] = ()) -> Logits:
         import torch
 
         from polypseg.processing import polyp_logits
@@ -82,7 +85,7 @@ class TorchRuntime:
         with torch.inference_mode():
             batch = torch.from_numpy(np.ascontiguousarray(pixels)).to(next(model.parameters()).device)
             found: Logits = polyp_logits(model(pixel_values=batch).logits.float(), model.config).cpu().numpy()
-        return found
+        return _checked(found, model="the model", names=names)
 
     def resize(self, logits: Logits, size: tuple[int, int]) -> Logits:
         """By torch itself, so that masks are those of the evaluation to the last bit."""
@@ -122,8 +125,9 @@ class _FileRuntime:
     def description(self) -> str:
         return f"{self.name} {self.version} on cpu, {self.path.parent.name}/{self.path.name}"
 
-    def polyp_logits(self, pixels: NDArray[np.float32]) -> Logits:
-        return one_logit(self.run(pixels), name=str(self.path))
+    def polyp_logits(self, pixels: NDArray[np.float32], *, names: Sequence[str] = ()) -> Logits:
+        found = one_logit(self.run(pixels), name=str(self.path))
+        return _checked(found, model=str(self.path), names=names)
 
     def resize(self, logits: Logits, size: tuple[int, int]) -> Logits:
         return resize_bilinear(logits, size)
@@ -314,6 +318,12 @@ def one_logit(result: NDArray[np.float32], *, name: str) -> Logits:
     if result.ndim != 4 or result.shape[1] not in (1, 2):
         raise UsageError(f"{name} gives {tuple(result.shape)}: (B, 1 or 2, h, w) is needed")
     return result[:, 0] if result.shape[1] == 1 else result[:, 1] - result[:, 0]
+
+
+def _checked(logits: Logits, *, model: str, names: Sequence[str]) -> Logits:
+    """The same logits (B, h, w), if they are finite."""
+    refuse_non_finite([bool(np.isfinite(one).all()) for one in logits], model=model, images=names)
+    return logits
 
 
 def resize_bilinear(values: Logits, size: tuple[int, int]) -> Logits:
