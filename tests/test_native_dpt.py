@@ -13,6 +13,10 @@ from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.native_dpt import from_native_dpt, to_native_dpt
 from reference_files import randomised
 
+# float32 kernels differ between instruction sets and with where tensors lie in memory. Observed largest differences of
+# logits up to 0.5, torch 2.14 with ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS set alike:
+# default 0, AVX2 0; on a CPU with AVX-512 and AMX 2.1e-6. float64 is exact.
+NOISE = {torch.float32: 1e-5, torch.float64: 0.0}
 TINY = "vit_tiny_patch16_224"
 
 
@@ -48,7 +52,7 @@ def test_to_native_dpt_gives_the_same_logits_at_the_models_image_size(image_size
     ours, theirs = logits(model, image_size, dtype), logits(native, image_size, dtype)
     assert type(native) is DPTForSemanticSegmentation and ours[:, 1].std() > 0.01
     assert torch.equal(theirs[:, 0], torch.zeros_like(theirs[:, 0]))
-    assert largest(ours, theirs) == 0  # observed: bit-equal
+    assert largest(ours, theirs) <= NOISE[dtype]
 
 
 @pytest.mark.slow
@@ -56,8 +60,8 @@ def test_to_native_dpt_gives_the_same_logits_at_the_models_image_size(image_size
 def test_to_native_dpt_takes_the_larger_plain_vits(encoder):
     model = build(encoder, decoder_channels=256 if "base" in encoder else 16)
     native = to_native_dpt(model)
-    assert largest(logits(model, 224), logits(native, 224)) == 0
-    assert largest(logits(model, 224), logits(from_native_dpt(native), 224)) == 0
+    for made in (native, from_native_dpt(native)):
+        assert largest(logits(model, 224), logits(made, 224)) <= NOISE[torch.float32]
 
 
 def test_to_native_dpt_differs_at_other_sizes_because_the_tables_are_interpolated_otherwise():
@@ -71,14 +75,14 @@ def test_to_native_dpt_differs_at_other_sizes_because_the_tables_are_interpolate
 
 
 def test_the_native_residual_unit_of_the_deepest_level_and_the_final_norm_are_never_run():
-    native = to_native_dpt(build())
-    before = logits(native, 224)
+    native = to_native_dpt(build()).double()
+    before = logits(native, 224, torch.float64)
     with torch.no_grad():
         unread = [*native.neck.fusion_stage.layers[0].residual_layer1.parameters(), *native.dpt.layernorm.parameters()]
         assert len(unread) == 8
         for parameter in unread:
             parameter.fill_(float("nan"))
-    assert torch.equal(logits(native, 224), before)
+    assert torch.equal(logits(native, 224, torch.float64), before)
 
 
 def test_to_native_dpt_copies_and_draws_no_random_numbers():
@@ -161,7 +165,7 @@ def test_from_native_dpt_brings_back_every_tensor_and_field_through_a_saved_fold
     assert "encoder.pos_embed" not in dict(back.named_parameters())  # still frozen
     back.save_pretrained(tmp_path / "ours")
     again = PolypSegForSemanticSegmentation.from_pretrained(tmp_path / "ours")
-    assert torch.equal(logits(again, 224), logits(model, 224))
+    assert largest(logits(again, 224), logits(model, 224)) <= NOISE[torch.float32]  # the tensors are equal, see above
 
 
 def test_from_native_dpt_gives_a_model_that_trains():
@@ -190,7 +194,9 @@ def test_from_native_dpt_knows_a_sine_cosine_table_at_any_grid(layout):
     model = build(position_embedding=layout, position_embedding_trainable=False, image_size=96)
     back = from_native_dpt(to_native_dpt(model))
     assert torch.equal(back.encoder.pos_embed, model.encoder.pos_embed)
-    assert largest(logits(back, 224), logits(model, 224)) == 0
+    assert largest(logits(back, 224), logits(model, 224)) <= NOISE[torch.float32]
+    back, model = back.double(), model.double()
+    assert largest(logits(back, 224, torch.float64), logits(model, 224, torch.float64)) == 0
 
 
 def foreign_config(**changes: Any) -> DPTConfig:

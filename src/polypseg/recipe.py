@@ -109,7 +109,7 @@ def _undo_yaml(value: object) -> object:
     return "no" if value is False else value  # YAML reads a bare no as false
 
 
-RangeEnd = Annotated[float, Field(ge=0, le=1000)]
+RangeEnd = Annotated[float, Field(ge=-1000, le=1000)]  # the range itself is checked as a whole
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_undo_yaml)]
 
 
