@@ -100,7 +100,7 @@ class Segmenter:
         """
         if (model is None) == (runtime is None):
             raise UsageError("a segmenter is made of either a model or a runtime")
-        self.runtime: Runtime = TorchRuntime(model=model) if runtime is None else runtime
+        self.runtime: Runtime = TorchRuntime(model=model, title=name) if runtime is None else runtime
         self.processor = processor
         self.name = name
         self.revision = revision

@@ -67,6 +67,8 @@ class TorchRuntime:
     """A transformers model in this process."""
 
     model: Any
+    title: str = "the model"
+    """What errors call the model."""
     name: str = TORCH
 
     @property
@@ -84,8 +86,9 @@ class TorchRuntime:
         model = self.model.eval()
         with torch.inference_mode():
             batch = torch.from_numpy(np.ascontiguousarray(pixels)).to(next(model.parameters()).device)
-            found: Logits = polyp_logits(model(pixel_values=batch).logits.float(), model.config).cpu().numpy()
-        return _checked(found, model="the model", names=names)
+            logits = model(pixel_values=batch).logits.float()
+            found: Logits = polyp_logits(logits, model.config, model=self.title, images=names).cpu().numpy()
+        return found
 
     def resize(self, logits: Logits, size: tuple[int, int]) -> Logits:
         """By torch itself, so that masks are those of the evaluation to the last bit."""
@@ -209,7 +212,7 @@ def open_runtime(folder: Path, *, runtime: str = AUTO, precision: Precision = "f
     _import(TORCH, folder)
     from polypseg.processing import load_model
 
-    return TorchRuntime(model=load_model(str(folder))[0])
+    return TorchRuntime(model=load_model(str(folder))[0], title=str(folder))
 
 
 def check_names(runtime: str, *, precision: str = "fp32") -> None:
