@@ -232,13 +232,20 @@ def finite_images(outputs: Tensor) -> list[bool]:
 
 
 def polyp_logits(logits: Tensor, config: Any, *, model: str = "the model", images: Sequence[str] = ()) -> Tensor:
+    """``polyp_against_background`` of logits that are finite.
+
+    Raises PolypSegError that names ``model`` and the one of ``images`` for others.
+    """
+    refuse_non_finite(finite_images(logits), model=model, images=images)
+    return polyp_against_background(logits, config)
+
+
+def polyp_against_background(logits: Tensor, config: Any) -> Tensor:
     """Class logits (B, K, h, w) -> polyp-against-background logits (B, h, w): positive where a polyp is predicted.
 
     One class is taken as it is; of two, the second against the first; of more, the class called polyp against the
-    strongest other. Raises UsageError when more than two classes are not labelled, PolypSegError that names ``model``
-    and the one of ``images`` for logits that are not finite.
+    strongest other. Raises UsageError when more than two classes are not labelled.
     """
-    refuse_non_finite(finite_images(logits), model=model, images=images)
     if logits.shape[1] == 1:
         return logits[:, 0]
     if logits.shape[1] == 2:

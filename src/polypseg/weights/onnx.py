@@ -42,7 +42,7 @@ from polypseg.inference.runtimes import (
 )
 from polypseg.manifest import MANIFEST, check_folder, write_manifest
 from polypseg.passport import PASSPORT
-from polypseg.processing import load_model, polyp_logits
+from polypseg.processing import load_model, polyp_against_background
 from polypseg.provenance.local import CONFIG
 from polypseg.segmentation import sigmoid
 
@@ -176,7 +176,7 @@ class _PolypNetwork(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, h, w) -> (B, 1, h', w')."""
-        return polyp_logits(self.model(pixel_values=pixel_values).logits, self.model.config)[:, None]
+        return polyp_against_background(self.model(pixel_values=pixel_values).logits, self.model.config)[:, None]
 
 
 def trace(model: Any, processor: FrameProcessor) -> Any:

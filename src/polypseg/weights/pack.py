@@ -1,0 +1,72 @@
+"""A trained run -> the folder that ships inside the package: weights in half precision, ONNX files, passport, checksums."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+
+from polypseg.artifacts import atomic_path, read_json, write_json
+from polypseg.errors import UsageError
+from polypseg.export import half
+from polypseg.inference.runtimes import ONNX_FILES
+from polypseg.manifest import write_manifest
+from polypseg.modeling import PolypSegForSemanticSegmentation
+from polypseg.passport import PASSPORT
+from polypseg.processing import SOURCE_SHA256, build_image_processor, load_model, without_shard_bars
+from polypseg.weights.onnx import RuntimeExport, export_runtime
+
+LARGEST = 10_000_000
+"""Bytes of the weights that a package may carry."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """What was written."""
+
+    folder: Path
+    parameters: int
+    size: int
+    """Bytes of the weights file."""
+    files: tuple[RuntimeExport, ...]
+    """The ONNX files with their differences from torch."""
+
+
+def pack_model(source: Path, output: Path, *, calibration: str) -> Packed:
+    """Write the folder ``output`` from a finished run's model folder ``source``.
+
+    The float16 weights are the model from here on: every other file of the folder, and every receipt, is of them.
+    ``calibration``: training frames of the int8 file, as for ``export_runtime``. Raises UsageError for a run that has
+    not ended, a model of another package, or weights of more than ``LARGEST`` bytes.
+    """
+    model, _ = load_model(str(source))
+    if not isinstance(model, PolypSegForSemanticSegmentation):
+        raise UsageError(f"{source} holds a {type(model).__name__}, which is no model of this package")
+    record = dict(model.config.weights_origin or {})
+    if not record.get("finished"):
+        raise UsageError(f"the run of {source} has not ended: continue it with --resume")
+    if not (source / PASSPORT).is_file():
+        raise UsageError(f"{source} has no {PASSPORT}: a packed model must say what it saw")
+    record.pop(SOURCE_SHA256, None)  # of the float32 file
+    model.config.weights_origin = record
+    with atomic_path(output) as temporary, without_shard_bars():
+        temporary.mkdir()
+        model.config.save_pretrained(temporary)
+        config = read_json(temporary / CONFIG_NAME)
+        config |= {"architectures": [type(model).__name__], "dtype": "float32"}  # in which it computes
+        write_json(temporary / CONFIG_NAME, config)
+        safetensors.torch.save_file(half(model), temporary / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        size = (temporary / SAFE_WEIGHTS_NAME).stat().st_size
+        if size > LARGEST:
+            raise UsageError(f"the weights have {size} bytes, more than the {LARGEST} that the package carries")
+        build_image_processor(model.config).save_pretrained(temporary)
+        shutil.copyfile(source / PASSPORT, temporary / PASSPORT)
+        write_manifest(temporary)
+        files = [
+            export_runtime(temporary, precision="fp32"),
+            export_runtime(temporary, precision="int8", calibration=calibration),
+        ]
+        assert all((temporary / ONNX_FILES[precision]).is_file() for precision in ("fp32", "int8"))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Packed(folder=output, parameters=parameters, size=size, files=tuple(files))
