@@ -1,4 +1,4 @@
-"""A trained run -> the folder that ships inside the package: weights in half precision, ONNX files, passport, checksums."""
+"""A finished run -> the folder that ships in the package: float16 weights, ONNX files, passport, checksums."""
 
 import shutil
 from dataclasses import dataclass
