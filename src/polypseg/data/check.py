@@ -124,16 +124,11 @@ def check_dataset(name: str, path: Path, *, mask_values: str | None = None) -> C
     return report
 
 
-@dataclass(frozen=True)
 class _DescribedSource:
     """A source that notes how each file that is read is coded."""
 
-    source: Source
-    forms: dict[str, int]
-
-    @property
-    def path(self) -> Path:
-        return self.source.path
+    def __init__(self, source: Source, forms: dict[str, int]):
+        self.path, self.source, self.forms = source.path, source, forms
 
     def names(self) -> list[str]:
         return self.source.names()
