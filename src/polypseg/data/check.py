@@ -116,15 +116,11 @@ def check_dataset(name: str, path: Path, *, mask_values: str | None = None) -> C
     return report
 
 
-@dataclass
 class _DescribedSource:
     """A source that notes how each file that is read is coded."""
 
-    source: Source
-    forms: dict[str, int]
-
-    def __post_init__(self) -> None:
-        self.path = self.source.path
+    def __init__(self, source: Source, forms: dict[str, int]):
+        self.path, self.source, self.forms = source.path, source, forms
 
     def names(self) -> list[str]:
         return self.source.names()
