@@ -121,7 +121,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
     if holder in _held:
         yield
         return
-    is_new = not folder.exists()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     path = folder / LOCK
     lock = FileLock(path, blocking=False)
     with explain_write_errors(folder):
@@ -143,9 +143,9 @@ def sole_writer(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             path.unlink()  # while it is held: whoever opened it meanwhile finds it gone and is refused
         lock.release()
-        if is_new:
-            with suppress(OSError):
-                folder.rmdir()  # nothing was written
+        with suppress(OSError):
+            for place in made:
+                place.rmdir()  # where nothing was written
 
 
 def _writer(path: Path) -> str:

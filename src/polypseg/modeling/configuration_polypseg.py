@@ -45,12 +45,10 @@ class PolypSegConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if kwargs.get("num_labels") not in (None, 2):
             raise ValueError(f"num_labels is 2, polyp and background, not {kwargs['num_labels']!r:.80}")
-        labels: Any = getattr(self, "id2label", None)
-        labels = {0: "background", 1: "polyp"} if labels is None else labels
+        labels: Any = getattr(self, "id2label", None) or {0: "background", 1: "polyp"}
         if not isinstance(labels, dict):
             raise ValueError(f"id2label names the labels 0 and 1, it cannot be {labels!r:.80}")
-        self.id2label = labels
-        self.label2id = {name: int(label) for label, name in labels.items()}
+        self.id2label, self.label2id = labels, {name: int(label) for label, name in labels.items()}
         self._check_names()
         self._check_numbers()
         if self.decoder_dropout is None:
