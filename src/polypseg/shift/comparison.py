@@ -256,7 +256,7 @@ def _cross_pairs(vectors: Sequence[Floats], groups: Sequence[NDArray[np.int64]])
         _Pairs(
             total=float(sums.sum()),
             count=float(len(x) * len(y)),
-            of_cluster=np.bincount(group, weights=sums).astype(np.float64),
+            of_cluster=np.asarray(np.bincount(group, weights=sums), dtype=np.float64),
             count_of_cluster=_sizes(group) * others,
         )
         for sums, group, others in zip(_kernel_sums(x, y), groups, (len(y), len(x)), strict=True)
