@@ -57,6 +57,7 @@ def pack_model(source: Path, output: Path, *, calibration: str) -> Packed:
         config |= {"architectures": [type(model).__name__], "dtype": "float32"}  # in which it computes
         write_json(temporary / CONFIG_NAME, config)
         safetensors.torch.save_file(half(model), temporary / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        (temporary / SAFE_WEIGHTS_NAME).chmod(0o644)  # safetensors gives a file to its owner only
         size = (temporary / SAFE_WEIGHTS_NAME).stat().st_size
         if size > LARGEST:
             raise UsageError(f"the weights have {size} bytes, more than the {LARGEST} that the package carries")
