@@ -48,7 +48,7 @@ class FrameProcessor:
     @classmethod
     def from_dict(cls, settings: dict[str, Any], *, origin: str) -> "FrameProcessor":
         """The same from the file's content."""
-        size = settings.get("size")
+        size: Any = settings.get("size")
         missing = [key for key in _NEEDED if settings.get(key) is None]
         if not missing and not (isinstance(size, dict) and {"height", "width"} <= size.keys()):
             missing = ["size.height and size.width"]
@@ -88,5 +88,6 @@ class FrameProcessor:
         scaled = values.astype(np.float64) * self.rescale_factor if self.do_rescale else values
         table = np.repeat(scaled.astype(np.float32)[:, None], 3, axis=1)
         if self.do_normalize:
-            table = (table - np.array(self.image_mean, np.float32)) / np.array(self.image_std, np.float32)
-        return np.ascontiguousarray(table.T)
+            mean, deviation = (np.array(values, dtype=np.float32) for values in (self.image_mean, self.image_std))
+            table = (table - mean) / deviation
+        return np.ascontiguousarray(table.T, dtype=np.float32)

@@ -273,7 +273,7 @@ def runtime_files(runtime: str, *, precision: Precision = "fp32") -> tuple[str, 
     if runtime == TORCH:
         return ("*.json", "*.safetensors")
     described = ("config.json", "preprocessor_config.json")
-    files = (ONNX_FILES[precision],)
+    files: tuple[str, ...] = (ONNX_FILES[precision],)
     if runtime == OPENVINO:
         files += (OPENVINO_FILES[precision], OPENVINO_FILES[precision].replace(".xml", ".bin"))
     return described + files
