@@ -204,6 +204,21 @@ def test_onnx_files_that_do_not_fit_are_refused(monkeypatch, tmp_path, data, sha
         OnnxPredictions(name="o", path=tmp_path / "m.onnx").predict(data, data.ids)
 
 
+def test_onnx_files_are_prepared_for_as_their_own_folder_says(tmp_path, data):
+    """A wrong mean gives wrong numbers in silence: ImageNet's is only for files that lie alone."""
+    from light_models import SIZE, write_light_model
+    from polypseg.segmentation import load
+
+    folder = write_light_model(tmp_path / "m")
+    found = dict(OnnxPredictions(name="o", path=folder / "onnx" / "model.onnx").predict(data, data.ids[:2]))
+    frames = [data.frame(data.by_id[record_id]) for record_id in data.ids[:2]]
+    for probability, wanted in zip(found.values(), load(folder).predict(frames), strict=True):
+        np.testing.assert_allclose(probability, wanted.probability, atol=1e-5)
+    other = OnnxPredictions(name="o", path=folder / "onnx" / "model.onnx", image_size=96)
+    with pytest.raises(UsageError, match=rf"asked for 96x96 pixels but .* says {SIZE[1]}x{SIZE[0]}"):
+        list(other.predict(data, data.ids[:1]))
+
+
 def test_onnx_without_its_runtime_says_how_to_get_it(monkeypatch, tmp_path, data):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UsageError, match="python -m pip install onnxruntime"):

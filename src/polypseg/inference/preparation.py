@@ -88,5 +88,6 @@ class FrameProcessor:
         scaled = values.astype(np.float64) * self.rescale_factor if self.do_rescale else values
         table: NDArray[np.float32] = np.repeat(scaled.astype(np.float32)[:, None], 3, axis=1)
         if self.do_normalize:
-            table = np.divide(table - np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32))
-        return np.ascontiguousarray(table.T)
+            mean, deviation = (np.array(values, dtype=np.float32) for values in (self.image_mean, self.image_std))
+            table = (table - mean) / deviation
+        return np.ascontiguousarray(table.T, dtype=np.float32)

@@ -71,7 +71,9 @@ def add_replay(folder: Path, file: str, *, runtime: Runtime | None = None) -> No
         frame, _ = synthesise_frame(CAMERAS["a"], seed=0, index=1, size=(200, 224))
         with atomic_path(folder / FRAME) as temporary:
             Image.fromarray(frame).save(temporary, format="PNG", optimize=True)
-    kept: dict[str, Any] = _read(folder) if (folder / EXPECTED).is_file() else {"format": FORMAT, "outputs": {}}
+    kept: dict[str, Any] = {"format": FORMAT, "outputs": {}}
+    if (folder / EXPECTED).is_file():
+        kept = _read(folder)
     logits = _logits(folder, runtime or _open(folder, file))
     rows, columns = _grid(logits)
     kept["outputs"][file] = {

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +35,6 @@ from polypseg.inference.runtimes import (
     OUTPUT,
     OnnxRuntime,
     OpenVinoRuntime,
-    Precision,
     Runtime,
     TorchRuntime,
     check_names,
@@ -46,7 +45,6 @@ from polypseg.processing import load_model, polyp_against_background
 from polypseg.provenance.local import CONFIG
 from polypseg.segmentation import sigmoid
 
-Format = Literal["onnx", "openvino"]
 FORMATS = ("onnx", "openvino")
 OPSET = 18
 """Antialias-free Resize, ReduceMean with axes as input: read by onnxruntime-web, OpenVINO and transformers.js."""
@@ -89,7 +87,7 @@ def export_runtime(
     folder: Path,
     *,
     format: str = "onnx",
-    precision: Precision = "fp32",
+    precision: str = "fp32",
     calibration: str | None = None,
     output: Path | None = None,
 ) -> RuntimeExport:
