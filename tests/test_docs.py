@@ -25,8 +25,12 @@ STUDY = REPOSITORY / "docs" / "study"
 SCRIPTS = sorted((REPOSITORY / "training_scripts").glob("*.py"))
 
 
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), STUDY / "README.md"]
+RESULTS_PAGE = REPOSITORY / "docs" / "results.md"
+
+
 def readme_commands() -> list[str]:
-    text = (REPOSITORY / "README.md").read_text() + (STUDY / "README.md").read_text()
+    text = "".join(page.read_text() for page in PAGES if page.name != "full_study.md")  # whose commands have own tests
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     lines = [line.split("  #")[0].split(" # ")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line]
@@ -75,10 +79,13 @@ def test_command_is_real(command):
         assert re.search(rf"{option}\b", shown), f"{option} is not an option of {command}"
 
 
-def test_files_named_in_the_readme_exist():
-    text = (REPOSITORY / "README.md").read_text()
-    for path in re.findall(r"(?:src|hub_configs|training_scripts|model_cards|tests|docs)/[\w./]*\w", text):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_files_named_in_the_readme_exist(page):
+    text = page.read_text()
+    for path in re.findall(r"(?<![\w/])(?:src|hub_configs|training_scripts|model_cards|tests|docs)/[\w./]*\w", text):
         assert (REPOSITORY / path).exists(), path
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / target).exists(), f"{page} links to {target}"
 
 
 def test_metric_conventions_page_is_rendered_from_the_table():
@@ -95,7 +102,7 @@ RESULTS = REPOSITORY / "model_cards" / "results"
 
 
 def test_scores_in_the_readme_are_those_of_the_receipts():
-    text = (REPOSITORY / "README.md").read_text()
+    text = RESULTS_PAGE.read_text()
     receipts = read_results(RESULTS)
     assert len(receipts) >= 2
     for receipt in receipts:
@@ -118,7 +125,7 @@ def test_table_of_pretraining_runs_is_rendered_from_their_reports():
 
 
 def test_contrasts_in_the_readme_are_those_of_the_small_study():
-    text = (REPOSITORY / "README.md").read_text()
+    text = RESULTS_PAGE.read_text()
     contrasts = json.loads((STUDY / "twelve_small_files" / "contrasts.json").read_text())
     assert len(contrasts) == 4
     for row in contrasts:
