@@ -185,11 +185,32 @@ def test_overlay_of_an_empty_mask_is_the_frame():
     np.testing.assert_array_equal(np.asarray(drawn), np.asarray(frame))
 
 
-def test_predict_refuses_what_is_no_list_of_images_and_deep_images(segmenter, frames):
+def test_predict_takes_one_frame_or_many_as_image_array_or_path(segmenter, frames, tmp_path):
+    array, path = np.asarray(frames[0]), tmp_path / "frame.png"
+    frames[0].save(path)
+    (wanted,) = segmenter.predict(frames[:1])
+    for given in (frames[0], array, path, str(path)):
+        one, (of_many,) = segmenter.predict(given), segmenter.predict([given])
+        for found in (one, of_many):
+            np.testing.assert_array_equal(found.probability, wanted.probability)
+    assert "lesion(s)" in repr(wanted) and len(repr(wanted)) < 80 and len(repr(segmenter)) < 200
+
+
+def test_a_prediction_draws_and_saves_itself(segmenter, frames, tmp_path):
+    prediction = segmenter.predict(frames[0])
+    np.testing.assert_array_equal(np.asarray(prediction.overlay()), np.asarray(draw_overlay(frames[0], prediction)))
+    mask, overlay = prediction.save(tmp_path / "out", name="a")
+    np.testing.assert_array_equal(np.asarray(Image.open(mask)) > 0, prediction.mask)
+    assert Image.open(overlay).size == frames[0].size and prediction._repr_png_().startswith(b"\x89PNG")
+
+
+def test_predict_refuses_what_is_no_frame_and_deep_images(segmenter, frames):
     array = np.asarray(frames[0])
-    for wrong in (frames[0], [array], ["frame.png"], "frame.png", array):
-        with pytest.raises(UsageError, match="give a list of PIL images"):
+    for wrong in ([array[..., 0]], [array.astype(float)], [None], b"frame", 3):
+        with pytest.raises(UsageError, match="give"):
             segmenter.predict(wrong)
+    with pytest.raises(UsageError, match="cannot read"):
+        segmenter.predict("no-such-frame.png")
     deep = Image.fromarray(array[..., 0].astype(np.uint16) * 257)
     with pytest.raises(PolypSegError, match="more than 8 bits per channel"):
         segmenter.predict([deep])

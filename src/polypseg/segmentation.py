@@ -7,15 +7,16 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageFilter
 
-from polypseg.data.images import as_frame
+from polypseg.artifacts import atomic_path
+from polypseg.data.images import as_frame, encode_png
 from polypseg.errors import UsageError, missing_package
 from polypseg.inference.preparation import FrameProcessor
 from polypseg.inference.regions import measure_regions
@@ -35,6 +36,8 @@ from polypseg.inference.runtimes import (
 from polypseg.manifest import check_folder
 from polypseg.provenance.local import STARTER, local_folder
 
+Frame: TypeAlias = Image.Image | NDArray[np.uint8] | str | Path
+"""What is segmented: a PIL image, an RGB array (H, W, 3) or the path of a file."""
 MIN_AREA = 64
 """Pixels; smaller connected regions are in the mask but not in the list of lesions."""
 OUTLINE, HALO = (0, 229, 255), (0, 0, 0)
@@ -69,6 +72,30 @@ class Prediction:
     """(H, W), True where the probability exceeds the threshold."""
     lesions: tuple[Lesion, ...]
     """Largest first."""
+    frame: Image.Image | None = field(default=None, repr=False, compare=False)
+    """The RGB frame itself; None where the prediction was made of logits alone."""
+
+    def __repr__(self) -> str:
+        height, width = self.mask.shape
+        return f"Prediction({width}x{height}, {len(self.lesions)} lesion(s), {100 * self.share:.1f} % of the frame)"
+
+    def _repr_png_(self) -> bytes | None:
+        """What notebooks show: the overlay."""
+        return None if self.frame is None else encode_png(np.asarray(self.overlay()))
+
+    def overlay(self) -> Image.Image:
+        """The frame with the mask's outline and a light fill. Raises UsageError where the frame is not known."""
+        if self.frame is None:
+            raise UsageError("this prediction was made without its frame: use draw_overlay(frame, prediction)")
+        return draw_overlay(self.frame, self)
+
+    def save(self, folder: str | Path, *, name: str = "prediction") -> tuple[Path, Path]:
+        """Write ``NAME_mask.png`` (0 background, 255 polyp) and ``NAME_overlay.png``; return their paths."""
+        paths = Path(folder) / f"{name}_mask.png", Path(folder) / f"{name}_overlay.png"
+        for path, pixels in zip(paths, (self.mask * np.uint8(255), np.asarray(self.overlay())), strict=True):
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(encode_png(pixels))
+        return paths
 
     @property
     def area(self) -> int:
@@ -125,35 +152,49 @@ class Segmenter:
             raise UsageError(f"{self.runtime.name} computes on the CPU here: a device belongs to runtime 'torch'")
         return self
 
+    def __repr__(self) -> str:
+        return f"Segmenter({self.name!r}, {self.runtime.description})"
+
+    @overload
+    def predict(self, frames: Frame, **options: Any) -> Prediction: ...
+
+    @overload
+    def predict(self, frames: Sequence[Frame], **options: Any) -> list[Prediction]: ...
+
     def predict(
         self,
-        frames: Sequence[Image.Image],
+        frames: Frame | Sequence[Frame],
         *,
         threshold: float = 0.5,
         min_area: int = MIN_AREA,
         batch_size: int = 1,
         names: Sequence[str] = (),
-    ) -> list[Prediction]:
-        """RGB frames of any size -> one prediction per frame; with torch, masks at 0.5 are those of ``predict_masks``.
+    ) -> Prediction | list[Prediction]:
+        """One frame -> its prediction; several, of any sizes -> a list of predictions.
 
-        Frames that go through the model together (``batch_size``) can differ from single ones in the last bits.
-        ``threshold``: a pixel is polyp where its probability exceeds it. ``min_area``: pixels that a lesion of the list
-        has at least. ``names``: what errors call the frames. Raises UsageError for a threshold outside 0 to 1 or a
-        count below 1, PolypSegError for outputs that are not finite.
+        A frame is a PIL image, an RGB array (H, W, 3) uint8 or a path. With torch, masks at 0.5 are those of
+        ``predict_masks``. Frames that go through the model together (``batch_size``) can differ from single ones in the
+        last bits. ``threshold``: a pixel is polyp where its probability exceeds it. ``min_area``: pixels that a lesion
+        of the list has at least. ``names``: what errors call the frames. Raises UsageError for a threshold outside 0 to
+        1 or a count below 1, PolypSegError for outputs that are not finite.
         """
         check_options(threshold=threshold, min_area=min_area)
-        if isinstance(frames, str | Path | bytes) or not isinstance(frames, Sequence):
-            raise UsageError(f"frames are of the type {type(frames).__name__}: give a list of PIL images")
-        frames = [as_frame(frame, name=f"frame {number}") for number, frame in enumerate(frames)]
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, not {batch_size}")
+        if isinstance(frames, Image.Image | np.ndarray | str | Path):
+            single = [as_frame(frames)]
+            return self.predict(single, threshold=threshold, min_area=min_area, names=names or ("the frame",))[0]
+        if isinstance(frames, bytes) or not isinstance(frames, Sequence):
+            raise UsageError(f"frames are {type(frames).__name__}: give one frame or a list of frames")
+        frames = [as_frame(frame, name=f"frame {number + 1}") for number, frame in enumerate(frames)]
         predictions = []
         for start in range(0, len(frames), batch_size):
             batch = frames[start : start + batch_size]
             called = names[start:] or [f"frame {number + 1}" for number in range(start, len(frames))]
             for frame, logits in zip(batch, self._logits(batch, names=called), strict=True):
                 resized = self.runtime.resize(logits, (frame.height, frame.width))
-                predictions.append(read_logits(resized, threshold=threshold, min_area=min_area))
+                read = read_logits(resized, threshold=threshold, min_area=min_area)
+                predictions.append(replace(read, frame=frame))
         return predictions
 
     def _logits(self, frames: Sequence[Image.Image], *, names: Sequence[str]) -> NDArray[np.float32]:

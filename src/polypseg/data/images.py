@@ -10,6 +10,7 @@ import os
 import re
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -323,15 +324,20 @@ def decode_frame(data: bytes, *, name: str) -> Image.Image:
 
 
 def as_frame(image: Any, *, name: str = "the frame") -> Image.Image:
-    """A PIL image of any mode -> RGB, as ``decode_frame`` gives it for its file.
+    """A PIL image of any mode, an RGB array (H, W, 3) uint8 or a path -> RGB, as ``decode_frame`` gives it for a file.
 
-    Raises UsageError for anything that is no PIL image, PolypSegError for one of more than 8 bits per channel.
+    Raises UsageError for anything else, PolypSegError for an image of more than 8 bits per channel or a broken file.
     """
+    if isinstance(image, str | Path):
+        try:
+            return decode_frame(Path(image).read_bytes(), name=str(image))
+        except OSError as error:
+            raise UsageError(f"cannot read {image}: {error.strerror}") from error
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return Image.fromarray(image)
     if not isinstance(image, Image.Image):
-        raise UsageError(
-            f"{name} is of the type {type(image).__name__}: give a list of PIL images "
-            "(PIL.Image.open for a path, PIL.Image.fromarray for an RGB array of 8 bits)"
-        )
+        found = f"an array {image.shape} of {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UsageError(f"{name} is {found}: give PIL images, RGB arrays (H, W, 3) of uint8 or paths")
     if image.mode.startswith("I") or image.mode == "F":
         raise PolypSegError(f"{name} has more than 8 bits per channel (mode {image.mode}): convert it to 8")
     return _rgb(image, name=name)

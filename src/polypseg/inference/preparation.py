@@ -18,6 +18,16 @@ _NEEDED = ("size", "resample", "image_mean", "image_std")
 _REFUSED = ("do_pad", "do_center_crop", "keep_aspect_ratio")
 
 
+class Prepared(dict[str, Any]):
+    """A mapping whose entries are attributes too, as of transformers' BatchFeature."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class FrameProcessor:
     """Squash a frame to the model's size, scale its values and normalise them; called as transformers' processors."""
@@ -65,14 +75,14 @@ class FrameProcessor:
 
     def __call__(
         self, images: Sequence[Image.Image], return_tensors: Literal["np", "pt"] = "np", **_: Any
-    ) -> dict[str, Any]:
+    ) -> "Prepared":
         """RGB frames of any size -> ``{"pixel_values": (B, 3, h, w) float32}``, an array or a torch tensor."""
         pixels = np.stack([self.prepare(image) for image in images])
         if return_tensors == "np":
-            return {"pixel_values": pixels}
+            return Prepared(pixel_values=pixels)
         import torch
 
-        return {"pixel_values": torch.from_numpy(pixels)}
+        return Prepared(pixel_values=torch.from_numpy(pixels))
 
     def prepare(self, image: Image.Image) -> NDArray[np.float32]:
         """An RGB frame of any size -> (3, h, w)."""
