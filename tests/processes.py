@@ -310,6 +310,10 @@ def _become(request: Mapping[str, Any], streams: Sequence[int]) -> None:
         os.dup2(descriptor, number)
     for descriptor in set(streams):
         os.close(descriptor)
+    # New objects: the server's remember what its own streams could do, such as seek.
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
