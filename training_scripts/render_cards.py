@@ -1,4 +1,4 @@
-"""Render model_cards/*.md from the table of models and their results, and docs/metric_conventions.md.
+"""Render model_cards/*.md from the table of models and their results, docs/metric_conventions.md, and README's table.
 
 python training_scripts/render_cards.py
 """
@@ -9,10 +9,12 @@ from typing import Annotated
 from typer import Option
 
 from polypseg.artifacts import write_text
-from polypseg.cards import write_pages
+from polypseg.cards import write_pages, write_starter_table
 from polypseg.cli import run_script
 from polypseg.conventions import conventions_markdown
+from polypseg.export import RESULTS
 from polypseg.hub import ORGANISATION
+from polypseg.provenance.local import STARTER_FOLDER
 
 
 def main(
@@ -23,6 +25,7 @@ def main(
     pages = write_pages(root / "model_cards", organisation=organisation)
     print(f"{len(pages)} files in {root / 'model_cards'}")
     print(write_text(root / "docs" / "metric_conventions.md", conventions_markdown()))
+    print(write_starter_table(root / "README.md", STARTER_FOLDER / RESULTS))
 
 
 if __name__ == "__main__":

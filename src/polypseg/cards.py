@@ -47,7 +47,9 @@ from polypseg.licences import ModelLicense, model_license
 from polypseg.markdown import all_plain, plain, python_string
 from polypseg.metrics import METRICS
 from polypseg.origin import Origin
+from polypseg.receipts import find_receipts
 from polypseg.recipe import Recipe
+from polypseg.suite import NEGATIVES
 from polypseg.zoo import ZooEntry
 
 __all__ = ["CardFacts", "collect_facts", "lint_card", "load_card", "render_card", "render_pages", "write_pages"]
@@ -476,3 +478,36 @@ def write_pages(folder: Path, *, organisation: str) -> list[Path]:
         if stale.name not in pages:
             stale.unlink()
     return [write_text(folder / name, text) for name, text in pages.items()]
+
+
+STARTER_MARKS = ("<!-- starter -->", "<!-- /starter -->")
+"""Between them stands the shipped model's table in the README."""
+
+
+def starter_table(results: Path) -> str:
+    """The shipped model's scores as Markdown, from its receipts in ``results``: a row per test, then false alarms."""
+    lines = ["| tested on | n | mDice | mIoU | mPrecision | mRecall |", "|---|---|---|---|---|---|"]
+    alarms = []
+    receipts = find_receipts(results).values()
+    for content in sorted(receipts, key=lambda c: (c["dataset"]["name"] != "kvasir_seg", c["n"])):
+        dataset, alarm = content["dataset"], content["false_alarms"]
+        part = "" if dataset["split"] == "full" else f", {dataset['split']} {dataset['part']} part"
+        if dataset["name"] == NEGATIVES:
+            rate = alarm["per_100_frames"]
+            alarms.append(
+                f"False alarms on {alarm['frames']} polyp-free HyperKvasir frames that it has not seen: {rate['mean']:.1f} "
+                f"per 100 frames [{rate['low']:.1f}, {rate['high']:.1f}], counting every region of at least "
+                f"{alarm['minimal_area_pixels']} pixel(s)."
+            )
+            continue
+        cells = [cell_of(value) for value in scores_of(content).values()]
+        lines.append(f"| {dataset['title']}{part} | {size_of(content)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, *(["", *alarms] if alarms else [])])
+
+
+def write_starter_table(readme: Path, results: Path) -> Path:
+    """Put ``starter_table`` between the marks of a README and return its path."""
+    before, _, rest = readme.read_text(encoding="utf-8").partition(STARTER_MARKS[0])
+    after = rest.partition(STARTER_MARKS[1])[2]
+    table = starter_table(results)
+    return write_text(readme, f"{before}{STARTER_MARKS[0]}\n{table}\n{STARTER_MARKS[1]}{after}")

@@ -7,14 +7,15 @@ from pathlib import Path
 import safetensors.torch
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from polypseg.artifacts import atomic_path, read_json, write_json
-from polypseg.errors import UsageError
-from polypseg.export import half
+from polypseg.artifacts import atomic_path, file_sha256, read_json, write_json
+from polypseg.errors import PolypSegError, UsageError
+from polypseg.export import RESULTS, half
 from polypseg.inference.runtimes import ONNX_FILES
 from polypseg.manifest import write_manifest
 from polypseg.modeling import PolypSegForSemanticSegmentation
 from polypseg.passport import PASSPORT
 from polypseg.processing import SOURCE_SHA256, build_image_processor, load_model, without_shard_bars
+from polypseg.receipts import check_content, find_receipts
 from polypseg.weights.onnx import RuntimeExport, export_runtime
 
 LARGEST = 10_000_000
@@ -71,3 +72,24 @@ def pack_model(source: Path, output: Path, *, calibration: str) -> Packed:
         assert all((temporary / ONNX_FILES[precision]).is_file() for precision in ("fp32", "int8"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Packed(folder=output, parameters=parameters, size=size, files=tuple(files))
+
+
+def add_results(folder: Path, results: Path) -> tuple[str, ...]:
+    """Copy the receipts of just these weights from ``results`` into a packed folder; return their names.
+
+    Raises UsageError where there is none, PolypSegError for one that its images do not give.
+    """
+    digest = file_sha256(folder / SAFE_WEIGHTS_NAME)
+    ours = {p: c for p, c in find_receipts(results).items() if (c["model"] or {}).get("sha256") == digest}
+    if not ours:
+        raise UsageError(f"{results} has no receipt of the weights in {folder}: run `polypseg evaluate` first")
+    for path, content in ours.items():
+        wrong = check_content(content)
+        if wrong:
+            raise PolypSegError(f"{path} is not what its images give: {wrong[0]}")
+    with atomic_path(folder / RESULTS) as temporary:
+        temporary.mkdir()
+        for path in ours:
+            shutil.copyfile(path, temporary / path.name)
+    write_manifest(folder)
+    return tuple(path.name for path in ours)
