@@ -495,8 +495,8 @@ def starter_table(results: Path) -> str:
         if dataset["name"] == NEGATIVES:
             rate = alarm["per_100_frames"]
             alarms.append(
-                f"False alarms on {alarm['frames']} polyp-free HyperKvasir frames that it has not seen: {rate['mean']:.1f} "
-                f"per 100 frames [{rate['low']:.1f}, {rate['high']:.1f}], counting every region of at least "
+                f"False alarms on {alarm['frames']} polyp-free HyperKvasir frames that it has not seen: "
+                f"{rate['mean']:.1f} per 100 frames [{rate['low']:.1f}, {rate['high']:.1f}], counting every region of at least "
                 f"{alarm['minimal_area_pixels']} pixel(s)."
             )
             continue
