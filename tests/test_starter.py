@@ -1,0 +1,93 @@
+"""The model that ships: whole, small, offline, the same in every runtime, and honest about what it saw and gives."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import polypseg
+from polypseg.artifacts import file_sha256
+from polypseg.cards import STARTER_MARKS, starter_table
+from polypseg.data.splits import pinned_split
+from polypseg.export import RESULTS
+from polypseg.manifest import check_folder
+from polypseg.passport import Passport
+from polypseg.provenance.local import STARTER_FOLDER
+from polypseg.receipts import check_receipt, find_receipts
+from polypseg.weights.pack import LARGEST, add_results
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FRAMES = sorted((REPOSITORY / "src" / "polypseg" / "sample_frames").glob("*.jpg"))
+
+
+def test_the_folder_is_whole_and_small():
+    check_folder(STARTER_FOLDER)
+    assert (STARTER_FOLDER / "model.safetensors").stat().st_size <= LARGEST == 10_000_000
+    for name in ("onnx/model.onnx", "onnx/model_quantized.onnx", "passport.json", "preprocessor_config.json"):
+        assert (STARTER_FOLDER / name).is_file(), name
+
+
+def test_it_segments_the_sample_frames_alike_in_every_runtime():
+    assert len(FRAMES) == 3
+    by_runtime = {name: polypseg.load(runtime=name).predict(FRAMES) for name in ("onnxruntime", "torch")}
+    for one, other in zip(*by_runtime.values(), strict=True):
+        assert np.abs(one.probability - other.probability).max() < 2e-3
+        assert 0.002 < one.share < 0.6, "each of the frames shows a polyp"
+
+
+def test_its_int8_file_gives_nearly_the_same_masks():
+    whole, small = (polypseg.load(precision=p, runtime="onnxruntime").predict(FRAMES) for p in ("fp32", "int8"))
+    for one, other in zip(whole, small, strict=True):
+        overlap = 2 * (one.mask & other.mask).sum() / (one.mask.sum() + other.mask.sum())
+        assert overlap > 0.9
+
+
+def test_it_says_what_it_saw():
+    listed = {
+        (seen.stage, seen.manifest.dataset): {image.id for image in seen.manifest.images}
+        for seen in Passport.load(STARTER_FOLDER).seen
+        if seen.manifest is not None
+    }
+    kvasir, negatives = pinned_split("kvasir_seg", "reference"), pinned_split("negatives", "hyperkvasir")
+    assert listed["fine-tuning", "kvasir_seg"] == set(kvasir["train"])
+    assert listed["validation", "kvasir_seg"] == set(kvasir["validation"])
+    assert listed["fine-tuning", "negatives"] == set(negatives["train"])
+    origin = json.loads((STARTER_FOLDER / "config.json").read_text())["weights_origin"]
+    assert origin["recipe"] == "starter" and origin["finished"] and origin["scale"] == "small"
+
+
+def test_its_results_are_of_the_shipped_file():
+    digest = file_sha256(STARTER_FOLDER / "model.safetensors")
+    receipts = find_receipts(STARTER_FOLDER / RESULTS)
+    assert {content["model"]["sha256"] for content in receipts.values()} == {digest}
+    assert {"kvasir_seg", "cvc_clinicdb", "negatives"} <= {c["dataset"]["name"] for c in receipts.values()}
+    assert all(check_receipt(path) == [] for path in receipts)
+
+
+def test_the_readme_shows_its_receipts():
+    shown = (REPOSITORY / "README.md").read_text().partition(STARTER_MARKS[0])[2].partition(STARTER_MARKS[1])[0]
+    assert shown.strip() == starter_table(STARTER_FOLDER / RESULTS), "run `make cards`"
+
+
+def test_receipts_of_other_weights_are_not_added(tmp_path):
+    from polypseg.errors import UsageError
+
+    other = REPOSITORY / "model_cards" / "results" / "tf_efficientnet_lite0_deeplabv3plus.random"
+    with pytest.raises(UsageError, match="no receipt of the weights"):
+        add_results(STARTER_FOLDER, other)
+
+
+def test_a_run_that_has_not_ended_is_not_packed(tmp_path):
+    from polypseg.errors import UsageError
+    from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
+    from polypseg.processing import build_image_processor
+    from polypseg.weights.pack import pack_model
+
+    record = {"model_id": "resnet18_deeplabv3plus.random", "recipe": "smoke", "finished": False}
+    config = PolypSegConfig(encoder="resnet18", decoder_channels=16, image_size=64, weights_origin=record)
+    PolypSegForSemanticSegmentation(config).save_pretrained(tmp_path / "best")
+    build_image_processor(config).save_pretrained(tmp_path / "best")
+    with pytest.raises(UsageError, match="has not ended"):
+        pack_model(tmp_path / "best", tmp_path / "packed", calibration="synthetic_a")
+    assert not (tmp_path / "packed").exists()
