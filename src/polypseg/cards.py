@@ -496,8 +496,8 @@ def starter_table(results: Path) -> str:
             rate = alarm["per_100_frames"]
             alarms.append(
                 f"False alarms on {alarm['frames']} polyp-free HyperKvasir frames that it has not seen: "
-                f"{rate['mean']:.1f} per 100 frames [{rate['low']:.1f}, {rate['high']:.1f}], counting every region of at least "
-                f"{alarm['minimal_area_pixels']} pixel(s)."
+                f"{rate['mean']:.1f} per 100 frames [{rate['low']:.1f}, {rate['high']:.1f}], counting every region "
+                f"of at least {alarm['minimal_area_pixels']} pixel(s)."
             )
             continue
         cells = [cell_of(value) for value in scores_of(content).values()]
