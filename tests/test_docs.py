@@ -61,7 +61,7 @@ def test_every_script_says_how_to_run_it():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_is_real(command):
     words = shlex.split(command)
-    if words[0] in ("mkdir", "tar"):
+    if words[0] in ("mkdir", "tar", "openssl"):
         return
     if words[0] == "make":
         assert f"\n{words[1]}:" in (REPOSITORY / "Makefile").read_text()

@@ -380,9 +380,10 @@ def test_as_frame_converts_lab_and_refuses_deep_images_and_strangers():
     for image in (Image.fromarray(NOISE[..., 0].astype(np.uint16)), Image.fromarray(NOISE[..., 0].astype(np.float32))):
         with pytest.raises(PolypSegError, match="more than 8 bits per channel"):
             as_frame(image)
-    for stranger in (NOISE, "frame.png", None):
-        with pytest.raises(UsageError, match="give a list of PIL images"):
+    for stranger in (NOISE[..., 0], NOISE.astype(float), None, b"frame.png"):
+        with pytest.raises(UsageError, match="give PIL images, RGB arrays"):
             as_frame(stranger)
+    np.testing.assert_array_equal(np.asarray(as_frame(NOISE)), NOISE)
 
 
 # Sizes are checked before anything is decoded

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSemanticSegmentation
 
 import polypseg
+from polypseg import predictions
 from polypseg.data.polyps import PolypDataset, open_dataset
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation import evaluate_model, predict_masks
@@ -140,13 +141,15 @@ class TestNotFinite:
                 return maps
 
         class Session:
-            def get_inputs(self):
-                return [type("Entry", (), {"shape": [None, 3, 64, 64], "name": "x"})]
+            input_shape = (None, 3, 64, 64)
 
-            def run(self, _, inputs):
-                return [Half()(inputs["x"]).numpy()]
+            def __init__(self, path):
+                pass
 
-        monkeypatch.setattr(OnnxPredictions, "_session", lambda self: Session())
+            def run(self, pixels):
+                return Half()(torch.from_numpy(pixels)).numpy()
+
+        monkeypatch.setattr(predictions, "OnnxRuntime", Session)
         for source in (
             SmpPredictions(name="smp", model=Half(), image_size=64, output=output),
             OnnxPredictions(name="onnx", path=Path("some.onnx"), output=output),

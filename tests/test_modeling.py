@@ -1,5 +1,6 @@
 """What a user relies on in the model class: shapes, loss, initialisation, save and load, sizes, errors."""
 
+import copy
 import math
 
 import pytest
@@ -67,7 +68,7 @@ def test_saved_model_loads_through_auto_classes_with_equal_logits(model, tmp_pat
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny"])
 def test_options_of_forward_do_what_they_do_in_transformers(name):
-    model = PolypSegForSemanticSegmentation(SMALL[name]).eval()
+    model = PolypSegForSemanticSegmentation(copy.deepcopy(SMALL[name])).eval()  # its configuration is changed below
     labels = torch.rand(2, 64, 96)
     with torch.no_grad():
         plain = model(image(), labels=labels)

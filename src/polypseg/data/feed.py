@@ -105,17 +105,23 @@ def to_example(pixels: NDArray[np.float32], mask: NDArray[np.float32]) -> Exampl
     }
 
 
+Key = tuple[int, ...]
+"""(epoch, position), and the side in pixels where batches have sizes of their own."""
+
+
 class TrainingFeed(Dataset[Example]):
-    """Augmented examples; indexed by (epoch, position, side in pixels or None for the cache's)."""
+    """Augmented examples; indexed by ``Key``, of the cache's size where it names no side."""
 
     def __init__(self, pairs: CachedPairs | JoinedPairs, augmentation: PairedAugmentation, *, seed: int):
         self.pairs, self.augmentation, self.seed = pairs, augmentation, seed
 
-    def __getitem__(self, key: tuple[int, int, int | None]) -> Example:
-        epoch, index, side = key
+    def __getitem__(self, key: Key) -> Example:
+        epoch, index, *sides = key
         cv2.setNumThreads(1)  # OpenCV's own threads would compete with torch's
         rng = np.random.default_rng([self.seed, epoch, index])
-        return to_example(*self.augmentation(*self.pairs.pair(index), rng, partner=self._draw_frame, side=side))
+        return to_example(
+            *self.augmentation(*self.pairs.pair(index), rng, partner=self._draw_frame, side=(*sides, None)[0])
+        )
 
     def _draw_frame(self, rng: np.random.Generator) -> NDArray[np.uint8]:
         return self.pairs.pair(int(rng.integers(len(self.pairs))))[0]
@@ -134,8 +140,8 @@ class ValidationFeed(Dataset[Example]):
         return to_example(self.normalise(self.pairs.images[index]), self.pairs.masks[index].astype(np.float32) / 255)
 
 
-class GlobalBatches(Sampler[list[tuple[int, int, int | None]]]):
-    """This process's share of each global batch of one epoch, as (epoch, position, side) keys.
+class GlobalBatches(Sampler[list[Key]]):
+    """This process's share of each global batch of one epoch, as keys.
 
     The global batches are the same for any number of processes; the last short one is dropped. ``sides``: one is drawn
     per batch.
@@ -169,18 +175,19 @@ class GlobalBatches(Sampler[list[tuple[int, int, int | None]]]):
     def __len__(self) -> int:
         return self.length // self.total_batch_size
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int | None]]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
         share = self.total_batch_size // self.processes
         for step in range(self.first_step, len(self)):
             begin = step * self.total_batch_size + self.process * share
             side = self._side(step)
-            yield [(self.epoch, int(index), side) for index in order[begin : begin + share]]
+            yield [(self.epoch, int(index), *side) for index in order[begin : begin + share]]
 
-    def _side(self, step: int) -> int | None:
+    def _side(self, step: int) -> Key:
+        """The side of a batch, or nothing where all are of one size."""
         if self.sides is None:
-            return None
-        return int(np.random.default_rng([self.seed, self.epoch, step, 1]).choice(self.sides))
+            return ()
+        return (int(np.random.default_rng([self.seed, self.epoch, step, 1]).choice(self.sides)),)
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
