@@ -192,7 +192,7 @@ def test_make_split_refuses_sequence_disjoint_without_sequences():
 
 
 def test_descriptions_name_every_pinned_split():
-    assert {name for _, name, _ in PINNED} | {"full"} == set(DESCRIPTIONS)
+    assert {name for _, name, _ in PINNED} | {"full", "hyperkvasir"} == set(DESCRIPTIONS)
 
 
 def test_make_split_offers_the_official_split_of_kvasir_seg():
