@@ -45,6 +45,13 @@ from polypseg.receipts import digest_of
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = REPOSITORY / "model_cards"
 RESULTS = PAGES / "results"
+
+
+def results_of(page: Path) -> Path:
+    """Results are filed under a model's id; a page's name also says what the weights are not."""
+    return RESULTS / page.stem.removesuffix("-starter")
+
+
 STARTER = "tf_efficientnet_lite0_deeplabv3plus.supervised_imagenet1k"
 CELL = re.compile(r"(\d\.\d{3}) \[(\d\.\d{3}), (\d\.\d{3})\]")
 
@@ -97,7 +104,7 @@ def test_committed_card_passes_the_lint(path):
 @every_card
 def test_table_of_a_card_holds_the_receipts_numbers_and_no_others(path):
     card = ModelCard.load(path)
-    results = read_results(RESULTS / path.stem)
+    results = read_results(results_of(path))
     rows = [line for line in section(card, "Evaluation").splitlines() if CELL.search(line)]
     assert len(rows) == len(results)
     for result in results:
@@ -131,7 +138,7 @@ def test_model_index_holds_the_receipts_numbers_and_no_others(path):
     }
     assert said == {
         (c["dataset"]["name"], c["dataset"]["part"], name, round(value["mean"], 4), c["n"])
-        for c in read_results(RESULTS / path.stem)
+        for c in read_results(results_of(path))
         for name, value in c["scores_by_cluster"]["paper"].items()
     }
 
@@ -139,7 +146,7 @@ def test_model_index_holds_the_receipts_numbers_and_no_others(path):
 @every_card
 def test_worst_images_of_a_card_are_those_of_the_receipts(path):
     text = section(ModelCard.load(path), "Limits and failures")
-    for content in read_results(RESULTS / path.stem):
+    for content in read_results(results_of(path)):
         dice = {image["id"]: image["paper.dice"] for image in content["images"]}
         line = next(line for line in text.splitlines() if content["dataset"]["title"] in line)
         named = re.findall(r"`(\w+)` \((\d\.\d{3})\)", line)
