@@ -16,7 +16,7 @@ demo: $(INSTALLED)  ## the shipped model on three real frames, then all twelve r
 
 test: $(INSTALLED)  ## every test; those on real data run where ../shared/data or $$POLYPSEG_DATA is present
 	@echo "== Running all tests"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 20
 
 check: $(INSTALLED)  ## format, lint, types, fast tests
 	@echo "== Checking format, lint and types, then the fast tests"
