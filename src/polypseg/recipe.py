@@ -194,7 +194,7 @@ class TrainingRecipe(RecipeSection):
     """Passes over the training split."""
     total_batch_size: int = Field(ge=2, le=LARGEST_COUNT)
     """Images per optimiser step, over all processes; the last short batch is dropped."""
-    learning_rate: float = Field(gt=0, le=1000)
+    learning_rate: float = Field(gt=0, le=1e30)
     """AdamW step size: the start of ``plateau``, the peak of ``one_cycle``."""
     weight_decay: float = Field(ge=0, le=1000)
     """On every parameter, as in the reference."""

@@ -184,7 +184,7 @@ def _store(response: requests.Response, url: str, destination: Path, *, size: in
                 if most is not None and written > most:
                     break
                 if most is None:
-                    _leave_room(part, written)
+                    _leave_room(part, written, arrived=len(chunk))
                 file.write(chunk)
                 bar.update(len(chunk))
         finally:
@@ -218,9 +218,10 @@ def _body(response: requests.Response, *, timeout: float) -> Iterator[bytes]:
         yield chunk
 
 
-def _leave_room(part: Path, written: int) -> None:
-    """Raise PolypSegError before a body of unknown length fills the disk; asked once every 16 MiB."""
-    if written % (1 << 24) < CHUNK and (free := shutil.disk_usage(part.parent).free) < RESERVE:
+def _leave_room(part: Path, written: int, *, arrived: int) -> None:
+    """Raise PolypSegError before a body of unknown length fills the disk; asked at first and once every 16 MiB."""
+    before, step = written - arrived, 1 << 24
+    if (before == 0 or before // step != written // step) and (free := shutil.disk_usage(part.parent).free) < RESERVE:
         raise PolypSegError(
             f"{part} has {written:,} bytes, the server does not say how many more follow, and {free:,} are left on the "
             "disk. Free some space or choose another folder; what has arrived is kept."

@@ -90,9 +90,9 @@ class OptimiserRecipe(RecipeSection):
     """LARS or AdamW, linear warm-up and half a cosine, per step."""
 
     kind: Literal["lars", "adamw"]
-    base_learning_rate: float = Field(gt=0, le=1000)
+    base_learning_rate: float = Field(gt=0, le=1e30)
     """Peak for a total batch of 256; the peak grows with the batch."""
-    bias_base_learning_rate: float | None = Field(gt=0, le=1000)
+    bias_base_learning_rate: float | None = Field(gt=0, le=1e30)
     """The same for biases and normalisation; null: as the weights."""
     weight_decay: float = Field(ge=0, le=1000)
     decay_everything: bool
