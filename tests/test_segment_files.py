@@ -118,7 +118,7 @@ def test_mixed_folder_gives_every_good_frame_and_lists_the_bad(segmenter, mixed,
     rows = read_rows(out / "skipped.csv")
     assert [(row["file"], row["reason"]) for row in rows] == [*report.skipped, *report.passed_over]
     reasons = {Path(row["file"]).name: row["reason"] for row in rows}
-    assert "more than 8 bits" in reasons["sixteen.png"]
+    assert "8 bits per channel" in reasons["sixteen.png"]
     assert "truncated or not an image" in reasons["truncated.jpg"]
     assert "truncated or not an image" in reasons["text.png"]
     assert any("mixed/bad/text.png" in line for line in report.lines())
