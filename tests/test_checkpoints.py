@@ -286,7 +286,7 @@ def starter() -> tuple[PolypSegForSemanticSegmentation, nn.Module]:
 
 
 def test_starter_refuses_another_encoder():
-    with pytest.raises(UsageError, match="starter weights are of .*tf_efficientnet_lite2, not of 'resnet18'"):
+    with pytest.raises(UsageError, match=r"starter weights are of .*tf_efficientnet_lite2, not of 'resnet18'"):
         load_encoder_weights(build("resnet18"), "starter")
 
 
