@@ -22,15 +22,14 @@ def web(
 ) -> None:
     """Segment in the browser of this machine: a frame, a folder or the camera. No picture leaves it. Ctrl-C ends it."""
     from polypseg.errors import UsageError
-    from polypseg.web_page import STARTER, assemble_page, export_page, page_weight, serve_page
+    from polypseg.provenance.local import starter_folder
+    from polypseg.web_page import assemble_page, export_page, page_weight, serve_page
 
     if export is not None and (port is not None or open_browser is not None):
         raise UsageError("--export serves nothing: leave out --port and --open-browser")
     if export is None and title is not None:
         raise UsageError("--title is of the exported Space: give --export FOLDER with it")
-    if model is None and not (STARTER / "config.json").is_file():
-        raise UsageError("this package ships no model yet: name a model folder with --model")
-    content = assemble_page(model or STARTER, precision=precision, threshold=threshold, min_area=min_area)
+    content = assemble_page(model or starter_folder(), precision=precision, threshold=threshold, min_area=min_area)
     if export is None:
         serve_page(content, port=PORT if port is None else port, open_browser=open_browser is not False)
         return

@@ -27,8 +27,6 @@ from polypseg.licences import model_license
 from polypseg.origin import read_origin
 
 BUILT = Path(__file__).parent / "_web"
-STARTER = Path(__file__).parent / "starter"
-"""The model that the package ships."""
 NETWORKS = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
 """Precision -> file in a model folder's ``onnx``."""
 CONVENTION = "paper"

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from accelerate.state import AcceleratorState
 
-from polypseg.checkpoints import describe_source
+from polypseg.checkpoints import STARTER_ENCODER, describe_source
 from polypseg.data.frames import FrameStore, open_frames
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError
@@ -143,7 +143,8 @@ class FinetuneTask:
         if not all(need.is_done() for need in self.needs):
             return False
         recipe = self.cell.recipe(self.grid, self.seed)
-        return run_is_finished(self.folder, recipe, start=describe_source(self.encoder_weights()))
+        start = describe_source(self.encoder_weights(), encoder=recipe.model.encoder or STARTER_ENCODER)
+        return run_is_finished(self.folder, recipe, start=start)
 
     def run(self) -> None:
         recipe = self.cell.recipe(self.grid, self.seed)

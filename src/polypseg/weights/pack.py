@@ -10,7 +10,6 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from polypseg.artifacts import atomic_path, file_sha256, read_json, write_json
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.export import RESULTS, half
-from polypseg.inference.runtimes import ONNX_FILES
 from polypseg.manifest import write_manifest
 from polypseg.modeling import PolypSegForSemanticSegmentation
 from polypseg.passport import PASSPORT
@@ -69,7 +68,6 @@ def pack_model(source: Path, output: Path, *, calibration: str) -> Packed:
             export_runtime(temporary, precision="fp32"),
             export_runtime(temporary, precision="int8", calibration=calibration),
         ]
-        assert all((temporary / ONNX_FILES[precision]).is_file() for precision in ("fp32", "int8"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Packed(folder=output, parameters=parameters, size=size, files=tuple(files))
 
