@@ -23,12 +23,11 @@ import yaml
 
 from polypseg.artifacts import atomic_path, explain_write_errors, read_json
 from polypseg.errors import UsageError, unknown_name
+from polypseg.inference.runtimes import ONNX_FILES
 from polypseg.licences import model_license
 from polypseg.origin import read_origin
 
 BUILT = Path(__file__).parent / "_web"
-NETWORKS = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
-"""Precision -> file in a model folder's ``onnx``."""
 CONVENTION = "paper"
 """Whose mean Dice the page states, as cards and tables do."""
 PAGE, BUILD, SERVICE_WORKER = "page.json", "build.json", "service_worker.js"
@@ -108,7 +107,7 @@ def assemble_page(
 ) -> dict[str, bytes]:
     """Path -> content of every file of the page for one model folder.
 
-    ``precision``: which of the folder's ``onnx`` files, see NETWORKS. ``threshold``: where the slider stands at first.
+    ``precision``: which of the folder's ``onnx`` files, see ONNX_FILES. ``threshold``: where the slider stands at first.
     ``min_area``: pixels that a counted lesion has at least. Raises UsageError when the page is not built, the folder
     has no such file, or its frames are to be prepared in another way than the page's (squash, bicubic, normalise).
     """
@@ -137,11 +136,11 @@ def _read_build(built: Path) -> dict[str, Any]:
 
 
 def _network_of(model: Path, precision: str) -> Path:
-    if precision not in NETWORKS:
-        raise unknown_name("precision", precision, NETWORKS)
+    if precision not in ONNX_FILES:
+        raise unknown_name("precision", precision, ONNX_FILES)
     if not (model / "config.json").is_file():
         raise UsageError(f"{model} is no model folder: it has no config.json")
-    network = model / "onnx" / NETWORKS[precision]
+    network = model / ONNX_FILES[precision]
     if not network.is_file():
         raise UsageError(f"{network} does not exist: the page needs the model in ONNX form, at {precision}")
     return network
