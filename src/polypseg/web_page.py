@@ -107,7 +107,7 @@ def assemble_page(
 ) -> dict[str, bytes]:
     """Path -> content of every file of the page for one model folder.
 
-    ``precision``: which of the folder's ``onnx`` files, see ONNX_FILES. ``threshold``: where the slider stands at first.
+    ``precision``: which of the folder's ``onnx`` files, see ONNX_FILES. ``threshold``: where the slider is first.
     ``min_area``: pixels that a counted lesion has at least. Raises UsageError when the page is not built, the folder
     has no such file, or its frames are to be prepared in another way than the page's (squash, bicubic, normalise).
     """
