@@ -144,7 +144,7 @@ class TestFirstWriter:
             told.append(attempt(tmp_path / "out"))
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(segment_files._Tables, "frames", look)
+        monkeypatch.setattr(segment_files._Tables, "read", look)
         with pytest.raises(KeyboardInterrupt):
             segment(tmp_path / "out", pairs / "images" / "a.png")
         assert "is being written by another process" in told[0] and str(os.getpid()) in told[0]

@@ -136,9 +136,6 @@ def finetune(
     ``run_dir`` holds another run, another process writes there or the recipe's negatives are absent, PolypSegError for
     a non-finite loss (the last checkpoint stays) or validation, InterruptedRunError after a SIGINT or SIGTERM.
     """
-    if (negatives is None) != (recipe.data.negatives is None):
-        wants = "asks for" if recipe.data.negatives else "takes no"
-        raise UsageError(f"recipe {recipe.name} {wants} polyp-free frames (data.negatives): see --negatives")
     with sole_run(run_dir, accelerator):
         run = _Run(
             model, dataset, recipe, accelerator, run_dir=run_dir, split=split, workers=workers, negatives=negatives
@@ -164,6 +161,9 @@ class _Run:
         workers: int,
         negatives: PolypDataset | None = None,
     ):
+        if (negatives is None) != (recipe.data.negatives is None):
+            wants = "asks for" if recipe.data.negatives else "takes no"
+            raise UsageError(f"recipe {recipe.name} {wants} polyp-free frames (data.negatives): see --negatives")
         self.recipe, self.accelerator, self.run_dir = recipe, accelerator, run_dir
         self.progress = Progress()
         self.dataset, self.split, self.encoder_seen = dataset, split, getattr(model, "encoder_seen", ())
