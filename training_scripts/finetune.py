@@ -20,7 +20,7 @@ from polypseg.errors import UsageError
 from polypseg.recipe import load_recipe
 from polypseg.runs import check_processes, make_accelerator
 from polypseg.suite import open_negatives
-from polypseg.training import build_model, finetune
+from polypseg.training import build_model, continued_model, finetune
 
 
 def main(
@@ -35,6 +35,9 @@ def main(
     encoder_weights: Annotated[
         str | None, Option(help="Weights file, timm:<name>.<tag>, starter, or random. Required for pretrained rows.")
     ] = None,
+    initial_model: Annotated[
+        str | None, Option(help="Go on from a fine-tuned model of the row (folder, Hub id, starter).")
+    ] = None,
     negatives: Annotated[
         Path | None, Option(help="Polyp-free frames (folder or archive) of a recipe with data.negatives.")
     ] = None,
@@ -45,12 +48,17 @@ def main(
 ) -> None:
     """Fine-tune one model of the study on one dataset."""
     entry, settings = zoo.get(model), load_recipe(recipe, overrides=set_ or [])
-    if entry.method != "none" and encoder_weights is None:
+    if initial_model is not None and encoder_weights is not None:
+        raise UsageError("--initial-model brings its encoder: leave --encoder-weights out")
+    if entry.method != "none" and encoder_weights is None and initial_model is None:
         raise UsageError(f"{entry.model_id} is a pretrained row: give its weights, or say --encoder-weights random")
     data = open_dataset(dataset, source=source, allow_partial=allow_partial, mask_values=mask_values)
     accelerator = make_accelerator(settings.training.precision, run_dir=output)
     check_processes(accelerator, expected=num_processes)
-    network = build_model(entry, settings, encoder_weights=encoder_weights)
+    if initial_model is not None:
+        network = continued_model(entry, settings, initial_model=initial_model)
+    else:
+        network = build_model(entry, settings, encoder_weights=encoder_weights)
     progress = finetune(
         network,
         data,

@@ -183,6 +183,9 @@ def _training_reasons(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield suffix or "variant", f"it was fine-tuned on {data}, not on {STUDY_DATA}"
     elif record.get("n") != STUDY_TRAINING_IMAGES:
         yield "part", f"it saw {record.get('n')} training images, not {STUDY_TRAINING_IMAGES}"
+    if record.get("continued_from"):
+        known = recipe.endswith("further")
+        yield "" if known else "continued", "it went on from another fine-tuned model"
     if not record.get("finished"):
         yield "unfinished", "its training run did not end"
 

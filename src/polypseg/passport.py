@@ -382,8 +382,10 @@ def finetuning_passport(
     stages = {"train": FINETUNING, "validation": VALIDATION}
     used = [(dataset, split), *([negatives] if negatives else [])]
     manifests = [(stages[part], kept_manifest(d, split=s, part=part)) for d, s in used for part in stages]
-    seen = (Seen(stage=stage, description=manifest.title, manifest=manifest) for stage, manifest in manifests)
-    return Passport(model_id=model_id, seen=(*encoder_seen, *seen))
+    seen = [Seen(stage=stage, description=manifest.title, manifest=manifest) for stage, manifest in manifests]
+    known = {(stage, manifest.digest) for stage, manifest in manifests}  # a model trained further on the same images
+    earlier = [old for old in encoder_seen if old.manifest is None or (old.stage, old.manifest.digest) not in known]
+    return Passport(model_id=model_id, seen=(*earlier, *seen))
 
 
 def attach_passport(folder: Path, passport: Passport) -> Path:

@@ -19,9 +19,9 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from polypseg.artifacts import atomic_path, read_json, write_csv, write_json
+from polypseg.artifacts import atomic_path, file_sha256, read_json, write_csv, write_json
 from polypseg.checkpoints import load_encoder_weights, pretraining_origin, stated_method
 from polypseg.data.augmentation import PairedAugmentation
 from polypseg.data.feed import (
@@ -41,8 +41,18 @@ from polypseg.fast_convolutions import interleaved_convolutions
 from polypseg.metrics import standard_scores
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.modeling.modeling_polypseg import soft_dice_loss
-from polypseg.passport import PASSPORT, Passport, attach_passport, finetuning_passport, seen_by_encoder
-from polypseg.processing import build_image_processor, without_shard_bars
+from polypseg.hub import fetch
+from polypseg.passport import (
+    KEY,
+    PASSPORT,
+    Passport,
+    attach_passport,
+    find_passport,
+    finetuning_passport,
+    seen_by_encoder,
+)
+from polypseg.processing import build_image_processor, load_model, without_shard_bars
+from polypseg.provenance.local import local_folder
 from polypseg.recipe import Recipe, ScheduleRecipe, changes_from_bundled
 from polypseg.runs import (
     InterruptedRunError,
@@ -114,6 +124,39 @@ def build_model(
         "scale": "full" if full else "small",
     } | ({"pretraining": pretraining} if pretraining else {})
     model.encoder_seen = seen_by_encoder(encoder_weights, config.weights_origin)
+    return model
+
+
+def continued_model(entry: ZooEntry, recipe: Recipe, *, initial_model: str) -> PolypSegForSemanticSegmentation:
+    """A fine-tuned model of this row, to be trained further with the recipe.
+
+    ``initial_model``: a model folder, a Hub id or ``starter``. Its record, its passport and the SHA-256 of its weights
+    go into the new model's. Raises UsageError when its encoder or decoder is not the recipe's, or it is not of the row.
+    """
+    folder = local_folder(initial_model) or fetch(initial_model)
+    model, _ = load_model(str(folder))
+    origin = dict(getattr(model.config, "weights_origin", None) or {})
+    if not isinstance(model, PolypSegForSemanticSegmentation) or origin.get("row") != entry.model_id:
+        raise UsageError(f"{initial_model} is no fine-tuned model of {entry.short_name}: choose its own row")
+    wanted = PolypSegConfig(**(entry.config_fields() | recipe.model.model_dump(exclude_none=True))).to_dict()
+    architecture = ("encoder", "decoder", "decoder_channels", "decoder_dropout")
+    differing = [key for key in architecture if wanted[key] != getattr(model.config, key)]
+    if differing:
+        raise UsageError(f"{initial_model} differs from recipe {recipe.name} in {', '.join(differing)}")
+    try:
+        model.check_image_size(recipe.data.image_size, recipe.data.image_size)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    model.config.image_size = recipe.data.image_size
+    passport = find_passport(folder, named=origin.get(KEY))
+    origin["continued_from"] = {
+        "sha256": file_sha256(folder / SAFE_WEIGHTS_NAME),
+        "recipe": origin.get("recipe"),
+        "finetuned_on": origin.get("finetuned_on"),
+    }
+    stages = ("model_id", "row", "encoder_initialisation", "scale", "pretraining", "continued_from")
+    model.config.weights_origin = {key: origin[key] for key in stages if key in origin}
+    model.encoder_seen = passport[0].seen if passport else ()
     return model
 
 
