@@ -38,10 +38,10 @@ from polypseg.data.polyps import PolypDataset
 from polypseg.distributed import synchronise_batchnorm
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.fast_convolutions import interleaved_convolutions
+from polypseg.hub import fetch
 from polypseg.metrics import standard_scores
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.modeling.modeling_polypseg import soft_dice_loss
-from polypseg.hub import fetch
 from polypseg.passport import (
     KEY,
     PASSPORT,
