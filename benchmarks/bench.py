@@ -14,8 +14,8 @@ import embedding_distance
 import measures
 import near_duplicates
 import synthetic_frames
-from polypseg.artifacts import environment_record, write_json, write_text
-from polypseg.cli import run_script
+from polypseg.cli.app import run_script
+from polypseg.files import environment_record, write_json, write_text
 from side_by_side import Neighbours, Row, why_not_quotable
 
 BENCHMARKS = (measures.rows, near_duplicates.rows, embedding_distance.rows, synthetic_frames.rows)

@@ -17,11 +17,11 @@ from rich.table import Table
 from tqdm import tqdm
 from typer import Option
 
-from polypseg.artifacts import write_json
-from polypseg.cli import print_whole, run_script
+from polypseg.cli.app import print_whole, run_script
 from polypseg.data import open_dataset
 from polypseg.errors import UsageError
-from polypseg.hub import fetch
+from polypseg.evaluation.metrics import pixel_counts, score
+from polypseg.files import write_json
 from polypseg.inference.runtimes import (
     ONNX_FILES,
     ONNXRUNTIME,
@@ -32,9 +32,9 @@ from polypseg.inference.runtimes import (
     is_installed,
     thread_count,
 )
-from polypseg.metrics import pixel_counts, score
+from polypseg.inference.segmenter import Segmenter, load
+from polypseg.provenance.fetch import fetch
 from polypseg.provenance.local import local_folder
-from polypseg.segmentation import Segmenter, load
 
 
 def main(

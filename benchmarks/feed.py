@@ -18,11 +18,11 @@ from PIL import Image
 from torchvision.transforms import ColorJitter, GaussianBlur, RandomAffine
 from typer import Option
 
-from polypseg.cli import run_script
+from polypseg.cli.app import run_script
 from polypseg.data import PolypDataset, open_dataset
-from polypseg.data.augmentation import PairedAugmentation
-from polypseg.data.feed import TrainingFeed, cache_pairs
 from polypseg.recipe import load_recipe
+from polypseg.training.augmentation import PairedAugmentation
+from polypseg.training.loader import TrainingFeed, cache_pairs
 from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD
 
 

@@ -21,16 +21,16 @@ from rich.table import Table
 from tqdm import tqdm
 from typer import Argument, Option
 
-from polypseg.artifacts import write_csv
-from polypseg.cli import print_whole, run_script
+from polypseg.cli.app import print_whole, run_script
 from polypseg.data import PolypDataset, open_dataset
 from polypseg.data.catalog import CLIP_COLUMN
 from polypseg.data.polyps import Record
 from polypseg.errors import UsageError
-from polypseg.hub import load
+from polypseg.evaluation.metrics import pixel_counts, score
+from polypseg.files import write_csv
+from polypseg.inference.model import default_device
 from polypseg.inference.video import RATE, CausalSmoother, FlickerIndex
-from polypseg.metrics import pixel_counts, score
-from polypseg.processing import default_device
+from polypseg.provenance.fetch import load
 
 Mask = NDArray[np.bool_]
 

@@ -15,9 +15,9 @@ import cv2
 import numpy as np
 from typer import Option
 
-from polypseg.cli import run_script
-from polypseg.conventions import CONVENTIONS, needed_measures
-from polypseg.measures import measure_image
+from polypseg.cli.app import run_script
+from polypseg.evaluation.conventions import CONVENTIONS, needed_measures
+from polypseg.evaluation.image_metrics import measure_image
 from side_by_side import BASELINE, Neighbours, Row, show, side_by_side
 
 FROZEN = Path(__file__).resolve().parents[1] / "tests" / "frozen_measures.py"

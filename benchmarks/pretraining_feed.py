@@ -22,10 +22,10 @@ from torch import Tensor
 from torchvision import transforms as T
 from typer import Option
 
-from polypseg.cli import run_script
-from polypseg.data.frames import open_frames
+from polypseg.cli.app import run_script
+from polypseg.data.corpus import open_frames
 from polypseg.data.shards import write_shards
-from polypseg.pretraining.feed import FrameFeed
+from polypseg.pretraining.loader import FrameFeed
 from polypseg.pretraining.recipe import load_pretraining_recipe
 from polypseg.pretraining.views import ViewSettings
 from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD

@@ -16,11 +16,11 @@ from accelerate import Accelerator
 from tqdm import tqdm
 from typer import Option
 
-from polypseg.cli import run_script
-from polypseg.data.frames import open_frames
+from polypseg.cli.app import run_script
+from polypseg.data.corpus import open_frames
 from polypseg.data.shards import write_shards
+from polypseg.pretraining.loop import build_method, pretrain
 from polypseg.pretraining.recipe import load_pretraining_recipe
-from polypseg.pretraining.run import build_method, pretrain
 
 OVERRIDES = [
     "encoder=test_vit",

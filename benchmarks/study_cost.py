@@ -19,16 +19,16 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from typer import Option
 
 from polypseg import zoo
-from polypseg.artifacts import write_csv
-from polypseg.cli import run_script
+from polypseg.cli.app import run_script
 from polypseg.data.catalog import DATASETS
-from polypseg.origin import STUDY_TRAINING_IMAGES
+from polypseg.files import write_csv
 from polypseg.pretraining.encoders import build_encoder
+from polypseg.pretraining.loop import build_method
 from polypseg.pretraining.mae import MAE
 from polypseg.pretraining.recipe import load_pretraining_recipe
-from polypseg.pretraining.run import build_method
+from polypseg.provenance.origin import STUDY_TRAINING_IMAGES
 from polypseg.recipe import load_recipe
-from polypseg.training import build_model
+from polypseg.training.finetune import build_model
 
 PRETRAINING = (
     "pretrain_moco_v3_resnet50",

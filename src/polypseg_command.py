@@ -10,7 +10,7 @@ def main() -> None:
     words = sys.argv[1:]
     plain = read_plain_segment(words[1:]) if words[:1] == ["segment"] else None
     if plain is None:
-        from polypseg.cli import main as run
+        from polypseg.cli.app import main as run
 
         run()
     else:
@@ -20,7 +20,7 @@ def main() -> None:
 def read_plain_segment(words: Sequence[str]) -> dict[str, Any] | None:
     """The options of ``polypseg segment``, read by argparse; None for anything that the full command should judge.
 
-    The full command (``polypseg.use_commands.segment``) has the same options and more, all help and all complaints; it
+    The full command (``polypseg.cli.predict.segment``) has the same options and more, all help and all complaints; it
     imports four times as much, which a person with one photo would wait for.
     """
     import argparse
@@ -46,7 +46,7 @@ def read_plain_segment(words: Sequence[str]) -> dict[str, Any] | None:
 
 def _segment(options: dict[str, Any]) -> None:
     """Segment and print, with errors as every command reports them."""
-    from polypseg.console import reported
+    from polypseg.cli.console import reported
 
     with reported():
         from polypseg.inference.segment import run_segment

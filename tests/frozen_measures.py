@@ -1,4 +1,4 @@
-"""The measures as they were first written, one after another and plainly: what polypseg.measures must equal to 1e-9."""
+"""The measures as they were first written, plainly, one after another: what image_metrics.py must equal to 1e-9."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from polypseg.metrics import pixel_counts
+from polypseg.evaluation.metrics import pixel_counts
 
 THRESHOLDS = np.arange(256, dtype=np.float32) / np.float32(255)
 """The 256 thresholds k / 255; a pixel counts as predicted where its probability reaches the threshold (>=)."""
@@ -39,7 +39,7 @@ class ImageMeasures:
     intersection: int
     predicted: int
     true: int
-    """Pixels at probability > 0.5 (strictly), as in polypseg.metrics."""
+    """Pixels at probability > 0.5 (strictly), as in polypseg.evaluation.metrics."""
     curve: Counts
     """(2, 256): intersection and predicted pixels at each of THRESHOLDS."""
     rescaled_curve: Counts

@@ -13,10 +13,10 @@ from typing import Annotated
 from typer import Option
 
 from hub.process import HubProcess, running_hub
-from polypseg.artifacts import read_json
-from polypseg.cli import run_script
+from polypseg.cli.app import run_script
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.origin import read_origin
+from polypseg.files import read_json
+from polypseg.provenance.origin import read_origin
 
 
 def command(hub: HubProcess, home: Path, *words: object) -> None:

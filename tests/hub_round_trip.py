@@ -26,11 +26,11 @@ from typer import Option
 
 from hub.process import HubProcess, running_hub
 from polypseg import zoo
-from polypseg.artifacts import environment_record, write_json
-from polypseg.cli import print_whole, run_script
+from polypseg.cli.app import print_whole, run_script
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
-from polypseg.evaluation import predicted_mask
-from polypseg.processing import build_image_processor
+from polypseg.evaluation.evaluate import predicted_mask
+from polypseg.files import environment_record, write_json
+from polypseg.inference.model import build_image_processor
 from reference_files import write_reference_file
 
 TESTS = Path(__file__).resolve().parent

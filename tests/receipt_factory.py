@@ -16,9 +16,9 @@ from scipy import ndimage
 
 from polypseg import zoo
 from polypseg.data.catalog import CLIP_COLUMN, DATASETS
-from polypseg.passport import ImagePrint, SplitManifest
+from polypseg.evaluation.scoring import score_predictions
+from polypseg.provenance.passport import ImagePrint, SplitManifest
 from polypseg.report import write_report
-from polypseg.scoring import score_predictions
 from polypseg.zoo import ZooEntry
 
 SIDE = 24

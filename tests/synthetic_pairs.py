@@ -15,7 +15,7 @@ from polypseg.data.catalog import get_spec
 from polypseg.data.polyps import PolypDataset, SyntheticOptions, SyntheticSource, index_records
 from polypseg.data.synthetic import CAMERAS
 from polypseg.shift import FACTORS, MeasuredSet
-from polypseg.shift.measures import measure_frame
+from polypseg.shift.frame_statistics import measure_frame
 
 SIDE, COUNT = 96, 12
 PLAIN = replace(CAMERAS["a"], text_share=0.0, box_share=0.0, polyp_area_spread=0.35, second_polyp_share=0.0)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from polypseg import artifacts
-from polypseg.artifacts import (
+from polypseg import files as artifacts
+from polypseg.errors import PolypSegError
+from polypseg.files import (
     atomic_path,
     cache_folder,
     environment_record,
@@ -23,7 +24,6 @@ from polypseg.artifacts import (
     write_json,
     write_text,
 )
-from polypseg.errors import PolypSegError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

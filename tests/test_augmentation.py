@@ -14,10 +14,10 @@ from scipy import stats
 from torchvision.transforms import functional as tensors
 from torchvision.transforms.v2 import functional as oracle
 
-from polypseg.data import augmentation
-from polypseg.data.augmentation import Affine, Normalisation, PairedAugmentation
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.recipe import load_recipe
+from polypseg.training import augmentation
+from polypseg.training.augmentation import Affine, Normalisation, PairedAugmentation
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}

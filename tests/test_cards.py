@@ -16,31 +16,25 @@ from transformers import DPTConfig, DPTForSemanticSegmentation
 
 from hub.cards import check_card
 from polypseg import zoo
-from polypseg.artifacts import write_json
-from polypseg.card_facts import (
-    PICTURES,
-    collect_facts,
-    measured_facts,
-    planned_facts,
-    pretrained_entry,
-    read_results,
-)
-from polypseg.card_pictures import SEED, SIZE, write_card_pictures
-from polypseg.cards import lint_card, load_card, render_card, render_pages, write_pages
-from polypseg.data.catalog import DATASETS, clinicdb_sequence
+from polypseg.data.catalog import DATASETS, POPULATIONS, clinicdb_sequence
 from polypseg.data.splits import pinned_split
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
-from polypseg.dataset_cards import DISCLAIMER, POPULATIONS, load_references
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluation import predict_masks
-from polypseg.hub import ORGANISATION
-from polypseg.licences import model_license
-from polypseg.markdown import all_plain, plain
-from polypseg.metrics import METRICS
+from polypseg.evaluation.evaluate import predict_masks
+from polypseg.evaluation.receipt import digest_of
+from polypseg.evaluation.receipt_reading import read_results
+from polypseg.files import write_json
+from polypseg.hub.card_facts import PICTURES, collect_facts, measured_facts, planned_facts
+from polypseg.hub.card_pictures import SEED, SIZE, write_card_pictures
+from polypseg.hub.dataset_card import load_references
+from polypseg.hub.markdown import all_plain, plain
+from polypseg.hub.model_card import lint_card, load_card, render_card, render_pages, write_pages
+from polypseg.inference.model import build_image_processor, load_model
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
-from polypseg.origin import read_origin
-from polypseg.processing import build_image_processor, load_model
-from polypseg.receipts import digest_of
+from polypseg.provenance.fetch import ORGANISATION
+from polypseg.provenance.licence import DISCLAIMER, model_license
+from polypseg.provenance.origin import pretrained_entry, read_origin
+from polypseg.statistics.scores import METRICS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = REPOSITORY / "model_cards"
@@ -176,7 +170,7 @@ def test_write_pages_removes_the_card_of_a_model_that_is_gone(tmp_path):
 
 
 def test_template_knows_no_model_and_no_dataset_by_name():
-    text = (REPOSITORY / "hub_configs" / "cards" / "model_card.md.jinja").read_text().lower()
+    text = (REPOSITORY / "src/polypseg/hub/templates/model_card.md.jinja").read_text().lower()
     names = [*zoo.METHODS, *zoo.CORPORA, *zoo.ENCODERS, *DATASETS, "deeplab", "clinicdb", "kvasir", "imagenet", "moco"]
     assert not [name for name in names if name not in ("none", "folder") and re.search(rf"\b{name}", text)]
 

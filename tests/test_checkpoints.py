@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from polypseg.checkpoints import (
+from polypseg.errors import PolypSegError, UsageError
+from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
+from polypseg.weights.loading import (
     PRETRAINING_KEY,
     STARTER_ENCODER,
     _starter_state,
@@ -24,8 +26,6 @@ from polypseg.checkpoints import (
     pretraining_origin,
     read_state_dict,
 )
-from polypseg.errors import PolypSegError, UsageError
-from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 
 DECODERS = {"resnet18": "deeplabv3plus", "vit_tiny_patch16_224": "dpt", STARTER_ENCODER: "deeplabv3plus"}
 

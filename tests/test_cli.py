@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from polypseg.cli import app, run_app, run_script
+from polypseg.cli.app import app, run_app, run_script
 from polypseg.data.catalog import DATASETS
 from polypseg.errors import PolypSegError
 from polypseg.zoo import ZOO

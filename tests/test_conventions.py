@@ -9,10 +9,17 @@ from scipy import ndimage, spatial
 from sklearn import metrics as sklearn_metrics
 
 import frozen_measures
-from polypseg.conventions import CONVENTIONS, choose_conventions, conventions_markdown
 from polypseg.errors import UsageError
-from polypseg.measures import MEASURES, THRESHOLDS, e_measure, largest_component, measure_image, threshold_counts
-from polypseg.metrics import mean_with_interval, score
+from polypseg.evaluation.conventions import CONVENTIONS, choose_conventions, conventions_markdown
+from polypseg.evaluation.image_metrics import (
+    MEASURES,
+    THRESHOLDS,
+    e_measure,
+    largest_component,
+    measure_image,
+    threshold_counts,
+)
+from polypseg.evaluation.metrics import mean_with_interval, score
 
 
 def disc(height, width, *, y, x, radius):

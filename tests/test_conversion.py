@@ -16,14 +16,15 @@ import timm
 import torch
 from torch import Tensor
 
-from polypseg import conversion, zoo
-from polypseg.checkpoints import describe_source, identify_encoder, load_encoder_weights, pretraining_origin
-from polypseg.conversion import convert_file, inspect_file
+from polypseg import zoo
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.inference.model import load_model
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
-from polypseg.origin import read_origin
-from polypseg.processing import load_model
-from polypseg.upstream_formats import Content, recognise
+from polypseg.provenance.origin import read_origin
+from polypseg.weights import convert as conversion
+from polypseg.weights.convert import convert_file, inspect_file
+from polypseg.weights.formats import Content, recognise
+from polypseg.weights.loading import describe_source, identify_encoder, load_encoder_weights, pretraining_origin
 from reference_files import (
     ENCODER_KINDS,
     ReferenceFile,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from polypseg.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from polypseg.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.errors import UsageError
 

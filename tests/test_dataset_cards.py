@@ -14,17 +14,10 @@ from PIL import Image
 
 import processes
 from hub.process import running_hub
-from polypseg.data.catalog import DATASETS, get_spec
-from polypseg.dataset_cards import (
-    DISCLAIMER,
-    POPULATIONS,
-    check_may_upload,
-    license_of,
-    load_references,
-    push_dataset,
-    render_dataset_card,
-)
+from polypseg.data.catalog import DATASETS, POPULATIONS, get_spec
 from polypseg.errors import UsageError
+from polypseg.hub.dataset_card import check_may_upload, license_of, load_references, push_dataset, render_dataset_card
+from polypseg.provenance.licence import DISCLAIMER
 
 OPEN = ("hyperkvasir_labelled", "hyperkvasir_unlabelled", "polypgen", "synthetic_a", "synthetic_b")
 CLOSED = tuple(name for name in DATASETS if name not in OPEN)
@@ -55,7 +48,7 @@ def test_public_copy_of_a_restricted_set_is_refused_with_its_terms(name):
 
 @pytest.mark.parametrize("options", [{"private": True}, {"private": False, "override": True}])
 def test_private_copy_and_explicit_override_are_allowed_with_a_warning(options, caplog):
-    with caplog.at_level(logging.WARNING, logger="polypseg.dataset_cards"):
+    with caplog.at_level(logging.WARNING, logger="polypseg.hub.dataset_card"):
         check_may_upload(get_spec("cvc_clinicdb"), **options)
     assert "CVC-ClinicDB" in caplog.text and "research and education only" in caplog.text
     assert ("override" in caplog.text) == ("override" in options)
@@ -128,7 +121,7 @@ def test_push_refuses_before_it_looks_for_the_data_or_the_hub(monkeypatch):
         raise AssertionError("it went on")
 
     monkeypatch.setattr("polypseg.data.polyps.open_dataset", never)
-    monkeypatch.setattr("polypseg.hub.hub_api", never)
+    monkeypatch.setattr("polypseg.provenance.fetch.hub_api", never)
     with pytest.raises(UsageError, match="CVC-ClinicDB is not this package's to give away"):
         push_dataset("cvc_clinicdb", "someone/copy", private=False)
 
@@ -139,7 +132,7 @@ def test_pushed_copy_comes_back_with_its_card_and_never_lands_in_a_public_reposi
     push = """
         import sys
         from pathlib import Path
-        from polypseg.dataset_cards import push_dataset
+        from polypseg.hub.dataset_card import push_dataset
         from polypseg.errors import UsageError
         try:
             print(push_dataset("folder", sys.argv[1], source=Path(sys.argv[2]), split="full"))

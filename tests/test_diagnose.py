@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polypseg.diagnose import diagnose, highest_iou, iou_of_dice, two_classes
 from polypseg.errors import UsageError
+from polypseg.evaluation.diagnose import diagnose, highest_iou, iou_of_dice, two_classes
 
 FEW_IMAGES = st.lists(
     st.tuples(st.integers(0, 1000), st.integers(0, 1000), st.integers(1, 1000)), min_size=1, max_size=6

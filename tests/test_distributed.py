@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from torch.nn.parallel import DistributedDataParallel
 
 from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation
-from polypseg.distributed import GlobalBatchNorm2d, synchronise_batchnorm
+from polypseg.training.distributed import GlobalBatchNorm2d, synchronise_batchnorm
 
 CONFIGS = {
     "resnet18": {"encoder": "resnet18", "decoder": "deeplabv3plus"},

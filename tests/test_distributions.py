@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import polypseg
-from polypseg.console import reported
+from polypseg.cli.console import reported
 from polypseg.errors import missing_package
 
 ROOT = Path(__file__).resolve().parents[1]

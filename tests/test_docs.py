@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import processes
-from polypseg.card_facts import cell_of, read_results, scores_of, size_of
-from polypseg.conventions import conventions_markdown
+from polypseg.evaluation.conventions import conventions_markdown
+from polypseg.evaluation.receipt import check_receipt
+from polypseg.evaluation.receipt_reading import cell_of, read_results, scores_of, size_of
 from polypseg.pretraining.export import render_index
-from polypseg.receipts import check_receipt
 from polypseg.report import write_report
 from polypseg.report.wording import between, number
 

@@ -13,14 +13,14 @@ from torch import nn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation
+from polypseg.cli.evaluate import Seen
 from polypseg.data import SyntheticOptions, open_dataset
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluate_commands import Seen
-from polypseg.evaluation import evaluate_model, predict_masks, predicted_mask
-from polypseg.metrics import METRICS
-from polypseg.passport import SeenError, attach_passport, finetuning_passport
-from polypseg.processing import build_image_processor, load_model, polyp_logits
-from polypseg.receipts import check_receipt, read_receipt
+from polypseg.evaluation.evaluate import evaluate_model, predict_masks, predicted_mask
+from polypseg.evaluation.receipt import check_receipt, read_receipt
+from polypseg.inference.model import build_image_processor, load_model, polyp_logits
+from polypseg.provenance.passport import SeenError, attach_passport, finetuning_passport
+from polypseg.statistics.scores import METRICS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

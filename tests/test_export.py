@@ -16,15 +16,15 @@ from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import processes
-from polypseg import export as export_module
-from polypseg.artifacts import file_sha256, read_json
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.export import FP16_WEIGHTS, export_model, half, write_weights
-from polypseg.manifest import MANIFEST, find_mismatches, list_files, read_manifest
+from polypseg.evaluation.receipt import read_receipt, save_receipt
+from polypseg.evaluation.scoring import score_predictions
+from polypseg.files import file_sha256, read_json
+from polypseg.hub import export as export_module
+from polypseg.hub.export import FP16_WEIGHTS, export_model, half, write_weights
+from polypseg.inference.model import build_image_processor, load_model
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
-from polypseg.processing import build_image_processor, load_model
-from polypseg.receipts import read_receipt, save_receipt
-from polypseg.scoring import score_predictions
+from polypseg.provenance.checksums import MANIFEST, find_mismatches, list_files, read_manifest
 from receipt_factory import DrawnDataset, DrawnPredictions
 
 FIELDS = {

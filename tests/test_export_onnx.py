@@ -13,12 +13,12 @@ from PIL import Image
 
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.hub import onnx as module
+from polypseg.hub.onnx import export_runtime
 from polypseg.inference.replay import replay
 from polypseg.inference.runtimes import OnnxRuntime
-from polypseg.manifest import find_mismatches, list_files, read_manifest, write_manifest
-from polypseg.segmentation import load
-from polypseg.weights import onnx as module
-from polypseg.weights.onnx import export_runtime
+from polypseg.inference.segmenter import load
+from polypseg.provenance.checksums import find_mismatches, list_files, read_manifest, write_manifest
 from tiny_models import write_tiny_model
 
 
@@ -32,7 +32,7 @@ def exported(tmp_path_factory, frames) -> Path:
     """A tiny model in half precision, exported in every form; its network is traced once."""
     folder = write_tiny_model(tmp_path_factory.mktemp("export") / "model")
     half = folder.parent / "half"
-    from polypseg.processing import load_model
+    from polypseg.inference.model import load_model
 
     load_model(str(folder))[0].half().save_pretrained(half)
     shutil.copyfile(folder / "preprocessor_config.json", half / "preprocessor_config.json")
@@ -138,8 +138,8 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path):
         def polyp_logits(self, pixels):
             return np.ones((len(pixels), 64, 64), dtype=np.float32)
 
+    from polypseg.inference.model import load_model
     from polypseg.inference.preparation import FrameProcessor
-    from polypseg.processing import load_model
 
     folder = write_tiny_model(tmp_path / "m")
     model, _ = load_model(str(folder))
@@ -173,7 +173,7 @@ def test_calibration_takes_the_training_part_only():
 
 
 def test_the_published_folder_and_the_runtimes_file_have_options_of_their_own(tmp_path):
-    from polypseg.hub_commands import export
+    from polypseg.cli.hub import export
 
     for options, words in (
         ({"precision": "fp16"}, "belong to --format"),

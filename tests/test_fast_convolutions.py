@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from polypseg.fast_convolutions import interleaved_convolutions
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
+from polypseg.training.fast_convolutions import interleaved_convolutions
 
 
 @pytest.mark.parametrize("side", [(16, 16), (18, 14), (7, 9)])

@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from polypseg.data.augmentation import PairedAugmentation
-from polypseg.data.feed import (
+from polypseg.data.polyps import PolypDataset, SyntheticOptions, open_dataset
+from polypseg.errors import PolypSegError, UsageError
+from polypseg.recipe import load_recipe
+from polypseg.training.augmentation import PairedAugmentation
+from polypseg.training.loader import (
     CachedPairs,
     GlobalBatches,
     TrainingFeed,
@@ -20,9 +23,6 @@ from polypseg.data.feed import (
     cache_pairs,
     training_loader,
 )
-from polypseg.data.polyps import PolypDataset, SyntheticOptions, open_dataset
-from polypseg.errors import PolypSegError, UsageError
-from polypseg.recipe import load_recipe
 
 SIDE = 48
 STATISTICS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from polypseg.data import frames as frames_module
-from polypseg.data.frames import FrameStore, PositionedFiles, ShardFrames, open_frames, scan_tar
+from polypseg.data import corpus as frames_module
+from polypseg.data.corpus import FrameStore, PositionedFiles, ShardFrames, open_frames, scan_tar
 from polypseg.errors import PolypSegError, UsageError
 
 FILES = {f"corpus/{kind}/{n}.jpg": random.Random(f"{kind}{n}").randbytes(700 + n) for kind in "ba" for n in (2, 10, 1)}
@@ -333,7 +333,7 @@ def test_a_process_holds_few_open_files(tmp_path):
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from polypseg.data.frames import open_frames
+from polypseg.data.corpus import open_frames
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

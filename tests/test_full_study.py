@@ -24,13 +24,13 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from PIL import Image
 from torch import nn
 
-from polypseg.cli import app
+from polypseg.cli.app import app
 from polypseg.data.catalog import DATASETS, get_spec
 from polypseg.pretraining.encoders import build_encoder
 from polypseg.pretraining.mae import MAE
 from polypseg.pretraining.recipe import load_pretraining_recipe
 from polypseg.recipe import load_recipe
-from polypseg.study import StudyPlan, plan_jobs
+from polypseg.study.scales import StudyPlan, plan_jobs
 from polypseg.zoo import ZOO, get
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -17,16 +17,17 @@ from rich.console import Console
 
 from polypseg import zoo
 from polypseg.data import open_dataset
-from polypseg.data.frames import FrameSubset, open_frames
+from polypseg.data.corpus import FrameSubset, open_frames
 from polypseg.data.polyps import SyntheticOptions
 from polypseg.errors import UsageError
-from polypseg.grid import GridData, grid_cells, load_grid, run_grid
-from polypseg.grid.cost import plan_cost
-from polypseg.grid.tasks import EvaluateTask, FinetuneTask, PretrainTask, grid_tasks
-from polypseg.grid.work import record_grid, work_through
+from polypseg.evaluation.receipt import find_receipts
 from polypseg.modeling import PolypSegForSemanticSegmentation
-from polypseg.receipts import find_receipts
 from polypseg.recipe import find_recipe
+from polypseg.study.cells import grid_cells
+from polypseg.study.cost import plan_cost
+from polypseg.study.schema import load_grid
+from polypseg.study.tasks import EvaluateTask, FinetuneTask, GridData, PretrainTask, grid_tasks
+from polypseg.study.workers import record_grid, run_grid, work_through
 
 TINY = {
     "name": "tiny",

@@ -8,12 +8,12 @@ import pytest
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 
-from polypseg.artifacts import read_bounded, read_json
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.grid.schema import Grid, load_grid
-from polypseg.manifest import read_manifest
+from polypseg.files import read_bounded, read_json
 from polypseg.pretraining.recipe import RECIPES, load_pretraining_recipe
+from polypseg.provenance.checksums import read_manifest
 from polypseg.recipe import LARGEST_YAML, Recipe, find_recipe, load_recipe, read_yaml
+from polypseg.study.schema import Grid, load_grid
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 9)}]\n" for n in range(12)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from polypseg.artifacts import from_cell, original_name, printable, to_cell, write_csv
 from polypseg.data.images import encode_png
 from polypseg.errors import UsageError
+from polypseg.files import from_cell, original_name, printable, to_cell, write_csv
 from polypseg.inference.inputs import VIDEO_SUFFIXES, image_suffixes, read_inputs
 from polypseg.inference.pipeline import in_background
 

@@ -9,15 +9,15 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from polypseg import zoo
-from polypseg.card_facts import planned_facts
-from polypseg.cards import render_card
+from polypseg.cli.predict import license_
 from polypseg.data.catalog import DATASETS
 from polypseg.errors import UsageError
-from polypseg.licences import license_contradictions, model_license, report_license
-from polypseg.manifest import write_manifest
-from polypseg.origin import read_origin
-from polypseg.publish import plan_push
-from polypseg.use_commands import license_
+from polypseg.hub.card_facts import planned_facts
+from polypseg.hub.model_card import render_card
+from polypseg.hub.push import plan_push
+from polypseg.provenance.checksums import write_manifest
+from polypseg.provenance.licence import license_contradictions, model_license, report_license
+from polypseg.provenance.origin import read_origin
 from tiny_models import SMOKE_ORIGIN, write_tiny_model
 
 NC, OTHER = ("cc-by-nc-4.0", None), "other"

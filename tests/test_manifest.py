@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from polypseg.errors import PolypSegError
-from polypseg.manifest import MANIFEST, find_mismatches, list_files, read_manifest, write_manifest
+from polypseg.provenance.checksums import MANIFEST, find_mismatches, list_files, read_manifest, write_manifest
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 
 from polypseg.errors import UsageError
-from polypseg.metrics import CONVENTIONS, METRICS, mean_with_interval, pixel_counts, score
+from polypseg.evaluation.metrics import CONVENTIONS, mean_with_interval, pixel_counts, score
+from polypseg.statistics.scores import METRICS
 
 Mask = list[list[int]]
 

@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSemanticSegmentation
 
 import polypseg
-from polypseg import predictions
 from polypseg.data.polyps import PolypDataset, open_dataset
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluation import evaluate_model, predict_masks
-from polypseg.predictions import ModelPredictions, OnnxPredictions, SmpPredictions, open_model
-from polypseg.processing import fold_names, load_model, polyp_logits, resize_map, results_name
-from polypseg.robustness import measure_robustness
-from polypseg.segment_files import segment_files
-from polypseg.segmentation import Segmenter
+from polypseg.evaluation.evaluate import evaluate_model, predict_masks
+from polypseg.evaluation.robustness import measure_robustness
+from polypseg.inference import predictors as predictions
+from polypseg.inference.model import fold_names, load_model, polyp_logits, resize_map, results_name
+from polypseg.inference.predictors import ModelPredictions, OnnxPredictions, SmpPredictions, open_model
+from polypseg.inference.segment_files import segment_files
+from polypseg.inference.segmenter import Segmenter
 from tiny_models import write_tiny_model
 
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"

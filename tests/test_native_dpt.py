@@ -10,7 +10,7 @@ from transformers import AutoModelForSemanticSegmentation, DPTConfig, DPTForSema
 
 from polypseg.errors import UsageError
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
-from polypseg.native_dpt import from_native_dpt, to_native_dpt
+from polypseg.weights.native_dpt import from_native_dpt, to_native_dpt
 from reference_files import randomised
 
 # float32 kernels differ between instruction sets and with where tensors lie in memory. Observed largest differences of

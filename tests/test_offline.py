@@ -6,10 +6,10 @@ import time
 import pytest
 from huggingface_hub import constants
 
-from polypseg.checkpoints import load_encoder_weights
 from polypseg.errors import PolypSegError
-from polypseg.hub import hub_is_reachable, without_retries_when_offline
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
+from polypseg.provenance.fetch import hub_is_reachable, without_retries_when_offline
+from polypseg.weights.loading import load_encoder_weights
 
 
 @pytest.fixture

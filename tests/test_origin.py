@@ -3,8 +3,8 @@
 import pytest
 
 from polypseg.errors import UsageError
-from polypseg.licences import model_license
-from polypseg.origin import read_origin
+from polypseg.provenance.licence import model_license
+from polypseg.provenance.origin import read_origin
 from polypseg.zoo import EXTRA, ZOO
 
 ROW = {entry.short_name: entry for entry in ZOO}

@@ -13,21 +13,21 @@ from accelerate.state import AcceleratorState
 from numpy.typing import NDArray
 from PIL import Image
 
-from polypseg import export as export_module
-from polypseg import passport as passport_module
 from polypseg import zoo
-from polypseg.artifacts import write_json
-from polypseg.card_facts import planned_facts
-from polypseg.cards import render_card
-from polypseg.checkpoints import PRETRAINING_KEY, write_timm_encoder
-from polypseg.data.frames import open_frames
+from polypseg.cli.evaluate import Seen as EvaluateSeen
+from polypseg.cli.evaluate import evaluate
+from polypseg.data.corpus import open_frames
 from polypseg.data.polyps import SyntheticOptions, open_dataset
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluate_commands import Seen as EvaluateSeen
-from polypseg.evaluate_commands import evaluate
-from polypseg.export import export_model
-from polypseg.manifest import MANIFEST, read_manifest
-from polypseg.passport import (
+from polypseg.evaluation.receipt import check_receipt, read_receipt
+from polypseg.files import write_json
+from polypseg.hub import export as export_module
+from polypseg.hub.card_facts import planned_facts
+from polypseg.hub.export import export_model
+from polypseg.hub.model_card import render_card
+from polypseg.provenance import passport as passport_module
+from polypseg.provenance.checksums import MANIFEST, read_manifest
+from polypseg.provenance.passport import (
     KINDS,
     NEAR_DUPLICATE,
     PASSPORT,
@@ -47,9 +47,9 @@ from polypseg.passport import (
     refuse_collisions,
     seen_by_encoder,
 )
-from polypseg.receipts import check_receipt, read_receipt
 from polypseg.recipe import load_recipe
-from polypseg.training import build_model, finetune
+from polypseg.training.finetune import build_model, finetune
+from polypseg.weights.loading import PRETRAINING_KEY, write_timm_encoder
 from tiny_models import SMOKE_ORIGIN, write_tiny_model
 
 WIDTH, HEIGHT = 96, 80

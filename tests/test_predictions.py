@@ -17,12 +17,12 @@ from torch import nn
 from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.data import SyntheticOptions, open_dataset
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluation import evaluate_model, predicted_mask
-from polypseg.metrics import METRICS
-from polypseg.prediction_files import FilePredictions, read_map, save_predictions
-from polypseg.predictions import ModelPredictions, OnnxPredictions, SmpPredictions, probability_map
-from polypseg.processing import build_image_processor
-from polypseg.scoring import score_predictions
+from polypseg.evaluation.evaluate import evaluate_model, predicted_mask
+from polypseg.evaluation.scoring import score_predictions
+from polypseg.inference.model import build_image_processor
+from polypseg.inference.prediction_files import FilePredictions, read_map, save_predictions
+from polypseg.inference.predictors import ModelPredictions, OnnxPredictions, SmpPredictions, probability_map
+from polypseg.statistics.scores import METRICS
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_onnx_files_that_do_not_fit_are_refused(monkeypatch, tmp_path, data, sha
 def test_onnx_files_are_prepared_for_as_their_own_folder_says(tmp_path, data):
     """A wrong mean gives wrong numbers in silence: ImageNet's is only for files that lie alone."""
     from light_models import SIZE, write_light_model
-    from polypseg.segmentation import load
+    from polypseg.inference.segmenter import load
 
     folder = write_light_model(tmp_path / "m")
     found = dict(OnnxPredictions(name="o", path=folder / "onnx" / "model.onnx").predict(data, data.ids[:2]))

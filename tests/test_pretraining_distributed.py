@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.nn.parallel import DistributedDataParallel
 
-from polypseg.distributed import gather_rows, process_count, process_index, synchronise_batchnorm
 from polypseg.pretraining.barlow_twins import BarlowTwins
 from polypseg.pretraining.encoders import build_encoder
 from polypseg.pretraining.mae import MAE
 from polypseg.pretraining.moco_v3 import MoCoV3
+from polypseg.training.distributed import gather_rows, process_count, process_index, synchronise_batchnorm
 
 CASES = ("moco_v3-cnn", "moco_v3-vit", "barlow_twins-cnn", "mae-vit")
 

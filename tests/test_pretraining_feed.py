@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from polypseg.data.feed import GlobalBatches
-from polypseg.data.frames import FrameStore, open_frames
+from polypseg.data.corpus import FrameStore, open_frames
 from polypseg.data.shards import write_shards
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.errors import PolypSegError
-from polypseg.pretraining.feed import FrameFeed, UnreadableFrames, frame_loader
+from polypseg.pretraining.loader import FrameFeed, UnreadableFrames, frame_loader
 from polypseg.pretraining.views import ViewSettings, make_views
+from polypseg.training.loader import GlobalBatches
 
 FIRST = ViewSettings(
     crop_scale=(0.2, 1.0),

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from polypseg.pretraining.encoders import build_encoder
+from polypseg.pretraining.loop import build_optimiser
 from polypseg.pretraining.mae import MAE
-from polypseg.pretraining.optimisation import LARS, warmup_cosine
+from polypseg.pretraining.optim import LARS, warmup_cosine
 from polypseg.pretraining.recipe import load_pretraining_recipe
-from polypseg.pretraining.run import build_optimiser
 
 
 def lars_by_hand(weight, bias, gradients, *, lr, weight_decay, momentum=0.9, trust=0.001):

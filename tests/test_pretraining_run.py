@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 
 import processes
 from polypseg import zoo
-from polypseg.data.frames import open_frames
-from polypseg.data.labelled import load_labelled
+from polypseg.data.corpus import open_frames
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.pretraining.export import export_encoder, write_run_report
+from polypseg.pretraining.loop import build_method, pretrain
+from polypseg.pretraining.probes.labelled import load_labelled
 from polypseg.pretraining.recipe import RECIPES, load_pretraining_recipe, parse_pretraining_recipe
-from polypseg.pretraining.run import build_method, pretrain
 from polypseg.recipe import load_recipe, recipe_folder
-from polypseg.training import build_model
+from polypseg.training.finetune import build_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BUNDLED = sorted(path.stem for path in recipe_folder().glob("pretrain_*.yaml"))
@@ -106,7 +106,7 @@ def test_run_leaves_everything_that_explains_it(method, frames, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_resume_after_sigint_continues_to_the_same_weights(method, frames, tmp_path, monkeypatch):
     run(method, frames, tmp_path / "whole")
-    from polypseg.pretraining import run as module
+    from polypseg.pretraining import loop as module
 
     original, calls = module._Run._train_step, []
 
@@ -218,7 +218,7 @@ def test_unreadable_frames_are_replaced_counted_and_listed(frames, tmp_path):
 
 
 def test_collapse_is_reported(frames, tmp_path, monkeypatch, capsys):
-    from polypseg.pretraining import run as module
+    from polypseg.pretraining import loop as module
 
     monkeypatch.setattr(module, "WARN_EVERY", 5)
     monkeypatch.setattr(module, "embedding_spread", lambda z: torch.tensor(0.001))

@@ -18,8 +18,8 @@ import pytest
 
 import processes
 from hub.process import HubProcess, running_hub
-from polypseg.export import export_model
-from polypseg.manifest import MANIFEST, list_files, read_manifest, write_manifest
+from polypseg.hub.export import export_model
+from polypseg.provenance.checksums import MANIFEST, list_files, read_manifest, write_manifest
 from tiny_models import SMOKE_NAME, SMOKE_ORIGIN, write_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -256,7 +256,7 @@ def _in_process(hub: HubProcess, home: Path, statement: str, code: int, **change
     script = (
         "import sys\n"
         "from polypseg.errors import PolypSegError\n"
-        "from polypseg.hub import fetch\n"
+        "from polypseg.provenance.fetch import fetch\n"
         "try:\n"
         f"    {statement}\n"
         "except PolypSegError as error:\n"
@@ -334,7 +334,7 @@ def test_a_read_only_cache_serves_another_user(published, tmp_path):
     subprocess.run(["chmod", "-R", "a+rX,a-w", new], check=True)
     for folder in [*new.parents][:-1]:
         folder.chmod(folder.stat().st_mode | 0o055) if folder.stat().st_uid == os.geteuid() else None
-    script = f"from polypseg.hub import fetch; print('loaded', fetch({REPO!r}).name)"
+    script = f"from polypseg.provenance.fetch import fetch; print('loaded', fetch({REPO!r}).name)"
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", script]
     environment = published.environment(new) | {"HOME": "/nonexistent"}
     done = subprocess.run(nobody, env=environment, capture_output=True, text=True, timeout=120)
@@ -361,7 +361,7 @@ def test_the_collection_holds_each_of_the_twelve_once(hub, home):
     script = (
         "from huggingface_hub import HfApi\n"
         "from polypseg import zoo\n"
-        "from polypseg.publish import update_collection\n"
+        "from polypseg.hub.push import update_collection\n"
         "api, ids = HfApi(), [f'polypseg/{entry.model_id}' for entry in zoo.ZOO]\n"
         "[api.create_repo(name) for name in ids]\n"
         "slugs = {update_collection(ids[:5], owner='polypseg'), update_collection(ids, owner='polypseg')}\n"

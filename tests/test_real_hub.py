@@ -13,7 +13,7 @@ import sys
 import pytest
 from huggingface_hub import HfApi
 
-from polypseg.export import export_model
+from polypseg.hub.export import export_model
 from tiny_models import SMOKE_NAME, SMOKE_ORIGIN, write_tiny_model
 
 

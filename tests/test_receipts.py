@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from polypseg.cli.evaluate import check_receipts
 from polypseg.data import open_dataset
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluate_commands import check_receipts
-from polypseg.receipts import (
+from polypseg.evaluation.receipt import (
     check_receipt,
     digest_of,
     false_alarms,
@@ -23,7 +23,7 @@ from polypseg.receipts import (
     save_receipt,
     unpack,
 )
-from polypseg.scoring import score_predictions
+from polypseg.evaluation.scoring import score_predictions
 from polypseg.statistics import mean_intervals, read_score_set
 
 FRAMES = ("1", "2", "26", "27", "3", "51", "52", "53", "54")

@@ -10,14 +10,14 @@ import pytest
 
 from polypseg import zoo
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.receipts import save_receipt
+from polypseg.evaluation.receipt import save_receipt
 from polypseg.report import write_report
 from polypseg.report.analysis import analyse, score_set_of
-from polypseg.report.documents import read_document
+from polypseg.report.author_text import render_reading
 from polypseg.report.figures import inline_svg
 from polypseg.report.gallery import outline, permission, telling_images
-from polypseg.report.material import parse_test, part_words, read_material
-from polypseg.report.reading import render_reading
+from polypseg.report.other_results import read_document
+from polypseg.report.receipts import parse_test, part_words, read_material
 from polypseg.report.wording import number, p_value, percent, rank_change_verdict
 from polypseg.statistics import analyse_rank_change, mean_intervals, score_set
 from receipt_factory import (

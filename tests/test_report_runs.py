@@ -11,7 +11,7 @@ from polypseg import zoo
 from polypseg.report import write_report
 from polypseg.report.analysis import Analysis, analyse
 from polypseg.report.answer import answer_sentences
-from polypseg.report.material import parse_test, read_material
+from polypseg.report.receipts import parse_test, read_material
 from polypseg.statistics import RunVariation, run_variation, study_groups, widened
 from polypseg.statistics.intervals import Interval
 from receipt_factory import INSIDE, OUTSIDE, SKILLS, TESTS, DrawnDataset, rendered_report, smoke_origin, write_receipt

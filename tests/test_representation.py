@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from polypseg.data import labelled
 from polypseg.data.duplicates import near_duplicates
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.probes import corrected_interval, grouped_folds
-from polypseg.representation import (
+from polypseg.pretraining.probes import labelled
+from polypseg.pretraining.probes.figures import running_median
+from polypseg.pretraining.probes.report import (
     LabelledFrames,
     choose_queries,
     difference,
@@ -28,7 +28,7 @@ from polypseg.representation import (
     probe_scores,
     write_report,
 )
-from polypseg.representation_plots import running_median
+from polypseg.pretraining.probes.scores import corrected_interval, grouped_folds
 
 CLASSES = ("clean", "dirty", "stool")
 

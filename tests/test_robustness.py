@@ -11,10 +11,10 @@ import torch
 from polypseg.data import open_dataset
 from polypseg.data.polyps import SyntheticOptions
 from polypseg.errors import UsageError
-from polypseg.evaluation import evaluate_model
+from polypseg.evaluation.evaluate import evaluate_model
+from polypseg.evaluation.robustness import measure_robustness
+from polypseg.inference.model import build_image_processor
 from polypseg.modeling import PolypSegConfig
-from polypseg.processing import build_image_processor
-from polypseg.robustness import measure_robustness
 
 
 class BrightRed(torch.nn.Module):

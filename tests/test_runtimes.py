@@ -21,9 +21,9 @@ from polypseg.inference.preparation import FrameProcessor
 from polypseg.inference.regions import measure_regions
 from polypseg.inference.replay import add_replay, replay
 from polypseg.inference.runtimes import OnnxRuntime, OpenVinoRuntime, resize_bilinear
-from polypseg.manifest import write_manifest
+from polypseg.inference.segmenter import Segmenter, load, sigmoid
 from polypseg.provenance import local
-from polypseg.segmentation import Segmenter, load, sigmoid
+from polypseg.provenance.checksums import write_manifest
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

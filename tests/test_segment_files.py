@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 
 from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation
-from polypseg import segment_files as module
 from polypseg.data.images import decode_frame
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.inference import segment_files as module
 from polypseg.inference import video as video_module
+from polypseg.inference.model import build_image_processor
+from polypseg.inference.segment_files import find_sources, segment_files
+from polypseg.inference.segmenter import Segmenter
 from polypseg.inference.video import CausalSmoother, FlickerIndex
-from polypseg.processing import build_image_processor
-from polypseg.segment_files import find_sources, segment_files
-from polypseg.segmentation import Segmenter
 
 GOOD = ("patient1/frame.png", "patient2/deep/frame.png", "patient2/frame.jpg", "patient2/frame.png")
 NAMES = ("patient1/frame", "patient2/deep/frame", "patient2/frame", "patient2/frame_png")

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from polypseg.cli import app, run_app
+from polypseg.cli.app import app, run_app
 from polypseg.data import shards as shards_module
-from polypseg.data.frames import PARTIAL, FolderFrames, FrameStore, ShardFrames, open_frames
+from polypseg.data.corpus import PARTIAL, FolderFrames, FrameStore, ShardFrames, open_frames
 from polypseg.data.shards import ShardReport, member_names, verify_shards, write_shards
 from polypseg.errors import PolypSegError, UsageError
 

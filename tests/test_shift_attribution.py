@@ -9,11 +9,11 @@ import typer
 from scipy import stats
 from typer.testing import CliRunner
 
+from polypseg.cli.shift import shift_app
 from polypseg.errors import UsageError
 from polypseg.shift import FACTORS, attribute_shift, compare_sets, measure_set, typical_look
 from polypseg.shift.attribution import ALL, ShiftSet, render_dataset
 from polypseg.shift.comparison import HALVES, _floor, kernel_distance
-from polypseg.shift_commands import shift_app
 from synthetic_pairs import INJECTED, KnownSensitivity, draw, pixel_classifier
 from tiny_models import write_tiny_model
 

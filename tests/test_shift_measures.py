@@ -4,9 +4,9 @@ import cv2
 import numpy as np
 import pytest
 
-from polypseg.corruptions import corrupt
+from polypseg.data.corruptions import corrupt
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
-from polypseg.shift.measures import measure_frame, visible_field
+from polypseg.shift.frame_statistics import measure_frame, visible_field
 
 
 @pytest.fixture(scope="module")

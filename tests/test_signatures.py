@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from polypseg import zoo
+from polypseg.cli.evaluate import check_receipts, sign_receipts
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluate_commands import check_receipts, sign_receipts
-from polypseg.provenance.signatures import check_signature, sign_receipt, signature_path
-from polypseg.receipts import read_receipt, save_receipt
+from polypseg.evaluation.receipt import read_receipt, save_receipt
+from polypseg.evaluation.signatures import check_signature, sign_receipt, signature_path
 from receipt_factory import DrawnDataset, write_receipt
 
 serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")

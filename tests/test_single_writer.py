@@ -15,19 +15,23 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from polypseg import evaluate_commands, segment_files, study, suite, training
-from polypseg.artifacts import LOCK, FolderInUseError, sole_writer, write_json
-from polypseg.data.frames import open_frames
+from polypseg.cli import evaluate as evaluate_commands
+from polypseg.data.corpus import open_frames
 from polypseg.data.shards import write_shards
 from polypseg.errors import UsageError
-from polypseg.pretraining import run as pretraining_run
+from polypseg.evaluation import suite
+from polypseg.files import LOCK, FolderInUseError, sole_writer, write_json
+from polypseg.inference import segment_files
+from polypseg.pretraining import loop as pretraining_run
 from polypseg.recipe import load_recipe
-from polypseg.runs import sole_run
+from polypseg.study import scales as study
+from polypseg.training import finetune as training
+from polypseg.training.run_folder import sole_run
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from polypseg.artifacts import sole_writer
+from polypseg.files import sole_writer
 with sole_writer(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))

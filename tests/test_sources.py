@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from polypseg.data import open_dataset
-from polypseg.data.frames import open_frames
+from polypseg.data.corpus import open_frames
 from polypseg.data.sources import IMAGE_SUFFIXES, FolderSource, TarSource, ZipSource, open_source
 from polypseg.errors import PolypSegError, UsageError
 

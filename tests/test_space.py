@@ -28,9 +28,9 @@ import processes
 from polypseg import PolypSegConfig
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.errors import UsageError
-from polypseg.processing import build_image_processor
-from polypseg.segmentation import MIN_AREA, Segmenter
-from polypseg.space import EXAMPLES, GRADIO, SpaceModel, describe_model, export_space, run_demo_app
+from polypseg.hub.space import EXAMPLES, GRADIO, SpaceModel, describe_model, export_space, run_demo_app
+from polypseg.inference.model import build_image_processor
+from polypseg.inference.segmenter import MIN_AREA, Segmenter
 from tiny_models import SMOKE_ORIGIN, write_tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -316,7 +316,7 @@ def test_demo_app_serves_a_runs_model_and_leaves_nothing_behind(own_model, tmp_p
     program = (
         "import tempfile\n"
         f"tempfile.tempdir = {str(tmp_path)!r}\n"
-        "from polypseg.space import describe_model, run_demo_app\n"
+        "from polypseg.hub.space import describe_model, run_demo_app\n"
         f"run_demo_app([describe_model({str(own_model)!r})], port={port}, open_browser=False)\n"
     )
     with serving(program, port=port, cwd=tmp_path) as process:

@@ -12,7 +12,6 @@ from sklearn.model_selection import train_test_split
 
 from polypseg.data.catalog import clinicdb_sequence
 from polypseg.data.images import decode_frame, decode_mask
-from polypseg.data.labelled import load_labelled
 from polypseg.data.polyps import open_dataset
 from polypseg.data.splits import (
     DESCRIPTIONS,
@@ -23,6 +22,7 @@ from polypseg.data.splits import (
     sequence_disjoint_split,
 )
 from polypseg.errors import UsageError
+from polypseg.pretraining.probes.labelled import load_labelled
 
 CLINICDB_IDS = sorted((str(frame) for frame in range(1, 613)), key=lambda frame: f"{frame}.png")
 CLIPS = {frame: clinicdb_sequence(frame, "") for frame in CLINICDB_IDS}

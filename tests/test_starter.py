@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 import polypseg
-from polypseg.artifacts import file_sha256
-from polypseg.cards import STARTER_MARKS, starter_table
 from polypseg.data.splits import pinned_split
-from polypseg.export import RESULTS
-from polypseg.manifest import check_folder
-from polypseg.passport import Passport
+from polypseg.evaluation.receipt import check_receipt, find_receipts
+from polypseg.files import file_sha256
+from polypseg.hub.export import RESULTS
+from polypseg.hub.model_card import STARTER_MARKS, starter_table
+from polypseg.hub.pack import LARGEST, add_results
+from polypseg.provenance.checksums import check_folder
 from polypseg.provenance.local import STARTER_FOLDER
-from polypseg.receipts import check_receipt, find_receipts
-from polypseg.weights.pack import LARGEST, add_results
+from polypseg.provenance.passport import Passport
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FRAMES = sorted((REPOSITORY / "src" / "polypseg" / "sample_frames").glob("*.jpg"))
@@ -80,9 +80,9 @@ def test_receipts_of_other_weights_are_not_added(tmp_path):
 
 def test_a_run_that_has_not_ended_is_not_packed(tmp_path):
     from polypseg.errors import UsageError
+    from polypseg.hub.pack import pack_model
+    from polypseg.inference.model import build_image_processor
     from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
-    from polypseg.processing import build_image_processor
-    from polypseg.weights.pack import pack_model
 
     record = {"model_id": "resnet18_deeplabv3plus.random", "recipe": "smoke", "finished": False}
     config = PolypSegConfig(encoder="resnet18", decoder_channels=16, image_size=64, weights_origin=record)

@@ -12,12 +12,13 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import save_file
 
-from polypseg import study, zoo
+from polypseg import zoo
 from polypseg.data import SyntheticOptions, open_dataset
 from polypseg.errors import UsageError
-from polypseg.receipts import check_receipt, find_receipts, read_receipt
+from polypseg.evaluation.receipt import check_receipt, find_receipts, read_receipt
 from polypseg.statistics import analyse_rank_change, read_score_set
-from polypseg.study import Comparison, Scale, StudyPlan, plan_jobs, rank, run_study
+from polypseg.study import scales as study
+from polypseg.study.scales import Comparison, Scale, StudyPlan, plan_jobs, rank, run_study
 from receipt_factory import SKILLS, write_study
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -119,7 +120,7 @@ class TestPlan:
             "timm:vit_base_patch16_224.augreg_in21k_ft_in1k",
             "timm:vit_base_patch16_224.mae",
         ]
-        given = StudyPlan(output=tmp_path, scale="full", models=("RN-IN-BT",), encoder_weights=("RN-IN-BT=x.pth",))
+        given = StudyPlan(output=tmp_path, scale="full", models=("RN-IN-BT",), encoder_weights={"RN-IN-BT": "x.pth"})
         (job,) = plan_jobs(given)
         assert job.start.source == "x.pth" and job.recipe.seed == 42 and job.recipe.model.encoder is None
 
@@ -185,7 +186,7 @@ def test_study_continues_from_rows_of_finetune_and_refuses_those_of_another_star
         in_source=data,
         out_source=data,
         overrides=settings,
-        encoder_weights=("RN-IN-SL=random",),
+        encoder_weights={"RN-IN-SL": "random"},
         start_from_available=True,
         limit=2,
     )
@@ -202,7 +203,7 @@ def test_study_continues_from_rows_of_finetune_and_refuses_those_of_another_star
 
     file = tmp_path / "encoder.safetensors"
     save_file(timm.create_model("resnet18", pretrained=False).state_dict(), file)
-    (other,) = plan_jobs(dataclasses.replace(plan, encoder_weights=(f"RN-IN-SL={file}",)))
+    (other,) = plan_jobs(dataclasses.replace(plan, encoder_weights={"RN-IN-SL": str(file)}))
     with pytest.raises(UsageError, match="another model"):
         study._run_job(other, plan, tests)
 

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from polypseg.artifacts import read_json, write_json
+from polypseg.cli.evaluate import evaluate
 from polypseg.data import open_dataset
 from polypseg.data.catalog import DATASETS
 from polypseg.data.splits import pinned_split
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluate_commands import evaluate
-from polypseg.passport import Passport, Seen, attach_passport, make_manifest
-from polypseg.receipts import check_receipt, find_receipts, read_receipt
-from polypseg.suite import NEGATIVES, SUITE, SuitePlan, run_suite
+from polypseg.evaluation.receipt import check_receipt, find_receipts, read_receipt
+from polypseg.evaluation.suite import NEGATIVES, SUITE, SuitePlan, run_suite
+from polypseg.files import read_json, write_json
+from polypseg.provenance.passport import Passport, Seen, attach_passport, make_manifest
 from tiny_models import SMOKE_ORIGIN, write_tiny_model
 
 SIZE = (24, 32)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from polypseg.runs import threads_are_launch_default, use_cores
+from polypseg.training.run_folder import threads_are_launch_default, use_cores
 
 
 def launcher(folder: Path, *, command: str, environment: str = "PATH=/bin") -> Path:
@@ -51,12 +51,12 @@ def test_without_the_launcher_or_its_process_nothing_is_changed(monkeypatch, tmp
 
 def test_processes_of_a_machine_share_its_cores(monkeypatch):
     before = torch.get_num_threads()
-    monkeypatch.setattr("polypseg.runs.threads_are_launch_default", lambda: True)
+    monkeypatch.setattr("polypseg.training.run_folder.threads_are_launch_default", lambda: True)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
     try:
         assert use_cores(local_processes=2) == 2 and torch.get_num_threads() == 2
         assert use_cores(local_processes=8) == 1
-        monkeypatch.setattr("polypseg.runs.threads_are_launch_default", lambda: False)
+        monkeypatch.setattr("polypseg.training.run_folder.threads_are_launch_default", lambda: False)
         torch.set_num_threads(3)
         assert use_cores(local_processes=1) == 3
     finally:

@@ -23,11 +23,11 @@ from polypseg.data import SyntheticOptions, open_dataset
 from polypseg.data.splits import pinned_split
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.passport import Passport, find_collisions, make_manifest
+from polypseg.evaluation.suite import open_negatives
+from polypseg.provenance.passport import Passport, find_collisions, make_manifest
 from polypseg.recipe import load_recipe
-from polypseg.runs import check_processes, save_checkpoint
-from polypseg.suite import open_negatives
-from polypseg.training import _dice_of_polyps, build_model, finetune
+from polypseg.training.finetune import _dice_of_polyps, build_model, finetune
+from polypseg.training.run_folder import check_processes, save_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = [
@@ -149,7 +149,7 @@ def test_resume_after_sigint_continues_to_the_same_weights(tmp_path):
     an uninterrupted run, bit by bit."""
     overrides = ("schedule.kind=plateau", "training.ema_decay=0.9")
     train(tmp_path / "whole", *overrides)
-    from polypseg import training
+    from polypseg.training import finetune as training
 
     original = training._Run._train_step
     for last in (3, 4):
@@ -290,7 +290,7 @@ def test_full_disk_leaves_no_half_checkpoint_of_several_processes(tmp_path):
 
 
 def test_batchnorm_of_the_model_is_plain_with_one_process(tmp_path):
-    from polypseg.distributed import synchronise_batchnorm
+    from polypseg.training.distributed import synchronise_batchnorm
 
     AcceleratorState._reset_state(reset_partial_state=True)
     model = build_model(zoo.get("RN-NA-NA"), load_recipe("smoke", overrides=TINY))

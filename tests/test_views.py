@@ -25,12 +25,12 @@ from torchvision.transforms import (
 )
 from torchvision.transforms import functional as oracle
 
-from polypseg.data import augmentation
 from polypseg.data.images import decode_frame
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.errors import PolypSegError
 from polypseg.pretraining import views
 from polypseg.pretraining.views import Box, ViewSettings, augment, crop_views, draw_box, greatest_reduction, make_views
+from polypseg.training import augmentation
 
 NOTHING = ViewSettings(
     crop_scale=(0.2, 1.0),

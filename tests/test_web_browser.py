@@ -20,8 +20,8 @@ from PIL import Image
 
 from polypseg.data.images import decode_frame
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
-from polypseg.segmentation import Segmenter
-from polypseg.web_page import BUILT, PageServer, assemble_page, export_page
+from polypseg.hub.web_page import BUILT, PageServer, assemble_page, export_page
+from polypseg.inference.segmenter import Segmenter
 from web_model import model_folder
 
 CHROMIUM = Path("/usr/bin/chromium")

@@ -14,9 +14,9 @@ from PIL import Image
 
 from polypseg.data.images import decode_grey_mask
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.inference.model import build_image_processor, polyp_logits, resize_map
+from polypseg.inference.segmenter import find_lesions, read_logits
 from polypseg.modeling import PolypSegConfig
-from polypseg.processing import build_image_processor, polyp_logits, resize_map
-from polypseg.segmentation import find_lesions, read_logits
 
 WEB = Path(__file__).resolve().parents[1] / "web"
 

@@ -9,11 +9,11 @@ import pytest
 import timm
 
 from polypseg import zoo
+from polypseg.cli.predict import models as list_models
 from polypseg.errors import UsageError
-from polypseg.hub_configs import render_model_configs, write_model_configs
+from polypseg.hub.model_configs import render_model_configs, write_model_configs
 from polypseg.modeling import PolypSegConfig
-from polypseg.study import StudyPlan, plan_jobs
-from polypseg.use_commands import models as list_models
+from polypseg.study.scales import StudyPlan, plan_jobs
 from polypseg.zoo import ZOO, ZooEntry
 
 REPOSITORY = Path(__file__).resolve().parents[1]

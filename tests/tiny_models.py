@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from polypseg.inference.model import build_image_processor
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
-from polypseg.processing import build_image_processor
 
 SMOKE_ORIGIN: dict[str, Any] = {
     "model_id": "resnet10t_deeplabv3plus.random",

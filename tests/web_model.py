@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.inference.model import build_image_processor, polyp_logits
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
-from polypseg.processing import build_image_processor, polyp_logits
 
 STARTER = Path(__file__).resolve().parents[1] / "src" / "polypseg" / "starter"
 

@@ -13,14 +13,14 @@ from typing import Annotated
 from typer import Option
 
 from polypseg import zoo
-from polypseg.arguments import MaskValuesOption
-from polypseg.cli import run_script
+from polypseg.cli.app import run_script
+from polypseg.cli.options import MaskValuesOption
 from polypseg.data import open_dataset
 from polypseg.errors import UsageError
+from polypseg.evaluation.suite import open_negatives
 from polypseg.recipe import load_recipe
-from polypseg.runs import check_processes, make_accelerator
-from polypseg.suite import open_negatives
-from polypseg.training import build_model, continued_model, finetune
+from polypseg.training.finetune import build_model, continued_model, finetune
+from polypseg.training.run_folder import check_processes, make_accelerator
 
 
 def main(

@@ -9,9 +9,9 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from polypseg.artifacts import atomic_path, read_json, write_text
-from polypseg.cli import run_script
+from polypseg.cli.app import run_script
 from polypseg.errors import UsageError
+from polypseg.files import atomic_path, read_json, write_text
 from polypseg.pretraining.export import render_index
 
 

@@ -10,9 +10,9 @@ from typing import Annotated
 import numpy as np
 from typer import Option
 
-from polypseg import plots
-from polypseg.card_facts import CONVENTION, no_results, read_results, scores_of
-from polypseg.cli import run_script
+from polypseg import plotting
+from polypseg.cli.app import run_script
+from polypseg.evaluation.receipt_reading import CONVENTION, no_results, read_results, scores_of
 
 
 def main(results: Annotated[Path, Option(help="Folder with one model's receipts.")]) -> None:
@@ -23,7 +23,7 @@ def main(results: Annotated[Path, Option(help="Folder with one model's receipts.
     name = contents[0]["name"]
     titles = [f"{c['dataset']['title']}, {c['dataset']['split']} {c['dataset']['part']}" for c in contents]
     means = [f"{scores_of(c)['dice']['mean']:.3f}" for c in contents]
-    plots.plot_dice_distributions(
+    plotting.plot_dice_distributions(
         {name: [np.array([image[f"{CONVENTION}.dice"] for image in c["images"]]) for c in contents]},
         labels={name: "small model"},
         titles=titles,

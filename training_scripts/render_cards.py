@@ -8,12 +8,12 @@ from typing import Annotated
 
 from typer import Option
 
-from polypseg.artifacts import write_text
-from polypseg.cards import write_pages, write_starter_table
-from polypseg.cli import run_script
-from polypseg.conventions import conventions_markdown
-from polypseg.export import RESULTS
-from polypseg.hub import ORGANISATION
+from polypseg.cli.app import run_script
+from polypseg.evaluation.conventions import conventions_markdown
+from polypseg.files import write_text
+from polypseg.hub.export import RESULTS
+from polypseg.hub.model_card import write_pages, write_starter_table
+from polypseg.provenance.fetch import ORGANISATION
 from polypseg.provenance.local import STARTER_FOLDER
 
 

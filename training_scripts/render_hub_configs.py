@@ -5,8 +5,8 @@ python training_scripts/render_hub_configs.py
 
 from pathlib import Path
 
-from polypseg.cli import run_script
-from polypseg.hub_configs import write_model_configs
+from polypseg.cli.app import run_script
+from polypseg.hub.model_configs import write_model_configs
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ from polypseg.errors import missing_package
 
 if TYPE_CHECKING:
     from polypseg.data import load_polyps
-    from polypseg.evaluation import evaluate_model
+    from polypseg.evaluation.evaluate import evaluate_model
+    from polypseg.inference.segmenter import load
     from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation, soft_dice_loss
-    from polypseg.segmentation import load
     from polypseg.zoo import ZOO
 
 __version__ = "0.1.0"
@@ -27,8 +27,8 @@ _HOMES = {
     "soft_dice_loss": "polypseg.modeling",
     "ZOO": "polypseg.zoo",
     "load_polyps": "polypseg.data",
-    "evaluate_model": "polypseg.evaluation",
-    "load": "polypseg.segmentation",
+    "evaluate_model": "polypseg.evaluation.evaluate",
+    "load": "polypseg.inference.segmenter",
 }
 __all__ = [
     "ZOO",

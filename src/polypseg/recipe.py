@@ -21,8 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from polypseg.artifacts import read_bounded
 from polypseg.errors import UsageError, unknown_name
+from polypseg.files import bundled_folder, read_bounded
 
 LARGEST_SIDE, LARGEST_COUNT, LARGEST_STEPS, LARGEST_SEED = 4096, 1_000_000, 10**9, 2**32 - 1
 """Upper bounds of recipes: pixels, images or channels or epochs, optimiser steps, seeds (NumPy's)."""
@@ -262,12 +262,6 @@ class Recipe(NamedRecipe):
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _SHOWN
 AnyRecipe = TypeVar("AnyRecipe", bound=RecipeSection)
-
-
-def bundled_folder(name: str) -> Path:
-    """A folder of hub_configs, which comes with the package: in the wheel, else in the checkout."""
-    packaged = Path(__file__).parent / "_hub_configs" / name
-    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "hub_configs" / name
 
 
 def recipe_folder() -> Path:

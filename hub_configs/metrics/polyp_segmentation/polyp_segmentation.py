@@ -6,7 +6,8 @@ import datasets
 import numpy as np
 
 import evaluate
-from polypseg.metrics import METRICS, pixel_counts, score
+from polypseg.evaluation.metrics import pixel_counts, score
+from polypseg.statistics.scores import METRICS
 
 _DESCRIPTION = "Dice, IoU, precision and recall of polyp masks: per image, then the mean over images."
 _INPUTS = """
@@ -17,7 +18,7 @@ Returns the four means and, under "per_image", the scores of each image.
 
 
 class PolypSegmentation(evaluate.Metric):
-    """Thin adapter; the definitions are in polypseg.metrics."""
+    """Thin adapter; the definitions are in polypseg.evaluation.metrics."""
 
     def _info(self) -> evaluate.MetricInfo:
         mask = datasets.Sequence(datasets.Sequence(datasets.Value("uint8")))

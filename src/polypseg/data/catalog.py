@@ -249,3 +249,92 @@ def get_spec(name: str) -> DatasetSpec:
     if name not in DATASETS:
         raise unknown_name("dataset", name, DATASETS)
     return DATASETS[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Population:
+    """Whose images a dataset holds, as far as its publishers say."""
+
+    site: str
+    annotators: str
+    unknown: str
+    """What a reader might assume and nobody has stated."""
+    caveats: tuple[str, ...] = ()
+    reference: str = ""
+    """Key in references.bib."""
+
+
+_NO_PATIENTS = (
+    "number, age, sex and origin of the patients, and which frames and endoscope belong to which patient, are not "
+    "part of the set"
+)
+
+
+_BAERUM = "Bærum Hospital, Norway"
+
+
+_HYPERKVASIR_LABELS = Population(
+    site=_BAERUM,
+    annotators="experienced endoscopists, as far as the set is labelled",
+    unknown=_NO_PATIENTS,
+    reference="borgli2020hyperkvasir",
+)
+
+
+POPULATIONS: dict[str, Population] = {
+    "kvasir_seg": Population(
+        site=_BAERUM,
+        annotators="outlined by a medical doctor, checked by an experienced gastroenterologist",
+        unknown=_NO_PATIENTS,
+        caveats=(
+            "Every frame shows a polyp: how a model behaves on frames without one cannot be learnt from this set.",
+            "Three pairs of frames are nearly identical; the study's split puts two of the pairs on both sides of "
+            "train and test.",
+        ),
+        reference="jha2020kvasirseg",
+    ),
+    "cvc_clinicdb": Population(
+        site="Hospital Clínic, Barcelona, Spain",
+        annotators="Computer Vision Center, Barcelona",
+        unknown=_NO_PATIENTS,
+        caveats=(
+            "The 612 frames are 29 video clips. Frames of a clip resemble each other: the set is closer to 29 "
+            "independent observations than to 612, and an interval over its frames is too narrow.",
+            "Every frame shows a polyp.",
+        ),
+        reference="bernal2015wmdova",
+    ),
+    "hyperkvasir_unlabelled": Population(
+        site=f"{_BAERUM}, from which Kvasir-SEG comes too",
+        annotators="none; the frames have no labels",
+        unknown=_NO_PATIENTS,
+        caveats=("Whether it holds frames of patients who are in Kvasir-SEG is not known here.",),
+        reference="borgli2020hyperkvasir",
+    ),
+    "hyperkvasir_labelled": _HYPERKVASIR_LABELS,
+    "hyperkvasir_segmented": _HYPERKVASIR_LABELS,
+}
+
+
+def population_of(spec: DatasetSpec) -> Population:
+    """What is known of a dataset's patients; synthetic frames have none."""
+    if is_synthetic(spec):
+        return Population(
+            site="none: procedural frames drawn by this package", annotators="exact by construction", unknown=""
+        )
+    unstated = Population(
+        site="see the publisher",
+        annotators="see the publisher",
+        unknown="this package records nothing about the patients",
+    )
+    return POPULATIONS.get(spec.name, unstated)
+
+
+def is_synthetic(spec: DatasetSpec) -> bool:
+    """Whether a dataset is drawn by this package and shows no patient."""
+    return spec.name.startswith("synthetic_")
+
+
+def may_be_public(spec: DatasetSpec) -> bool:
+    """Whether a dataset's terms let anybody publish it again."""
+    return spec.may_be_republished or is_synthetic(spec)

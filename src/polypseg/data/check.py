@@ -8,7 +8,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from polypseg.artifacts import write_json, write_text
 from polypseg.data.catalog import get_spec
 from polypseg.data.duplicates import Fingerprint, fingerprint, near_duplicates
 from polypseg.data.images import describe_file
@@ -16,6 +15,7 @@ from polypseg.data.polyps import PolypDataset, chosen_values, index_records
 from polypseg.data.sources import Source, open_source
 from polypseg.data.splits import DESCRIPTIONS
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.files import write_json, write_text
 
 
 @dataclass(kw_only=True)

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError, InvalidHeader
 from urllib3.util import Retry
 
-from polypseg.artifacts import file_sha256
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.files import file_sha256
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from polypseg.artifacts import cache_folder, explain_write_errors
 from polypseg.data import images, synthetic
 from polypseg.data.catalog import (
     ANY_IMAGE_FOLDER,
@@ -31,6 +30,7 @@ from polypseg.data.catalog import (
 from polypseg.data.sources import IMAGE_SUFFIXES, Source, inner_archives, open_source
 from polypseg.data.splits import Split, make_split
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.files import cache_folder, explain_write_errors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from polypseg.artifacts import atomic_path, explain_write_errors, file_sha256, sole_writer, write_json
-from polypseg.data.frames import (
+from polypseg.data.corpus import (
     INDEX,
     MANIFEST,
     PARTIAL,
@@ -32,6 +31,7 @@ from polypseg.data.frames import (
 )
 from polypseg.data.images import decode_frame
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.files import atomic_path, explain_write_errors, file_sha256, sole_writer, write_json
 
 FORMAT = 1
 _PLAN = "plan.json"

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from polypseg.artifacts import printable
 from polypseg.data.sources import IMAGE_SUFFIXES
 from polypseg.errors import UsageError
+from polypseg.files import printable
 
 VIDEO_SUFFIXES = (
     ".3g2", ".3gp", ".amv", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gxf", ".h264", ".h265", ".hevc", ".ivf",

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from polypseg.artifacts import read_json
 from polypseg.errors import UsageError
+from polypseg.files import read_json
 
 PREPROCESSOR = "preprocessor_config.json"
 _NEEDED = ("size", "resample", "image_mean", "image_std")

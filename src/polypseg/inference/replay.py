@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from polypseg.artifacts import atomic_path, read_json, write_json
 from polypseg.errors import PolypSegError, UsageError, first_line
+from polypseg.files import atomic_path, read_json, write_json
 from polypseg.inference.preparation import FrameProcessor
 from polypseg.inference.runtimes import (
     ONNX_FILES,

@@ -14,8 +14,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from polypseg.artifacts import cache_folder, file_sha256
 from polypseg.errors import PIP, PolypSegError, UsageError, first_line, unknown_name
+from polypseg.files import cache_folder, file_sha256
 
 Logits = NDArray[np.float32]
 Precision = Literal["fp32", "fp16", "int8"]
@@ -81,7 +81,7 @@ class TorchRuntime:
     def polyp_logits(self, pixels: NDArray[np.float32], *, names: Sequence[str] = ()) -> Logits:
         import torch
 
-        from polypseg.processing import polyp_logits
+        from polypseg.inference.model import polyp_logits
 
         model = self.model.eval()
         with torch.inference_mode():
@@ -94,7 +94,7 @@ class TorchRuntime:
         """By torch itself, so that masks are those of the evaluation to the last bit."""
         import torch
 
-        from polypseg.processing import resize_map
+        from polypseg.inference.model import resize_map
 
         resized: Logits = resize_map(torch.from_numpy(logits), size).numpy()
         return resized
@@ -210,7 +210,7 @@ def open_runtime(folder: Path, *, runtime: str = AUTO, precision: Precision = "f
     if chosen == OPENVINO:
         return OpenVinoRuntime(path)
     _import(TORCH, folder)
-    from polypseg.processing import load_model
+    from polypseg.inference.model import load_model
 
     return TorchRuntime(model=load_model(str(folder))[0], title=str(folder))
 

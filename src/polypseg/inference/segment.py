@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from polypseg.inference.runtimes import AUTO, TORCH
+from polypseg.inference.segment_files import segment_files
+from polypseg.inference.segmenter import MIN_AREA, load
 from polypseg.provenance.local import STARTER
-from polypseg.segment_files import segment_files
-from polypseg.segmentation import MIN_AREA, load
 
 OUTPUT = Path("segmented")
 """Where results go that nobody asked for elsewhere."""
@@ -37,7 +37,7 @@ def run_segment(
         runtime = TORCH
     segmenter = load(model, revision=revision, runtime=runtime)
     if device is None and segmenter.runtime.name == TORCH:
-        from polypseg.processing import default_device
+        from polypseg.inference.model import default_device
 
         device = default_device()
     report = segment_files(

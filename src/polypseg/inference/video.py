@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from polypseg.artifacts import atomic_path, printable
 from polypseg.errors import PolypSegError, UsageError, first_line, unknown_name
+from polypseg.files import atomic_path, printable
 
 if TYPE_CHECKING:
     import cv2

@@ -7,13 +7,13 @@ and tells nothing about the others.
 import torch
 from torch import Tensor, nn
 
-from polypseg.distributed import at_least_float32, process_count, sum_over_processes
 from polypseg.pretraining.encoders import (
     PretrainingOutput,
     encode,
     feature_width,
     refuse_chunks_with_batchnorm,
 )
+from polypseg.training.distributed import at_least_float32, process_count, sum_over_processes
 
 
 class BarlowTwins(nn.Module):

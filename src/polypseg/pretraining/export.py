@@ -9,16 +9,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from polypseg.artifacts import file_sha256, read_json, write_text
-from polypseg.checkpoints import PRETRAINING_KEY, write_timm_encoder
-from polypseg.data.frames import FrameStore
-from polypseg.data.labelled import LabelledFrames
-from polypseg.passport import KEY, PASSPORT
+from polypseg.data.corpus import FrameStore
+from polypseg.files import file_sha256, read_json, write_text
+from polypseg.pretraining.loop import PretrainingProgress, build_feed, build_method
 from polypseg.pretraining.mae import MAE
-from polypseg.pretraining.recipe import PretrainingRecipe
-from polypseg.pretraining.run import PretrainingProgress, build_feed, build_method
-from polypseg.recipe import changes_from_bundled
-from polypseg.representation import (
+from polypseg.pretraining.probes.labelled import LabelledFrames
+from polypseg.pretraining.probes.report import (
     draw_loss_curve,
     draw_reconstructions,
     embed,
@@ -26,6 +22,10 @@ from polypseg.representation import (
     normalised_batches,
     write_report,
 )
+from polypseg.pretraining.recipe import PretrainingRecipe
+from polypseg.provenance.passport import KEY, PASSPORT
+from polypseg.recipe import changes_from_bundled
+from polypseg.weights.loading import PRETRAINING_KEY, write_timm_encoder
 from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD
 
 TIMM_FACTS = ("input_size", "fixed_input_size", "pool_size", "interpolation", "crop_pct", "first_conv", "classifier")

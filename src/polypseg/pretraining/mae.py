@@ -11,10 +11,10 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from polypseg.distributed import at_least_float32
 from polypseg.errors import UsageError
 from polypseg.modeling.encoders_polypseg import sincos_position_embedding
 from polypseg.pretraining.encoders import PretrainingOutput, freeze_position_table, is_vit
+from polypseg.training.distributed import at_least_float32
 
 
 class MAE(nn.Module):

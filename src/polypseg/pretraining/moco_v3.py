@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from polypseg.distributed import at_least_float32, gather_rows, process_index
 from polypseg.pretraining.encoders import (
     PretrainingOutput,
     encode,
@@ -22,6 +21,7 @@ from polypseg.pretraining.encoders import (
     is_vit,
     refuse_chunks_with_batchnorm,
 )
+from polypseg.training.distributed import at_least_float32, gather_rows, process_index
 
 
 class MoCoV3(nn.Module):

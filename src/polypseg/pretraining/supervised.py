@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from polypseg.data.frames import FrameStore
-from polypseg.data.labelled import classes_of
+from polypseg.data.corpus import FrameStore
 from polypseg.errors import UsageError
 from polypseg.pretraining.encoders import PretrainingOutput, feature_width
+from polypseg.pretraining.probes.labelled import classes_of
 
 
 class Supervised(nn.Module):

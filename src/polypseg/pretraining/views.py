@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from polypseg.data.augmentation import Image8, colour_jitter, gaussian_blur
 from polypseg.data.images import decode_frame, open_picture
 from polypseg.errors import PolypSegError
+from polypseg.training.augmentation import Image8, colour_jitter, gaussian_blur
 
 Interpolation = Literal["bilinear", "bicubic"]
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}

@@ -3,16 +3,16 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from polypseg.artifacts import atomic_path, write_csv, write_json, write_text
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError
+from polypseg.files import atomic_path, write_csv, write_json, write_text
 from polypseg.report.analysis import analyse
-from polypseg.report.documents import read_document
+from polypseg.report.author_text import render_reading
 from polypseg.report.figures import Picture, draw_all
 from polypseg.report.gallery import build_galleries
-from polypseg.report.material import parse_test, read_material
+from polypseg.report.other_results import read_document
 from polypseg.report.page import render_page
-from polypseg.report.reading import render_reading
+from polypseg.report.receipts import parse_test, read_material
 from polypseg.report.tables import (
     Table,
     alarm_table,

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from polypseg.card_facts import CONVENTION, Test
-from polypseg.metrics import METRICS
-from polypseg.report.material import Material, Receipt
+from polypseg.evaluation.receipt_reading import CONVENTION, Test
+from polypseg.report.receipts import Material, Receipt
 from polypseg.report.wording import ALPHA
 from polypseg.statistics import (
     RESAMPLES,
@@ -28,6 +27,7 @@ from polypseg.statistics import (
     study_groups,
     widened,
 )
+from polypseg.statistics.scores import METRICS
 
 SIDES = ("inside", "outside", "gap")
 """Mean Dice in and out of distribution, and the loss between the two."""

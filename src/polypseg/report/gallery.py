@@ -11,13 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from polypseg.card_facts import Test
-from polypseg.data.catalog import DATASETS
+from polypseg.data.catalog import DATASETS, may_be_public
 from polypseg.data.polyps import PolypDataset, open_dataset
-from polypseg.dataset_cards import may_be_public
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.metrics import pixel_counts, standard_scores
-from polypseg.report.material import Material, Receipt, entry_of
+from polypseg.evaluation.metrics import pixel_counts, standard_scores
+from polypseg.evaluation.receipt_reading import Test
+from polypseg.report.receipts import Material, Receipt, entry_of
 from polypseg.report.wording import number
 
 SIDE = 360

@@ -4,22 +4,22 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 
 from polypseg import __version__, zoo
-from polypseg.card_facts import Test, seen_words
-from polypseg.licences import ModelLicense, model_license
-from polypseg.origin import RANDOM_MARK, read_origin
-from polypseg.recipe import bundled_folder
+from polypseg.evaluation.receipt_reading import Test, seen_words
+from polypseg.provenance.licence import ModelLicense, model_license
+from polypseg.provenance.origin import RANDOM_MARK, read_origin
 from polypseg.report.analysis import Analysis
 from polypseg.report.answer import answer_sentences, noise_sentences
-from polypseg.report.documents import Document
 from polypseg.report.figures import Picture
 from polypseg.report.gallery import Gallery
-from polypseg.report.material import Material, Receipt, entry_of
+from polypseg.report.other_results import Document
+from polypseg.report.receipts import Material, Receipt, entry_of
 from polypseg.report.tables import METRIC_TITLES, Cell, Column, Row, Table, metric_cells, slug
 from polypseg.report.wording import no_verdict, number, rank_change_verdict
 from polypseg.zoo import RANDOM
@@ -61,7 +61,7 @@ def render_page(
     documents: Mapping[str, Sequence[Document]],
 ) -> str:
     """The whole report as one HTML document without any reference to another file."""
-    folder, material = bundled_folder("report"), analysis.material
+    folder, material = Path(__file__).parent / "templates", analysis.material
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("style.css", "report.js"))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from polypseg import zoo
-from polypseg.card_facts import Test
-from polypseg.metrics import METRICS
+from polypseg.evaluation.receipt_reading import Test
 from polypseg.report.analysis import SIDES, Analysis
-from polypseg.report.material import Material, Receipt, entry_of, part_words
+from polypseg.report.receipts import Material, Receipt, entry_of, part_words
 from polypseg.report.wording import between, number, percent, rank, short_p
 from polypseg.statistics import Interval
+from polypseg.statistics.scores import METRICS
 from polypseg.zoo import RANDOM
 
 METRIC_TITLES = {"dice": "Dice", "iou": "IoU", "precision": "Precision", "recall": "Recall"}

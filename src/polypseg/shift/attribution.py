@@ -15,11 +15,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from polypseg.data.polyps import PolypDataset, Record
-from polypseg.metrics import pixel_counts, standard_scores
-from polypseg.predictions import PredictionSource
+from polypseg.evaluation.metrics import pixel_counts, standard_scores
+from polypseg.inference.predictors import PredictionSource
 from polypseg.shift.comparison import MeasuredSet
 from polypseg.shift.factors import FACTORS, SAMPLE, Factor, Look, Render
-from polypseg.shift.measures import measure_frame
+from polypseg.shift.frame_statistics import measure_frame
 from polypseg.statistics import (
     RESAMPLES,
     Comparison,

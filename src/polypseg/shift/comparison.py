@@ -22,7 +22,7 @@ from tqdm import tqdm
 from polypseg.data.catalog import CLIP_COLUMN
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError
-from polypseg.shift.measures import measure_frame
+from polypseg.shift.frame_statistics import measure_frame
 from polypseg.statistics import RESAMPLES, Gap, Interval, generalisation_gaps, score_set
 
 Floats = NDArray[np.float64]

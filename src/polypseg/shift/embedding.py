@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from polypseg import zoo
-from polypseg.checkpoints import STARTER_ENCODER, starter_installed
 from polypseg.errors import UsageError
+from polypseg.inference.model import build_image_processor, finite_images, load_model
 from polypseg.inference.runtimes import refuse_non_finite
 from polypseg.modeling import PolypSegForSemanticSegmentation
-from polypseg.processing import build_image_processor, finite_images, load_model
 from polypseg.recipe import load_recipe
 from polypseg.shift.comparison import Embed
-from polypseg.training import build_model
+from polypseg.training.finetune import build_model
+from polypseg.weights.loading import STARTER_ENCODER, starter_installed
 
 
 def open_embedding(name: str) -> Embed:

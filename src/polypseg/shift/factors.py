@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
-from polypseg.corruptions import frame_length, jpeg, low_resolution, specular_glare, to_bytes
+from polypseg.data.corruptions import frame_length, jpeg, low_resolution, specular_glare, to_bytes
 from polypseg.data.polyps import PolypDataset
 from polypseg.shift.comparison import MeasuredSet
-from polypseg.shift.measures import Bools, Frame, centre_distance, highlights, measure_frame, visible_field
+from polypseg.shift.frame_statistics import Bools, Frame, centre_distance, highlights, measure_frame, visible_field
 
 Mask: TypeAlias = NDArray[np.uint8]
 Render: TypeAlias = Callable[[Frame, Mask, float, str], tuple[Frame, Mask]]

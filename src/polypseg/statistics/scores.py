@@ -10,7 +10,6 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from polypseg.errors import UsageError, unknown_name
-from polypseg.metrics import METRICS
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -138,7 +137,7 @@ def read_score_set(
 ) -> ScoreSet:
     """Scores from the contents of receipts: model id -> one content a seed.
 
-    metric: a column of the images' rows, ``convention.output``, such as ``paper.dice`` (see polypseg.conventions);
+    metric: a column of the images' rows, ``convention.output``, such as ``paper.dice``;
     without a convention ``paper`` is meant. Frames of known clips are clustered by clip. repeats: groups of ids that
     show the same frame, beside images of equal pixels, which receipts tell by themselves. Raises UsageError when the
     receipts are not of the same images, and for a column that they do not have or that some images leave undefined.
@@ -195,3 +194,6 @@ def _check_same_images(first: Mapping[str, Any], other: Mapping[str, Any], ids: 
     ):
         if a != b:
             raise UsageError(f"{names[0]} and {names[1]} differ in {what}: evaluate both again on the same images")
+
+
+METRICS = ("dice", "iou", "precision", "recall")

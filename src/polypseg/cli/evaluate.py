@@ -1,0 +1,284 @@
+"""Commands that score: any source of predictions by every metric convention, receipts, published pairs of numbers."""
+
+from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from polypseg.cli.options import GivesProbabilities, ImageSize, MaskValuesOption, named_places
+
+if TYPE_CHECKING:
+    from polypseg.evaluation.scoring import SuiteResult
+    from polypseg.evaluation.suite import Outcome, SuitePlan
+    from polypseg.inference.predictors import PredictionSource
+
+_SHOWN = 20
+"""Differences of a receipt that are printed."""
+
+
+class Seen(StrEnum):
+    """What becomes of a test of which the model saw images; passport.Rule."""
+
+    refuse = "refuse"
+    report = "report"
+    exclude = "exclude"
+
+
+def evaluate(
+    dataset: Annotated[str | None, Option(help="Dataset of the table; see `polypseg data list`.")] = None,
+    model: Annotated[
+        str | None,
+        Option(help="Model folder (transformers or segmentation_models_pytorch), Hub id, id of the table, ONNX file."),
+    ] = None,
+    image_size: ImageSize = None,
+    gives_probabilities: GivesProbabilities = False,
+    predictions: Annotated[
+        Path | None, Option(help="Folder or archive of predicted masks or probability maps, named as the images.")
+    ] = None,
+    source: Annotated[Path | None, Option(help="Folder or archive of the dataset.")] = None,
+    mask_values: MaskValuesOption = None,
+    split: Annotated[str, Option(help="Named split; `full` is every image.")] = "full",
+    part: Annotated[str, Option(help="Part of the split.")] = "full",
+    convention: Annotated[list[str] | None, Option(help="A convention; repeat for several. Default: all.")] = None,
+    allow_missing: Annotated[bool, Option("--allow-missing", help="Count images without file as empty.")] = False,
+    limit: Annotated[int | None, Option(min=1, help="Only the first N images.")] = None,
+    seen: Annotated[
+        Seen, Option(help="Test images that the model's passport lists: refuse the test, report or exclude them.")
+    ] = Seen.refuse,
+    suite: Annotated[bool, Option("--suite", help="Run every test of the suite whose images are at hand.")] = False,
+    only: Annotated[list[str] | None, Option(help="With --suite: a test; repeat for several.")] = None,
+    sources: Annotated[
+        list[str] | None, Option(help="With --suite: DATASET=PATH where a dataset lies; repeat for several.")
+    ] = None,
+    own: Annotated[
+        list[str] | None, Option(help="With --suite: NAME=PATH of your own images and masks; repeat for several.")
+    ] = None,
+    negatives: Annotated[Path | None, Option(help="With --suite: folder of frames without polyps.")] = None,
+    alarm_area: Annotated[
+        int, Option(min=1, help="Pixels from which a component on a frame without polyp is a false alarm.")
+    ] = 1,
+    allow_partial: Annotated[bool, Option("--allow-partial", help="Accept a part of a dataset, and say so.")] = False,
+    save_masks: Annotated[bool, Option("--save-masks", help="Keep the predicted masks as 1-bit PNG files.")] = False,
+    name: Annotated[str | None, Option(help="Name in the results; default: the recorded id or the folder's.")] = None,
+    output: Annotated[Path, Option(help="Folder of results.")] = Path("results"),
+) -> None:
+    """Score a model, or anybody's predicted masks, by every metric convention, and write a receipt of each test."""
+    from polypseg.data import open_dataset
+    from polypseg.errors import UsageError
+    from polypseg.evaluation.conventions import CONVENTIONS, choose_conventions
+    from polypseg.evaluation.suite import SuitePlan, score_images
+    from polypseg.files import sole_writer
+    from polypseg.inference.predictors import model_folder, open_model
+    from polypseg.provenance.passport import kept_manifest, name_partial
+
+    if (model is None) == (predictions is None):
+        raise UsageError("give either --model or --predictions")
+    names = tuple(convention or CONVENTIONS)
+    choose_conventions(names)
+    plan = SuitePlan(
+        output=output,
+        only=tuple(only or ()),
+        sources=named_places(sources, option="--sources"),
+        own=named_places(own, option="--own"),
+        negatives=negatives,
+        conventions=names,
+        rule=seen.value,
+        allow_partial=allow_partial,
+        save_masks=save_masks,
+        alarm_area=alarm_area,
+    )
+    if suite:
+        if model is None or dataset is not None or any(value is not None for value in (limit, source, mask_values)):
+            raise UsageError(
+                "--suite chooses the datasets for a --model: leave out --dataset, --source, --mask-values and --limit"
+            )
+        chosen = open_model(model, name=name, image_size=image_size, gives_probabilities=gives_probabilities)
+        _evaluate_suite(chosen, plan, folder=model_folder(model))
+        return
+    if dataset is None or only or sources or own or negatives:
+        raise UsageError("name one test with --dataset, or run them all with --suite (and --only, --sources, ...)")
+    data = open_dataset(dataset, source=source, allow_partial=allow_partial, mask_values=mask_values)
+    manifest = name_partial(kept_manifest(data, split=split, part=part, limit=limit), data)
+    if predictions is not None:
+        chosen = _files(predictions, allow_missing=allow_missing, name=name)
+    else:
+        chosen = open_model(str(model), name=name, image_size=image_size, gives_probabilities=gives_probabilities)
+    with sole_writer(output / chosen.name):
+        result = score_images(chosen, plan, data, manifest, model_folder=model_folder(model))
+        path = result.write(output)
+    _print_scores(result)
+    print(f"definitions, intervals and every image: {path}")
+
+
+_DONE = {Seen.report: "They were tested all the same.", Seen.exclude: "They were left out."}
+
+
+def _print_scores(result: "SuiteResult") -> None:
+    from rich.table import Table
+
+    from polypseg.cli.app import print_whole
+
+    title = f"{result.name}: {result.title}, {result.split} {result.part}"
+    table = Table("convention", "score", "mean", "95 % interval over images", "n", title=title)
+    for convention, scores in result.content()["scores"].items():
+        for score, value in scores.items():
+            table.add_row(convention, score, _mean(value["mean"]), _bounds(value), str(value["n"]))
+    print_whole(table)
+    collisions = result.seen.collisions
+    if collisions is None:
+        print(f"not checked against what the model saw: {result.seen.reason}")
+    elif collisions.found:
+        print(f"{collisions.summary} {_DONE[Seen(result.seen.rule)]}")
+    alarms = result.false_alarms()
+    if alarms is not None:
+        rate = alarms["per_100_frames"]
+        print(f"false alarms: {rate['mean']:.1f} per 100 frames without polyp [{rate['low']:.1f}, {rate['high']:.1f}]")
+
+
+def _mean(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:.4f}"
+
+
+def _bounds(value: Mapping[str, Any]) -> str:
+    return "" if value["low"] is None else f"{value['low']:.4f} to {value['high']:.4f}"
+
+
+def _evaluate_suite(chosen: "PredictionSource", plan: "SuitePlan", *, folder: Path | None) -> None:
+    from polypseg.errors import PolypSegError
+    from polypseg.evaluation.suite import run_suite
+
+    outcomes = run_suite(chosen, plan, model_folder=folder)
+    _print_suite(chosen.name, outcomes)
+    print(f"receipts and summary: {plan.output / chosen.name}")
+    lost = [outcome for outcome in outcomes if outcome.status in ("refused", "failed")]
+    if lost:
+        first = f"{lost[0].test}: {lost[0].reason}"
+        raise PolypSegError(f"{len(lost)} of {len(outcomes)} tests were refused or failed, first {first}")
+
+
+def _print_suite(name: str, outcomes: "list[Outcome]") -> None:
+    from rich.table import Table
+
+    from polypseg.cli.app import print_whole
+
+    columns = ("test", "n", "clusters", "Dice", "95 % interval by cluster", "false alarms per 100 frames", "seen")
+    table = Table(*columns, title=f"{name}: the generalisation suite")
+    for o in outcomes:
+        if o.status != "tested":
+            table.add_row(o.test, "", "", o.status, "", "", "")
+            continue
+        dice, alarms = {"low": o.dice_low, "high": o.dice_high}, ""
+        if o.false_alarms_per_100 is not None:
+            alarms = f"{o.false_alarms_per_100:.1f} [{o.false_alarms_low:.1f}, {o.false_alarms_high:.1f}]"
+        seen = "unknown" if o.seen_images is None else str(o.seen_images)
+        mean = "" if o.dice is None else f"{o.dice:.4f}"
+        table.add_row(o.test, str(o.n), str(o.clusters or ""), mean, _bounds(dice), alarms, seen)
+    print_whole(table)
+    for o in outcomes:
+        if o.status != "tested":
+            print(f"{o.test}: {o.status}: {o.reason}")
+
+
+def _files(predictions: Path, *, allow_missing: bool, name: str | None) -> "PredictionSource":
+    from polypseg.evaluation.scoring import RenamedPredictions
+    from polypseg.inference.prediction_files import FilePredictions
+
+    files = FilePredictions(path=predictions, allow_missing=allow_missing)
+    return files if name is None else RenamedPredictions(name=name, source=files)
+
+
+PathsArgument = Annotated[list[Path], Argument(help="Receipts, or folders that hold them.")]
+
+
+def check_receipts(
+    paths: PathsArgument,
+    public_key: Annotated[
+        Path | None, Option(help="PEM file of an ed25519 public key: each receipt must bear a signature by it.")
+    ] = None,
+) -> None:
+    """Compute every score and interval of evaluation receipts again from their images; exit 1 for any difference."""
+    from polypseg.errors import PolypSegError, UsageError
+    from polypseg.evaluation.receipt import check_receipt
+
+    if public_key is not None:
+        from polypseg.evaluation.signatures import check_signature
+    files = _receipt_files(paths)
+    wrong: dict[Path, str] = {}
+    for file in files:
+        try:
+            found = check_receipt(file)
+            if public_key is not None:
+                found += check_signature(file, public_key=public_key)
+        except UsageError:  # a key that is none
+            raise
+        except PolypSegError as error:
+            found = [str(error)]
+        fine = "as computed again" + (f", signed by the key of {public_key}" if public_key else "")
+        print(f"{file}: {fine if not found else f'{len(found)} difference(s)'}", flush=True)
+        for line in found[:_SHOWN]:
+            print(f"  {line}")
+        if len(found) > _SHOWN:
+            print(f"  and {len(found) - _SHOWN} more")
+        if found:
+            wrong[file] = found[0]
+    if wrong:
+        file, first = next(iter(wrong.items()))
+        raise PolypSegError(
+            f"{len(wrong)} of {len(files)} receipts are not what their images give, first {file}: {first}"
+            if public_key is None
+            else f"{len(wrong)} of {len(files)} receipts are not what their images give and their signer stands by, "
+            f"first {file}: {first}"
+        )
+
+
+def sign_receipts(
+    paths: PathsArgument,
+    key: Annotated[Path, Option(help="PEM file of your ed25519 private key; keep it to yourself.")],
+) -> None:
+    """Sign evaluation receipts that recompute with your ed25519 key; a .sig file is written beside each."""
+    from polypseg.evaluation.signatures import sign_receipt
+
+    for file in _receipt_files(paths):
+        print(f"{file}: signed, {sign_receipt(file, key=key).name}", flush=True)
+
+
+def _receipt_files(paths: list[Path]) -> list[Path]:
+    """The receipts among files and in folders. Raises UsageError for a path that is not there, and for none."""
+    from polypseg.errors import UsageError
+    from polypseg.evaluation.receipt import SUFFIX
+
+    absent = [str(path) for path in paths if not path.exists()]
+    if absent:
+        raise UsageError(f"{absent[0]} does not exist: give receipts of `polypseg evaluate`, or folders of them")
+    files = [file for path in paths for file in (sorted(path.rglob(f"*{SUFFIX}")) if path.is_dir() else [path])]
+    if not files:
+        raise UsageError(f"no *{SUFFIX} in {', '.join(map(str, paths))}: run `polypseg evaluate` first")
+    return files
+
+
+def diagnose(
+    dice: Annotated[str, Argument(help="Published Dice with all its digits, as fraction or percent.")],
+    iou: Annotated[str, Argument(help="Published IoU of the same experiment.")],
+    n: Annotated[int | None, Option("--images", "-n", min=1, help="Number of test images.")] = None,
+) -> None:
+    """Say which metric conventions a published pair of Dice and IoU can come from."""
+    from polypseg.evaluation.diagnose import diagnose as examine
+
+    numbers = [_number(text) for text in (dice, iou)]
+    # One unit of the last digit that both numbers have covers rounding as well as cutting off.
+    digits = min(-int(number.as_tuple().exponent) for number in numbers)
+    found = examine(float(numbers[0]), float(numbers[1]), n, tolerance=10.0**-digits)
+    print(f"{found.verdict}: {found.words}")
+    print(f"possible conventions: {', '.join(found.possible) or 'none'}")
+
+
+def _number(text: str) -> Decimal:
+    from polypseg.errors import UsageError
+
+    try:
+        return Decimal(text.strip().rstrip("%"))
+    except InvalidOperation:
+        raise UsageError(f"{text!r} is not a number: give it as published, such as 0.8231 or 82.31") from None

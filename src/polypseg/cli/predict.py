@@ -1,0 +1,224 @@
+"""Commands that use models: list them, tell their licence, segment files, run the app, measure robustness."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from polypseg.cli.options import MaskValuesOption
+
+if TYPE_CHECKING:
+    from polypseg.evaluation.receipt_reading import Test
+
+NOT_EVALUATED = "not evaluated"
+TESTS = {
+    "Kvasir-SEG test, mDice": ("kvasir_seg", "reference", "test"),
+    "CVC-ClinicDB, mDice": ("cvc_clinicdb", "full", "full"),
+}
+"""Columns of the table of models -> dataset, split and part."""
+ModelOption = Annotated[
+    str,
+    Option("--model", help="starter (ships with the package), model folder, Hub id, id of the table."),
+]
+RuntimeOption = Annotated[
+    str, Option(help="auto (the fastest exact one at hand, and says which), onnxruntime, openvino or torch.")
+]
+
+
+def models(
+    results: Annotated[Path, Option(help="Folder of evaluation receipts.")] = Path("model_cards/results"),
+) -> None:
+    """List the models: id, licence, results where there are any, where the pretraining weights come from."""
+    from rich.table import Table
+
+    from polypseg import zoo
+    from polypseg.cli.app import print_whole
+
+    scores = _dice_by_model(results)
+    columns = TESTS if scores else {}
+    headings = ("short", "model id", "pretraining", "corpus", "licence", *columns, "weights", "licence stated at")
+    for title, rows in (("The twelve models", zoo.ZOO), ("Extra models, not of the study", zoo.EXTRA)):
+        table = Table(*headings, title=title)
+        for entry in rows:
+            upstream = entry.upstream
+            cells = [scores.get((entry.model_id, test), NOT_EVALUATED) for test in columns.values()]
+            names = (entry.short_name, entry.model_id, zoo.METHODS[entry.method], zoo.CORPORA[entry.corpus])
+            table.add_row(*names, upstream.license, *cells, upstream.location, upstream.license_source)
+        print_whole(table)
+    for entry in zoo.EXTRA:
+        print(f"{entry.short_name}: {entry.notes}")
+    print("\n".join(_shipped_model(scores)))
+    if not scores:
+        print(f"no receipts in {results}: name a folder of them with --results")
+    others = sorted({name for name, _ in scores} - {row.model_id for row in zoo.rows()})
+    if others:
+        more = Table("model id", *columns, title="Other models with results")
+        for name in others:
+            more.add_row(name, *(scores.get((name, test), NOT_EVALUATED) for test in columns.values()))
+        print_whole(more)
+
+
+def _shipped_model(scores: "dict[tuple[str, Test], str]") -> list[str]:
+    """Lines about the model that ships with the package."""
+    from polypseg.errors import UsageError
+    from polypseg.files import read_json
+    from polypseg.provenance.licence import model_license
+    from polypseg.provenance.local import CONFIG, STARTER, starter_folder
+    from polypseg.provenance.origin import read_origin
+
+    try:
+        folder = starter_folder()
+    except UsageError as error:
+        return [f"{STARTER}: {error}"]
+    origin = read_origin(read_json(folder / CONFIG).get("weights_origin"))
+    measured = [f"{title} {scores.get((origin.model_id, test), NOT_EVALUATED)}" for title, test in TESTS.items()]
+    return [
+        f"{STARTER}: ships with the package, works offline, taken where no model is named; {origin.model_id}, "
+        f"licence {model_license(origin).identifier}; {'; '.join(measured)}",
+        f"{STARTER}: {origin.summary}",
+    ]
+
+
+def _dice_by_model(results: Path) -> "dict[tuple[str, Test], str]":
+    """(model id, test) -> mean Dice with its interval and n, as the receipts in a folder say.
+
+    Those of a row of the table count only if their weights earned its id.
+    """
+    if not results.is_dir():
+        return {}
+    from polypseg import zoo
+    from polypseg.evaluation.receipt_reading import cell_of, read_results, scores_of, size_of, test_of
+    from polypseg.provenance.origin import read_origin
+
+    ids = {row.model_id for row in zoo.rows()}
+    return {
+        (content["name"], test_of(content)): f"{cell_of(scores_of(content)['dice'])}, n = {size_of(content)}"
+        for content in read_results(results)
+        if content["name"] not in ids or read_origin(content["model"]["weights_origin"]).official
+    }
+
+
+def license_(
+    model: Annotated[str, Argument(help="Id or short name of the table, model folder, or Hub id.")],
+    revision: Annotated[str | None, Option(help="Tag, branch or commit of a Hub model.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Derive a model's licence step by step from code, weights and images, and say what you may do with it."""
+    import json
+
+    from polypseg.provenance.licence import report_license
+
+    report = report_license(model, revision=revision)
+    print(json.dumps(report.as_json(), indent=2) if as_json else "\n".join(report.lines()))
+
+
+def segment(
+    inputs: Annotated[list[str], Argument(help="Images, folders, globs or videos.")],
+    model: ModelOption = "starter",
+    output: Annotated[Path, Option(help="Folder of the results; a second call completes it.")] = Path("segmented"),
+    runtime: RuntimeOption = "auto",
+    revision: Annotated[str | None, Option(help="Tag, branch or commit of a Hub model.")] = None,
+    threshold: Annotated[float, Option(help="A pixel is polyp where its probability exceeds this.")] = 0.5,
+    min_area: Annotated[int, Option(help="Pixels that a lesion of the table has at least.")] = 64,
+    every: Annotated[int, Option(min=1, help="Take every N-th frame of a video.")] = 1,
+    save_probability: Annotated[bool, Option("--save-probability", help="Keep the probability maps too.")] = False,
+    smooth: Annotated[
+        float | None, Option(help="Average a video's probabilities over this time in seconds, looking back; try 0.1.")
+    ] = None,
+    overlay_video: Annotated[
+        str | None,
+        Option(help="Overlays of videos: mp4 (by the ffmpeg on PATH, the default with one), webm, avi, jpg or none."),
+    ] = None,
+    batch_size: Annotated[int, Option(min=1, help="Frames that go through the model together.")] = 1,
+    overwrite: Annotated[bool, Option("--overwrite", help="Start again in a folder of other settings.")] = False,
+    device: Annotated[str | None, Option(help="cpu, or cuda (of torch); default: torch takes cuda if it can.")] = None,
+) -> None:
+    """Segment images and videos: masks, overlays, tables of area, boxes and scores. For research only."""
+    from polypseg.inference.segment import run_segment
+
+    lines = run_segment(
+        inputs,
+        output,
+        model=model,
+        runtime=runtime,
+        revision=revision,
+        threshold=threshold,
+        min_area=min_area,
+        every=every,
+        save_probability=save_probability,
+        smooth=smooth,
+        overlay_video=overlay_video,
+        batch_size=batch_size,
+        overwrite=overwrite,
+        device=device,
+    )
+    print("\n".join(lines))
+
+
+def demo_app(
+    models: Annotated[
+        list[str] | None,
+        Option("--model", help="starter (default), model folder, Hub id, id of the table; repeat for more."),
+    ] = None,
+    host: Annotated[str, Option(help="Address to serve at.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="Port to serve at.")] = 7860,
+    open_browser: Annotated[bool, Option(help="Open the app in the browser.")] = True,
+) -> None:
+    """Run the app on this machine: choose a model, drop a frame, compare two models. Ctrl-C ends it."""
+    from polypseg.hub.space import describe_model, run_demo_app
+
+    run_demo_app(
+        [describe_model(name) for name in models or ["starter"]], host=host, port=port, open_browser=open_browser
+    )
+
+
+def export_space(
+    output: Annotated[Path, Option(help="Folder to write.")],
+    models: Annotated[list[str], Option("--model", help="Model folder or Hub id; repeat for more.")],
+    title: Annotated[str, Option(help="Title of the Space, at most 60 characters.")] = "Polyp segmentation",
+    trust_remote_code: Annotated[
+        bool, Option("--trust-remote-code", help="Let the Space run the code that CNN models bring along.")
+    ] = False,
+) -> None:
+    """Write the app as a Hugging Face Space that needs no polypseg."""
+    from polypseg.hub.space import describe_model
+    from polypseg.hub.space import export_space as write
+
+    chosen = [describe_model(name) for name in models]
+    folder = write(output, models=chosen, title=title, trust_remote_code=trust_remote_code)
+    print(f"{folder}: upload it with `hf upload OWNER/NAME {folder} --repo-type space`")
+
+
+def robustness(
+    model: ModelOption,
+    dataset: Annotated[str, Option(help="Dataset of the table; see `polypseg data list`.")],
+    source: Annotated[Path | None, Option(help="Folder or archive of the dataset.")] = None,
+    mask_values: MaskValuesOption = None,
+    split: Annotated[str, Option(help="Named split; `full` is every image.")] = "full",
+    part: Annotated[str, Option(help="Part of the split.")] = "full",
+    kinds: Annotated[list[str] | None, Option("--corruption", help="A kind; repeat for more. Default: all.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Only the first N images.")] = None,
+    output: Annotated[Path, Option(help="Folder of results.")] = Path("results"),
+) -> None:
+    """Measure a model under endoscopy corruptions at five severities: curves and drops."""
+    from polypseg.data import open_dataset
+    from polypseg.evaluation.robustness import measure_robustness
+    from polypseg.inference.model import results_name
+    from polypseg.inference.segmenter import load
+
+    segmenter = load(model, runtime="torch")
+    result = measure_robustness(
+        segmenter.model,
+        segmenter.processor,
+        open_dataset(dataset, source=source, mask_values=mask_values),
+        model_id=results_name(segmenter.model.config, model),
+        split=split,
+        part=part,
+        kinds=kinds or (),
+        limit=limit,
+    )
+    path = result.write(output)
+    drop = result.mean_relative_drop()
+    print(f"clean mDice {result.clean.summary()['dice']['mean']:.4f}, n = {len(result.clean.ids)}")
+    print("mean relative drop: " + ("not defined, the clean mean is 0" if drop is None else f"{drop:.3f}"))
+    print(f"curves and tables: {path.with_suffix('.png')}, {path.with_suffix('.csv')}")

@@ -1,0 +1,155 @@
+"""``polypseg shift``: how two datasets differ, and what each difference costs a model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Option
+
+from polypseg.cli.options import GivesProbabilities, ImageSize
+
+if TYPE_CHECKING:
+    from polypseg.shift import Comparison
+    from polypseg.shift.attribution import Attribution, ShiftSet
+    from polypseg.shift.comparison import Embed
+
+shift_app = typer.Typer(help="How two datasets differ, and what each difference costs a model.", no_args_is_help=True)
+
+A = Annotated[str, Option("--a", help="First dataset as DATASET[.SPLIT.PART], e.g. kvasir_seg.reference.test.")]
+B = Annotated[str, Option("--b", help="Second dataset, alike.")]
+SourceA = Annotated[Path | None, Option(help="Folder or archive of the first dataset.")]
+SourceB = Annotated[Path | None, Option(help="Folder or archive of the second dataset.")]
+Limit = Annotated[int | None, Option(min=1, help="Only the first N images of each set.")]
+Output = Annotated[Path, Option(help="Folder of results.")]
+
+
+@shift_app.command()
+def measure(
+    a: A,
+    b: B,
+    source_a: SourceA = None,
+    source_b: SourceB = None,
+    encoder: Annotated[
+        str, Option(help="For the embedding distance: starter, a model folder, or none to leave it out.")
+    ] = "starter",
+    limit: Limit = None,
+    allow_partial: Annotated[bool, Option("--allow-partial", help="Accept a part of a dataset.")] = False,
+    output: Output = Path("results/shift"),
+) -> None:
+    """Measure how two sets differ: colour, light, sharpness, border, polyps, compression, embedding, separability."""
+    from rich.table import Table
+
+    from polypseg.cli.app import print_whole
+    from polypseg.shift import compare_sets
+    from polypseg.shift.embedding import open_embedding
+
+    embed = None if encoder == "none" else open_embedding(encoder)
+    first, second = (
+        _open(name, source, limit=limit, allow_partial=allow_partial, embed=embed)
+        for name, source in ((a, source_a), (b, source_b))
+    )
+    found = compare_sets(first.measured, second.measured)
+    table = Table("measure", "a", "b", "b - a", "95 % interval", "effect (d)", title=_title(found))
+    for row in found.measures:
+        bounds = "" if row["difference_low"] is None else f"{row['difference_low']:.4g} to {row['difference_high']:.4g}"
+        numbers = (f"{row[key]:.4g}" for key in ("mean_a", "mean_b", "difference"))
+        table.add_row(row["measure"], *numbers, bounds, f"{row['effect']:+.2f}")
+    print_whole(table)
+    print(_separability(found))
+    print(f"numbers: {_write(output, f'{a}.{b}.measures', found.content(), list(found.measures))}")
+
+
+@shift_app.command()
+def attribute(
+    model: Annotated[str, Option("--model", help="As for `polypseg evaluate --model`.")],
+    a: A,
+    b: B,
+    source_a: SourceA = None,
+    source_b: SourceB = None,
+    strength: Annotated[float, Option(min=0, max=1, help="0 changes nothing, 1 moves all the way.")] = 1.0,
+    image_size: ImageSize = None,
+    gives_probabilities: GivesProbabilities = False,
+    one_way: Annotated[bool, Option("--one-way", help="Leave out the direction from b to a.")] = False,
+    limit: Limit = None,
+    allow_partial: Annotated[bool, Option("--allow-partial", help="Accept a part of a dataset.")] = False,
+    output: Output = Path("results/shift"),
+) -> None:
+    """Re-render each set toward the other, one factor at a time, and say what each factor costs the model."""
+    from polypseg.inference.predictors import open_model
+    from polypseg.shift import attribute_shift
+
+    chosen = open_model(model, image_size=image_size, gives_probabilities=gives_probabilities)
+    first, second = (
+        _open(name, place, limit=limit, allow_partial=allow_partial) for name, place in ((a, source_a), (b, source_b))
+    )
+    directions = [(a, b, first, second)] if one_way else [(a, b, first, second), (b, a, second, first)]
+    for inside, outside, here, there in directions:
+        found = attribute_shift(chosen, here, there, strength=strength)
+        _print_attribution(found)
+        content = found.content() | {"predictions": chosen.origin}
+        print(f"numbers: {_write(output / chosen.name, f'{inside}.{outside}.attribution', content, found.rows())}")
+
+
+def _open(
+    name: str, source: Path | None, *, limit: int | None, allow_partial: bool, embed: "Embed | None" = None
+) -> "ShiftSet":
+    from polypseg.data import open_dataset
+    from polypseg.errors import UsageError
+    from polypseg.shift import measure_set, typical_look
+    from polypseg.shift.attribution import ShiftSet
+
+    dataset, *rest = name.split(".")
+    if len(rest) not in (0, 2):
+        raise UsageError(f"{name!r}: give DATASET or DATASET.SPLIT.PART, such as kvasir_seg.reference.test")
+    split, part = rest or ("full", "full")
+    opened = open_dataset(dataset, source=source, allow_partial=allow_partial)
+    ids, label = opened.part(split, part, limit=limit)
+    measured = measure_set(opened, ids, title=f"{opened.spec.title}, {split} {label}", embed=embed)
+    return ShiftSet(dataset=opened, ids=ids, measured=measured, look=typical_look(opened, ids, measured))
+
+
+def _title(found: "Comparison") -> str:
+    (a, b), (n_a, n_b) = found.titles, found.sizes
+    return f"a: {a} (n = {n_a}); b: {b} (n = {n_b})"
+
+
+def _separability(found: "Comparison") -> str:
+    def words(value: Any) -> str:
+        return f"{value.estimate:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+    parts = [f"a linear classifier of the measures tells the sets apart with AUC {words(found.measures_auc)}"]
+    if found.embedding_auc is not None and found.embedding_floor is not None:
+        low, high = found.embedding_floor
+        parts.append(f"of the embedding with AUC {words(found.embedding_auc)}")
+        parts.append(
+            f"kernel distance of the embeddings {words(found.embedding_distance)}, between halves of one set "
+            f"{low:.3f} to {high:.3f}"
+        )
+    return "; ".join(parts)
+
+
+def _print_attribution(found: "Attribution") -> None:
+    from rich.table import Table
+
+    from polypseg.cli.app import print_whole
+
+    (inside, outside), drop = found.titles, found.drop
+    title = (
+        f"{found.model}: {inside} (n = {found.sizes[0]}) toward {outside} (n = {found.sizes[1]}); mean Dice "
+        f"{found.inside.estimate:.3f} and {found.outside.estimate:.3f}, drop {drop.estimate:+.3f}"
+    )
+    columns = ("factor", "costs in mean Dice", "95 % interval", "p (Holm)", "share of the drop", "of its shift covered")
+    table = Table(*columns, title=title)
+    for row in found.rows():
+        bounds = "" if row["cost_low"] is None else f"{row['cost_low']:+.3f} to {row['cost_high']:+.3f}"
+        shares = ("-" if row[key] is None else f"{row[key]:.0%}" for key in ("share_of_drop", "covered"))
+        table.add_row(row["factor"], f"{row['cost']:+.3f}", bounds, f"{row['p_holm']:.3f}", *shares)
+    print_whole(table)
+
+
+def _write(folder: Path, name: str, content: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Path:
+    from polypseg.files import environment_record, write_csv, write_json
+
+    write_csv(folder / f"{name}.csv", rows)
+    return write_json(folder / f"{name}.json", content | {"environment": environment_record()})

@@ -1,0 +1,1 @@
+"""One test: a predictor on images, its scores by named conventions, and the receipt that it leaves."""

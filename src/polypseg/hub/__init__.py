@@ -1,0 +1,1 @@
+"""Publishing: the folder of a model, its card, its upload, dataset cards, the app and the browser page."""

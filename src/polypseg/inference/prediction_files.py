@@ -1,0 +1,230 @@
+"""Predictions as files: a folder or archive of masks or probability maps, matched to a dataset's ids by name.
+
+8-bit grey is read as value / 255 and 16-bit as value / 65535; a set whose values are all 0 and 1, or in 16 bits all 0
+and 255, is one of masks.
+"""
+
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from polypseg.data import images
+from polypseg.data.polyps import PolypDataset
+from polypseg.data.sources import IMAGE_SUFFIXES, Source, open_source
+from polypseg.errors import PolypSegError, UsageError
+from polypseg.files import atomic_path
+from polypseg.inference.predictors import Probability, probability_map
+
+_SUFFIXES = (*IMAGE_SUFFIXES, ".npy")
+_STEM = r"(?P<id>.+?)_(mask|pred|prediction|prob|probability)"
+_FAINT = 9 / 255
+"""Share of white up to which all values of a set must be class numbers: as probabilities all would be under 4 %."""
+
+
+@dataclass(frozen=True)
+class FilePredictions:
+    """A folder, zip or tar of PNG, JPEG, TIFF, BMP or NPY files, one an image, named as the dataset's ids.
+
+    A name may end in _mask, _pred, _prediction, _prob or _probability. A map of another size than the mask is resized
+    to it (bilinear). ``allow_missing`` counts an image without file as one where nothing is predicted.
+    """
+
+    path: Path
+    allow_missing: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        return {"source": "files", "name": self.path.name, "missing_count_as_empty": self.allow_missing}
+
+    @cached_property
+    def _source(self) -> Source:
+        return open_source(self.path)
+
+    @cached_property
+    def _names(self) -> list[str]:
+        names = [name for name in self._source.names() if name.lower().endswith(_SUFFIXES)]
+        if not names:
+            raise UsageError(
+                f"no predictions in {self.path}: expected {', '.join(_SUFFIXES)} files named as the images"
+            )
+        return names
+
+    @cached_property
+    def _codes(self) -> dict[np.dtype[Any], frozenset[int] | None]:
+        """Filled by ``_codes_of``."""
+        return {}
+
+    def _codes_of(self, kind: np.dtype[Any]) -> frozenset[int] | None:
+        """The values of all files of a whole-number type, where they are codes; None where they are probabilities.
+
+        Reading stops at the first file that settles it.
+        """
+        if kind not in self._codes:
+            found: set[int] = set()
+            for name in self._names:
+                pixels = self._stored(name)
+                if pixels.dtype == kind:
+                    found.update(np.unique(pixels).tolist())
+                    if max(found) > _FAINT * np.iinfo(kind).max:
+                        self._codes[kind] = None
+                        return None
+            self._codes[kind] = frozenset(found)
+        return self._codes[kind]
+
+    def files_of(self, dataset: PolypDataset, ids: Sequence[str]) -> dict[str, str]:
+        """id -> file name. Raises UsageError listing missing files, files of no image, and two files of one image."""
+        known, found, strangers = set(dataset.ids), dict[str, str](), []
+        for name in self._names:
+            stem = PurePosixPath(name).stem
+            match = re.fullmatch(_STEM, stem)
+            key = match["id"] if match and stem not in known else stem
+            if key not in known:
+                strangers.append(name)
+            elif key in found:
+                raise UsageError(f"{self.path}: {found[key]} and {name} are of one image: remove one of them")
+            else:
+                found[key] = name
+        if strangers:
+            raise UsageError(
+                f"{self.path}: {len(strangers)} file(s) belong to no image of {dataset.spec.title}: {_some(strangers)}"
+            )
+        missing = [record_id for record_id in ids if record_id not in found]
+        if missing and not self.allow_missing:
+            raise UsageError(
+                f"{self.path}: {len(missing)} of {len(ids)} images have no prediction: {_some(missing)}. Add them, or "
+                "say that a missing file means that nothing is predicted (allow_missing)"
+            )
+        return found
+
+    def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
+        """Raises UsageError before the first map for files that do not match, PolypSegError for one that is broken."""
+        files = self.files_of(dataset, ids)
+        return ((record_id, self._map(files.get(record_id), dataset, record_id)) for record_id in ids)
+
+    def _map(self, name: str | None, dataset: PolypDataset, record_id: str) -> Probability:
+        shape = dataset.mask(dataset.by_id[record_id]).shape
+        if name is None:
+            return np.zeros(shape, dtype=np.float32)
+        pixels = self._stored(name)
+        probability = _unit(pixels) if pixels.dtype.kind == "f" else self._as_probability(pixels, name)
+        if probability.shape == shape:
+            return probability
+        _refuse_transposed(probability.shape, shape, name=str(self.path / name))
+        return probability_map(torch.from_numpy(probability), shape, output="probability")
+
+    def _as_probability(self, pixels: NDArray[Any], name: str) -> Probability:
+        """Whole numbers: codes only if the whole set is coded, since one faint map may hold nothing else."""
+        white = np.iinfo(pixels.dtype).max
+        if pixels.max() > _FAINT * white or (codes := self._codes_of(pixels.dtype)) is None:
+            return _unit(pixels)
+        if codes <= {0, 1}:
+            return pixels.astype(np.float32)
+        if codes <= {0, 255} and white > 255:
+            return (pixels == 255).astype(np.float32)
+        bits = f" in {8 * pixels.dtype.itemsize} bits" if white > 255 else ""
+        raise UsageError(
+            f"{self.path} is coded with class numbers up to {max(codes)}{bits} ({name}): save 0 and 1, 0 and 255, "
+            "or probabilities"
+        )
+
+    def _stored(self, name: str) -> NDArray[Any]:
+        return read_map(self._source.read(name), name=str(self.path / name))
+
+
+def _refuse_transposed(found: tuple[int, ...], wanted: tuple[int, ...], *, name: str) -> None:
+    """Raise PolypSegError for a map (h, w) whose sides are those of the image (H, W), at some scale, exchanged.
+
+    Other proportions are what models of a fixed input size give, and are resized.
+    """
+    (h, w), (height, width) = found, wanted
+    # Sides may have been rounded to whole pixels, by half a pixel each.
+    exchanged = abs(h * height - w * width) <= 0.5 * (height + width)
+    if exchanged and not abs(h * width - w * height) <= 0.5 * (height + width):
+        raise PolypSegError(
+            f"{name} is {w}x{h} but its image is {width}x{height}: it seems to be transposed. Save it upright, in the "
+            "image's size"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _unit(pixels: NDArray[Any]) -> Probability:
+    """Whole numbers over their type's maximum; floats as they are."""
+    if pixels.dtype.kind == "f":
+        return pixels.astype(np.float32)
+    return pixels.astype(np.float32) / np.float32(np.iinfo(pixels.dtype).max)
+
+
+def read_map(data: bytes, *, name: str) -> NDArray[Any]:
+    """Bytes of an image or NPY file -> (H, W): uint8 or uint16 as stored (bilevel as 0/255), or float in [0, 1].
+
+    Raises PolypSegError for a file that cannot be read, is in colours, or holds other values.
+    """
+    try:
+        if PurePosixPath(name).suffix.lower() == ".npy":
+            pixels = np.load(io.BytesIO(data), allow_pickle=False)
+        else:
+            pixels = images.read_values(data, name=name)
+    except UsageError:
+        raise
+    except Exception as error:  # damaged files fail in a dozen ways
+        raise PolypSegError(f"{name} cannot be read as a map ({error}): save it again or remove it") from error
+    pixels = np.squeeze(pixels, axis=tuple(k for k in (0, -1) if pixels.ndim == 3 and pixels.shape[k] == 1)[:1])
+    if pixels.ndim == 3 and pixels.shape[2] in (3, 4) and pixels.dtype == np.uint8:
+        pixels = _grey(pixels, name)
+    if pixels.ndim != 2 or not pixels.size:
+        raise PolypSegError(f"{name} has the shape {pixels.shape}: a map is grey, (height, width)")
+    if pixels.dtype == bool:
+        return pixels.astype(np.uint8) * np.uint8(255)
+    if pixels.dtype in (np.uint8, np.uint16):
+        return pixels
+    if pixels.dtype.kind == "f" and pixels.min() >= 0 and pixels.max() <= 1:
+        return pixels
+    if pixels.dtype.kind in "iu" and pixels.min() >= 0 and pixels.max() <= 1:
+        return pixels.astype(np.uint8) * np.uint8(255)
+    raise PolypSegError(
+        f"{name} holds {pixels.dtype} values from {pixels.min()} to {pixels.max()}: save probabilities between 0 and 1 "
+        "(apply the sigmoid to logits), or 8- or 16-bit grey"
+    )
+
+
+def _grey(pixels: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
+    """The luminance of (H, W, 3 or 4) pixels that are grey but for what JPEG does to them."""
+    if pixels.shape[2] == 4 and pixels[..., 3].min(initial=255) < 255:
+        raise PolypSegError(f"{name} is transparent in places: save grey without alpha")
+    if (np.ptp(pixels[..., :3], axis=2) > 64).mean() > 1e-3:
+        raise PolypSegError(f"{name} is in colours: save the polyp's probability as grey")
+    return np.asarray(Image.fromarray(pixels[..., :3]).convert("L"))
+
+
+def save_predictions(
+    predictions: Iterable[tuple[str, Probability]], folder: Path, *, form: Literal["npy", "png"] = "png"
+) -> Path:
+    """Write each map to ``<folder>/<id>.<form>``, all or nothing: NPY exactly, PNG in 8 bits, off by at most 1/510.
+
+    PNG rounds halves down, so that 0.5 stays unpredicted and thresholding at 0.5 gives the same mask.
+    """
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        for record_id, probability in predictions:
+            if form == "npy":
+                np.save(temporary / f"{record_id}.npy", probability, allow_pickle=False)
+                continue
+            grey = np.ceil(probability.astype(np.float64) * 255 - 0.5).astype(np.uint8)
+            (temporary / f"{record_id}.png").write_bytes(images.encode_png(grey))
+    return folder

@@ -1,0 +1,332 @@
+"""Where predictions come from: a model, an ONNX file, a segmentation_models_pytorch model, or a folder of maps.
+
+Each source gives (id, probability) for the asked images, in order: float32 (H, W) in [0, 1] at the mask's own size.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from polypseg.data.polyps import PolypDataset
+from polypseg.errors import UsageError, first_line
+from polypseg.files import file_sha256, read_json
+from polypseg.inference.model import (
+    build_image_processor,
+    current_record,
+    default_device,
+    finite_images,
+    polyp_logits,
+    resize_map,
+    results_name,
+)
+from polypseg.inference.preparation import PREPROCESSOR, FrameProcessor
+from polypseg.inference.runtimes import TORCH, OnnxRuntime, refuse_non_finite
+from polypseg.inference.segmenter import load
+from polypseg.modeling import PolypSegConfig
+from polypseg.provenance.fetch import fetch
+from polypseg.provenance.local import CONFIG, local_folder
+
+Probability = NDArray[np.float32]
+Output = Literal["logits", "probability"]
+ONNX = ".onnx"
+_ABOVE_HALF = float(np.nextafter(np.float32(0.5), np.float32(1)))
+
+
+class PredictionSource(Protocol):
+    """Anything that predicts the polyps of a dataset's images."""
+
+    @property
+    def name(self) -> str:
+        """What the predictions are called in results: a file-name-safe word."""
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where the predictions come from, JSON-able."""
+
+    def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
+        """(id, probability (H, W) in [0, 1] at the mask's size) for each id, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPredictions:
+    """Any AutoModelForSemanticSegmentation with its image processor, as processing.load_model gives them."""
+
+    name: str
+    model: Any
+    processor: Any
+    batch_size: int = 8
+    device: torch.device | str = "cpu"
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        return {"source": "model", "weights_origin": getattr(self.model.config, "weights_origin", None) or {}}
+
+    def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
+        """Thresholded at 0.5 (strictly), these are evaluate_model's masks."""
+        model = self.model.to(self.device).eval()
+
+        def forward(pixels: Tensor, images: Sequence[str]) -> Tensor:
+            logits = model(pixel_values=pixels.to(self.device)).logits.float()
+            return polyp_logits(logits, model.config, model=self.name, images=images).cpu()
+
+        return _from_logits(forward, self.processor, dataset, ids, batch_size=self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmpPredictions:
+    """A segmentation_models_pytorch model, or any module (B, 3, h, w) -> (B, 1 or 2, h, w), trained on RGB.
+
+    ``output`` says whether it ends in logits or, with an activation, in probabilities.
+    """
+
+    name: str
+    model: Any
+    image_size: int
+    image_mean: Sequence[float] = (0.485, 0.456, 0.406)
+    image_std: Sequence[float] = (0.229, 0.224, 0.225)
+    output: Output = "logits"
+    batch_size: int = 8
+    device: torch.device | str = "cpu"
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        return {"source": "segmentation_models_pytorch", "class": type(self.model).__name__}
+
+    def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
+        """Resized as evaluation does: the frame to the model's size, the output back to the mask's."""
+        model = self.model.to(self.device).eval()
+
+        def forward(pixels: Tensor, images: Sequence[str]) -> Tensor:
+            result = model(pixels.to(self.device)).float().cpu()
+            return _one_channel(result, output=self.output, name=self.name, images=images)
+
+        processor = _square_processor(self.image_size, mean=self.image_mean, std=self.image_std)
+        return _from_logits(forward, processor, dataset, ids, batch_size=self.batch_size, output=self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxPredictions:
+    """An ONNX file: input (B, 3, h, w) of a normalised RGB frame, output (B, 1 or 2, h, w) of logits or probabilities.
+
+    ``image_size`` is needed only when the file leaves its input's size open. Without ``processor``, frames are prepared
+    as the file's model folder says, or, for a file alone, with ImageNet's mean and standard deviation.
+    """
+
+    name: str
+    path: Path
+    processor: Any = None
+    image_size: int | None = None
+    output: Output = "logits"
+    batch_size: int = 8
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        return {"source": "onnx", "file": self.path.name, "sha256": file_sha256(self.path)}
+
+    def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
+        """Raises UsageError without onnxruntime, and for a file that is not such a model."""
+        network = OnnxRuntime(self.path)
+        batch, channels, height, width = network.input_shape if len(network.input_shape) == 4 else (None,) * 4
+        if channels != 3:
+            raise UsageError(
+                f"{self.path} takes an input of shape {list(network.input_shape)}: (B, 3, height, width) is needed"
+            )
+        processor = self.processor or self._processor(height, width)
+
+        def forward(pixels: Tensor, images: Sequence[str]) -> Tensor:
+            result = torch.from_numpy(network.run(pixels.numpy()))
+            return _one_channel(result, output=self.output, name=str(self.path), images=images)
+
+        size = self.batch_size if batch is None else batch
+        if size != 1 and batch is not None:
+            raise UsageError(
+                f"{self.path} takes batches of exactly {batch}: export it with a free batch size or with 1"
+            )
+        return _from_logits(forward, processor, dataset, ids, batch_size=size, output=self.output)
+
+    def _processor(self, height: int | None, width: int | None) -> Any:
+        for folder in self.path.resolve().parents[:2]:  # a model folder, whose files lie in its onnx/
+            if (folder / PREPROCESSOR).is_file():
+                return self._own_processor(folder, height, width)
+        size = self.image_size if height is None else height
+        if size is None:
+            raise UsageError(f"{self.path} leaves its input's size open: give image_size")
+        if width is not None and width != size:
+            raise UsageError(f"{self.path} takes {width}x{size} pixels: give a processor for sizes that are not square")
+        return _square_processor(size)
+
+    def _own_processor(self, folder: Path, height: int | None, width: int | None) -> FrameProcessor:
+        """The preparation that the file's own model folder states."""
+        processor = FrameProcessor.from_pretrained(folder)
+        stated = (processor.size["height"], processor.size["width"])
+        asked = [(height, width), (self.image_size, self.image_size)]
+        other = next((size for size in asked if size[0] is not None and size != stated), None)
+        if other is not None:
+            raise UsageError(
+                f"{self.path} is asked for {other[1]}x{other[0]} pixels but {folder / PREPROCESSOR} says "
+                f"{stated[1]}x{stated[0]}"
+            )
+        return processor
+
+
+def open_smp(path: Path, *, name: str, image_size: int | None, output: Output = "logits") -> SmpPredictions:
+    """A folder that ``save_pretrained`` of segmentation_models_pytorch wrote.
+
+    Raises UsageError without that package or without ``image_size``, which such folders do not record, and for a folder
+    that cannot be loaded.
+    """
+    try:
+        smp = importlib.import_module("segmentation_models_pytorch")
+    except ImportError as error:
+        raise UsageError(
+            f"{path} needs segmentation_models_pytorch: run `python -m pip install segmentation-models-pytorch`"
+        ) from error
+    if image_size is None:
+        raise UsageError(f"{path} does not say for which size its model was trained: give --image-size")
+    try:
+        model = smp.from_pretrained(str(path))
+    except Exception as error:  # of huggingface_hub, safetensors, torch or smp
+        raise UsageError(f"cannot load {path} as a segmentation_models_pytorch model: {first_line(error)}") from error
+    return SmpPredictions(name=name, model=model, image_size=image_size, output=output)
+
+
+def is_smp_folder(path: Path) -> bool:
+    """Whether a folder was written by ``save_pretrained`` of segmentation_models_pytorch."""
+    config = path / "config.json"
+    return config.is_file() and "_model_class" in read_json(config)
+
+
+def model_folder(model: str | None) -> Path | None:
+    """Where a model's files lie, a Hub model's once they are fetched; None for no model and an ONNX file by itself."""
+    if model is None:
+        return None
+    if Path(model).suffix == ONNX:
+        return next((folder for folder in Path(model).resolve().parents[:2] if (folder / CONFIG).is_file()), None)
+    return local_folder(model) or fetch(model)
+
+
+def open_model(
+    model: str, *, name: str | None = None, image_size: int | None = None, gives_probabilities: bool = False
+) -> PredictionSource:
+    """Any model that can be tested: transformers or segmentation_models_pytorch folder, Hub id, row's id, ONNX file.
+
+    ``image_size`` and ``gives_probabilities`` (not logits) are of ONNX and segmentation_models_pytorch models, whose
+    files do not say so; ``name`` is the one in results. Raises UsageError for a model that is not there or cannot be
+    loaded.
+    """
+    output: Output = "probability" if gives_probabilities else "logits"
+    if Path(model).suffix == ONNX:
+        path = Path(model)
+        if not path.is_file():
+            raise UsageError(f"{path} does not exist: give an ONNX file")
+        return OnnxPredictions(name=name or path.stem, path=path, image_size=image_size, output=output)
+    folder = model_folder(model)
+    assert folder is not None
+    if is_smp_folder(folder):
+        return open_smp(folder, name=name or folder.resolve().name, image_size=image_size, output=output)
+    segmenter = load(folder, runtime=TORCH)
+    config = segmenter.model.config
+    if not getattr(config, "weights_origin", None) and (folder / SAFE_WEIGHTS_NAME).is_file():
+        config.weights_origin = current_record({}, folder)  # the digest at least
+    return ModelPredictions(
+        name=name or results_name(config, model),
+        model=segmenter.model,
+        processor=segmenter.processor,
+        device=default_device(),
+    )
+
+
+def _square_processor(size: int, **statistics: Sequence[float]) -> Any:
+    named = {f"image_{name}": list(values) for name, values in statistics.items()}
+    return build_image_processor(PolypSegConfig(image_size=size, **named))
+
+
+def _one_channel(result: Tensor, *, output: Output, name: str, images: Sequence[str]) -> Tensor:
+    """(B, 1 or 2, h, w) logits or probabilities -> (B, h, w) of the same kind for the polyp."""
+    if result.ndim != 4 or result.shape[1] not in (1, 2):
+        raise UsageError(f"{name} gives {tuple(result.shape)}: (B, 1 or 2, h, w) is needed")
+    refuse_non_finite(finite_images(result), model=name, images=images)
+    within = bool(result.min() >= 0 and result.max() <= 1)
+    if output == "logits":
+        if within:  # as logits every pixel would be polyp
+            raise UsageError(f"{name} gives values between 0 and 1, which are no logits: say output='probability'")
+        return polyp_logits(result, None)
+    if not within:
+        raise UsageError(f"{name} gives values outside 0 and 1, which are no probabilities: say output='logits'")
+    return result[:, -1]
+
+
+def _from_logits(
+    forward: Callable[[Tensor, Sequence[str]], Tensor],
+    processor: Any,
+    dataset: PolypDataset,
+    ids: Sequence[str],
+    *,
+    batch_size: int,
+    output: Output = "logits",
+) -> Iterator[tuple[str, Probability]]:
+    """Run a model over prepared batches; logits are resized before the sigmoid, as in evaluation."""
+    names = iter(ids)
+    for pixels, sizes in prepared_frames(dataset, processor, ids, batch_size=batch_size):
+        images = list(islice(names, len(sizes)))
+        with torch.inference_mode():  # inside the loop: a generator must not leave the mode on for its caller
+            results = forward(pixels, images)
+            maps = [probability_map(z, size, output=output) for z, size in zip(results, sizes, strict=True)]
+        yield from zip(images, maps, strict=True)
+
+
+def probability_map(values: Tensor, size: tuple[int, ...], *, output: Output = "logits") -> Probability:
+    """Logits or probabilities (h, w) -> probability (H, W) of ``size``: bilinear, no antialias.
+
+    Above 0.5 exactly where evaluation.predicted_mask is true, also where the sigmoid would round to 0.5.
+    """
+    resized = resize_map(values, size)
+    if output == "probability":
+        return resized.clamp(0, 1).numpy()
+    probability = torch.sigmoid(resized)
+    return torch.where(resized > 0, probability.clamp(min=_ABOVE_HALF), probability).numpy()
+
+
+Batch = TypeVar("Batch")
+
+
+FrameChange: TypeAlias = Callable[[Image.Image, str], Image.Image]
+"""An RGB frame and its id -> the frame that the model sees, of the same size."""
+
+
+def prepared_frames(
+    dataset: PolypDataset, processor: Any, ids: Sequence[str], *, batch_size: int
+) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
+    """Prepared batches (B, 3, h, w) with the frames' sizes (H, W), as ``prepared_batches``; no mask is read."""
+
+    def prepare(chunk: Sequence[str]) -> tuple[Tensor, list[tuple[int, int]]]:
+        frames = [dataset.frame(dataset.by_id[record_id]) for record_id in chunk]
+        inputs = processor(images=frames, return_tensors="pt")
+        return inputs["pixel_values"], [(frame.height, frame.width) for frame in frames]
+
+    yield from _prepared_ahead(prepare, ids, batch_size=batch_size)
+
+
+def _prepared_ahead(
+    prepare: Callable[[Sequence[str]], Batch], ids: Sequence[str], *, batch_size: int
+) -> Iterator[Batch]:
+    """Each batch, while the next one is prepared in a thread."""
+    chunks = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]
+    with ThreadPoolExecutor(max_workers=1) as ahead:
+        pending = ahead.submit(prepare, chunks[0])
+        for following in [*chunks[1:], None]:
+            batch = pending.result()
+            if following is not None:
+                pending = ahead.submit(prepare, following)
+            yield batch

@@ -1,0 +1,368 @@
+"""Polyp masks for frames of any size: load a model, get probability, mask and the list of lesions, draw them.
+
+Imports neither torch nor OpenCV: what computes the model does (``polypseg.inference.runtimes``).
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageFilter
+
+from polypseg.data.images import as_frame, encode_png
+from polypseg.errors import UsageError, missing_package
+from polypseg.files import atomic_path
+from polypseg.inference.preparation import FrameProcessor
+from polypseg.inference.regions import measure_regions
+from polypseg.inference.runtimes import (
+    AUTO,
+    ONNXRUNTIME,
+    TORCH,
+    Precision,
+    Runtime,
+    TorchRuntime,
+    check_names,
+    choose_runtime,
+    is_installed,
+    open_runtime,
+    runtime_files,
+)
+from polypseg.provenance.checksums import check_folder
+from polypseg.provenance.local import STARTER, local_folder
+
+Frame: TypeAlias = Image.Image | NDArray[np.uint8] | str | Path
+"""What is segmented: a PIL image, an RGB array (H, W, 3) or the path of a file."""
+MIN_AREA = 64
+"""Pixels; smaller connected regions are in the mask but not in the list of lesions."""
+OUTLINE, HALO = (0, 229, 255), (0, 0, 0)
+"""Cyan stands out from red mucosa for every kind of colour vision; the dark halo keeps it visible on highlights."""
+FILL_OPACITY = 0.22
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesion:
+    """One connected region of a mask (pixels that touch by side or corner); lengths in pixels of the frame."""
+
+    x: int
+    """Left side of the bounding box."""
+    y: int
+    """Upper side of the bounding box."""
+    width: int
+    height: int
+    area: int
+    """Pixels of the region."""
+    mean_probability: float
+    """Over the region's pixels, 0 to 1."""
+    max_probability: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a model says of one frame, at the frame's own size."""
+
+    probability: NDArray[np.float32]
+    """(H, W), 0 to 1."""
+    mask: NDArray[np.bool_]
+    """(H, W), True where the probability exceeds the threshold."""
+    lesions: tuple[Lesion, ...]
+    """Largest first."""
+    frame: Image.Image | None = field(default=None, repr=False, compare=False)
+    """The RGB frame itself; None where the prediction was made of logits alone."""
+
+    def __repr__(self) -> str:
+        height, width = self.mask.shape
+        return f"Prediction({width}x{height}, {len(self.lesions)} lesion(s), {100 * self.share:.1f} % of the frame)"
+
+    def _repr_png_(self) -> bytes | None:
+        """What notebooks show: the overlay."""
+        return None if self.frame is None else encode_png(np.asarray(self.overlay()))
+
+    def overlay(self) -> Image.Image:
+        """The frame with the mask's outline and a light fill. Raises UsageError where the frame is not known."""
+        if self.frame is None:
+            raise UsageError("this prediction was made without its frame: use draw_overlay(frame, prediction)")
+        return draw_overlay(self.frame, self)
+
+    def save(self, folder: str | Path, *, name: str = "prediction") -> tuple[Path, Path]:
+        """Write ``NAME_mask.png`` (0 background, 255 polyp) and ``NAME_overlay.png``; return their paths."""
+        paths = Path(folder) / f"{name}_mask.png", Path(folder) / f"{name}_overlay.png"
+        for path, pixels in zip(paths, (self.mask * np.uint8(255), np.asarray(self.overlay())), strict=True):
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(encode_png(pixels))
+        return paths
+
+    @property
+    def area(self) -> int:
+        """Pixels of the mask."""
+        return int(self.mask.sum())
+
+    @property
+    def share(self) -> float:
+        """Share of the frame that the mask covers, 0 to 1."""
+        return float(self.mask.mean())
+
+
+class Segmenter:
+    """A segmentation model with its image processor, ready for frames."""
+
+    def __init__(
+        self,
+        *,
+        processor: Any,
+        name: str,
+        model: Any = None,
+        runtime: Runtime | None = None,
+        revision: str | None = None,
+    ):
+        """A transformers ``model``, or a ``runtime`` that computes one; ``processor`` prepares frames for it.
+
+        ``name`` is what results call the model, ``revision`` the commit of a Hub repository. Raises UsageError unless
+        exactly one of ``model`` and ``runtime`` is given.
+        """
+        if (model is None) == (runtime is None):
+            raise UsageError("a segmenter is made of either a model or a runtime")
+        self.runtime: Runtime = TorchRuntime(model=model, title=name) if runtime is None else runtime
+        self.processor = processor
+        self.name = name
+        self.revision = revision
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path = STARTER, **options: Any) -> "Segmenter":
+        """The same as ``polypseg.load``; its options and errors too."""
+        return load(name_or_path, **options)
+
+    @property
+    def model(self) -> Any:
+        """The transformers model. Raises UsageError where another runtime than torch computes."""
+        if isinstance(self.runtime, TorchRuntime):
+            return self.runtime.model
+        raise UsageError(f"{self.name} is computed by {self.runtime.name}: load it with runtime='torch' for its model")
+
+    def to(self, device: Any) -> "Segmenter":
+        """Move the model to a device, and return the segmenter. Raises UsageError where only torch could."""
+        if isinstance(self.runtime, TorchRuntime):
+            self.runtime.model.to(device)
+        elif str(device) != "cpu":
+            raise UsageError(f"{self.runtime.name} computes on the CPU here: a device belongs to runtime 'torch'")
+        return self
+
+    def __repr__(self) -> str:
+        return f"Segmenter({self.name!r}, {self.runtime.description})"
+
+    @overload
+    def predict(self, frames: Frame, **options: Any) -> Prediction: ...
+
+    @overload
+    def predict(self, frames: Sequence[Frame], **options: Any) -> list[Prediction]: ...
+
+    def predict(
+        self,
+        frames: Frame | Sequence[Frame],
+        *,
+        threshold: float = 0.5,
+        min_area: int = MIN_AREA,
+        batch_size: int = 1,
+        names: Sequence[str] = (),
+    ) -> Prediction | list[Prediction]:
+        """One frame -> its prediction; several, of any sizes -> a list of predictions.
+
+        A frame is a PIL image, an RGB array (H, W, 3) uint8 or a path. With torch, masks at 0.5 are those of
+        ``predict_masks``. Frames that go through the model together (``batch_size``) can differ from single ones in the
+        last bits. ``threshold``: a pixel is polyp where its probability exceeds it. ``min_area``: pixels that a lesion
+        of the list has at least. ``names``: what errors call the frames. Raises UsageError for a threshold outside 0 to
+        1 or a count below 1, PolypSegError for outputs that are not finite.
+        """
+        check_options(threshold=threshold, min_area=min_area)
+        if batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, not {batch_size}")
+        if isinstance(frames, Image.Image | np.ndarray | str | Path):
+            single = [as_frame(frames)]
+            return self.predict(single, threshold=threshold, min_area=min_area, names=names or ("the frame",))[0]
+        if isinstance(frames, bytes) or not isinstance(frames, Sequence):
+            raise UsageError(f"frames are {type(frames).__name__}: give one frame or a list of frames")
+        frames = [as_frame(frame, name=f"frame {number + 1}") for number, frame in enumerate(frames)]
+        predictions = []
+        for start in range(0, len(frames), batch_size):
+            batch = frames[start : start + batch_size]
+            called = names[start:] or [f"frame {number + 1}" for number in range(start, len(frames))]
+            for frame, logits in zip(batch, self._logits(batch, names=called), strict=True):
+                resized = self.runtime.resize(logits, (frame.height, frame.width))
+                read = read_logits(resized, threshold=threshold, min_area=min_area)
+                predictions.append(replace(read, frame=frame))
+        return predictions
+
+    def _logits(self, frames: Sequence[Image.Image], *, names: Sequence[str]) -> NDArray[np.float32]:
+        """Polyp logits (B, h, w) at the model's own size."""
+        inputs = self.processor(images=list(frames), return_tensors="np")
+        pixels = np.ascontiguousarray(inputs["pixel_values"], dtype=np.float32)
+        return self.runtime.polyp_logits(pixels, names=names)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights and of the processor's settings: the same for the same model in another file.
+
+        Of an ONNX or OpenVINO model, of the file that is computed.
+        """
+        digest = hashlib.sha256()
+        options = ("size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        prepares = {name: str(getattr(self.processor, name, None)) for name in options}
+        digest.update(json.dumps(prepares, sort_keys=True).encode())
+        self.runtime.update_digest(digest.update)
+        return digest.hexdigest()
+
+
+def load(
+    id_or_path: str | Path = STARTER,
+    *,
+    revision: str | None = None,
+    runtime: str = AUTO,
+    precision: Precision = "fp32",
+    cache_dir: Path | None = None,
+    token: str | None = None,
+) -> Segmenter:
+    """A model with its image processor, ready to segment: the shipped one, one in a folder, or one of the Hub.
+
+    ``id_or_path``: ``starter`` (the model that ships with the package and needs no network), a model folder, a Hub id,
+    a model id of the table or the paper's short name. ``revision``: tag, branch or commit. ``runtime``: ``torch``,
+    ``onnxruntime``, ``openvino``, or ``auto``, the fastest of them that computes the model exactly with what is
+    installed and in the folder (``segmenter.runtime.description`` says which); of a Hub model ``auto`` takes torch
+    where it is installed. ``precision``: fp16 and int8 files are used on request only. Files are compared with the
+    model's checksums; a damaged one is reported and fetched again. Works from the cache without a network. Raises
+    UsageError for a model, revision, runtime or right that is not there, PolypSegError for what cannot be got or stays
+    damaged.
+    """
+    check_names(runtime, precision=precision)
+    folder, commit = local_folder(id_or_path), None
+    if folder is not None and revision is not None:
+        raise UsageError(f"{id_or_path} is a folder: a revision belongs to a Hub id")
+    if folder is None:
+        try:
+            from polypseg.provenance.fetch import fetch
+        except ModuleNotFoundError as error:
+            raise missing_package(error) from error
+        if runtime == AUTO:
+            runtime = TORCH if is_installed(TORCH) and precision == "fp32" else ONNXRUNTIME
+        folder = fetch(
+            str(id_or_path),
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            files=runtime_files(runtime, precision=precision),
+        )
+        commit = folder.name
+    chosen, _ = choose_runtime(folder, runtime=runtime, precision=precision)
+    if chosen == TORCH:
+        from polypseg.inference.model import load_model
+
+        check_folder(folder)
+        model, processor = load_model(str(folder))
+        return Segmenter(model=model, processor=processor, name=str(id_or_path), revision=commit)
+    check_folder(folder, names=runtime_files(chosen, precision=precision))
+    return Segmenter(
+        runtime=open_runtime(folder, runtime=chosen, precision=precision),
+        processor=FrameProcessor.from_pretrained(folder),
+        name=str(id_or_path),
+        revision=commit,
+    )
+
+
+def check_options(*, threshold: float, min_area: int) -> None:
+    """Raise UsageError for a threshold that is no probability between 0 and 1, or a minimum area below 1 pixel."""
+    if not 0 < threshold < 1:
+        raise UsageError(f"the threshold is a probability between 0 and 1, both excluded; got {threshold}")
+    if min_area < 1:
+        raise UsageError(f"the minimum area of a lesion is at least 1 pixel; got {min_area}")
+
+
+def read_logits(logits: ArrayLike, *, threshold: float = 0.5, min_area: int = MIN_AREA) -> Prediction:
+    """Polyp logits (H, W) at the frame's size -> its prediction.
+
+    The threshold is applied to the logits: in float32 the probability of a tiny positive one rounds to 0.5.
+    """
+    values = np.asarray(logits, dtype=np.float32)
+    mask = values > math.log(threshold / (1 - threshold))
+    probability = sigmoid(values)
+    return Prediction(
+        probability=probability, mask=mask, lesions=find_lesions(probability, mask=mask, min_area=min_area)
+    )
+
+
+def sigmoid(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """1 / (1 + exp(-x)) without overflow."""
+    small = np.exp(-np.abs(values))
+    result: NDArray[np.float32] = np.where(values >= 0, np.float32(1), small)
+    result /= 1 + small
+    return result
+
+
+def find_lesions(
+    probability: NDArray[np.float32], *, mask: NDArray[np.bool_], min_area: int = MIN_AREA
+) -> tuple[Lesion, ...]:
+    """Connected regions of the mask (H, W) of at least ``min_area`` pixels, largest first."""
+    regions = measure_regions(probability, mask=mask)
+    lesions = [
+        Lesion(
+            x=int(regions.x[n]),
+            y=int(regions.y[n]),
+            width=int(regions.width[n]),
+            height=int(regions.height[n]),
+            area=int(regions.area[n]),
+            mean_probability=float(regions.mean[n]),
+            max_probability=float(regions.maximum[n]),
+        )
+        for n in np.flatnonzero(regions.area >= min_area)
+    ]
+    return tuple(sorted(lesions, key=lambda lesion: (-lesion.area, lesion.y, lesion.x)))
+
+
+def draw_overlay(frame: Image.Image, prediction: Prediction) -> Image.Image:
+    """The frame with the mask's outline (cyan with a dark halo) and a light fill, RGB, of the frame's size."""
+    drawn = frame.convert("RGB")
+    if drawn is frame:
+        drawn = frame.copy()
+    mask = prediction.mask
+    width = max(2, round(min(frame.size) / 200))
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return drawn
+    margin = width + 3  # the halo, and its soft edge
+    top, left = max(0, rows[0] - margin), max(0, columns[0] - margin)
+    part = mask[top : rows[-1] + margin + 1, left : columns[-1] + margin + 1]
+    edge = _boundary(part)
+    place = (int(left), int(top))
+    fill = Image.fromarray(part.astype(np.uint8) * round(255 * FILL_OPACITY))
+    drawn.paste(OUTLINE, place, fill)
+    for reach, shade in ((width + 0.5, HALO), (width / 2, OUTLINE)):
+        drawn.paste(shade, place, _soft(_thicken(edge, reach)))
+    return drawn
+
+
+def _boundary(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Pixels of the mask with a neighbour by side that is not of it; so is all that lies outside the picture."""
+    padded = np.pad(mask, 1)
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~inner
+
+
+def _thicken(edge: NDArray[np.bool_], reach: float) -> NDArray[np.bool_]:
+    """All pixels within ``reach`` pixels of the edge."""
+    size = math.floor(reach)
+    y, x = np.mgrid[-size : size + 1, -size : size + 1]
+    near = y**2 + x**2 <= reach**2
+    rows, columns = np.nonzero(edge)
+    thick = np.zeros((edge.shape[0] + 2 * size, edge.shape[1] + 2 * size), dtype=bool)
+    thick[(rows[:, None] + y[near] + size).ravel(), (columns[:, None] + x[near] + size).ravel()] = True
+    return thick[size : size + edge.shape[0], size : size + edge.shape[1]]
+
+
+def _soft(line: NDArray[np.bool_]) -> Image.Image:
+    """A line as a picture of opacities: full inside, fading over the next pixel."""
+    hard = Image.fromarray(line.astype(np.uint8) * 255)
+    soft = hard.filter(ImageFilter.GaussianBlur(0.6))
+    soft.paste(255, (0, 0), hard)
+    return soft

@@ -1,0 +1,338 @@
+"""The pretraining loop, for all methods: on one process or many, interruptible, and continued to the same result.
+
+Order, views and masks depend on (seed, epoch, frame) only, and nothing else is drawn after the start, so the number of
+processes and interruptions change no result.
+"""
+
+import contextlib
+import resource
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from tqdm import tqdm
+
+from polypseg.data.corpus import FrameStore
+from polypseg.errors import PolypSegError, UsageError
+from polypseg.files import read_json, write_csv, write_json
+from polypseg.pretraining.barlow_twins import BarlowTwins
+from polypseg.pretraining.encoders import build_encoder
+from polypseg.pretraining.loader import FrameFeed, UnreadableFrames, frame_loader
+from polypseg.pretraining.mae import MAE
+from polypseg.pretraining.moco_v3 import MoCoV3
+from polypseg.pretraining.optim import LARS, warmup_cosine
+from polypseg.pretraining.probes.report import embedding_spread, normalise
+from polypseg.pretraining.recipe import OptimiserRecipe, PretrainingRecipe
+from polypseg.pretraining.supervised import Supervised, read_labels
+from polypseg.provenance.passport import PASSPORT, PRETRAINING, Passport, Seen, frames_manifest
+from polypseg.training.distributed import gather_rows, synchronise_batchnorm
+from polypseg.training.loader import Example, GlobalBatches
+from polypseg.training.run_folder import (
+    InterruptedRunError,
+    StopFlag,
+    claim_run,
+    newest_checkpoint,
+    save_checkpoint,
+    sole_run,
+    step_bar,
+    stop_requests,
+)
+from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD
+
+METHOD_CLASSES: dict[str, Any] = {"moco_v3": MoCoV3, "barlow_twins": BarlowTwins, "mae": MAE, "supervised": Supervised}
+COLLAPSED = 0.02
+"""Spread of embeddings below which the run warns: nearly all frames look the same to the encoder."""
+WARN_EVERY = 100
+"""Steps between two such warnings."""
+
+
+@dataclass
+class PretrainingProgress:
+    """How far a run is; saved with each checkpoint."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    """Of every optimiser step, over the global batch."""
+    spreads: list[float] = field(default_factory=list)
+    """Spread of the global batch's embeddings at every step; see ``embedding_spread``."""
+    unreadable: list[int] = field(default_factory=list)
+    """Frames that could not be read so far, by number."""
+
+
+def build_method(recipe: PretrainingRecipe) -> Any:
+    """The method's module around a fresh encoder, initialised from the recipe's seed. Raises UsageError."""
+    torch.manual_seed(recipe.seed)
+    return METHOD_CLASSES[recipe.method](build_encoder(recipe.encoder), **recipe.method_options())
+
+
+def build_feed(method: nn.Module, frames: FrameStore, recipe: PretrainingRecipe) -> FrameFeed:
+    """The recipe's views of the frames, with noise for a method that hides patches, labels for one that needs them.
+
+    Raises UsageError when the frames are not of the recipe's classes.
+    """
+    labels = read_labels(frames, classes=method.head.out_features) if isinstance(method, Supervised) else None
+    return FrameFeed(
+        frames,
+        [view.settings() for view in recipe.views],
+        size=recipe.data.image_size,
+        seed=recipe.seed,
+        tokens=getattr(method, "patches", 0),
+        labels=labels,
+    )
+
+
+def build_optimiser(method: nn.Module, recipe: OptimiserRecipe, *, total_batch_size: int) -> Optimizer:
+    """LARS or AdamW over what trains. Each group's ``peak`` is its learning rate after the warm-up."""
+    scale = total_batch_size / 256
+    peak = recipe.base_learning_rate * scale
+    bias_peak = (recipe.bias_base_learning_rate or recipe.base_learning_rate) * scale
+    trained = [p for p in method.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]]
+    if recipe.kind == "lars":
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "peak": peak},
+            {"params": [p for p in trained if p.ndim <= 1], "peak": bias_peak},
+        ]
+        return LARS(groups, lr=0.0, weight_decay=recipe.weight_decay)
+    if recipe.decay_everything:
+        groups = [{"params": trained, "weight_decay": recipe.weight_decay}]
+    else:
+        groups = param_groups_weight_decay(method, recipe.weight_decay)
+    return AdamW([group | {"peak": peak} for group in groups], lr=0.0, betas=recipe.betas)
+
+
+def pretrain(
+    method: nn.Module,
+    frames: FrameStore,
+    recipe: PretrainingRecipe,
+    accelerator: Accelerator,
+    *,
+    run_dir: Path,
+    resume: bool = False,
+    workers: int = 0,
+) -> PretrainingProgress:
+    """Train ``method`` (see ``build_method``) on ``frames``; leave checkpoints, losses and the record in ``run_dir``.
+
+    With ``resume`` continues from the newest checkpoint, if there is one. Raises UsageError when ``run_dir`` holds
+    another run or the batch does not fit, PolypSegError for a non-finite loss (the last checkpoint stays) or too many
+    unreadable frames, InterruptedRunError after a SIGINT or SIGTERM.
+    """
+    with sole_run(run_dir, accelerator):
+        run = _Run(method, frames, recipe, accelerator, run_dir=run_dir, workers=workers)
+        run.start(resume=resume)
+        with stop_requests() as stop:
+            run.train(stop)
+    return run.progress
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory so far in bytes: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+
+
+class _Run:
+    """The pieces of one run that belong together: method, data, optimiser, progress, folder."""
+
+    def __init__(
+        self,
+        method: nn.Module,
+        frames: FrameStore,
+        recipe: PretrainingRecipe,
+        accelerator: Accelerator,
+        *,
+        run_dir: Path,
+        workers: int,
+    ):
+        self.recipe, self.frames, self.accelerator, self.run_dir = recipe, frames, accelerator, run_dir
+        self.progress, self.unreadable = PretrainingProgress(), UnreadableFrames()
+        self.rate = 0.0  # images/s over all processes in this epoch
+        training, processes = recipe.training, accelerator.num_processes
+        self.batches = GlobalBatches(
+            len(frames),
+            total_batch_size=training.total_batch_size,
+            seed=recipe.seed,
+            process=accelerator.process_index,
+            processes=processes,
+        )
+        self.share = training.total_batch_size // processes
+        if self.share % training.accumulation_steps:
+            raise UsageError(
+                f"a process's {self.share} images cannot be split into {training.accumulation_steps} equal "
+                "micro-batches: change --set training.accumulation_steps"
+            )
+        feed = build_feed(method, frames, recipe)
+        pin = accelerator.device.type == "cuda"
+        self.loader = frame_loader(feed, self.batches, workers=workers, pin_memory=pin)
+        self.schedule_steps = training.epochs * len(self.batches)
+        self.total_steps = min(self.schedule_steps, training.max_steps or self.schedule_steps)
+        self.record = {
+            "recipe": recipe.model_dump(mode="json"),
+            "data": {"source": frames.path.name, "content_id": frames.content_id, "frames": len(frames)},
+        }
+        optimiser = build_optimiser(method, recipe.optimiser, total_batch_size=training.total_batch_size)
+        network = synchronise_batchnorm(method, accelerator).to(memory_format=torch.channels_last)
+        self.method, self.optimiser = accelerator.prepare(network, optimiser)
+
+    def start(self, *, resume: bool) -> None:
+        """Claim the run's folder, or continue the run that is in it."""
+        if not claim_run(self.run_dir, self.record, self.accelerator, resume=resume):
+            return
+        checkpoint = newest_checkpoint(self.run_dir)
+        if checkpoint:
+            self.progress = PretrainingProgress(**read_json(checkpoint / "progress.json"))
+            self.unreadable.indices = set(self.progress.unreadable)
+            self.accelerator.load_state(str(checkpoint))
+
+    def train(self, stop: StopFlag) -> None:
+        """All remaining epochs."""
+        self.accelerator.init_trackers("tensorboard")
+        with step_bar(self.accelerator, total=self.total_steps, done=self.progress.step) as bar:
+            while self.progress.step < self.total_steps:
+                self._train_epoch(bar, stop)
+        self._save()
+        self._summarise()
+        self.accelerator.end_training()
+        if self.accelerator.is_main_process and not (self.run_dir / PASSPORT).is_file():
+            self._write_passport()  # last: the other processes need not wait for it
+
+    def _write_passport(self) -> None:
+        """Note every frame of the corpus, so that a test on one of them is noticed."""
+        manifest = frames_manifest(self.frames, left_out=set(self.progress.unreadable))
+        description = f"{len(manifest.images)} frames of {self.frames.path.name}"
+        seen = Seen(stage=PRETRAINING, description=description, manifest=manifest)
+        Passport(model_id=self.recipe.name, seen=(seen,)).save(self.run_dir)
+
+    def _train_epoch(self, bar: "tqdm[Any]", stop: StopFlag) -> None:
+        progress = self.progress
+        self.method.train()
+        self.batches.start(epoch=progress.epoch, first_step=progress.step_in_epoch)
+        began, images = time.perf_counter(), 0
+        for batch in self.loader:
+            loss, spread = self._train_step(batch)
+            progress.step += 1
+            progress.step_in_epoch += 1
+            progress.losses.append(loss)
+            progress.spreads.append(spread)
+            images += self.recipe.training.total_batch_size
+            self.rate = rate = images / (time.perf_counter() - began)
+            bar.update()
+            shown = {"epoch": progress.epoch + 1, "loss": f"{loss:.3f}", "spread": f"{spread:.2f}"}
+            bar.set_postfix(shown | {"images/s": f"{rate:.0f}"}, refresh=False)
+            self.accelerator.log(
+                {"loss": loss, "spread": spread, "learning_rate": self._rate(), "images_per_second": rate},
+                step=progress.step,
+            )
+            self._warn_of_collapse(bar)
+            if progress.step >= self.total_steps:
+                break
+            self._save_if_due(stop)
+        if progress.step_in_epoch >= len(self.batches):
+            progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+
+    def _train_step(self, batch: Example) -> tuple[float, float]:
+        """One optimiser step; returns loss and spread over the global batch. Raises PolypSegError for a wild loss."""
+        progress, training = self.progress, self.recipe.training
+        self._watch_unreadable(batch["unreadable"])
+        self._set_rates()
+        self.accelerator.unwrap_model(self.method).start_step(progress.step / self.schedule_steps)
+        inputs = self._inputs(batch)
+        parts = [x.chunk(training.accumulation_steps) for x in inputs]
+        losses, embeddings = [], []
+        for number, part in enumerate(zip(*parts, strict=True), start=1):
+            is_last = number == training.accumulation_steps
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.method):
+                output = self.method(*part)
+                loss = output.loss / training.accumulation_steps
+                losses.append(loss.detach())
+                embeddings.append(output.embedding)
+                self.accelerator.backward(loss)
+        value = float(self.accelerator.reduce(torch.stack(losses).sum(), reduction="mean"))
+        if not torch.isfinite(torch.tensor(value)):
+            raise PolypSegError(
+                f"the loss is {value} at step {progress.step + 1}: start again in another --output with a lower --set "
+                "optimiser.base_learning_rate or with training.precision=no; the last good checkpoint is in "
+                f"{self.run_dir / 'checkpoints'}"
+            )
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        return value, float(embedding_spread(gather_rows(torch.cat(embeddings))))
+
+    def _inputs(self, batch: Example) -> list[Tensor]:
+        """views (N, V, S, S, 3) uint8 -> (N, V, 3, S, S) normalised, on the device; and noise or labels, if any."""
+        device = self.accelerator.device
+        views = normalise(batch["views"].to(device, non_blocking=True), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        others = [batch[key].to(device, non_blocking=True) for key in ("noise", "label") if key in batch]
+        return [views, *others]
+
+    def _set_rates(self) -> None:
+        """The learning rate of this step in every group."""
+        recipe = self.recipe.optimiser
+        share = warmup_cosine(
+            self.progress.step,
+            warmup_steps=recipe.warmup_epochs * len(self.batches),
+            total_steps=self.schedule_steps,
+            floor=recipe.final_learning_rate,
+        )
+        for group in self.optimiser.param_groups:
+            group["lr"] = share * group["peak"]
+
+    def _rate(self) -> float:
+        return float(self.optimiser.param_groups[0]["lr"])
+
+    def _watch_unreadable(self, unreadable: Tensor) -> None:
+        """Collect all processes' unreadable frames; raise PolypSegError when there are too many."""
+        everywhere = gather_rows(unreadable.to(self.accelerator.device)).cpu()
+        if not bool((everywhere >= 0).any()):
+            return
+        self.unreadable.update(everywhere)
+        self.progress.unreadable = sorted(self.unreadable.indices)
+        seen = min(len(self.frames), (self.progress.step + 1) * self.recipe.training.total_batch_size)
+        self.unreadable.check(seen, self.frames, self.recipe.data.max_unreadable)
+
+    def _warn_of_collapse(self, bar: "tqdm[Any]") -> None:
+        recent = self.progress.spreads[-20:]
+        if self.progress.step % WARN_EVERY == 0 and sum(recent) / len(recent) < COLLAPSED:
+            bar.write(
+                f"warning: the embeddings have collapsed (spread {recent[-1]:.4f} at step {self.progress.step}): lower "
+                "the learning rate or lengthen the warm-up, and do not use this encoder"
+            )
+
+    def _summarise(self) -> None:
+        """Print and keep what the run cost on this machine since it was started or resumed."""
+        if not self.rate:
+            return
+        gigabytes = peak_memory(self.accelerator.device) / 1e9
+        summary = {"images_per_second": self.rate, "peak_memory_gb": gigabytes, "device": str(self.accelerator.device)}
+        self.accelerator.print(f"{self.rate:.1f} images/s in the last epoch, peak memory {gigabytes:.1f} GB a process")
+        if self.accelerator.is_main_process:
+            write_json(self.run_dir / "cost.json", summary | {"processes": self.accelerator.num_processes})
+
+    def _save_if_due(self, stop: StopFlag) -> None:
+        stopping = stop.anywhere(self.accelerator)
+        if stopping or self.progress.step % self.recipe.training.checkpoint_steps == 0:
+            self._save()
+        if stopping:
+            raise InterruptedRunError(f"interrupted at step {self.progress.step}; continue with --resume")
+
+    def _save(self) -> None:
+        """The loss table, the list of unreadable frames, and everything that resuming needs."""
+        progress = self.progress
+        if self.accelerator.is_main_process:
+            rows = zip(progress.losses, progress.spreads, strict=True)
+            write_csv(
+                self.run_dir / "losses.csv",
+                [{"step": step, "loss": loss, "spread": spread} for step, (loss, spread) in enumerate(rows, start=1)],
+            )
+            if progress.unreadable:
+                write_json(self.run_dir / "unreadable.json", self.unreadable.names(self.frames))
+        save_checkpoint(self.accelerator, self.run_dir, step=progress.step, progress=lambda: asdict(progress))

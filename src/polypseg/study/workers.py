@@ -1,0 +1,115 @@
+"""Working through a grid's tasks: each is claimed by a lease in the shared folder, so no two workers do the same one.
+
+The lease is refreshed while its worker lives and expires when it dies; another worker then continues from the last
+checkpoint. A worker that loses its lease stops at its next step, as if it had been interrupted.
+"""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import SoftFileLease, Timeout
+from rich.console import Console
+
+from polypseg.errors import UsageError
+from polypseg.files import FolderInUseError, environment_record, explain_write_errors, read_json, write_json
+from polypseg.study.schema import Grid
+from polypseg.study.tasks import GridData, Task, describe_grid, describe_recipes, grid_tasks
+
+LEASE = 120.0
+"""Seconds without a sign of life after which a worker is taken to be dead."""
+PAUSE = 5.0
+"""Seconds between two looks for work while others hold all that is left."""
+
+
+def run_grid(grid: Grid, data: GridData, *, console: Console) -> None:
+    """Do what is left of a grid, beside any number of other workers, and return when all of it is done.
+
+    Raises UsageError when the folder holds another grid, and whatever a task raises: the finished tasks stay.
+    """
+    tasks = grid_tasks(grid, data)
+    record_grid(grid, data)
+    work_through(tasks, data.output / "claims", console=console)
+
+
+def work_through(
+    tasks: Sequence[Task], claims: Path, *, console: Console, lease: float = LEASE, pause: float = PAUSE
+) -> None:
+    """Do each task that no other worker does, in order; return when all are done, by whomever.
+
+    ``claims``: folder of the leases, shared by the workers, who must agree on ``lease`` in seconds.
+    """
+    while True:
+        waiting = [task for task in tasks if not task.is_done()]
+        if not waiting:
+            console.print(f"all {len(tasks)} tasks are done", highlight=False)
+            return
+        if not _do_one(waiting, claims, done=len(tasks) - len(waiting), console=console, lease=lease):
+            console.print(f"{len(waiting)} task(s) are with other workers; waiting", highlight=False)
+            time.sleep(pause)
+
+
+def record_grid(grid: Grid, data: GridData) -> None:
+    """Write ``grid.json``, or raise UsageError unless the folder holds this grid, by these recipes, on these images."""
+    path = data.output / "grid.json"
+    record: dict[str, Any] = {
+        "grid": describe_grid(grid),
+        "recipes": describe_recipes(grid),
+        "data": {
+            "dataset": data.training.spec.name,
+            "content_id": data.training.content_id,
+            "split": data.split,
+        },
+    }
+    if path.is_file():
+        before = read_json(path)
+        changed = [key for key in record if before.get(key) != record[key]]
+        if changed:
+            raise UsageError(f"{path} differs in {' and '.join(changed)}: choose another --output")
+        return
+    write_json(path, record | {"environment": environment_record()})
+
+
+def _do_one(waiting: Sequence[Task], claims: Path, *, done: int, console: Console, lease: float) -> bool:
+    """Do the first task that is ready and that nobody else holds; whether there was one."""
+    for task in waiting:
+        if not all(need.is_done() for need in task.needs):
+            continue
+        with _claim(task, claims, lease=lease) as claimed:
+            if not claimed or task.is_done():
+                continue
+            console.print(f"[bold]{done} done, {len(waiting)} left: {task.name}[/bold]", highlight=False)
+            try:
+                task.run()
+            except FolderInUseError:  # of a worker that lost its lease and has not stopped yet
+                continue
+            return True
+    return False
+
+
+@contextmanager
+def _claim(task: Task, claims: Path, *, lease: float) -> Iterator[bool]:
+    """Hold the task's lease for the block, if nobody else does; whether it is held."""
+    with explain_write_errors(claims):
+        claims.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^\w.-]+", "_", task.name)
+    holder = SoftFileLease(claims / f"{name}.lease", lease_duration=lease, on_compromise=_stop_work, blocking=False)
+    try:
+        holder.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        holder.release()
+
+
+def _stop_work(compromise: object) -> None:
+    """Called by the lease's heartbeat when another worker has taken the task: stop as for Ctrl-C."""
+    os.kill(os.getpid(), signal.SIGINT)

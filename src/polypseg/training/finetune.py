@@ -1,0 +1,556 @@
+"""Fine-tuning: the loop of the reference study (paper section 3.2), on one process or many, interruptible.
+
+What is drawn depends on (seed, epoch, position) only, so a resumed run ends with the weights of an uninterrupted one.
+"""
+
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+
+from polypseg.data.polyps import PolypDataset
+from polypseg.errors import PolypSegError, UsageError
+from polypseg.evaluation.metrics import standard_scores
+from polypseg.files import atomic_path, file_sha256, read_json, write_csv, write_json
+from polypseg.inference.model import build_image_processor, load_model, without_shard_bars
+from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
+from polypseg.modeling.modeling_polypseg import soft_dice_loss
+from polypseg.provenance.fetch import fetch
+from polypseg.provenance.local import local_folder
+from polypseg.provenance.passport import (
+    KEY,
+    PASSPORT,
+    Passport,
+    attach_passport,
+    find_passport,
+    finetuning_passport,
+    seen_by_encoder,
+)
+from polypseg.recipe import Recipe, ScheduleRecipe, changes_from_bundled
+from polypseg.training.augmentation import PairedAugmentation
+from polypseg.training.distributed import synchronise_batchnorm
+from polypseg.training.fast_convolutions import interleaved_convolutions
+from polypseg.training.loader import (
+    CachedPairs,
+    Example,
+    GlobalBatches,
+    JoinedPairs,
+    TrainingFeed,
+    ValidationFeed,
+    cache_pairs,
+    training_loader,
+)
+from polypseg.training.run_folder import (
+    InterruptedRunError,
+    StopFlag,
+    claim_run,
+    newest_checkpoint,
+    save_checkpoint,
+    sole_run,
+    step_bar,
+    stop_requests,
+)
+from polypseg.weights.loading import load_encoder_weights, pretraining_origin, stated_method
+from polypseg.zoo import RANDOM, ZooEntry
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved with each checkpoint."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    best: float = -1.0
+    losses: list[float] = field(default_factory=list)
+    """Of every optimiser step, averaged over processes."""
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    """One row a finished epoch: epoch, step, learning_rate, loss, validation_dice, images_per_second."""
+
+
+def build_model(
+    entry: ZooEntry, recipe: Recipe, *, encoder_weights: str | None = None
+) -> PolypSegForSemanticSegmentation:
+    """The model of a row with the recipe's changes, decoders freshly initialised from the recipe's seed.
+
+    ``encoder_weights`` as in ``load_encoder_weights``; None or "random" for random initialisation. What was loaded is
+    recorded in ``config.weights_origin``; a model of another encoder, decoder, corpus or start than the row's has an id
+    of its own. An encoder of ``pretrain.py`` brings its own record. Raises UsageError for an impossible configuration
+    or image size, and for an encoder pretrained by another method than the row's (or by any, where it has none).
+    """
+    fields = entry.config_fields() | {"image_size": recipe.data.image_size}
+    changes = recipe.model.model_dump(exclude_none=True)
+    if changes.get("encoder", fields["encoder"]) != fields["encoder"]:
+        fields |= {"image_mean": None, "image_std": None}  # another encoder brings its own statistics
+    torch.manual_seed(recipe.seed)
+    try:
+        config = PolypSegConfig(**(fields | changes))
+        model = PolypSegForSemanticSegmentation(config)
+        model.check_image_size(config.image_size, config.image_size)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    pretraining = pretraining_origin(encoder_weights)
+    method = stated_method(encoder_weights)
+    if method not in (None, entry.method):
+        raise UsageError(
+            f"{encoder_weights} was pretrained with {method}, but {entry.short_name} stands for "
+            f"{entry.method}: choose the matching row"
+        )
+    loaded = RANDOM
+    if encoder_weights not in (None, RANDOM):
+        loaded = load_encoder_weights(model, str(encoder_weights))
+    if loaded != RANDOM and entry.method == "none":
+        raise UsageError(f"{entry.short_name} stands for random initialisation: choose the row of {encoder_weights}")
+    full = config.encoder == fields["encoder"]
+    corpus = (pretraining or {}).get("corpus", entry.corpus)
+    tag = RANDOM if loaded == RANDOM else f"{entry.method}_{corpus}"
+    config.weights_origin = {
+        "model_id": f"{entry.encoder if full else config.encoder}_{config.decoder}.{tag}",
+        "row": entry.model_id,
+        "encoder_initialisation": loaded,
+        "scale": "full" if full else "small",
+    } | ({"pretraining": pretraining} if pretraining else {})
+    model.encoder_seen = seen_by_encoder(encoder_weights, config.weights_origin)
+    return model
+
+
+def continued_model(entry: ZooEntry, recipe: Recipe, *, initial_model: str) -> PolypSegForSemanticSegmentation:
+    """A fine-tuned model of this row, to be trained further with the recipe.
+
+    ``initial_model``: a model folder, a Hub id or ``starter``. Its record, its passport and the SHA-256 of its weights
+    go into the new model's. Raises UsageError when its encoder or decoder is not the recipe's, or it is not of the row.
+    """
+    folder = local_folder(initial_model) or fetch(initial_model)
+    model, _ = load_model(str(folder))
+    origin = dict(getattr(model.config, "weights_origin", None) or {})
+    if not isinstance(model, PolypSegForSemanticSegmentation) or origin.get("row") != entry.model_id:
+        raise UsageError(f"{initial_model} is no fine-tuned model of {entry.short_name}: choose its own row")
+    wanted = PolypSegConfig(**(entry.config_fields() | recipe.model.model_dump(exclude_none=True))).to_dict()
+    architecture = ("encoder", "decoder", "decoder_channels", "decoder_dropout")
+    differing = [key for key in architecture if wanted[key] != getattr(model.config, key)]
+    if differing:
+        raise UsageError(f"{initial_model} differs from recipe {recipe.name} in {', '.join(differing)}")
+    try:
+        model.check_image_size(recipe.data.image_size, recipe.data.image_size)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    model.config.image_size = recipe.data.image_size
+    passport = find_passport(folder, named=origin.get(KEY))
+    origin["continued_from"] = {
+        "sha256": file_sha256(folder / SAFE_WEIGHTS_NAME),
+        "recipe": origin.get("recipe"),
+        "finetuned_on": origin.get("finetuned_on"),
+    }
+    stages = ("model_id", "row", "encoder_initialisation", "scale", "pretraining", "continued_from")
+    model.config.weights_origin = {key: origin[key] for key in stages if key in origin}
+    model.encoder_seen = passport[0].seen if passport else ()
+    return model
+
+
+def finetune(
+    model: PolypSegForSemanticSegmentation,
+    dataset: PolypDataset,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    *,
+    run_dir: Path,
+    split: str = "reference",
+    negatives: PolypDataset | None = None,
+    resume: bool = False,
+    workers: int = 0,
+) -> Progress:
+    """Train on the ``train`` part, select on ``validation``; leave the model in ``run_dir/best``.
+
+    ``negatives``: the polyp-free frames of a recipe that asks for them, whose pinned ``train`` part is trained on with
+    empty masks. With ``resume`` continues from the newest checkpoint, if there is one. Raises UsageError when
+    ``run_dir`` holds another run, another process writes there or the recipe's negatives are absent, PolypSegError for
+    a non-finite loss (the last checkpoint stays) or validation, InterruptedRunError after a SIGINT or SIGTERM.
+    """
+    with sole_run(run_dir, accelerator):
+        run = _Run(
+            model, dataset, recipe, accelerator, run_dir=run_dir, split=split, workers=workers, negatives=negatives
+        )
+        run.start(resume=resume)
+        with stop_requests() as stop:
+            run.train(stop)
+    return run.progress
+
+
+class _Run:
+    """The pieces of one run that belong together: model, data, optimiser, schedule, progress, folder."""
+
+    def __init__(
+        self,
+        model: PolypSegForSemanticSegmentation,
+        dataset: PolypDataset,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        *,
+        run_dir: Path,
+        split: str,
+        workers: int,
+        negatives: PolypDataset | None = None,
+    ):
+        if (negatives is None) != (recipe.data.negatives is None):
+            wants = "asks for" if recipe.data.negatives else "takes no"
+            raise UsageError(f"recipe {recipe.name} {wants} polyp-free frames (data.negatives): see --negatives")
+        self.recipe, self.accelerator, self.run_dir = recipe, accelerator, run_dir
+        self.progress = Progress()
+        self.dataset, self.split, self.encoder_seen = dataset, split, getattr(model, "encoder_seen", ())
+        self.negatives = negatives
+        parts = dataset.split(split)
+        if not {"train", "validation"} <= set(parts):
+            raise UsageError(
+                f"split {split!r} has the parts {', '.join(parts)}: training needs 'train' and 'validation'"
+            )
+        with accelerator.main_process_first():
+            train = cache_pairs(dataset, parts["train"], image_size=recipe.data.image_size)
+            validation = cache_pairs(dataset, parts["validation"], image_size=recipe.data.image_size)
+            empty = None
+            if negatives is not None:
+                listed = negatives.split(str(recipe.data.negatives))["train"]
+                empty = cache_pairs(negatives, listed, image_size=recipe.data.image_size)
+        self.config = model.config
+        self.config.weights_origin = (self.config.weights_origin or {}) | {
+            "recipe": recipe.name,
+            "recipe_changes": changes_from_bundled(recipe),
+            "finetuned_on": f"{dataset.spec.name} {split}/train",
+            "n": len(train),
+            "finished": False,
+        }
+        if empty is not None:
+            self.config.weights_origin |= {"negatives": f"{recipe.data.negatives}/train", "negatives_n": len(empty)}
+        described = self.config.to_dict()
+        described["weights_origin"].pop("recipe_changes")  # the record holds the recipe itself
+        self.record = {
+            "model": described,
+            "recipe": recipe.model_dump(mode="json"),
+            "data": {
+                "dataset": dataset.spec.name,
+                "content_id": dataset.content_id,
+                "split": split,
+                "train": len(train),
+                "validation": len(validation),
+            }
+            | ({"negatives": negatives.content_id} if negatives else {}),
+        }
+        self._build_loaders(train if empty is None else JoinedPairs([train, empty]), validation, workers=workers)
+        self._build_optimisation(model)
+
+    def _build_loaders(self, train: CachedPairs | JoinedPairs, validation: CachedPairs, *, workers: int) -> None:
+        recipe, accelerator = self.recipe, self.accelerator
+        statistics: dict[str, Any] = {"mean": self.config.image_mean, "std": self.config.image_std}
+        self.batches = GlobalBatches(
+            len(train),
+            total_batch_size=recipe.training.total_batch_size,
+            seed=recipe.seed,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+            sides=recipe.data.batch_sizes,
+        )
+        feed = TrainingFeed(train, PairedAugmentation(recipe.augmentation, **statistics), seed=recipe.seed)
+        pin = accelerator.device.type == "cuda"
+        self.train_loader = training_loader(feed, self.batches, workers=workers, pin_memory=pin)
+        mine = list(range(accelerator.process_index, len(validation), accelerator.num_processes))
+        self.validation_loader: DataLoader[Example] = DataLoader(
+            torch.utils.data.Subset(ValidationFeed(validation, **statistics), mine),
+            batch_size=max(1, recipe.training.total_batch_size // accelerator.num_processes),
+            generator=torch.Generator(),
+        )
+
+    def _build_optimisation(self, model: PolypSegForSemanticSegmentation) -> None:
+        recipe = self.recipe.training
+        self.total_steps = min(recipe.epochs * len(self.batches), recipe.max_steps or recipe.epochs * len(self.batches))
+        network = synchronise_batchnorm(model, self.accelerator).to(memory_format=torch.channels_last)
+        self.frozen = _leading_stages(network, recipe.frozen_stages)
+        for stage in self.frozen:
+            stage.requires_grad_(False)
+        self.average = None
+        if recipe.ema_decay:
+            average = get_ema_multi_avg_fn(recipe.ema_decay)
+            self.average = AveragedModel(network, multi_avg_fn=average, use_buffers=True).to(self.accelerator.device)
+            self.accelerator.register_for_checkpointing(self.average)
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        optimizer = AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
+        self.schedule = Schedule(self.optimizer, self.recipe.schedule, self.total_steps, recipe.learning_rate)
+
+    def _bare_model(self) -> PolypSegForSemanticSegmentation:
+        bare: PolypSegForSemanticSegmentation = self.accelerator.unwrap_model(self.model)
+        return bare
+
+    def _kept_model(self) -> PolypSegForSemanticSegmentation:
+        """The model that is validated and kept: the averaged one where the recipe averages."""
+        return cast(PolypSegForSemanticSegmentation, self.average.module) if self.average else self._bare_model()
+
+    # -- starting, saving, resuming -------------------------------------------------------------------------------
+
+    def start(self, *, resume: bool) -> None:
+        """Claim the run's folder, or continue the run that is in it."""
+        if claim_run(self.run_dir, self.record, self.accelerator, resume=resume):
+            checkpoint = newest_checkpoint(self.run_dir)
+            if checkpoint:
+                self.progress = Progress(**read_json(checkpoint / "progress.json"))
+                self.schedule.replay(self.progress)
+                self.accelerator.load_state(str(checkpoint))
+        if self.accelerator.is_main_process:
+            for leftover in self.run_dir.glob(".best.*"):  # of a run that was killed while it saved
+                shutil.rmtree(leftover)
+
+    def save_checkpoint(self) -> None:
+        """Save everything that resuming needs."""
+        save_checkpoint(self.accelerator, self.run_dir, step=self.progress.step, progress=lambda: asdict(self.progress))
+
+    def save_best(self) -> None:
+        """Keep the current model as the best by validation."""
+        if self.accelerator.is_main_process:
+            with atomic_path(self.run_dir / "best") as temporary, without_shard_bars():
+                self._kept_model().save_pretrained(temporary)
+                build_image_processor(self.config).save_pretrained(temporary)
+                attach_passport(temporary, self._passport)
+
+    @cached_property
+    def _passport(self) -> Passport:
+        model_id = str((self.config.weights_origin or {}).get("model_id", "unknown"))
+        negatives = (self.negatives, str(self.recipe.data.negatives)) if self.negatives else None
+        return finetuning_passport(
+            self.dataset, split=self.split, model_id=model_id, encoder_seen=self.encoder_seen, negatives=negatives
+        )
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def train(self, stop: StopFlag) -> None:
+        """All remaining epochs."""
+        self.accelerator.init_trackers("tensorboard")
+        on_cpu = self.accelerator.device.type == "cpu"
+        with (
+            step_bar(self.accelerator, total=self.total_steps, done=self.progress.step) as bar,
+            interleaved_convolutions(self._bare_model(), enabled=on_cpu),
+        ):
+            while self.progress.epoch < self.recipe.training.epochs and self.progress.step < self.total_steps:
+                self._train_epoch(bar, stop)
+                self._finish_epoch(bar)
+        self.accelerator.end_training()
+        if self.accelerator.is_main_process:
+            if not (self.run_dir / "best" / PASSPORT).is_file():  # of a run that an older version began
+                attach_passport(self.run_dir / "best", self._passport)
+            _mark_finished(self.run_dir / "best" / CONFIG_NAME)
+
+    def _train_epoch(self, bar: "tqdm[Any]", stop: StopFlag) -> None:
+        progress = self.progress
+        self.model.train()
+        for stage in self.frozen:
+            stage.eval()
+        self.batches.start(epoch=progress.epoch, first_step=progress.step_in_epoch)
+        self.epoch_started, self.epoch_first_step = time.perf_counter(), progress.step
+        for batch in self.train_loader:
+            loss = self._train_step(self._on_device(batch))
+            progress.step += 1
+            progress.step_in_epoch += 1
+            progress.losses.append(loss)
+            bar.update()
+            bar.set_postfix(epoch=progress.epoch + 1, loss=f"{loss:.3f}", refresh=False)
+            self.accelerator.log({"loss": loss, "learning_rate": self.schedule.learning_rate}, step=progress.step)
+            if progress.step >= self.total_steps:
+                break
+            self._save_if_due(stop)
+
+    def _on_device(self, batch: Example) -> Example:
+        """Channels last: on CPU and on tensor cores the faster layout for both families."""
+        device = self.accelerator.device
+        pixel_values = batch["pixel_values"].to(device, memory_format=torch.channels_last, non_blocking=True)
+        return {"pixel_values": pixel_values, "labels": batch["labels"].to(device, non_blocking=True)}
+
+    def _train_step(self, batch: Example) -> float:
+        """One optimiser step; returns the loss over the global batch. Raises PolypSegError if it is not finite."""
+        recipe = self.recipe.training
+        output = self.model(**batch)
+        dice = output.loss if self.negatives is None else _dice_of_polyps(output.logits[:, 1], batch["labels"])
+        loss = recipe.dice_weight * dice
+        if recipe.bce_weight:
+            loss = loss + recipe.bce_weight * F.binary_cross_entropy_with_logits(
+                output.logits[:, 1].float(), batch["labels"]
+            )
+        value = float(self.accelerator.reduce(loss.detach(), reduction="mean"))
+        if not torch.isfinite(torch.tensor(value)):
+            checkpoint = newest_checkpoint(self.run_dir)
+            raise PolypSegError(
+                f"the loss is {value} at step {self.progress.step + 1}: start again in another --output with a lower "
+                "--set training.learning_rate or with training.precision=no"
+                + (f"; the checkpoint of step {int(checkpoint.name[5:])} is in {checkpoint}" if checkpoint else "")
+            )
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.after_step()
+        if self.average:
+            self.average.update_parameters(self._bare_model())
+        return value
+
+    def _save_if_due(self, stop: StopFlag) -> None:
+        every = self.recipe.training.checkpoint_steps
+        stopping = stop.anywhere(self.accelerator)
+        if stopping or (every and self.progress.step % every == 0):
+            self.save_checkpoint()
+        if stopping:
+            raise InterruptedRunError(f"interrupted at step {self.progress.step}; continue with --resume")
+
+    def _finish_epoch(self, bar: "tqdm[Any]") -> None:
+        """Validate, keep the best model, move the schedule, save."""
+        progress = self.progress
+        losses = progress.losses[-progress.step_in_epoch :]
+        images = (progress.step - self.epoch_first_step) * self.recipe.training.total_batch_size  # since a resume
+        seconds = time.perf_counter() - self.epoch_started
+        dice = self.validation_dice()
+        if dice > progress.best or self.recipe.training.keep == "last":
+            self.save_best()
+        progress.best = max(progress.best, dice)
+        row = {
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
+            "learning_rate": self.schedule.learning_rate,
+            "loss": sum(losses) / len(losses),
+            "validation_dice": dice,
+            "images_per_second": images / seconds,
+        }
+        self.schedule.after_epoch(dice)
+        progress.epochs.append(row)
+        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+        self.accelerator.log({"validation_dice": dice}, step=progress.step)
+        bar.write(f"epoch {row['epoch']:3d}  loss {row['loss']:.4f}  validation Dice {dice:.4f}")
+        if self.accelerator.is_main_process:  # before the checkpoint: a finished run has its tables
+            write_csv(self.run_dir / "epochs.csv", progress.epochs)
+            table = [{"step": step, "loss": loss} for step, loss in enumerate(progress.losses, start=1)]
+            write_csv(self.run_dir / "losses.csv", table)
+        self.save_checkpoint()
+
+    @torch.no_grad()
+    def validation_dice(self) -> float:
+        """Mean over all processes' images of the Dice at the model's size, threshold 0.5."""
+        model = self._kept_model().eval()
+        total = torch.zeros(2, device=self.accelerator.device)
+        for batch in map(self._on_device, self.validation_loader):
+            with self.accelerator.autocast():
+                logits = model(batch["pixel_values"]).logits
+            total += _dice_sum(logits[:, 1].float(), batch["labels"])
+        overall = self.accelerator.reduce(total, reduction="sum")
+        if not overall.isfinite().all():
+            raise PolypSegError(
+                f"the model's outputs on the validation images are no finite numbers at step {self.progress.step}: "
+                "start again in another --output with a lower --set training.learning_rate or with "
+                "training.precision=no"
+            )
+        return float(overall[0] / overall[1])
+
+
+def _leading_stages(model: nn.Module, count: int) -> list[nn.Module]:
+    """The stem and first stages of an EfficientNet encoder. Raises UsageError for another encoder."""
+    if not count:
+        return []
+    encoder: Any = model.get_submodule("encoder")
+    if not (hasattr(encoder, "conv_stem") and hasattr(encoder, "blocks") and count <= len(encoder.blocks)):
+        raise UsageError(f"training.frozen_stages={count} does not fit this encoder: set it to 0")
+    return [encoder.conv_stem, encoder.bn1, *list(encoder.blocks)[: count - 1]]
+
+
+def _dice_of_polyps(logits: Tensor, labels: Tensor) -> Tensor:
+    """The soft Dice loss of the images that show a polyp, averaged over all: an empty mask gives it no gradient."""
+    shown = labels.amax((1, 2)) > 0.5
+    if not shown.any():
+        return logits.sum() * 0
+    return soft_dice_loss(logits[shown], labels[shown]) * shown.float().mean()
+
+
+def _mark_finished(config: Path) -> None:
+    """Say in the best model's config that its run came to its end: until then it is nobody's final model."""
+    content = read_json(config)
+    content["weights_origin"]["finished"] = True
+    write_json(config, content)
+
+
+def _is_marked_finished(config: Path) -> bool:
+    """Whether _mark_finished was reached: a kill may come between the last checkpoint and it."""
+    if not config.is_file():
+        return False
+    return (read_json(config).get("weights_origin") or {}).get("finished") is True
+
+
+def _dice_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, H, W) twice -> (sum of Dice, number of images); the sum is NaN where a logit is not finite."""
+    if not logits.isfinite().all():  # no NaN is above 0: the Dice would be that of an empty mask
+        return torch.full((2,), torch.nan, device=logits.device)
+    prediction, target = logits > 0, labels > 0.5
+    counts = [(x.sum((1, 2))).cpu().numpy() for x in (prediction & target, prediction, target)]
+    return torch.tensor(
+        [standard_scores(*counts)["dice"].sum(), len(logits)], device=logits.device, dtype=torch.float32
+    )
+
+
+class Schedule:
+    """The learning rate as a function of steps (one_cycle) or of the validation scores so far (plateau)."""
+
+    def __init__(self, optimizer: Any, recipe: ScheduleRecipe, total_steps: int, learning_rate: float):
+        self.optimizer = optimizer
+        inner = getattr(optimizer, "optimizer", optimizer)
+        self.one_cycle = self.plateau = None
+        if recipe.kind == "one_cycle":
+            total = total_steps + 1
+            share = min(1.0, max(recipe.warmup, 2 / total))  # OneCycleLR divides by zero on a shorter warm-up
+            self.one_cycle = OneCycleLR(inner, learning_rate, total_steps=total, pct_start=share, cycle_momentum=False)
+        else:
+            self.plateau = ReduceLROnPlateau(
+                inner,
+                mode="max",
+                factor=recipe.factor,
+                patience=recipe.patience,
+                min_lr=recipe.min_learning_rate,
+            )
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def after_step(self) -> None:
+        """Advance a schedule that moves every step."""
+        if self.one_cycle:
+            self.one_cycle.step()
+
+    def after_epoch(self, validation_dice: float) -> None:
+        """Advance a schedule that follows the global validation score."""
+        if self.plateau:
+            self.plateau.step(validation_dice)
+
+    def replay(self, progress: Progress) -> None:
+        """Bring a new schedule to where a resumed run left it."""
+        if self.one_cycle:
+            self.one_cycle.last_epoch = progress.step
+        for row in progress.epochs:
+            self.after_epoch(row["validation_dice"])
+
+
+def run_is_finished(run_dir: Path, recipe: Recipe, *, start: str) -> bool:
+    """Whether ``run_dir`` holds a completed run of just this recipe and this start (see ``describe_source``)."""
+    path, checkpoint = run_dir / "run.json", newest_checkpoint(run_dir)
+    if not path.is_file() or checkpoint is None or not _is_marked_finished(run_dir / "best" / CONFIG_NAME):
+        return False
+    record = read_json(path)
+    if record["recipe"] != recipe.model_dump(mode="json"):
+        return False
+    if record["model"]["weights_origin"]["encoder_initialisation"] != start:
+        return False
+    progress = Progress(**read_json(checkpoint / "progress.json"))
+    return progress.epoch >= recipe.training.epochs or progress.step >= (recipe.training.max_steps or float("inf"))
