@@ -14,7 +14,7 @@ import embedding_distance
 import measures
 import near_duplicates
 import synthetic_frames
-from polypseg.cli.app import run_script
+from polypseg.cli.console import run_script
 from polypseg.files import environment_record, write_json, write_text
 from side_by_side import Neighbours, Row, why_not_quotable
 

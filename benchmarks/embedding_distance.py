@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from typer import Option
 
-from polypseg.cli.app import run_script
+from polypseg.cli.console import run_script
 from polypseg.shift.comparison import kernel_distance
 from polypseg.statistics import Interval
 from polypseg.statistics.scores import sum_by

@@ -17,7 +17,7 @@ from rich.table import Table
 from tqdm import tqdm
 from typer import Option
 
-from polypseg.cli.app import print_whole, run_script
+from polypseg.cli.console import print_table, run_script
 from polypseg.data import open_dataset
 from polypseg.errors import UsageError
 from polypseg.evaluation.metrics import pixel_counts, score
@@ -78,7 +78,7 @@ def main(
     table = Table(*(key.replace("_", " ") for key in rows[0]), title=what)
     for row in rows:
         table.add_row(*map(str, row.values()))
-    print_whole(table)
+    print_table(table)
     print(f"latency ratio: times faster than torch fp32, of which one frame takes {milliseconds[TORCH, 'fp32']:.1f} ms")
     if output is not None:
         write_json(output, {"title": what, "torch_milliseconds": milliseconds[TORCH, "fp32"], "rows": rows})

@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.transforms import ColorJitter, GaussianBlur, RandomAffine
 from typer import Option
 
-from polypseg.cli.app import run_script
+from polypseg.cli.console import run_script
 from polypseg.data import PolypDataset, open_dataset
 from polypseg.recipe import load_recipe
 from polypseg.training.augmentation import PairedAugmentation

@@ -21,7 +21,7 @@ from rich.table import Table
 from tqdm import tqdm
 from typer import Argument, Option
 
-from polypseg.cli.app import print_whole, run_script
+from polypseg.cli.console import print_table, run_script
 from polypseg.data import PolypDataset, open_dataset
 from polypseg.data.catalog import CLIP_COLUMN
 from polypseg.data.polyps import Record
@@ -129,7 +129,7 @@ def main(
     table = Table(*rows[0], title=f"{segmenter.name} on CVC-ClinicDB's clips")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
-    print_whole(table)
+    print_table(table)
     if output is not None:
         print(f"written to {write_csv(output, rows)}")
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 from typer import Option
 
-from polypseg.cli.app import run_script
+from polypseg.cli.console import run_script
 from polypseg.pretraining.encoders import build_encoder
 from polypseg.pretraining.mae import MAE
 

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from typer import Option
 
-from polypseg.cli.app import run_script
+from polypseg.cli.console import run_script
 from polypseg.evaluation.conventions import CONVENTIONS, needed_measures
 from polypseg.evaluation.image_metrics import measure_image
 from side_by_side import BASELINE, Neighbours, Row, show, side_by_side

@@ -10,7 +10,7 @@ from typing import Annotated
 import numpy as np
 from typer import Option
 
-from polypseg.cli.app import run_script
+from polypseg.cli.console import run_script
 from polypseg.data.duplicates import HASH_DISTANCE, THUMBNAIL_DIFFERENCE, Fingerprint, near_duplicates
 from side_by_side import BASELINE, Neighbours, Row, show, side_by_side
 

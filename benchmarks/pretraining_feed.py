@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision import transforms as T
 from typer import Option
 
-from polypseg.cli.app import run_script
+from polypseg.cli.console import run_script
 from polypseg.data.corpus import open_frames
 from polypseg.data.shards import write_shards
 from polypseg.pretraining.loader import FrameFeed

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 from typer import Option
 
-from polypseg.cli.app import run_script
+from polypseg.cli.console import run_script
 from polypseg.data.corpus import open_frames
 from polypseg.data.shards import write_shards
 from polypseg.pretraining.loop import build_method, pretrain

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from typer import Option
 
 from polypseg import zoo
-from polypseg.cli.app import run_script
+from polypseg.cli.console import run_script
 from polypseg.data.catalog import DATASETS
 from polypseg.files import write_csv
 from polypseg.pretraining.encoders import build_encoder

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typer import Option
 
-from polypseg.cli.app import run_script
+from polypseg.cli.console import run_script
 from polypseg.data import images
 from polypseg.data.polyps import PolypDataset, SyntheticOptions, open_dataset
 from polypseg.data.synthetic import CAMERAS, synthesise_frame

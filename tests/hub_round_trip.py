@@ -26,7 +26,7 @@ from typer import Option
 
 from hub.process import HubProcess, running_hub
 from polypseg import zoo
-from polypseg.cli.app import print_whole, run_script
+from polypseg.cli.console import print_table, run_script
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.evaluation.evaluate import predicted_mask
 from polypseg.files import environment_record, write_json
@@ -126,7 +126,7 @@ def main(
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*(f"{v:.1e}" if isinstance(v, float) and 0 < v < 1e-2 else str(v) for v in row.values()))
-    print_whole(table)
+    print_table(table)
     if not all(row["ok"] for row in rows):
         raise SystemExit("at least one row did not come back as it was")
 

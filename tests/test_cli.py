@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 import threading
@@ -14,9 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
+from rich.table import Table
 
-from polypseg.cli.app import app, run_app, run_script
+from polypseg import __version__, zoo
+from polypseg.cli.app import COMMANDS, app
+from polypseg.cli.console import print_table, run_app, run_script
 from polypseg.data.catalog import DATASETS
 from polypseg.errors import PolypSegError
 from polypseg.zoo import ZOO
@@ -164,7 +170,13 @@ STUDY = ("study", "--output", "never")
         ((*STUDY, "--set", "training.epochs=two"), ("'training.epochs'", "'two'")),
         ((*STUDY, "--set", "training.epochs=["), ("training.epochs=[",)),
         ((*STUDY, "--in-distribution", "kvasir_sg"), ("Did you mean 'kvasir_seg'?",)),
-        ((*STUDY, "--in-distribution", "kvasir_seg", "--in-source", "nowhere"), ("nowhere does not exist",)),
+        ((*STUDY, "--encoder-weights", "x.pth"), ("must look like MODEL=WEIGHTS",)),
+        ((*STUDY, "--plan"), ("--plan does not apply: it is of a grid",)),
+        ((*STUDY, "--grid", "twelve_small", "--scale", "small"), ("--scale does not apply",)),
+        ((*STUDY, "--in-distribution", "synthetic_b"), ("against itself",)),
+        ((*STUDY, "--source", "somewhere"), ("say of which dataset", "synthetic_a=somewhere")),
+        ((*STUDY, "--source", "kvasir_seg=somewhere"), ("this command uses synthetic_a, synthetic_b",)),
+        ((*STUDY, "--in-distribution", "kvasir_seg", "--source", "kvasir_seg=nowhere"), ("nowhere does not exist",)),
         ((*STUDY, "--encoder-weights", "RN-IN-MC"), ("must look like MODEL=WEIGHTS",)),
         ((*STUDY, "--scale", "full"), ("no pretraining weights", "--start-from-available")),
     ],
@@ -183,9 +195,11 @@ def test_study_names_an_unknown_split_before_it_writes(polypseg, tmp_path):
 
 def test_study_accepts_a_part_of_a_dataset_only_when_told(polypseg, tmp_path):
     write_pair(tmp_path / "part", "a")
-    arguments = (*STUDY, "--in-distribution", "kvasir_seg", "--in-source", "part")
+    arguments = (*STUDY, "--in-distribution", "kvasir_seg", "--source", "kvasir_seg=part")
     polypseg(*arguments).assert_one_error_line(2, "part holds 1 images", "--allow-partial")
-    polypseg(*arguments, "--allow-partial", "--out-source", "x").assert_one_error_line(2, "leave out the source x")
+    polypseg(*arguments, "--allow-partial", "--source", "synthetic_b=x").assert_one_error_line(
+        2, "leave out the source x"
+    )
 
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "training_scripts"
@@ -277,7 +291,7 @@ def test_run_script_reports_a_failure_with_1(monkeypatch, capfd):
 def test_data_check_of_a_good_folder_succeeds_and_names_the_report(polypseg, tmp_path):
     for name in ("a", "bb", "ccc"):
         write_pair(tmp_path / "mine", name)
-    outcome = polypseg("data", "check", "folder", "mine", "--report", "out")
+    outcome = polypseg("data", "check", "folder", "mine", "--output", "out")
     assert outcome.code == 0, outcome.err
     assert "# folder: usable" in outcome.out and "images: 3" in outcome.out
     assert "out/folder.check.md" in outcome.out
@@ -288,7 +302,7 @@ def test_data_check_of_a_good_folder_succeeds_and_names_the_report(polypseg, tmp
 def test_data_check_of_a_broken_folder_is_exit_code_1_with_a_report(polypseg, tmp_path):
     write_pair(tmp_path / "mine", "a")
     write_pair(tmp_path / "mine", "wrong", mask_size=(24, 20))
-    outcome = polypseg("data", "check", "folder", "mine", "--report", "out")
+    outcome = polypseg("data", "check", "folder", "mine", "--output", "out")
     outcome.assert_one_error_line(1, "mine has 1 problem", "wrong.png is 24x20")
     assert "NOT usable" in (tmp_path / "out" / "folder.check.md").read_text(encoding="utf-8")
 
@@ -296,7 +310,7 @@ def test_data_check_of_a_broken_folder_is_exit_code_1_with_a_report(polypseg, tm
 def test_data_check_that_cannot_write_its_report_says_where(polypseg, tmp_path):
     write_pair(tmp_path / "mine", "a")
     (tmp_path / "out").write_text("a file, no folder")
-    outcome = polypseg("data", "check", "folder", "mine", "--report", "out")
+    outcome = polypseg("data", "check", "folder", "mine", "--output", "out")
     outcome.assert_one_error_line(1, "cannot write out")
 
 
@@ -337,7 +351,7 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 def test_data_get_stores_the_archive_and_says_the_terms(polypseg, published, tmp_path):
     published()
-    outcome = polypseg("data", "get", "kvasir_seg", "--to", "store")
+    outcome = polypseg("data", "get", "kvasir_seg", "--output", "store")
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "store" / "kvasir-seg.zip").read_bytes() == BODY
     assert "research and education only" in outcome.out and "Jha et al." in outcome.out
@@ -347,7 +361,7 @@ def test_data_get_stores_the_archive_and_says_the_terms(polypseg, published, tmp
 
 def test_data_get_refuses_other_bytes_than_the_published(polypseg, published, tmp_path):
     published(archive_sha256="0" * 64)
-    polypseg("data", "get", "kvasir_seg", "--to", "store").assert_one_error_line(1, "kvasir-seg.zip")
+    polypseg("data", "get", "kvasir_seg", "--output", "store").assert_one_error_line(1, "kvasir-seg.zip")
     assert not (tmp_path / "store" / "kvasir-seg.zip").exists()
 
 
@@ -355,3 +369,41 @@ def test_data_get_says_when_no_checksum_is_known(polypseg, published):
     published(archive_sha256=None)
     outcome = polypseg("data", "get", "kvasir_seg")
     assert outcome.code == 0 and "No checksum" in outcome.out
+
+
+@pytest.mark.parametrize(("panel", "name", "function", "examples"), COMMANDS, ids=[row[1] for row in COMMANDS])
+def test_every_command_shows_two_examples_whose_options_it_has(panel, name, function, examples):
+    assert len(examples) == 2 and panel
+    options = {option for p in command_of(name).params for option in p.opts}
+    for example in examples:
+        words = shlex.split(example)
+        assert words[:2] == ["polypseg", name]
+        assert {word for word in words if word.startswith("--")} <= options, example
+
+
+def command_of(name):
+    return typer.main.get_command(app).commands[name]
+
+
+def test_version_and_short_help(polypseg):
+    assert polypseg("--version").out == f"polypseg {__version__}\n"
+    assert "Examples:" in polypseg("diagnose", "-h").out
+
+
+def test_json_is_all_that_is_printed(polypseg):
+    rows = json.loads(polypseg("models", "--json").out)
+    assert len(rows) == len(zoo.rows()) and rows[0]["model_id"] == zoo.rows()[0].model_id
+    assert {row["name"] for row in json.loads(polypseg("data", "list", "--json").out)} == set(DATASETS)
+    assert json.loads(polypseg("diagnose", "0.8", "0.7", "--json").out)["possible"]
+    assert json.loads(polypseg("verify", "starter", "--json").out)["problems"] == {}
+
+
+def test_a_narrow_terminal_drops_optional_columns_and_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    table = Table("name", "what it is", "where")
+    table.add_row("a", "x" * 20, "https://example.org/a/long/address")
+    print_table(table, wide=False, optional=("what it is", "where"))
+    shown = capsys.readouterr().out
+    assert "example.org" not in shown and "xxxx" in shown and "left out on this narrow screen: where" in shown
+    print_table(Table("name", "where"), wide=True)

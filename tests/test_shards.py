@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from polypseg.cli.app import app, run_app
+from polypseg.cli.app import app
+from polypseg.cli.console import run_app
 from polypseg.data import shards as shards_module
 from polypseg.data.corpus import PARTIAL, FolderFrames, FrameStore, ShardFrames, open_frames
 from polypseg.data.shards import ShardReport, member_names, verify_shards, write_shards
@@ -377,30 +378,30 @@ def polypseg(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
 
 def test_command_writes_verifies_and_says_what_was_left_out(polypseg, tmp_path, target):
     source = write_files(tmp_path / "corpus", FILES | BROKEN)
-    code, out, err = polypseg("data", "shard", source, "--to", target, "--images-per-shard", 8, "--verify")
+    code, out, err = polypseg("data", "shard", source, "--output", target, "--images-per-shard", 8, "--verify")
     assert code == 0, err
     assert "20 images in 3 shards" in out and "3 written now, all checksums right" in out
     assert "2 unreadable images were left out, first class-1/004.jpg, class-2/zero.jpg" in out
-    code, out, _ = polypseg("data", "shard", source, "--to", target, "--images-per-shard", 8)
+    code, out, _ = polypseg("data", "shard", source, "--output", target, "--images-per-shard", 8)
     assert code == 0 and "0 written now" in out
 
 
 def test_command_reports_a_flipped_bit_in_one_line(polypseg, corpus, target):
     write_shards(corpus, target)
     flip(target / "shard-000000.tar", where=1500)
-    code, _, err = polypseg("data", "shard", corpus.path, "--to", target, "--verify")
+    code, _, err = polypseg("data", "shard", corpus.path, "--output", target, "--verify")
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 1 and len(lines) == 1 and "shard-000000.tar" in lines[0]
 
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_command_refuses_shards_without_images(polypseg, corpus, target, count):
-    code, _, _ = polypseg("data", "shard", corpus.path, "--to", target, "--images-per-shard", count)
+    code, _, _ = polypseg("data", "shard", corpus.path, "--output", target, "--images-per-shard", count)
     assert code == 2 and not target.exists()
 
 
 def test_command_calls_a_missing_source_a_usage_error(polypseg, tmp_path, target):
-    code, _, err = polypseg("data", "shard", tmp_path / "nowhere", "--to", target)
+    code, _, err = polypseg("data", "shard", tmp_path / "nowhere", "--output", target)
     assert code == 2 and "does not exist" in err and not target.exists()
 
 

@@ -130,8 +130,7 @@ class TestPlan:
             ({"scale": "smal"}, "unknown scale 'smal'. Did you mean 'small'"),
             ({"models": ("RN-XX",)}, "unknown model"),
             ({"overrides": ("training.epoch=1",)}, "Did you mean 'training.epochs'"),
-            ({"encoder_weights": ("x.pth",)}, "must look like MODEL=WEIGHTS"),
-            ({"models": ("RN-NA-NA",), "encoder_weights": ("RN-IN-BT=x",)}, "does not include"),
+            ({"models": ("RN-NA-NA",), "encoder_weights": {"RN-IN-BT": "x"}}, "does not include"),
         ],
     )
     def test_wrong_plans_fail_before_any_work(self, tmp_path, fields, message):
@@ -164,13 +163,13 @@ def test_study_continues_from_rows_of_finetune_and_refuses_those_of_another_star
     settings = ("training.max_steps=1", "training.total_batch_size=8", "data.image_size=64", "training.precision=no")
     settings += ("model.encoder=resnet18", "model.decoder_channels=16")
     run = study_folder / "runs" / "resnet50_deeplabv3plus.supervised_imagenet1k"
-    finetune = runpy.run_path(str(REPOSITORY / "training_scripts" / "finetune.py"))["main"]
+    finetune = runpy.run_path(str(REPOSITORY / "training_scripts" / "finetune.py"))["finetune"]
     AcceleratorState._reset_state(reset_partial_state=True)
     finetune(
         model="RN-IN-SL",
         output=run,
         dataset="folder",
-        source=data,
+        source=[str(data)],
         set_=list(settings),
         encoder_weights="random",
     )

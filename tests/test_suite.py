@@ -230,7 +230,7 @@ def test_the_command_prints_every_test_and_fails_for_a_refused_one(kvasir, tmp_p
     seen = Seen(stage="fine-tuning", description="x", manifest=make_manifest(data, split="official", part="test"))
     attach_passport(model, Passport(model_id="m", seen=(seen,)))
     options = {"suite": True, "allow_partial": True, "convention": ["paper"], "output": tmp_path / "results"}
-    options |= {"model": str(model), "name": "mine", "sources": [f"kvasir_seg={kvasir}"]}
+    options |= {"model": str(model), "name": "mine", "source": [f"kvasir_seg={kvasir}"]}
     with pytest.raises(
         PolypSegError, match=r"1 of 2 tests were refused or failed, first kvasir-official: 3 of 3 images"
     ):

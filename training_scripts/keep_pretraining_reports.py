@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from polypseg.cli.app import run_script
+from polypseg.cli.console import run_script
 from polypseg.errors import UsageError
 from polypseg.files import atomic_path, read_json, write_text
 from polypseg.pretraining.export import render_index

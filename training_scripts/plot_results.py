@@ -11,7 +11,7 @@ import numpy as np
 from typer import Option
 
 from polypseg import plotting
-from polypseg.cli.app import run_script
+from polypseg.cli.console import run_script
 from polypseg.evaluation.receipt_reading import CONVENTION, no_results, read_results, scores_of
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Option
 
-from polypseg.cli.app import run_script
+from polypseg.cli.console import run_script
 from polypseg.evaluation.conventions import conventions_markdown
 from polypseg.files import write_text
 from polypseg.hub.export import RESULTS

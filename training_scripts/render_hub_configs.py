@@ -5,7 +5,7 @@ python training_scripts/render_hub_configs.py
 
 from pathlib import Path
 
-from polypseg.cli.app import run_script
+from polypseg.cli.console import run_script
 from polypseg.hub.model_configs import write_model_configs
 
 

@@ -1,248 +1,169 @@
-"""The ``polypseg`` command, and how every command and script reports an error."""
+"""The ``polypseg`` command: its commands by audience, each with examples."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer import Argument, Option
+from typer import Option
 
-from polypseg.cli import evaluate as evaluate_commands
-from polypseg.cli import hub as hub_commands
-from polypseg.cli import predict as use_commands
-from polypseg.cli import report as report_commands
-from polypseg.cli import shift as shift_commands
-from polypseg.cli import web as web_commands
-from polypseg.cli.console import reported
-from polypseg.cli.options import MaskValuesOption, named_values
+from polypseg.cli import data, evaluate, hub, predict, shift, study, train, web
+from polypseg.cli.console import run_app
+
+USE, EVALUATE, TRAIN = "Use a model", "Evaluate", "Train and study"
+DATA, PUBLISH = "Data", "Publish"
+
+COMMANDS: tuple[tuple[str, str, Callable[..., None], tuple[str, ...]], ...] = (
+    (USE, "segment", predict.segment, ("polypseg segment frame.jpg", "polypseg segment videos/ --output masks")),
+    (USE, "web", web.web, ("polypseg web", "polypseg web --export space --title 'Polyp segmentation'")),
+    (USE, "demo-app", predict.demo_app, ("polypseg demo-app", "polypseg demo-app --model starter --model runs/a/best")),
+    (USE, "models", predict.models, ("polypseg models", "polypseg models --json")),
+    (USE, "license", predict.license_, ("polypseg license starter", "polypseg license RN-HK-MC --json")),
+    (USE, "verify", hub.verify, ("polypseg verify starter --run", "polypseg verify exported/rn-in-sl")),
+    (
+        EVALUATE,
+        "evaluate",
+        evaluate.evaluate,
+        (
+            "polypseg evaluate --model starter --dataset cvc_clinicdb --source CVC-ClinicDB",
+            "polypseg evaluate --predictions masks/ --dataset folder --source my-frames --all-conventions",
+        ),
+    ),
+    (
+        EVALUATE,
+        "check-receipts",
+        evaluate.check_receipts,
+        ("polypseg check-receipts model_cards/results", "polypseg check-receipts results --public-key key.pub"),
+    ),
+    (
+        EVALUATE,
+        "sign-receipts",
+        evaluate.sign_receipts,
+        ("polypseg sign-receipts results --key key.pem", "polypseg sign-receipts a.receipt.json --key key.pem"),
+    ),
+    (
+        EVALUATE,
+        "diagnose",
+        evaluate.diagnose,
+        ("polypseg diagnose 0.8231 0.7454", "polypseg diagnose 89.1 83.2 --images 100"),
+    ),
+    (
+        EVALUATE,
+        "robustness",
+        predict.robustness,
+        (
+            "polypseg robustness --model starter --dataset kvasir_seg --split reference --part test",
+            "polypseg robustness --model starter --dataset synthetic_b --corruption motion_blur --limit 20",
+        ),
+    ),
+    (
+        TRAIN,
+        "finetune",
+        train.finetune,
+        (
+            "polypseg finetune --model RN-IN-SL --encoder-weights timm:resnet50.tv_in1k --output runs/rn-in-sl",
+            "polypseg finetune --model RN-NA-NA --dataset synthetic_a --recipe smoke --output runs/try",
+        ),
+    ),
+    (
+        TRAIN,
+        "pretrain",
+        train.pretrain,
+        (
+            "polypseg pretrain --recipe pretrain_mae_small --frames frames/ --output runs/mae",
+            "polypseg pretrain --recipe pretrain_mae_small --frames frames/ --output runs/mae --resume",
+        ),
+    ),
+    (
+        TRAIN,
+        "study",
+        study.study,
+        (
+            "polypseg study --scale smoke --output runs/demo",
+            "polypseg study --grid twelve_small --in-distribution kvasir_seg --output runs/grid --plan",
+        ),
+    ),
+    (
+        TRAIN,
+        "report",
+        study.report,
+        (
+            "polypseg report runs/grid/results --output report.html",
+            "polypseg report results --source kvasir_seg=Kvasir-SEG",
+        ),
+    ),
+    (
+        TRAIN,
+        "convert",
+        hub.convert,
+        (
+            "polypseg convert checkpoint.pth.tar --inspect",
+            "polypseg convert checkpoint.pth.tar --output converted",
+        ),
+    ),
+    (
+        PUBLISH,
+        "export",
+        hub.export,
+        (
+            "polypseg export runs/rn-in-sl/best --output exported/rn-in-sl",
+            "polypseg export starter --format onnx --precision fp16 --output onnx",
+        ),
+    ),
+    (
+        PUBLISH,
+        "push",
+        hub.push,
+        (
+            "polypseg push exported/rn-in-sl --dry-run",
+            "polypseg push --all exported --organisation my-lab --private",
+        ),
+    ),
+    (
+        PUBLISH,
+        "export-space",
+        predict.export_space,
+        (
+            "polypseg export-space --model starter --output space",
+            "polypseg export-space --model me/model --trust-remote-code --output space",
+        ),
+    ),
+)
+"""Panel, name, function and examples of every command at the top."""
 
 app = typer.Typer(
     help="Polyp segmentation whose behaviour on other hospitals' data is known. Not a medical device.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Find, fetch and check datasets.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
-app.add_typer(shift_commands.shift_app, name="shift")
-for command in (
-    hub_commands.convert,
-    hub_commands.export,
-    hub_commands.push,
-    hub_commands.verify,
-    use_commands.models,
-    evaluate_commands.evaluate,
-    evaluate_commands.check_receipts,
-    evaluate_commands.sign_receipts,
-    evaluate_commands.diagnose,
-    report_commands.report,
-    use_commands.segment,
-    web_commands.web,
-    use_commands.demo_app,
-    use_commands.export_space,
-    use_commands.robustness,
-):
-    app.command()(command)
-app.command("license")(use_commands.license_)
+for panel, name, function, examples in COMMANDS:
+    app.command(name, rich_help_panel=panel, epilog="Examples:\n\n" + "\n\n".join(examples))(function)
+app.add_typer(data.data_app, name="data", rich_help_panel=DATA)
+app.add_typer(shift.shift_app, name="shift", rich_help_panel=EVALUATE)
 
 
-def run_app(command: typer.Typer) -> None:
-    """Run a command; a PolypSegError becomes one line on stderr and its exit code: 2 for usage, 1 for failure."""
-    with reported():
-        command(standalone_mode=True)
+def _print_version(value: bool) -> None:
+    if value:
+        from polypseg import __version__
+
+        print(f"polypseg {__version__}")
+        raise typer.Exit
 
 
-def run_script(function: Callable[..., Any]) -> None:
-    """Run a script's ``main`` with its arguments taken from the command line."""
-    script = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    script.command()(function)
-    run_app(script)
-
-
-def print_whole(table: Any) -> None:
-    """Print a table without cutting any cell: names and addresses are there to be copied."""
-    from rich.console import Console
-
-    for column in table.columns:
-        column.no_wrap = True
-    console = Console()
-    console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
-    console.print(table, soft_wrap=True)
-
-
-@data_app.command("list")
-def list_datasets() -> None:
-    """List the datasets: size, terms, and whether they can be fetched or must be requested."""
-    from rich.table import Table
-
-    from polypseg.data.catalog import DATASETS
-
-    table = Table("name", "dataset", "images", "terms", "how to get it", title="Datasets")
-    for spec in DATASETS.values():
-        built_in = spec.name.startswith("synthetic_")
-        how = spec.url or spec.request or ("built in" if built_in else "your own files")
-        table.add_row(spec.name, spec.title, str(spec.count or "any"), spec.license, how)
-    print_whole(table)
-
-
-@data_app.command("get")
-def get_dataset(
-    name: Annotated[str, Argument(help="Dataset of the table; see `polypseg data list`.")],
-    to: Annotated[Path, Option(envvar="POLYPSEG_DATA", help="Folder that receives the archive.")] = Path("data"),
-) -> None:
-    """Download a published archive, resumable and verified; or say where a set must be requested."""
-    from polypseg.data.catalog import get_spec
-    from polypseg.data.download import download
-    from polypseg.errors import UsageError
-
-    spec = get_spec(name)
-    if spec.url is None:
-        raise UsageError(f"{spec.title} cannot be downloaded by a program. {spec.request or 'It needs no download.'}")
-    destination = to / Path(spec.url).name
-    print(f"{spec.title}: {spec.license}. Cite {spec.citation}.")
-    if spec.archive_sha256 is None:
-        print("No checksum of this archive has been published; only the transfer itself is verified.")
-    path = download(spec.url, destination=destination, sha256=spec.archive_sha256, size=spec.archive_size)
-    print(f"{path} is complete; it is read as it is, no extraction needed. Next: polypseg data check {name} {path}")
-
-
-@data_app.command("check")
-def check(
-    name: Annotated[str, Argument(help="Dataset of the table.")],
-    path: Annotated[Path, Argument(help="Extracted folder or archive.")],
-    mask_values: MaskValuesOption = None,
-    report: Annotated[Path, Option(help="Folder that receives the report.")] = Path("reports"),
-) -> None:
-    """Verify files, counts, pairing, sizes and masks; find duplicates inside and across splits; write a report."""
-    from polypseg.data.check import check_dataset
-    from polypseg.errors import PolypSegError
-
-    result = check_dataset(name, path, mask_values=mask_values)
-    written = result.write(report)
-    print(result.to_markdown())
-    print(f"report: {written}")
-    if not result.ok:
-        raise PolypSegError(f"{path} has {len(result.problems)} problem(s), first: {result.problems[0]}")
-
-
-@data_app.command("shard")
-def shard(
-    source: Annotated[Path, Argument(help="Extracted folder, zip archive, or shards of others.")],
-    to: Annotated[Path, Option(help="Folder that receives the shards; a second call completes it.")],
-    images_per_shard: Annotated[int, Option(min=1, help="Images of each tar file.")] = 1000,
-    verify: Annotated[bool, Option("--verify", help="Read the shards again and compare checksums.")] = False,
-) -> None:
-    """Pack a corpus for pretraining into WebDataset tar shards; every image is decoded first, damaged ones stay out."""
-    from polypseg.data.corpus import open_frames
-    from polypseg.data.shards import verify_shards, write_shards
-
-    report = write_shards(open_frames(source), to, images_per_shard=images_per_shard)
-    if verify:
-        verify_shards(to)
-    print(
-        f"{report.frames} images in {report.shards} shards, {report.bytes / 1e9:.2f} GB, in {report.folder}; "
-        f"{report.written} written now{', all checksums right' if verify else ''}"
-    )
-    if report.unreadable:
-        first = ", ".join(report.unreadable[:3])
-        print(f"{len(report.unreadable)} unreadable images were left out, first {first}; shards.json lists them all")
-
-
-@data_app.command("push")
-def push_prepared(
-    name: Annotated[str, Argument(help="Dataset of the table.")],
-    repo_id: Annotated[str, Argument(help="Dataset repository on the Hub, OWNER/NAME.")],
-    source: Annotated[Path | None, Option(help="Folder or archive of the dataset.")] = None,
-    mask_values: MaskValuesOption = None,
-    split: Annotated[str, Option(help="Named split that becomes the repository's splits.")] = "reference",
-    public: Annotated[bool, Option("--public", help="Make the repository public; only where the terms allow.")] = False,
-    override_terms: Annotated[
-        bool, Option("--override-terms", help="You hold the owners' permission to publish the set.")
+@app.callback()
+def before(
+    version: Annotated[
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
-    allow_partial: Annotated[bool, Option("--allow-partial", help="Accept a part of the dataset.")] = False,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
-    """Push your own prepared copy of a dataset with a card; private unless the set's terms allow more."""
-    from polypseg.hub.dataset_card import push_dataset
+    """Polyp segmentation whose behaviour on other hospitals' data is known. Not a medical device."""
+    if quiet:
+        import os
 
-    commit = push_dataset(
-        name,
-        repo_id,
-        source=source,
-        split=split,
-        private=not public,
-        override=override_terms,
-        allow_partial=allow_partial,
-        mask_values=mask_values,
-    )
-    print(f"{repo_id}: {'public' if public else 'private'}, commit {commit}")
+        os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
-@app.command()
-def study(
-    output: Annotated[Path, Option(help="Folder of the study; a second call continues it.")],
-    scale: Annotated[str, Option(help="full, small (small encoders) or smoke (minutes on a laptop).")] = "smoke",
-    models: Annotated[list[str] | None, Option("--model", help="A row; repeat for several. Default: all.")] = None,
-    in_distribution: Annotated[str, Option(help="Dataset to train and test on.")] = "synthetic_a",
-    out_of_distribution: Annotated[str, Option(help="Dataset to test on only.")] = "synthetic_b",
-    in_source: Annotated[Path | None, Option(help="Folder or archive of the first dataset.")] = None,
-    out_source: Annotated[Path | None, Option(help="Folder or archive of the second dataset.")] = None,
-    split: Annotated[str, Option(help="Split of the first dataset.")] = "reference",
-    set_: Annotated[list[str] | None, Option("--set", help="Recipe override, e.g. training.epochs=2.")] = None,
-    encoder_weights: Annotated[
-        list[str] | None,
-        Option(help="MODEL=WEIGHTS for a row; weights as in finetune.py. Repeat for several."),
-    ] = None,
-    start_from_available: Annotated[
-        bool, Option("--start-from-available", help="At full scale, start rows without weights at random.")
-    ] = False,
-    limit: Annotated[int | None, Option(min=1, help="Test on the first N images of each set only.")] = None,
-    allow_partial: Annotated[bool, Option("--allow-partial", help="Accept a part of a dataset.")] = False,
-    grid: Annotated[
-        str | None, Option(help="Fill a matrix instead: a grid file, or the name of a bundled one. Run it many times.")
-    ] = None,
-    frames: Annotated[list[str] | None, Option(help="CORPUS=PATH of a grid's corpus. Repeat for several.")] = None,
-    test_source: Annotated[
-        list[str] | None, Option(help="DATASET=PATH of a grid's test set. Default: looked for in the data folder.")
-    ] = None,
-    negatives: Annotated[Path | None, Option(help="Folder of frames without polyps, for a grid's tests.")] = None,
-    plan: Annotated[bool, Option("--plan", help="With --grid: print what is left and its cost, and stop.")] = False,
-) -> None:
-    """Train and evaluate rows of the table on two datasets and write the paper's comparison; or fill a grid."""
-    if grid is not None:
-        from polypseg.cli.grid import fill_grid
-
-        fill_grid(
-            grid,
-            output=output,
-            dataset=in_distribution,
-            source=in_source,
-            split=split,
-            frames=frames or [],
-            tests=test_source or [],
-            negatives=negatives,
-            allow_partial=allow_partial,
-            only_plan=plan,
-        )
-        return
-    from polypseg.study.scales import StudyPlan, run_study
-
-    chosen = StudyPlan(
-        output=output,
-        scale=scale,
-        models=tuple(models or ()),
-        in_distribution=in_distribution,
-        out_of_distribution=out_of_distribution,
-        in_source=in_source,
-        out_source=out_source,
-        split=split,
-        overrides=tuple(set_ or ()),
-        encoder_weights=named_values(encoder_weights, option="--encoder-weights", form="MODEL=WEIGHTS"),
-        start_from_available=start_from_available,
-        limit=limit,
-        allow_partial=allow_partial,
-    )
-    run_study(chosen)
-
-
-def main() -> None:
+def main() -> Any:
     """Entry point."""
     run_app(app)

@@ -1,11 +1,17 @@
-"""How every command ends: a PolypSegError becomes one line on stderr and an exit code."""
+"""How every command and script ends, and how tables are printed."""
 
 import io
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from polypseg.errors import PolypSegError, missing_package
+
+if TYPE_CHECKING:
+    import typer
+    from rich.table import Table
 
 
 @contextmanager
@@ -31,3 +37,62 @@ def reported() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def run_app(command: "typer.Typer") -> None:
+    """Run a command; a PolypSegError becomes one line on stderr and its exit code: 2 for usage, 1 for failure."""
+    with reported():
+        command(standalone_mode=True)
+
+
+def run_script(function: Callable[..., Any]) -> None:
+    """Run a function as a script of its own, its arguments taken from the command line."""
+    import typer
+
+    script = typer.Typer(
+        pretty_exceptions_enable=False, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]}
+    )
+    script.command()(function)
+    run_app(script)
+
+
+def print_table(table: "Table", *, wide: bool = True, optional: Sequence[str] = ()) -> None:
+    """Print a table without cutting any cell: names and addresses are there to be copied.
+
+    Unless ``wide``, on a terminal that is too narrow the ``optional`` columns are dropped, the last first, which the
+    line below the table says; what is still too wide is folded.
+    """
+    from rich.console import Console
+
+    console = Console()
+    dropped = [] if wide or not console.is_terminal else _drop_columns(table, console, optional)
+    if wide or not console.is_terminal:
+        for column in table.columns:
+            column.no_wrap = True
+        console.width = max(console.width, _width(table, console))
+    else:
+        for column in table.columns:
+            column.overflow = "fold"
+    console.print(table, soft_wrap=wide or not console.is_terminal)
+    if dropped:
+        print(f"columns left out on this narrow screen: {', '.join(dropped)}; --wide shows them")
+
+
+def _width(table: "Table", console: Any) -> int:
+    return int(console.measure(table, options=console.options.update(width=1000)).maximum)
+
+
+def _drop_columns(table: "Table", console: Any, optional: Sequence[str]) -> list[str]:
+    """Take optional columns out of a table until it fits; their headings."""
+    dropped: list[str] = []
+    for heading in reversed(optional):
+        if _width(table, console) <= console.width:
+            break
+        table.columns = [column for column in table.columns if column.header != heading]
+        dropped.insert(0, heading)
+    return dropped
+
+
+def print_json(content: Any) -> None:
+    """Print what a program reads: JSON, indented, nothing else."""
+    print(json.dumps(content, indent=2, ensure_ascii=False, default=str))

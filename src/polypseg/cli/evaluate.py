@@ -1,6 +1,8 @@
 """Commands that score: any source of predictions by every metric convention, receipts, published pairs of numbers."""
 
+import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from pathlib import Path
@@ -8,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from polypseg.cli.options import GivesProbabilities, ImageSize, MaskValuesOption, named_places
+from polypseg.cli.console import print_json, print_table
+from polypseg.cli.options import (
+    GivesProbabilities,
+    ImageSize,
+    JsonOption,
+    MaskValuesOption,
+    SourceOption,
+    WideOption,
+    named_places,
+    places,
+    refuse_options,
+)
 
 if TYPE_CHECKING:
     from polypseg.evaluation.scoring import SuiteResult
@@ -38,11 +51,16 @@ def evaluate(
     predictions: Annotated[
         Path | None, Option(help="Folder or archive of predicted masks or probability maps, named as the images.")
     ] = None,
-    source: Annotated[Path | None, Option(help="Folder or archive of the dataset.")] = None,
+    source: SourceOption = None,
     mask_values: MaskValuesOption = None,
     split: Annotated[str, Option(help="Named split; `full` is every image.")] = "full",
     part: Annotated[str, Option(help="Part of the split.")] = "full",
-    convention: Annotated[list[str] | None, Option(help="A convention; repeat for several. Default: all.")] = None,
+    convention: Annotated[
+        list[str] | None, Option(help="A convention of the receipt; repeat for several. Default: all.")
+    ] = None,
+    all_conventions: Annotated[
+        bool, Option("--all-conventions", help="Print the scores of every convention, not only the paper's.")
+    ] = False,
     allow_missing: Annotated[bool, Option("--allow-missing", help="Count images without file as empty.")] = False,
     limit: Annotated[int | None, Option(min=1, help="Only the first N images.")] = None,
     seen: Annotated[
@@ -50,9 +68,6 @@ def evaluate(
     ] = Seen.refuse,
     suite: Annotated[bool, Option("--suite", help="Run every test of the suite whose images are at hand.")] = False,
     only: Annotated[list[str] | None, Option(help="With --suite: a test; repeat for several.")] = None,
-    sources: Annotated[
-        list[str] | None, Option(help="With --suite: DATASET=PATH where a dataset lies; repeat for several.")
-    ] = None,
     own: Annotated[
         list[str] | None, Option(help="With --suite: NAME=PATH of your own images and masks; repeat for several.")
     ] = None,
@@ -63,25 +78,50 @@ def evaluate(
     allow_partial: Annotated[bool, Option("--allow-partial", help="Accept a part of a dataset, and say so.")] = False,
     save_masks: Annotated[bool, Option("--save-masks", help="Keep the predicted masks as 1-bit PNG files.")] = False,
     name: Annotated[str | None, Option(help="Name in the results; default: the recorded id or the folder's.")] = None,
+    batch_size: Annotated[int, Option(min=1, help="Images per forward pass of a transformers model.")] = 8,
+    revision: Annotated[str | None, Option(help="Tag, branch or commit of a Hub model.")] = None,
+    trust_remote_code: Annotated[
+        bool, Option("--trust-remote-code", help="Run the code of the model's repository; only at a full commit.")
+    ] = False,
     output: Annotated[Path, Option(help="Folder of results.")] = Path("results"),
+    wide: WideOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Score a model, or anybody's predicted masks, by every metric convention, and write a receipt of each test."""
     from polypseg.data import open_dataset
+    from polypseg.data.catalog import DATASETS
     from polypseg.errors import UsageError
     from polypseg.evaluation.conventions import CONVENTIONS, choose_conventions
-    from polypseg.evaluation.suite import SuitePlan, score_images
+    from polypseg.evaluation.receipt import read_receipt
+    from polypseg.evaluation.receipt_reading import CONVENTION
+    from polypseg.evaluation.suite import SuitePlan
     from polypseg.files import sole_writer
-    from polypseg.inference.predictors import model_folder, open_model
+    from polypseg.provenance.local import local_folder
     from polypseg.provenance.passport import kept_manifest, name_partial
 
     if (model is None) == (predictions is None):
         raise UsageError("give either --model or --predictions")
     names = tuple(convention or CONVENTIONS)
     choose_conventions(names)
+    if trust_remote_code and local_folder(str(model)) is None and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        raise UsageError("code from the Hub is run at a full commit only: give --revision with its 40 digits")
+    if predictions is not None:
+        model_only = {"--suite": suite, "--revision": revision, "--trust-remote-code": trust_remote_code}
+        model_only |= {"--image-size": image_size, "--gives-probabilities": gives_probabilities}
+        refuse_options(model_only, because="it is of a --model, and --predictions are files")
+    elif allow_missing:
+        raise UsageError("--allow-missing does not apply: it is of --predictions")
+    if suite:
+        single = {"--dataset": dataset, "--limit": limit, "--mask-values": mask_values}
+        refuse_options(single, because="--suite chooses the datasets")
+    elif dataset is None:
+        raise UsageError("name one test with --dataset, or run them all with --suite (and --only, --source, ...)")
+    else:
+        refuse_options({"--only": only, "--own": own, "--negatives": negatives}, because="it is of --suite")
     plan = SuitePlan(
         output=output,
         only=tuple(only or ()),
-        sources=named_places(sources, option="--sources"),
+        sources=places(source, datasets=list(DATASETS)) if suite else {},
         own=named_places(own, option="--own"),
         negatives=negatives,
         conventions=names,
@@ -90,43 +130,73 @@ def evaluate(
         save_masks=save_masks,
         alarm_area=alarm_area,
     )
-    if suite:
-        if model is None or dataset is not None or any(value is not None for value in (limit, source, mask_values)):
-            raise UsageError(
-                "--suite chooses the datasets for a --model: leave out --dataset, --source, --mask-values and --limit"
-            )
-        chosen = open_model(model, name=name, image_size=image_size, gives_probabilities=gives_probabilities)
-        _evaluate_suite(chosen, plan, folder=model_folder(model))
+    place = None if dataset is None else places(source, datasets=[dataset]).get(dataset)
+    from polypseg.evaluation.suite import score_images
+    from polypseg.inference.predictors import model_folder, open_model
+
+    folder = model_folder(model, revision=revision, with_code=trust_remote_code)
+
+    def opened() -> "PredictionSource":
+        if predictions is not None:
+            return _files(predictions, allow_missing=allow_missing, name=name)
+        return open_model(
+            str(model),
+            folder=folder,
+            name=name,
+            image_size=image_size,
+            gives_probabilities=gives_probabilities,
+            batch_size=batch_size,
+            trust_remote_code=trust_remote_code,
+        )
+
+    if dataset is None:
+        _evaluate_suite(opened(), plan, folder=folder, wide=wide, as_json=as_json)
         return
-    if dataset is None or only or sources or own or negatives:
-        raise UsageError("name one test with --dataset, or run them all with --suite (and --only, --sources, ...)")
-    data = open_dataset(dataset, source=source, allow_partial=allow_partial, mask_values=mask_values)
+    data = open_dataset(dataset, source=place, allow_partial=allow_partial, mask_values=mask_values)
     manifest = name_partial(kept_manifest(data, split=split, part=part, limit=limit), data)
-    if predictions is not None:
-        chosen = _files(predictions, allow_missing=allow_missing, name=name)
-    else:
-        chosen = open_model(str(model), name=name, image_size=image_size, gives_probabilities=gives_probabilities)
+    chosen = opened()
     with sole_writer(output / chosen.name):
-        result = score_images(chosen, plan, data, manifest, model_folder=model_folder(model))
+        result = score_images(chosen, plan, data, manifest, model_folder=folder)
         path = result.write(output)
-    _print_scores(result)
-    print(f"definitions, intervals and every image: {path}")
+    content = read_receipt(path)
+    if as_json:
+        print_json({"receipt": str(path)} | {key: content[key] for key in ("name", "dataset", "n", *_SCORES)})
+        return
+    if all_conventions or convention or CONVENTION not in names:
+        _print_scores(result, wide=wide)
+    _print_seen(result)
+    if CONVENTION in names:
+        print(_headline(content))
+    print(f"{'every convention, ' if len(names) > 1 else ''}definitions, intervals and every image: {path}")
+
+
+_SCORES = ("scores", "scores_by_cluster")
+
+
+def _headline(content: Mapping[str, Any]) -> str:
+    """One line: the paper's four metrics with intervals, by clip where clips are known."""
+    from polypseg.evaluation.receipt_reading import cell_of, scores_of, size_of
+
+    scores = "; ".join(f"m{name.capitalize()} {cell_of(value)}" for name, value in scores_of(content).items())
+    return f"{content['name']}: {scores.replace('mIou', 'mIoU')}; n = {size_of(content)}"
 
 
 _DONE = {Seen.report: "They were tested all the same.", Seen.exclude: "They were left out."}
 
 
-def _print_scores(result: "SuiteResult") -> None:
+def _print_scores(result: "SuiteResult", *, wide: bool) -> None:
     from rich.table import Table
-
-    from polypseg.cli.app import print_whole
 
     title = f"{result.name}: {result.title}, {result.split} {result.part}"
     table = Table("convention", "score", "mean", "95 % interval over images", "n", title=title)
     for convention, scores in result.content()["scores"].items():
         for score, value in scores.items():
             table.add_row(convention, score, _mean(value["mean"]), _bounds(value), str(value["n"]))
-    print_whole(table)
+    print_table(table, wide=wide, optional=("n",))
+
+
+def _print_seen(result: "SuiteResult") -> None:
+    """Whether the model saw tested images, and false alarms where frames show no polyp."""
     collisions = result.seen.collisions
     if collisions is None:
         print(f"not checked against what the model saw: {result.seen.reason}")
@@ -146,23 +216,26 @@ def _bounds(value: Mapping[str, Any]) -> str:
     return "" if value["low"] is None else f"{value['low']:.4f} to {value['high']:.4f}"
 
 
-def _evaluate_suite(chosen: "PredictionSource", plan: "SuitePlan", *, folder: Path | None) -> None:
+def _evaluate_suite(
+    chosen: "PredictionSource", plan: "SuitePlan", *, folder: Path | None, wide: bool, as_json: bool
+) -> None:
     from polypseg.errors import PolypSegError
     from polypseg.evaluation.suite import run_suite
 
     outcomes = run_suite(chosen, plan, model_folder=folder)
-    _print_suite(chosen.name, outcomes)
-    print(f"receipts and summary: {plan.output / chosen.name}")
+    if as_json:
+        print_json([asdict(outcome) for outcome in outcomes])
+    else:
+        _print_suite(chosen.name, outcomes, wide=wide)
+        print(f"receipts and summary: {plan.output / chosen.name}")
     lost = [outcome for outcome in outcomes if outcome.status in ("refused", "failed")]
     if lost:
         first = f"{lost[0].test}: {lost[0].reason}"
         raise PolypSegError(f"{len(lost)} of {len(outcomes)} tests were refused or failed, first {first}")
 
 
-def _print_suite(name: str, outcomes: "list[Outcome]") -> None:
+def _print_suite(name: str, outcomes: "list[Outcome]", *, wide: bool) -> None:
     from rich.table import Table
-
-    from polypseg.cli.app import print_whole
 
     columns = ("test", "n", "clusters", "Dice", "95 % interval by cluster", "false alarms per 100 frames", "seen")
     table = Table(*columns, title=f"{name}: the generalisation suite")
@@ -176,7 +249,7 @@ def _print_suite(name: str, outcomes: "list[Outcome]") -> None:
         seen = "unknown" if o.seen_images is None else str(o.seen_images)
         mean = "" if o.dice is None else f"{o.dice:.4f}"
         table.add_row(o.test, str(o.n), str(o.clusters or ""), mean, _bounds(dice), alarms, seen)
-    print_whole(table)
+    print_table(table, wide=wide, optional=("clusters", "seen"))
     for o in outcomes:
         if o.status != "tested":
             print(f"{o.test}: {o.status}: {o.reason}")
@@ -263,14 +336,18 @@ def diagnose(
     dice: Annotated[str, Argument(help="Published Dice with all its digits, as fraction or percent.")],
     iou: Annotated[str, Argument(help="Published IoU of the same experiment.")],
     n: Annotated[int | None, Option("--images", "-n", min=1, help="Number of test images.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Say which metric conventions a published pair of Dice and IoU can come from."""
-    from polypseg.evaluation.diagnose import diagnose as examine
+    from polypseg.evaluation.diagnose import diagnose as diagnose_pair
 
     numbers = [_number(text) for text in (dice, iou)]
     # One unit of the last digit that both numbers have covers rounding as well as cutting off.
     digits = min(-int(number.as_tuple().exponent) for number in numbers)
-    found = examine(float(numbers[0]), float(numbers[1]), n, tolerance=10.0**-digits)
+    found = diagnose_pair(float(numbers[0]), float(numbers[1]), n, tolerance=10.0**-digits)
+    if as_json:
+        print_json({"verdict": found.verdict, "words": found.words, "possible": list(found.possible)})
+        return
     print(f"{found.verdict}: {found.words}")
     print(f"possible conventions: {', '.join(found.possible) or 'none'}")
 

@@ -6,9 +6,13 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 from typer import Argument, Option
 
+from polypseg.cli.console import print_json, print_table
+from polypseg.cli.options import JsonOption
+
 if TYPE_CHECKING:
     from polypseg.hub.push import PublishPlan
     from polypseg.inference.runtimes import Precision
+    from polypseg.provenance.checksums import Verification
 
 
 def convert(
@@ -97,7 +101,7 @@ def push(
 ) -> None:
     """Publish exported models: checked first, one commit each, tagged, collected, fetched back and compared."""
     from polypseg.hub.push import exported_folders, plan_pushes, update_collection
-    from polypseg.hub.push import push as carry_out
+    from polypseg.hub.push import push as push_model
 
     found = exported_folders(folders or [], everything_in=all_in)
     plans = plan_pushes(found, organisation=organisation, private=private, tag=tag)
@@ -106,7 +110,7 @@ def push(
         print("dry run: nothing was sent")
         return
     for plan in plans:
-        done = carry_out(plan)
+        done = push_model(plan)
         what = "published" if done.new_commit else "already there"
         size = f"{done.verified_files} files, {done.verified_bytes / 1e6:.1f} MB"
         print(f"{done.repo_id}: {what}, commit {done.commit[:12]}, tag {done.tag}; fetched back and equal: {size}")
@@ -119,8 +123,6 @@ def push(
 
 def _print_plans(plans: "list[PublishPlan]") -> None:
     from rich.table import Table
-
-    from polypseg.cli.app import print_whole
 
     table = Table("repository", "state", "licence", "tag", "to upload", "to delete", "official", title="Publish plan")
     for plan in plans:
@@ -136,7 +138,7 @@ def _print_plans(plans: "list[PublishPlan]") -> None:
             ", ".join(plan.deletions) or "-",
             official,
         )
-    print_whole(table)
+    print_table(table)
 
 
 def verify(
@@ -145,6 +147,7 @@ def verify(
     run: Annotated[
         bool, Option("--run", help="Also compute the model's test frame with each of its files, and compare.")
     ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare every file of a model with its checksums, and on request what it computes here with what it should.
 
@@ -156,13 +159,16 @@ def verify(
 
     folder = local_folder(model)
     if folder is None:
-        from polypseg.provenance.fetch import verify as check
+        from polypseg.provenance.fetch import verify as verify_model
 
-        found = check(model, revision=revision)
+        found = verify_model(model, revision=revision)
     elif revision is not None:
         raise UsageError(f"{folder} is a folder: a revision belongs to a Hub id")
     else:
         found = verify_folder(folder)
+    if as_json:
+        _print_verification(found, run=run)
+        return
     for name in sorted({*found.digests, *found.problems}):
         print(f"{found.problems.get(name, 'ok'):<22} {name}")
     at = f" at commit {found.revision}" if found.revision else ""
@@ -173,6 +179,25 @@ def verify(
     print(f"{model}{at}: all {len(found.digests)} files are right")
     if run:
         _replay(found.folder, model)
+
+
+def _print_verification(found: "Verification", *, run: bool) -> None:
+    """As JSON; the exit code is 1 where a file differs or computes something else."""
+    from dataclasses import asdict
+
+    from polypseg.inference.replay import replay
+
+    outcomes = replay(found.folder) if run and not found.problems else []
+    print_json(
+        {
+            "revision": found.revision,
+            "right": sorted(found.digests.keys() - found.problems.keys()),
+            "problems": found.problems,
+            "runs": [asdict(outcome) for outcome in outcomes],
+        }
+    )
+    if found.problems or any(outcome.runs and not outcome.reproduces for outcome in outcomes):
+        raise SystemExit(1)
 
 
 def _replay(folder: Path, model: str) -> None:

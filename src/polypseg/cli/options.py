@@ -1,6 +1,6 @@
 """Command-line arguments that several commands take."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +19,56 @@ MaskValuesOption = Annotated[
         help="Values or colors of the mask files that are polyp: 1, 1-6 or '#ff0000,#00ff00'. Default: gray above 127.",
     ),
 ]
+WideOption = Annotated[bool, Option("--wide", help="All columns, however narrow the screen is.")]
+JsonOption = Annotated[bool, Option("--json", help="Print JSON, for programs.")]
+OWN_FOLDER = "folder"
+"""The dataset of the table that stands for anybody's own images and masks."""
+SourceOption = Annotated[
+    list[str] | None,
+    Option("--source", help="Folder or archive of the dataset, or NAME=PATH for a dataset of several; repeatable."),
+]
+
+
+def places(sources: Sequence[str] | None, *, datasets: Sequence[str]) -> dict[str, Path]:
+    """``--source`` options -> dataset -> where it lies. A bare path is of the only dataset.
+
+    Raises UsageError for a dataset that the command does not use, one that is named twice, and a bare path where there
+    are several datasets.
+    """
+    from polypseg.data.catalog import DATASETS
+
+    found: dict[str, Path] = {}
+    for text in sources or []:
+        name, _, path = text.partition("=")
+        if name not in DATASETS or not path:
+            if len(set(datasets)) != 1:
+                raise UsageError(f"--source {text!r}: say of which dataset, as in {datasets[0]}={text}")
+            name, path = datasets[0], text
+        if name not in datasets:
+            raise UsageError(f"--source {text!r}: this command uses {', '.join(dict.fromkeys(datasets))}")
+        if name in found:
+            raise UsageError(f"--source names {name} twice: give it once")
+        found[name] = Path(path)
+    return found
+
+
+def two_places(sources: Sequence[str] | None, first: str, second: str) -> tuple[Path | None, Path | None]:
+    """Where two datasets lie. Of two of one name, which only ``folder`` may be, the first ``--source`` is the first's.
+
+    Raises UsageError as ``places``.
+    """
+    if first == second == OWN_FOLDER and len(sources or []) == 2:
+        here, there = (Path(text.removeprefix(f"{OWN_FOLDER}=")) for text in sources or [])
+        return here, there
+    found = places(sources, datasets=[first, second])
+    return found.get(first), found.get(second)
+
+
+def refuse_options(given: Mapping[str, object], *, because: str) -> None:
+    """Raise UsageError for the first option (its name -> its value) that was given though it does not apply."""
+    for option, value in given.items():
+        if value not in (None, False, [], ()):
+            raise UsageError(f"{option} does not apply: {because}")
 
 
 def named_values(pairs: Sequence[str] | None, *, option: str, form: str = "NAME=VALUE") -> dict[str, str]:

@@ -1,14 +1,16 @@
 """Commands that use models: list them, tell their licence, segment files, run the app, measure robustness."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from polypseg.cli.options import MaskValuesOption
+from polypseg.cli.console import print_json, print_table
+from polypseg.cli.options import JsonOption, MaskValuesOption, SourceOption, WideOption, places
 
 if TYPE_CHECKING:
     from polypseg.evaluation.receipt_reading import Test
+    from polypseg.zoo import ZooEntry
 
 NOT_EVALUATED = "not evaluated"
 TESTS = {
@@ -27,15 +29,19 @@ RuntimeOption = Annotated[
 
 def models(
     results: Annotated[Path, Option(help="Folder of evaluation receipts.")] = Path("model_cards/results"),
+    wide: WideOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List the models: id, licence, results where there are any, where the pretraining weights come from."""
     from rich.table import Table
 
     from polypseg import zoo
-    from polypseg.cli.app import print_whole
 
     scores = _dice_by_model(results)
     columns = TESTS if scores else {}
+    if as_json:
+        print_json([_row_of(entry, scores) for entry in zoo.rows()])
+        return
     headings = ("short", "model id", "pretraining", "corpus", "licence", *columns, "weights", "licence stated at")
     for title, rows in (("The twelve models", zoo.ZOO), ("Extra models, not of the study", zoo.EXTRA)):
         table = Table(*headings, title=title)
@@ -44,7 +50,7 @@ def models(
             cells = [scores.get((entry.model_id, test), NOT_EVALUATED) for test in columns.values()]
             names = (entry.short_name, entry.model_id, zoo.METHODS[entry.method], zoo.CORPORA[entry.corpus])
             table.add_row(*names, upstream.license, *cells, upstream.location, upstream.license_source)
-        print_whole(table)
+        print_table(table, wide=wide, optional=("short", "licence", "weights", "licence stated at"))
     for entry in zoo.EXTRA:
         print(f"{entry.short_name}: {entry.notes}")
     print("\n".join(_shipped_model(scores)))
@@ -55,7 +61,25 @@ def models(
         more = Table("model id", *columns, title="Other models with results")
         for name in others:
             more.add_row(name, *(scores.get((name, test), NOT_EVALUATED) for test in columns.values()))
-        print_whole(more)
+        print_table(more, wide=wide)
+
+
+def _row_of(entry: "ZooEntry", scores: "dict[tuple[str, Test], str]") -> dict[str, Any]:
+    """A row of the table with its results, as plain values."""
+    from polypseg import zoo
+
+    upstream = entry.upstream
+    return {
+        "model_id": entry.model_id,
+        "short_name": entry.short_name,
+        "pretraining": zoo.METHODS[entry.method],
+        "corpus": zoo.CORPORA[entry.corpus],
+        "licence": upstream.license,
+        "licence_stated_at": upstream.license_source,
+        "weights": upstream.location,
+        "results": {title: scores.get((entry.model_id, test)) for title, test in TESTS.items()},
+        "of_the_study": entry in zoo.ZOO,
+    }
 
 
 def _shipped_model(scores: "dict[tuple[str, Test], str]") -> list[str]:
@@ -182,17 +206,17 @@ def export_space(
 ) -> None:
     """Write the app as a Hugging Face Space that needs no polypseg."""
     from polypseg.hub.space import describe_model
-    from polypseg.hub.space import export_space as write
+    from polypseg.hub.space import export_space as write_space
 
     chosen = [describe_model(name) for name in models]
-    folder = write(output, models=chosen, title=title, trust_remote_code=trust_remote_code)
+    folder = write_space(output, models=chosen, title=title, trust_remote_code=trust_remote_code)
     print(f"{folder}: upload it with `hf upload OWNER/NAME {folder} --repo-type space`")
 
 
 def robustness(
     model: ModelOption,
     dataset: Annotated[str, Option(help="Dataset of the table; see `polypseg data list`.")],
-    source: Annotated[Path | None, Option(help="Folder or archive of the dataset.")] = None,
+    source: SourceOption = None,
     mask_values: MaskValuesOption = None,
     split: Annotated[str, Option(help="Named split; `full` is every image.")] = "full",
     part: Annotated[str, Option(help="Part of the split.")] = "full",
@@ -210,7 +234,7 @@ def robustness(
     result = measure_robustness(
         segmenter.model,
         segmenter.processor,
-        open_dataset(dataset, source=source, mask_values=mask_values),
+        open_dataset(dataset, source=places(source, datasets=[dataset]).get(dataset), mask_values=mask_values),
         model_id=results_name(segmenter.model.config, model),
         split=split,
         part=part,

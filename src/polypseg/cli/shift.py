@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
-from polypseg.cli.options import GivesProbabilities, ImageSize
+from polypseg.cli.console import print_table
+from polypseg.cli.options import GivesProbabilities, ImageSize, SourceOption, two_places
 
 if TYPE_CHECKING:
     from polypseg.shift import Comparison
@@ -18,8 +19,6 @@ shift_app = typer.Typer(help="How two datasets differ, and what each difference 
 
 A = Annotated[str, Option("--a", help="First dataset as DATASET[.SPLIT.PART], e.g. kvasir_seg.reference.test.")]
 B = Annotated[str, Option("--b", help="Second dataset, alike.")]
-SourceA = Annotated[Path | None, Option(help="Folder or archive of the first dataset.")]
-SourceB = Annotated[Path | None, Option(help="Folder or archive of the second dataset.")]
 Limit = Annotated[int | None, Option(min=1, help="Only the first N images of each set.")]
 Output = Annotated[Path, Option(help="Folder of results.")]
 
@@ -28,8 +27,7 @@ Output = Annotated[Path, Option(help="Folder of results.")]
 def measure(
     a: A,
     b: B,
-    source_a: SourceA = None,
-    source_b: SourceB = None,
+    source: SourceOption = None,
     encoder: Annotated[
         str, Option(help="For the embedding distance: starter, a model folder, or none to leave it out.")
     ] = "starter",
@@ -40,14 +38,13 @@ def measure(
     """Measure how two sets differ: colour, light, sharpness, border, polyps, compression, embedding, separability."""
     from rich.table import Table
 
-    from polypseg.cli.app import print_whole
     from polypseg.shift import compare_sets
     from polypseg.shift.embedding import open_embedding
 
     embed = None if encoder == "none" else open_embedding(encoder)
     first, second = (
         _open(name, source, limit=limit, allow_partial=allow_partial, embed=embed)
-        for name, source in ((a, source_a), (b, source_b))
+        for name, source in _named(a, b, source)
     )
     found = compare_sets(first.measured, second.measured)
     table = Table("measure", "a", "b", "b - a", "95 % interval", "effect (d)", title=_title(found))
@@ -55,7 +52,7 @@ def measure(
         bounds = "" if row["difference_low"] is None else f"{row['difference_low']:.4g} to {row['difference_high']:.4g}"
         numbers = (f"{row[key]:.4g}" for key in ("mean_a", "mean_b", "difference"))
         table.add_row(row["measure"], *numbers, bounds, f"{row['effect']:+.2f}")
-    print_whole(table)
+    print_table(table)
     print(_separability(found))
     print(f"numbers: {_write(output, f'{a}.{b}.measures', found.content(), list(found.measures))}")
 
@@ -65,8 +62,7 @@ def attribute(
     model: Annotated[str, Option("--model", help="As for `polypseg evaluate --model`.")],
     a: A,
     b: B,
-    source_a: SourceA = None,
-    source_b: SourceB = None,
+    source: SourceOption = None,
     strength: Annotated[float, Option(min=0, max=1, help="0 changes nothing, 1 moves all the way.")] = 1.0,
     image_size: ImageSize = None,
     gives_probabilities: GivesProbabilities = False,
@@ -81,7 +77,7 @@ def attribute(
 
     chosen = open_model(model, image_size=image_size, gives_probabilities=gives_probabilities)
     first, second = (
-        _open(name, place, limit=limit, allow_partial=allow_partial) for name, place in ((a, source_a), (b, source_b))
+        _open(name, place, limit=limit, allow_partial=allow_partial) for name, place in _named(a, b, source)
     )
     directions = [(a, b, first, second)] if one_way else [(a, b, first, second), (b, a, second, first)]
     for inside, outside, here, there in directions:
@@ -89,6 +85,12 @@ def attribute(
         _print_attribution(found)
         content = found.content() | {"predictions": chosen.origin}
         print(f"numbers: {_write(output / chosen.name, f'{inside}.{outside}.attribution', content, found.rows())}")
+
+
+def _named(a: str, b: str, sources: list[str] | None) -> list[tuple[str, Path | None]]:
+    """Both sets with where they lie."""
+    here, there = two_places(sources, *(name.split(".")[0] for name in (a, b)))
+    return [(a, here), (b, there)]
 
 
 def _open(
@@ -132,8 +134,6 @@ def _separability(found: "Comparison") -> str:
 def _print_attribution(found: "Attribution") -> None:
     from rich.table import Table
 
-    from polypseg.cli.app import print_whole
-
     (inside, outside), drop = found.titles, found.drop
     title = (
         f"{found.model}: {inside} (n = {found.sizes[0]}) toward {outside} (n = {found.sizes[1]}); mean Dice "
@@ -145,7 +145,7 @@ def _print_attribution(found: "Attribution") -> None:
         bounds = "" if row["cost_low"] is None else f"{row['cost_low']:+.3f} to {row['cost_high']:+.3f}"
         shares = ("-" if row[key] is None else f"{row[key]:.0%}" for key in ("share_of_drop", "covered"))
         table.add_row(row["factor"], f"{row['cost']:+.3f}", bounds, f"{row['p_holm']:.3f}", *shares)
-    print_whole(table)
+    print_table(table)
 
 
 def _write(folder: Path, name: str, content: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Path:

@@ -26,14 +26,15 @@ from polypseg.inference.model import (
     current_record,
     default_device,
     finite_images,
+    load_model,
     polyp_logits,
     resize_map,
     results_name,
 )
 from polypseg.inference.preparation import PREPROCESSOR, FrameProcessor
-from polypseg.inference.runtimes import TORCH, OnnxRuntime, refuse_non_finite
-from polypseg.inference.segmenter import load
+from polypseg.inference.runtimes import OnnxRuntime, refuse_non_finite
 from polypseg.modeling import PolypSegConfig
+from polypseg.provenance.checksums import LOADED, check_folder
 from polypseg.provenance.fetch import fetch
 from polypseg.provenance.local import CONFIG, local_folder
 
@@ -207,23 +208,45 @@ def is_smp_folder(path: Path) -> bool:
     return config.is_file() and "_model_class" in read_json(config)
 
 
-def model_folder(model: str | None) -> Path | None:
-    """Where a model's files lie, a Hub model's once they are fetched; None for no model and an ONNX file by itself."""
+def model_folder(model: str | None, *, revision: str | None = None, with_code: bool = False) -> Path | None:
+    """Where a model's files lie, a Hub model's once they are fetched; None for no model and an ONNX file by itself.
+
+    ``with_code``: of a Hub model its Python files too.
+    """
     if model is None:
         return None
     if Path(model).suffix == ONNX:
         return next((folder for folder in Path(model).resolve().parents[:2] if (folder / CONFIG).is_file()), None)
-    return local_folder(model) or fetch(model)
+    return named_folder(model, revision=revision, with_code=with_code)
+
+
+def named_folder(model: str, *, revision: str | None = None, with_code: bool = False) -> Path:
+    """The folder of a model by name: the shipped one, a folder, or a Hub model once it is fetched and verified.
+
+    Raises UsageError for a revision of a folder.
+    """
+    folder = local_folder(model)
+    if folder is not None and revision is not None:
+        raise UsageError(f"{model} is a folder: a revision belongs to a Hub id")
+    return folder or fetch(model, revision=revision, files=(*LOADED, "*.py") if with_code else LOADED)
 
 
 def open_model(
-    model: str, *, name: str | None = None, image_size: int | None = None, gives_probabilities: bool = False
+    model: str,
+    *,
+    folder: Path | None = None,
+    name: str | None = None,
+    image_size: int | None = None,
+    gives_probabilities: bool = False,
+    batch_size: int = 8,
+    trust_remote_code: bool = False,
 ) -> PredictionSource:
     """Any model that can be tested: transformers or segmentation_models_pytorch folder, Hub id, row's id, ONNX file.
 
-    ``image_size`` and ``gives_probabilities`` (not logits) are of ONNX and segmentation_models_pytorch models, whose
-    files do not say so; ``name`` is the one in results. Raises UsageError for a model that is not there or cannot be
-    loaded.
+    ``folder``: where ``model_folder`` found it, so that it is fetched once. ``image_size`` and ``gives_probabilities``
+    (not logits) are of ONNX and segmentation_models_pytorch models, whose files do not say so; ``name`` is the one in
+    results; ``trust_remote_code`` runs the code in the folder of a transformers model. Raises UsageError for a model
+    that is not there or cannot be loaded.
     """
     output: Output = "probability" if gives_probabilities else "logits"
     if Path(model).suffix == ONNX:
@@ -231,18 +254,20 @@ def open_model(
         if not path.is_file():
             raise UsageError(f"{path} does not exist: give an ONNX file")
         return OnnxPredictions(name=name or path.stem, path=path, image_size=image_size, output=output)
-    folder = model_folder(model)
-    assert folder is not None
+    folder = folder or named_folder(model, with_code=trust_remote_code)
     if is_smp_folder(folder):
         return open_smp(folder, name=name or folder.resolve().name, image_size=image_size, output=output)
-    segmenter = load(folder, runtime=TORCH)
-    config = segmenter.model.config
-    if not getattr(config, "weights_origin", None) and (folder / SAFE_WEIGHTS_NAME).is_file():
-        config.weights_origin = current_record({}, folder)  # the digest at least
+    if image_size is not None or gives_probabilities:
+        raise UsageError("--image-size and --gives-probabilities are of ONNX and segmentation_models_pytorch models")
+    check_folder(folder)
+    network, processor = load_model(str(folder), trust_remote_code=trust_remote_code)
+    if not getattr(network.config, "weights_origin", None) and (folder / SAFE_WEIGHTS_NAME).is_file():
+        network.config.weights_origin = current_record({}, folder)  # the digest at least
     return ModelPredictions(
-        name=name or results_name(config, model),
-        model=segmenter.model,
-        processor=segmenter.processor,
+        name=name or results_name(network.config, model),
+        model=network,
+        processor=processor,
+        batch_size=batch_size,
         device=default_device(),
     )
 

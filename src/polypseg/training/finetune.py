@@ -28,8 +28,6 @@ from polypseg.files import atomic_path, file_sha256, read_json, write_csv, write
 from polypseg.inference.model import build_image_processor, load_model, without_shard_bars
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.modeling.modeling_polypseg import soft_dice_loss
-from polypseg.provenance.fetch import fetch
-from polypseg.provenance.local import local_folder
 from polypseg.provenance.passport import (
     KEY,
     PASSPORT,
@@ -127,22 +125,21 @@ def build_model(
     return model
 
 
-def continued_model(entry: ZooEntry, recipe: Recipe, *, initial_model: str) -> PolypSegForSemanticSegmentation:
-    """A fine-tuned model of this row, to be trained further with the recipe.
+def continued_model(entry: ZooEntry, recipe: Recipe, *, folder: Path) -> PolypSegForSemanticSegmentation:
+    """The fine-tuned model in a folder, to be trained further as this row with the recipe.
 
-    ``initial_model``: a model folder, a Hub id or ``starter``. Its record, its passport and the SHA-256 of its weights
-    go into the new model's. Raises UsageError when its encoder or decoder is not the recipe's, or it is not of the row.
+    Its record, its passport and the SHA-256 of its weights go into the new model's. Raises UsageError when its encoder
+    or decoder is not the recipe's, or it is not of the row.
     """
-    folder = local_folder(initial_model) or fetch(initial_model)
     model, _ = load_model(str(folder))
     origin = dict(getattr(model.config, "weights_origin", None) or {})
     if not isinstance(model, PolypSegForSemanticSegmentation) or origin.get("row") != entry.model_id:
-        raise UsageError(f"{initial_model} is no fine-tuned model of {entry.short_name}: choose its own row")
+        raise UsageError(f"{folder} is no fine-tuned model of {entry.short_name}: choose its own row")
     wanted = PolypSegConfig(**(entry.config_fields() | recipe.model.model_dump(exclude_none=True))).to_dict()
     architecture = ("encoder", "decoder", "decoder_channels", "decoder_dropout")
     differing = [key for key in architecture if wanted[key] != getattr(model.config, key)]
     if differing:
-        raise UsageError(f"{initial_model} differs from recipe {recipe.name} in {', '.join(differing)}")
+        raise UsageError(f"{folder} differs from recipe {recipe.name} in {', '.join(differing)}")
     try:
         model.check_image_size(recipe.data.image_size, recipe.data.image_size)
     except ValueError as error:
