@@ -238,7 +238,7 @@ def test_the_command_prints_every_test_and_fails_for_a_refused_one(kvasir, tmp_p
     printed = capsys.readouterr().out
     assert "refused" in printed and "kvasir-official: refused: 3 of 3" in printed
     assert (tmp_path / "results" / "mine" / "mirror.full.full.receipt.json").is_file()
-    with pytest.raises(UsageError, match="leave out --dataset"):
+    with pytest.raises(UsageError, match="--dataset does not apply"):
         evaluate(dataset="kvasir_seg", **options)
     with pytest.raises(UsageError, match="--own 'x' must look like NAME=PATH"):
         evaluate(own=["x"], **options)
