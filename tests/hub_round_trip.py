@@ -28,9 +28,8 @@ from hub.process import HubProcess, running_hub
 from polypseg import zoo
 from polypseg.cli.console import print_table, run_script
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
-from polypseg.evaluation.evaluate import predicted_mask
 from polypseg.files import environment_record, write_json
-from polypseg.inference.model import build_image_processor
+from polypseg.inference.model import build_image_processor, predicted_mask
 from reference_files import write_reference_file
 
 TESTS = Path(__file__).resolve().parent

@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from polypseg import zoo
 from polypseg.data.catalog import CLIP_COLUMN, DATASETS
-from polypseg.evaluation.scoring import score_predictions
+from polypseg.evaluation.evaluate import score_predictions
 from polypseg.provenance.passport import ImagePrint, SplitManifest
 from polypseg.report import write_report
 from polypseg.zoo import ZooEntry

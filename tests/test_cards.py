@@ -20,7 +20,6 @@ from polypseg.data.catalog import DATASETS, POPULATIONS, clinicdb_sequence
 from polypseg.data.splits import pinned_split
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluation.evaluate import predict_masks
 from polypseg.evaluation.receipt import digest_of
 from polypseg.evaluation.receipt_reading import read_results
 from polypseg.files import write_json
@@ -29,7 +28,7 @@ from polypseg.hub.card_pictures import SEED, SIZE, write_card_pictures
 from polypseg.hub.dataset_card import load_references
 from polypseg.hub.markdown import all_plain, plain
 from polypseg.hub.model_card import lint_card, load_card, render_card, render_pages, write_pages
-from polypseg.inference.model import build_image_processor, load_model
+from polypseg.inference.model import build_image_processor, load_model, predict_masks
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.provenance.fetch import ORGANISATION
 from polypseg.provenance.licence import DISCLAIMER, model_license

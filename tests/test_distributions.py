@@ -51,6 +51,6 @@ def test_our_own_missing_modules_are_faults_not_advice():
 
 
 def test_public_names_that_need_more_say_so(monkeypatch):
-    monkeypatch.setitem(polypseg._HOMES, "evaluate_model", "no_such_package")
-    with pytest.raises(ImportError, match=r"polypseg\.evaluate_model: this needs no_such_package"):
-        _ = polypseg.evaluate_model
+    monkeypatch.setitem(polypseg._HOMES, "evaluate", "no_such_package")
+    with pytest.raises(ImportError, match=r"polypseg\.evaluate: this needs no_such_package"):
+        _ = polypseg.evaluate

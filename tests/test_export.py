@@ -17,8 +17,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import processes
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.evaluation.evaluate import score_predictions
 from polypseg.evaluation.receipt import read_receipt, save_receipt
-from polypseg.evaluation.scoring import score_predictions
 from polypseg.files import file_sha256, read_json
 from polypseg.hub import export as export_module
 from polypseg.hub.export import FP16_WEIGHTS, export_model, half, write_weights

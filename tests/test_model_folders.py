@@ -16,10 +16,9 @@ from transformers import AutoModelForSemanticSegmentation
 import polypseg
 from polypseg.data.polyps import PolypDataset, open_dataset
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluation.evaluate import evaluate_model, predict_masks
 from polypseg.evaluation.robustness import measure_robustness
 from polypseg.inference import predictors as predictions
-from polypseg.inference.model import fold_names, load_model, polyp_logits, resize_map, results_name
+from polypseg.inference.model import fold_names, load_model, polyp_logits, predict_masks, resize_map, results_name
 from polypseg.inference.predictors import ModelPredictions, OnnxPredictions, SmpPredictions, open_model
 from polypseg.inference.segment_files import segment_files
 from polypseg.inference.segmenter import Segmenter
@@ -126,9 +125,7 @@ class TestNotFinite:
         with pytest.raises(PolypSegError, match=f"mine gives .* for {ids[0]}:"):
             list(source.predict(data, ids))
         with pytest.raises(PolypSegError, match=f"mine gives .* for {ids[0]}:"):
-            evaluate_model(broken.model, broken.processor, data, model_id="mine")
-        with pytest.raises(PolypSegError, match=f"mine gives .* for {ids[0]}:"):
-            measure_robustness(broken.model, broken.processor, data, model_id="mine", kinds=["noise"])
+            measure_robustness(source, data, kinds=["noise"])
 
     @pytest.mark.parametrize("output", ["logits", "probability"])
     def test_foreign_models_too(self, data, output, monkeypatch):

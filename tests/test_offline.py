@@ -6,9 +6,10 @@ import time
 import pytest
 from huggingface_hub import constants
 
-from polypseg.errors import PolypSegError
+from polypseg.errors import PolypSegError, UsageError
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
-from polypseg.provenance.fetch import hub_is_reachable, without_retries_when_offline
+from polypseg.provenance.fetch import hub_is_reachable, resolve_id, without_retries_when_offline
+from polypseg.provenance.local import local_folder
 from polypseg.weights.loading import load_encoder_weights
 
 
@@ -50,3 +51,21 @@ def test_timm_weights_without_a_network_fail_at_once_with_one_line(unreachable):
     with pytest.raises(PolypSegError, match=r"timm:resnet10t\.c3_in1k is not in the cache and the Hub cannot"):
         load_encoder_weights(model, "timm:resnet10t.c3_in1k")
     assert time.monotonic() - begun < 30  # the client's own repeats last a hundred seconds
+
+
+def test_a_models_page_is_understood_and_a_revisions_page_answered():
+    for address in ("https://huggingface.co/me/model", "http://hf.co/me/model/", "https://huggingface.co/me/model/"):
+        assert resolve_id(address) == "me/model"
+    with pytest.raises(UsageError, match="give me/model and the revision v1"):
+        resolve_id("https://huggingface.co/me/model/tree/v1")
+    with pytest.raises(UsageError, match="give me/model and the revision main"):
+        resolve_id("https://huggingface.co/me/model/blob/main/config.json")
+
+
+def test_a_runs_folder_stands_for_the_model_in_it(tmp_path):
+    (tmp_path / "best").mkdir()
+    assert local_folder(tmp_path) == tmp_path
+    (tmp_path / "best" / "config.json").write_text("{}")
+    assert local_folder(tmp_path) == tmp_path / "best"
+    (tmp_path / "config.json").write_text("{}")
+    assert local_folder(tmp_path) == tmp_path

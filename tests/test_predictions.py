@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+from plain_protocol import evaluate_plainly
 from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.data import SyntheticOptions, open_dataset
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluation.evaluate import evaluate_model, predicted_mask
-from polypseg.evaluation.scoring import score_predictions
-from polypseg.inference.model import build_image_processor
+from polypseg.evaluation.evaluate import score_predictions
+from polypseg.inference.model import build_image_processor, predicted_mask
 from polypseg.inference.prediction_files import FilePredictions, read_map, save_predictions
 from polypseg.inference.predictors import ModelPredictions, OnnxPredictions, SmpPredictions, probability_map
 from polypseg.statistics.scores import METRICS
@@ -67,15 +67,15 @@ def counts(result):
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-def test_model_predictions_score_exactly_as_evaluate_model(model, source, data):
-    wanted = evaluate_model(model, source.processor, data, model_id="m")
+def test_model_predictions_score_exactly_as_the_plain_protocol(model, source, data):
+    wanted = evaluate_plainly(model, source.processor, data)
     found = score_predictions(source, data)
     assert found.ids == wanted.ids and counts(found) == [tuple(row) for row in wanted.counts.tolist()]
     assert 0.05 < wanted.counts[:, 1].mean() / (72 * 100) < 0.95
     summary, expected = found.summary(), wanted.summary()
     for name in METRICS:
         assert summary["paper"][name] == expected[name] | {"n": 9}
-    ssl4gie = evaluate_model(model, source.processor, data, model_id="m", convention="ssl4gie").summary()
+    ssl4gie = evaluate_plainly(model, source.processor, data, convention="ssl4gie").summary()
     assert summary["ssl4gie"]["dice"] == ssl4gie["dice"] | {"n": 9}
 
 

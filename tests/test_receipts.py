@@ -12,6 +12,7 @@ from scipy.ndimage import gaussian_filter
 from polypseg.cli.evaluate import check_receipts
 from polypseg.data import open_dataset
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.evaluation.evaluate import score_predictions
 from polypseg.evaluation.receipt import (
     check_receipt,
     digest_of,
@@ -23,7 +24,6 @@ from polypseg.evaluation.receipt import (
     save_receipt,
     unpack,
 )
-from polypseg.evaluation.scoring import score_predictions
 from polypseg.statistics import mean_intervals, read_score_set
 
 FRAMES = ("1", "2", "26", "27", "3", "51", "52", "53", "54")

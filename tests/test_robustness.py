@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from plain_protocol import evaluate_plainly
 from polypseg.data import open_dataset
 from polypseg.data.polyps import SyntheticOptions
 from polypseg.errors import UsageError
-from polypseg.evaluation.evaluate import evaluate_model
 from polypseg.evaluation.robustness import measure_robustness
 from polypseg.inference.model import build_image_processor
+from polypseg.inference.predictors import ModelPredictions
 from polypseg.modeling import PolypSegConfig
 
 
@@ -36,9 +37,11 @@ def parts():
 
 
 def test_clean_is_the_plain_evaluation_and_corruptions_are_paired_with_it(parts, tmp_path):
-    result = measure_robustness(*parts, model_id="red", kinds=["stain", "under_exposure"], severities=[1, 5])
-    plain = evaluate_model(*parts, model_id="red")
-    assert np.array_equal(result.clean.counts, plain.counts)
+    model, processor, dataset = parts
+    source = ModelPredictions(name="red", model=model, processor=processor)
+    result = measure_robustness(source, dataset, kinds=["stain", "under_exposure"], severities=[1, 5])
+    plain = evaluate_plainly(*parts)
+    assert np.array_equal(result.clean_dice, plain.scores()["dice"])
     assert set(result.corrupted) == {(k, s) for k in ("stain", "under_exposure") for s in (1, 5)}
     rows = {(row["corruption"], row["severity"]): row for row in result.rows()}
     dice = plain.scores()["dice"]
@@ -61,4 +64,4 @@ def test_clean_is_the_plain_evaluation_and_corruptions_are_paired_with_it(parts,
 
 def test_an_unknown_corruption_is_a_usage_error(parts):
     with pytest.raises(UsageError, match="corruption"):
-        measure_robustness(*parts, model_id="red", kinds=["fog"])
+        measure_robustness(ModelPredictions(name="red", model=parts[0], processor=parts[1]), parts[2], kinds=["fog"])

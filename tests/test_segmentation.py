@@ -8,8 +8,7 @@ from PIL import Image
 from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.data import SyntheticOptions, open_dataset
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluation.evaluate import predict_masks
-from polypseg.inference.model import build_image_processor
+from polypseg.inference.model import build_image_processor, predict_masks
 from polypseg.inference.segmenter import OUTLINE, Lesion, Prediction, Segmenter, draw_overlay, find_lesions, read_logits
 
 

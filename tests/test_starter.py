@@ -5,14 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import polypseg
 from polypseg.data.splits import pinned_split
 from polypseg.evaluation.receipt import check_receipt, find_receipts
+from polypseg.evaluation.receipt_reading import write_quality
 from polypseg.files import file_sha256
 from polypseg.hub.export import RESULTS
 from polypseg.hub.model_card import STARTER_MARKS, starter_table
 from polypseg.hub.pack import LARGEST, add_results
+from polypseg.inference import quality
+from polypseg.inference.quality import UNKNOWN, read_quality
 from polypseg.provenance.checksums import check_folder
 from polypseg.provenance.local import STARTER_FOLDER
 from polypseg.provenance.passport import Passport
@@ -91,3 +95,19 @@ def test_a_run_that_has_not_ended_is_not_packed(tmp_path):
     with pytest.raises(UsageError, match="has not ended"):
         pack_model(tmp_path / "best", tmp_path / "packed", calibration="synthetic_a")
     assert not (tmp_path / "packed").exists()
+
+
+def test_its_quality_is_what_its_receipts_say(tmp_path):
+    written = write_quality(tmp_path, find_receipts(STARTER_FOLDER / RESULTS).values())
+    assert written.read_text() == (STARTER_FOLDER / quality.FILE).read_text(), "run training_scripts/pack_starter.py"
+    words = read_quality(STARTER_FOLDER).words
+    assert all(f"on {title} (n = " in words for title in ("Kvasir-SEG", "CVC-ClinicDB")) and " [0." in words
+    assert read_quality(tmp_path / "nothing") == UNKNOWN
+
+
+def test_every_overlay_says_how_good_the_model_is_unless_it_would_not_fit():
+    segmenter = polypseg.load()
+    wide, narrow = (Image.new("RGB", (width, 120), (200, 120, 110)) for width in (640, 60))
+    with_caption, bare = (np.asarray(segmenter.predict(frame).overlay()) for frame in (wide, narrow))
+    assert (with_caption[-14:] == 255).any() and "research" in segmenter.caption
+    assert not (bare[-14:] == 255).all(axis=2).any()

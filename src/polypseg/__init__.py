@@ -1,9 +1,10 @@
 """polypseg: polyp segmentation models whose behaviour on other hospitals' data is known.
 
-``load`` gives a model that segments frames (``polypseg.load().predict([image])``), ``load_polyps`` a dataset, ``ZOO``
-the table of the twelve models; ``PolypSegConfig`` and ``PolypSegForSemanticSegmentation`` are the classes that
-transformers' Auto classes find after ``import polypseg``. Importing the package takes a blink: names are resolved when
-they are used, and torch is imported when a model is asked for that needs it. For research only, not a medical device.
+``load`` gives a model that segments frames (``polypseg.load().predict([image])``), ``load_polyps`` a dataset,
+``evaluate`` the scores of a model on one, ``ZOO`` the table of the twelve models; ``PolypSegConfig`` and
+``PolypSegForSemanticSegmentation`` are the classes that transformers' Auto classes find after ``import polypseg``.
+Importing the package takes a blink: names are resolved when they are used, and torch is imported when a model is asked
+for that needs it. For research only, not a medical device.
 """
 
 import importlib
@@ -14,7 +15,7 @@ from polypseg.errors import missing_package
 
 if TYPE_CHECKING:
     from polypseg.data import load_polyps
-    from polypseg.evaluation.evaluate import evaluate_model
+    from polypseg.evaluation.suite import evaluate
     from polypseg.inference.segmenter import load
     from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation, soft_dice_loss
     from polypseg.zoo import ZOO
@@ -27,14 +28,14 @@ _HOMES = {
     "soft_dice_loss": "polypseg.modeling",
     "ZOO": "polypseg.zoo",
     "load_polyps": "polypseg.data",
-    "evaluate_model": "polypseg.evaluation.evaluate",
+    "evaluate": "polypseg.evaluation.suite",
     "load": "polypseg.inference.segmenter",
 }
 __all__ = [
     "ZOO",
     "PolypSegConfig",
     "PolypSegForSemanticSegmentation",
-    "evaluate_model",
+    "evaluate",
     "load",
     "load_polyps",
     "soft_dice_loss",

@@ -24,7 +24,7 @@ from polypseg.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from polypseg.evaluation.scoring import SuiteResult
+    from polypseg.evaluation.evaluate import SuiteResult
     from polypseg.evaluation.suite import Outcome, SuitePlan
     from polypseg.inference.predictors import PredictionSource
 
@@ -256,7 +256,7 @@ def _print_suite(name: str, outcomes: "list[Outcome]", *, wide: bool) -> None:
 
 
 def _files(predictions: Path, *, allow_missing: bool, name: str | None) -> "PredictionSource":
-    from polypseg.evaluation.scoring import RenamedPredictions
+    from polypseg.evaluation.evaluate import RenamedPredictions
     from polypseg.inference.prediction_files import FilePredictions
 
     files = FilePredictions(path=predictions, allow_missing=allow_missing)

@@ -225,17 +225,15 @@ def robustness(
     output: Annotated[Path, Option(help="Folder of results.")] = Path("results"),
 ) -> None:
     """Measure a model under endoscopy corruptions at five severities: curves and drops."""
+    place = places(source, datasets=[dataset]).get(dataset)
     from polypseg.data import open_dataset
+    from polypseg.evaluation.metrics import mean_with_interval
     from polypseg.evaluation.robustness import measure_robustness
-    from polypseg.inference.model import results_name
-    from polypseg.inference.segmenter import load
+    from polypseg.inference.predictors import open_model
 
-    segmenter = load(model, runtime="torch")
     result = measure_robustness(
-        segmenter.model,
-        segmenter.processor,
-        open_dataset(dataset, source=places(source, datasets=[dataset]).get(dataset), mask_values=mask_values),
-        model_id=results_name(segmenter.model.config, model),
+        open_model(model),
+        open_dataset(dataset, source=place, mask_values=mask_values),
         split=split,
         part=part,
         kinds=kinds or (),
@@ -243,6 +241,6 @@ def robustness(
     )
     path = result.write(output)
     drop = result.mean_relative_drop()
-    print(f"clean mDice {result.clean.summary()['dice']['mean']:.4f}, n = {len(result.clean.ids)}")
+    print(f"clean mDice {mean_with_interval(result.clean_dice)['mean']:.4f}, n = {len(result.clean.ids)}")
     print("mean relative drop: " + ("not defined, the clean mean is 0" if drop is None else f"{drop:.3f}"))
     print(f"curves and tables: {path.with_suffix('.png')}, {path.with_suffix('.csv')}")

@@ -27,6 +27,7 @@ from polypseg.data.catalog import (
     DatasetSpec,
     get_spec,
 )
+from polypseg.data.corruptions import corrupt
 from polypseg.data.sources import IMAGE_SUFFIXES, Source, inner_archives, open_source
 from polypseg.data.splits import Split, make_split
 from polypseg.errors import PolypSegError, UsageError
@@ -471,3 +472,32 @@ def load_polyps(name: str, *, split: str = "reference", streaming: bool = False,
     ``where`` are the arguments of ``open_dataset``. Examples are ``{"id", "image", "mask"}`` plus the set's groups.
     """
     return open_dataset(name, **where).load(split=split, streaming=streaming)
+
+
+@dataclass(frozen=True, eq=False)
+class CorruptedDataset(PolypDataset):
+    """A dataset whose frames are corrupted on reading; the masks stay."""
+
+    kind: str = ""
+    severity: int = 0
+
+    def frame(self, record: Record) -> Image.Image:
+        """The frame under the corruption; errors as of the dataset."""
+        clean = np.asarray(super().frame(record))
+        return Image.fromarray(corrupt(clean, self.kind, severity=self.severity, key=record.id))
+
+    def pair(self, record: Record) -> tuple[Image.Image, NDArray[np.uint8]]:
+        """The corrupted frame and the 0/1 mask."""
+        return self.frame(record), self.mask(record)
+
+
+def corrupt_dataset(dataset: PolypDataset, kind: str, *, severity: int) -> CorruptedDataset:
+    """The same images under one kind of corruption (see ``corruptions.py``)."""
+    return CorruptedDataset(
+        spec=dataset.spec,
+        source=dataset.source,
+        records=dataset.records,
+        mask_values=dataset.mask_values,
+        kind=kind,
+        severity=severity,
+    )

@@ -1,130 +1,269 @@
-"""Evaluation by the reference's protocol: predict at the model's size, compare at the mask's own size.
+"""Any source of predictions on any part of a dataset, measured once and scored by every convention by name."""
 
-Per image first: logits are resized to the mask (bilinear, no antialias) and thresholded at probability 0.5 (strictly);
-then means over images, with bootstrap intervals. Results stay in memory; scoring.py writes receipts.
-"""
-
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, MutableMapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
-from polypseg.data.images import as_frame
+from polypseg import zoo
 from polypseg.data.polyps import PolypDataset
-from polypseg.evaluation.metrics import Scores, mean_with_interval, pixel_counts, score
-from polypseg.inference.model import polyp_logits, resize_map
-from polypseg.inference.predictors import FrameChange, _prepared_ahead
-from polypseg.statistics.scores import METRICS
-
-INTERVAL = "95 % percentile bootstrap over images, 5000 resamples, seed 0"
+from polypseg.errors import PolypSegError
+from polypseg.evaluation.conventions import CONVENTIONS, choose_conventions, needed_measures
+from polypseg.evaluation.image_metrics import TOLERANCE, ImageMeasures, largest_component, measure_image
+from polypseg.evaluation.receipt import (
+    BOOTSTRAP,
+    RECEIPT,
+    Layout,
+    cluster_scores,
+    describe,
+    false_alarms,
+    image_rows,
+    pack_tables,
+    receipt_path,
+    save_receipt,
+)
+from polypseg.files import atomic_path, environment_record, write_csv
+from polypseg.inference.model import SOURCE_SHA256
+from polypseg.inference.predictors import PredictionSource, Probability
+from polypseg.provenance.origin import recorded_recipe
+from polypseg.provenance.passport import SeenCheck, SplitManifest, kept_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationResult:
-    """Scores of one model on one part of one dataset."""
+class SuiteResult:
+    """The measures of one source of predictions on one part of one dataset, and its scores by every convention."""
 
-    model_id: str
-    dataset: str
-    title: str
-    split: str
-    part: str
-    content_id: str
-    ids: tuple[str, ...]
-    counts: NDArray[np.int64]
-    """(N, 3): intersection, predicted and true pixels of each image at the mask's size."""
-    convention: str = "standard"
+    name: str
     origin: dict[str, Any] = field(default_factory=dict)
-    """Where the model's weights come from."""
+    """Where the predictions come from."""
+    title: str
+    """Of the dataset."""
+    manifest: SplitManifest
+    """The tested images, in order."""
+    images: tuple[ImageMeasures, ...]
+    largest: tuple[int, ...]
+    """Pixels of each prediction's largest component."""
+    conventions: tuple[str, ...] = tuple(CONVENTIONS)
+    seen: SeenCheck = field(default_factory=lambda: SeenCheck(rule="refuse"))
+    alarm_area: int = 1
+    """Pixels from which a component on a frame without polyp is a false alarm."""
 
-    def scores(self) -> Scores:
-        """Per-image scores (N,) under the result's convention."""
-        return score(self.counts, convention=self.convention)
+    @property
+    def dataset(self) -> str:
+        return self.manifest.dataset
 
-    def summary(self) -> dict[str, dict[str, Any]]:
-        """Mean and interval of each metric over images."""
-        scores = self.scores()
-        return {name: mean_with_interval(scores[name]) for name in METRICS}
+    @property
+    def split(self) -> str:
+        return self.manifest.split
+
+    @property
+    def part(self) -> str:
+        return self.manifest.part
+
+    @property
+    def content_id(self) -> str:
+        return self.manifest.content_id
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(image.id for image in self.manifest.images)
+
+    def summary(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """convention -> output -> {"mean", "low", "high", "n"}."""
+        return {c.name: c.summary(self.images) for c in choose_conventions(self.conventions)}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row an image; see ``receipts.image_rows``."""
+        return image_rows(self.images, self.manifest, choose_conventions(self.conventions), largest=self.largest)
+
+    def false_alarms(self) -> dict[str, Any] | None:
+        """What is predicted on frames without polyp; see ``receipts.false_alarms``."""
+        found: dict[str, Any] | None = self.content()["false_alarms"]
+        return found
+
+    def content(self) -> dict[str, Any]:
+        """The receipt: docs/receipts.md describes its fields. Computed once, so that nothing is drawn twice."""
+        return self._content
+
+    @cached_property
+    def _content(self) -> dict[str, Any]:
+        rows = self.rows()
+        pixels = [image.pixels for image in self.manifest.images]
+        conventions, layout = choose_conventions(self.conventions), Layout.of(self.manifest)
+        origin = {key: value for key, value in self.origin.items() if key != "weights_origin"}
+        collisions = self.seen.collisions
+        return {
+            "receipt": RECEIPT,
+            "name": self.name,
+            "model": model_record(self.origin["weights_origin"]) if "weights_origin" in self.origin else None,
+            "predictions": origin,
+            "dataset": {
+                "name": self.dataset,
+                "title": self.title,
+                "split": self.split,
+                "part": self.part,
+                "content_id": self.content_id,
+                "synthetic": self.dataset.startswith("synthetic_"),
+                "manifest": self.manifest.digest,
+                "clips_known": layout.clips is not None,
+            },
+            "n": len(self.images),
+            "seen": self.seen.content(),
+            "collisions": None if collisions is None else collisions.content(),
+            "surface_tolerance_pixels": self.images[0].tolerance,
+            "bootstrap": BOOTSTRAP,
+            "clusters": layout.record(),
+            "scores": self.summary(),
+            "scores_by_cluster": cluster_scores(self.images, layout, conventions),
+            "false_alarms": false_alarms(rows, pixels, minimal_area=self.alarm_area),
+            "definitions": describe(conventions),
+            "images": rows,
+            "manifest": self.manifest.content(),
+            "tables": pack_tables(self.images, conventions),
+            "environment": environment_record(),
+        }
+
+    def write(self, folder: Path) -> Path:
+        """Write ``<folder>/<name>/<dataset>.<split>.<part>.receipt.json`` and a CSV of its rows; return the path."""
+        content = self.content()
+        path = receipt_path(folder, self.name, self.manifest)
+        write_csv(path.with_suffix(".csv"), content["images"])
+        return save_receipt(path, content)
 
 
-@torch.inference_mode()
-def evaluate_model(
-    model: Any,
-    processor: Any,
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What is kept of one prediction."""
+
+    image: ImageMeasures
+    largest: int
+    """Pixels of its largest component."""
+
+    def has(self, measures: Collection[str]) -> bool:
+        """Whether these of ``measures.MEASURES`` were made."""
+        return all(getattr(self.image, name) is not None for name in measures)
+
+
+_WAITING = 16
+"""Maps that wait to be measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenamedPredictions:
+    """A source of predictions under another name."""
+
+    name: str
+    source: PredictionSource
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        return self.source.origin
+
+    def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
+        """As the source predicts."""
+        return self.source.predict(dataset, ids)
+
+
+def model_record(weights_origin: dict[str, Any]) -> dict[str, Any]:
+    """What a receipt says of a model: digest of its weights, its row of the table and its recipe's seed where known."""
+    recipe = recorded_recipe(weights_origin)
+    row = weights_origin.get("row", weights_origin.get("model_id"))
+    return {
+        "sha256": weights_origin.get(SOURCE_SHA256),
+        "row": row if row in {entry.model_id for entry in zoo.ZOO} else None,
+        "seed": None if recipe is None else recipe.seed,
+        "weights_origin": weights_origin,
+    }
+
+
+def score_predictions(
+    source: PredictionSource,
     dataset: PolypDataset,
     *,
-    model_id: str,
     split: str = "full",
     part: str = "full",
+    conventions: Sequence[str] = tuple(CONVENTIONS),
     limit: int | None = None,
-    batch_size: int = 8,
-    convention: str = "standard",
-    device: torch.device | str = "cpu",
-    change: FrameChange | None = None,
-) -> EvaluationResult:
-    """Evaluate any semantic segmentation model on one part of a split; ``limit`` takes only the first images of it.
+    tolerance: float = TOLERANCE,
+    manifest: SplitManifest | None = None,
+    seen: SeenCheck | None = None,
+    measured: MutableMapping[str, Measured] | None = None,
+    masks: Path | None = None,
+    alarm_area: int = 1,
+) -> SuiteResult:
+    """Measure a source's predictions on one part of a split; ``limit`` takes only the first images of it.
 
-    ``change`` alters each frame (not its mask) before the model sees it. Raises UsageError for an unknown part or
-    convention, PolypSegError for a broken image or mask.
+    Only what the conventions need is measured, beside the thread that predicts. ``tolerance`` is the surface Dice's, in
+    pixels. ``manifest``: the images instead of a part, with ``seen`` as ``passport.check_seen`` gives them.
+    ``measured``: measures by id from an earlier call with the same source and dataset, which are used and added to.
+    ``masks``: folder that receives each predicted mask as ``<id>.png``, 1 bit. ``alarm_area``: pixels from which a
+    component on a frame without polyp is a false alarm.
+
+    Raises UsageError for an unknown part or convention and for predictions that do not fit the dataset, PolypSegError
+    for a broken file.
     """
-    ids, label = dataset.part(split, part, limit=limit)
-    score(np.zeros((1, 3)), convention=convention)  # an unknown convention fails before the work
-    model = model.to(device).eval()
-    counts: list[tuple[int, int, int]] = []
-    with tqdm(
-        total=len(ids), desc=f"evaluating on {dataset.spec.title}", unit="image", leave=False, disable=None
-    ) as progress:
-        for pixel_values, masks in prepared_batches(dataset, processor, ids, batch_size=batch_size, change=change):
-            logits = model(pixel_values=pixel_values.to(device)).logits.float()
-            polyp = polyp_logits(logits, model.config, model=model_id, images=ids[len(counts) :]).cpu()
-            for z, mask in zip(polyp, masks, strict=True):
-                counts.append(pixel_counts(predicted_mask(z, mask.shape), mask.astype(bool)))
-            progress.update(len(masks))
-    return EvaluationResult(
-        model_id=model_id,
-        dataset=dataset.spec.name,
+    needed = needed_measures(conventions)  # an unknown name fails before the work
+    if manifest is None:
+        manifest = kept_manifest(dataset, split=split, part=part, limit=limit)
+    known = {} if measured is None else measured
+    ids = [image.id for image in manifest.images]
+    new = [record_id for record_id in ids if record_id not in known or not known[record_id].has(needed)]
+    progress = tqdm(
+        source.predict(dataset, new) if new else (),
+        total=len(new),
+        desc=f"scoring on {dataset.spec.title}",
+        unit="image",
+        leave=False,
+        disable=None,
+    )
+
+    def measure(record_id: str, probability: Probability) -> Measured:
+        mask = dataset.mask(dataset.by_id[record_id]).astype(bool)
+        if mask.shape != probability.shape:
+            raise PolypSegError(
+                f"{dataset.spec.title}: the mask of {record_id} is {mask.shape[1]}x{mask.shape[0]}, its prediction "
+                f"{probability.shape[1]}x{probability.shape[0]}: give the mask in the image's size"
+            )
+        if masks is not None:
+            save_mask(probability, masks / f"{record_id}.png")
+        return Measured(
+            image=measure_image(probability, mask, tolerance=tolerance, measures=needed),
+            largest=largest_component(probability > np.float32(0.5)),
+        )
+
+    waiting: deque[tuple[str, Future[Measured]]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as beside:  # the model goes on while an image is measured
+        for wanted, (record_id, probability) in zip(new, progress, strict=True):
+            if record_id != wanted:
+                raise ValueError(f"{source.name} predicts {record_id} where {wanted} was asked for")
+            waiting.append((record_id, beside.submit(measure, record_id, probability)))
+            while len(waiting) > _WAITING or (waiting and waiting[0][1].done()):
+                measured_id, done = waiting.popleft()
+                known[measured_id] = done.result()
+        for measured_id, done in waiting:
+            known[measured_id] = done.result()
+    return SuiteResult(
+        name=source.name,
+        origin=source.origin,
         title=dataset.spec.title,
-        split=split,
-        part=label,
-        content_id=dataset.content_id,
-        ids=ids,
-        counts=np.array(counts, dtype=np.int64),
-        convention=convention,
-        origin=getattr(model.config, "weights_origin", None) or {},
+        manifest=manifest,
+        images=tuple(known[record_id].image for record_id in ids),
+        largest=tuple(known[record_id].largest for record_id in ids),
+        conventions=tuple(conventions),
+        seen=seen or SeenCheck(rule="refuse"),
+        alarm_area=alarm_area,
     )
 
 
-@torch.inference_mode()
-def predict_masks(model: Any, processor: Any, frames: Sequence[Image.Image]) -> list[NDArray[np.bool_]]:
-    """PIL images of any size -> boolean masks (H, W) of their sizes."""
-    masks = []
-    for number, frame in enumerate(frames, start=1):
-        logits = model.eval()(**processor(images=[as_frame(frame)], return_tensors="pt")).logits.float()
-        polyp = polyp_logits(logits, model.config, images=[f"frame {number}"])
-        masks.append(predicted_mask(polyp[0], (frame.height, frame.width)))
-    return masks
-
-
-def predicted_mask(logits: Tensor, size: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Polyp logits (h, w) -> boolean mask of ``size`` (H, W): bilinear, no antialias, probability > 0.5."""
-    return (resize_map(logits, size) > 0).numpy()
-
-
-def prepared_batches(
-    dataset: PolypDataset, processor: Any, ids: Sequence[str], *, batch_size: int, change: FrameChange | None = None
-) -> Iterator[tuple[Tensor, list[NDArray[np.uint8]]]]:
-    """Prepared batches (B, 3, h, w) with their masks; the next one is decoded while the model works."""
-
-    def prepare(chunk: Sequence[str]) -> tuple[Tensor, list[NDArray[np.uint8]]]:
-        pairs = [dataset.pair(dataset.by_id[record_id]) for record_id in chunk]
-        frames = [frame for frame, _ in pairs]
-        if change is not None:
-            frames = [change(frame, record_id) for frame, record_id in zip(frames, chunk, strict=True)]
-        return processor(images=frames, return_tensors="pt")["pixel_values"], [mask for _, mask in pairs]
-
-    yield from _prepared_ahead(prepare, ids, batch_size=batch_size)
+def save_mask(probability: Probability, path: Path) -> Path:
+    """Write where a map (H, W) exceeds 0.5 as a 1-bit PNG, in one step."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(probability > np.float32(0.5)).save(temporary, format="PNG")
+    return path

@@ -1,11 +1,13 @@
 """What a receipt says, read for tables, cards and the report."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from polypseg.errors import UsageError
 from polypseg.evaluation.receipt import SUFFIX, find_receipts
+from polypseg.files import write_json
+from polypseg.inference.quality import FILE
 
 Test = tuple[str, str, str]
 """Dataset, split and part."""
@@ -76,3 +78,21 @@ def seen_words(result: Mapping[str, Any]) -> str:
     words = f"{found} ({kinds})" if kinds else found
     words += f"; {len(result['seen']['excluded'])} were left out" if result["seen"]["excluded"] else ""
     return words + "".join(f"; not checked, as not listed: {stage}" for stage in collisions["unchecked"])
+
+
+def write_quality(folder: Path, contents: Iterable[Mapping[str, Any]]) -> Path | None:
+    """Write ``quality.json``, which `segment`, overlays and the app show, from receipts; None where they say nothing.
+
+    Of a set that was tested twice the larger test counts; synthetic frames are left out.
+    """
+    tests: dict[str, Mapping[str, Any]] = {}
+    for content in sorted(contents, key=lambda content: int(content["n"])):
+        real = not content["dataset"]["synthetic"] and CONVENTION in content["scores_by_cluster"]
+        if real and scores_of(content)["dice"]["mean"] is not None and content["dataset"]["name"] != "negatives":
+            tests[content["dataset"]["title"]] = content
+    if not tests:
+        return None
+    dice = {title: scores_of(content)["dice"] for title, content in sorted(tests.items(), reverse=True)}
+    long = "; ".join(f"{cell_of(value)} on {title} (n = {size_of(tests[title])})" for title, value in dice.items())
+    short = ", ".join(f"{value['mean']:.2f} {title}" for title, value in dice.items())
+    return write_json(folder / FILE, {"words": f"mean Dice {long}", "short": f"mean Dice {short}"})

@@ -2,42 +2,49 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
 
-from polypseg.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from polypseg.data.polyps import PolypDataset
+from polypseg.data.corruptions import CORRUPTIONS, SEVERITIES
+from polypseg.data.polyps import PolypDataset, corrupt_dataset
 from polypseg.errors import unknown_name
-from polypseg.evaluation.evaluate import INTERVAL, EvaluationResult, evaluate_model
+from polypseg.evaluation.evaluate import SuiteResult, score_predictions
 from polypseg.evaluation.metrics import mean_with_interval
+from polypseg.evaluation.receipt_reading import CONVENTION
 from polypseg.files import environment_record, write_csv, write_json
+from polypseg.inference.predictors import PredictionSource
 from polypseg.plotting import add_note, save_figure
+from polypseg.provenance.passport import kept_manifest, name_partial
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+INTERVAL = "95 % percentile bootstrap over images, 5000 resamples, seed 0"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RobustnessResult:
     """Dice of one model on one set, clean and under each corruption."""
 
-    clean: EvaluationResult
+    clean: SuiteResult
     corrupted: Mapping[tuple[str, int], NDArray[np.float64]]
     """(kind, severity) -> Dice (N,) of the same images in the same order."""
 
+    @property
+    def clean_dice(self) -> NDArray[np.float64]:
+        """Dice (N,) of the frames as they are."""
+        return _dice(self.clean)
+
     def rows(self) -> list[dict[str, Any]]:
-        """One row a kind and severity: mean Dice with interval, and the paired drop against clean with interval.
+        """One row per kind and severity: mean Dice with interval, and the paired drop against clean with interval.
 
         ``relative_drop`` is the drop divided by the clean mean; intervals are over images.
         """
-        clean = self.clean.scores()["dice"]
+        clean = self.clean_dice
         rows = []
         for (kind, severity), dice in self.corrupted.items():
             mean, drop = mean_with_interval(dice), mean_with_interval(clean - dice)
@@ -60,27 +67,27 @@ class RobustnessResult:
     def write(self, folder: Path) -> Path:
         """Write JSON, CSV and the curves below ``folder/<model_id>``; return the JSON's path."""
         clean = self.clean
-        path = folder / clean.model_id / f"{clean.dataset}.{clean.split}.{clean.part}.robustness.json"
+        path = folder / clean.name / f"{clean.dataset}.{clean.split}.{clean.part}.robustness.json"
         write_csv(path.with_suffix(".csv"), self.rows())
         plot_robustness(
-            {clean.model_id: self},
+            {clean.name: self},
             note=f"{clean.title}, split {clean.split}, part {clean.part}, n = {len(clean.ids)}. {INTERVAL}.",
             path=path.with_suffix(".png"),
         )
         return write_json(
             path,
             {
-                "model_id": clean.model_id,
-                "weights_origin": clean.origin,
+                "model_id": clean.name,
+                "weights_origin": clean.origin.get("weights_origin", {}),
                 "dataset": {"name": clean.dataset, "split": clean.split, "part": clean.part}
                 | {"content_id": clean.content_id, "n": len(clean.ids)},
                 "interval": INTERVAL,
                 "strengths": {kind: CORRUPTIONS[kind][1] for kind in {k for k, _ in self.corrupted}},
-                "clean": clean.summary()["dice"],
+                "clean": mean_with_interval(self.clean_dice),
                 "mean_relative_drop": self.mean_relative_drop(),
                 "rows": self.rows(),
                 "images": [
-                    {"id": record_id, "clean": float(clean.scores()["dice"][i])}
+                    {"id": record_id, "clean": float(self.clean_dice[i])}
                     | {f"{kind}.{severity}": float(dice[i]) for (kind, severity), dice in self.corrupted.items()}
                     for i, record_id in enumerate(clean.ids)
                 ],
@@ -90,18 +97,14 @@ class RobustnessResult:
 
 
 def measure_robustness(
-    model: Any,
-    processor: Any,
+    source: PredictionSource,
     dataset: PolypDataset,
     *,
-    model_id: str,
     split: str = "full",
     part: str = "full",
     kinds: Sequence[str] = (),
     severities: Sequence[int] = SEVERITIES,
     limit: int | None = None,
-    batch_size: int = 8,
-    device: torch.device | str = "cpu",
 ) -> RobustnessResult:
     """Evaluate a model clean and under every kind (default: all thirteen) at every severity.
 
@@ -110,28 +113,22 @@ def measure_robustness(
     for kind in kinds:
         if kind not in CORRUPTIONS:
             raise unknown_name("corruption", kind, CORRUPTIONS)
-    evaluate = partial(
-        evaluate_model,
-        model,
-        processor,
-        dataset,
-        model_id=model_id,
-        split=split,
-        part=part,
-        limit=limit,
-        batch_size=batch_size,
-        device=device,
-    )
+    manifest = name_partial(kept_manifest(dataset, split=split, part=part, limit=limit), dataset)
+
+    def evaluate(images: PolypDataset) -> SuiteResult:
+        return score_predictions(source, images, conventions=(CONVENTION,), manifest=manifest)
+
+    clean = evaluate(dataset)
     corrupted = {
-        (kind, severity): evaluate(change=partial(_corrupt_frame, kind=kind, severity=severity)).scores()["dice"]
+        (kind, severity): _dice(evaluate(corrupt_dataset(dataset, kind, severity=severity)))
         for kind in kinds or CORRUPTIONS
         for severity in severities
     }
-    return RobustnessResult(clean=evaluate(), corrupted=corrupted)
+    return RobustnessResult(clean=clean, corrupted=corrupted)
 
 
-def _corrupt_frame(frame: Image.Image, record_id: str, *, kind: str, severity: int) -> Image.Image:
-    return Image.fromarray(corrupt(np.asarray(frame), kind, severity=severity, key=record_id))
+def _dice(result: SuiteResult) -> NDArray[np.float64]:
+    return np.array([row[f"{CONVENTION}.dice"] for row in result.rows()], dtype=np.float64)
 
 
 def plot_robustness(results: Mapping[str, RobustnessResult], *, note: str, path: Path) -> Path:
@@ -146,7 +143,7 @@ def plot_robustness(results: Mapping[str, RobustnessResult], *, note: str, path:
         axis.set_visible(False)
     for axis, kind in zip(axes.flat, kinds, strict=False):
         for name, result in results.items():
-            clean = mean_with_interval(result.clean.scores()["dice"])
+            clean = mean_with_interval(result.clean_dice)
             points = [(0, clean)] + [
                 (severity, mean_with_interval(dice)) for (k, severity), dice in result.corrupted.items() if k == kind
             ]

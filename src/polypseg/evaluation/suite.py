@@ -15,11 +15,12 @@ from polypseg.data.polyps import PolypDataset, Record, find_source, index_record
 from polypseg.data.sources import open_source
 from polypseg.errors import PolypSegError, UsageError, first_line, unknown_name
 from polypseg.evaluation.conventions import CONVENTIONS
+from polypseg.evaluation.evaluate import Measured, SuiteResult, score_predictions
 from polypseg.evaluation.receipt import receipt_path, refuse_other_weights
-from polypseg.evaluation.scoring import Measured, SuiteResult, score_predictions
+from polypseg.evaluation.receipt_reading import CONVENTION
 from polypseg.files import sole_writer, write_csv, write_json
 from polypseg.inference.model import SOURCE_SHA256
-from polypseg.inference.predictors import PredictionSource
+from polypseg.inference.predictors import PredictionSource, model_folder, open_model
 from polypseg.provenance.passport import Rule, SeenError, SplitManifest, check_seen, kept_manifest, name_partial
 
 Frames = Literal["all", "with polyp", "without polyp"]
@@ -263,6 +264,33 @@ def _run_test(
     manifest = tested_images(dataset, test)
     result = score_images(source, plan, dataset, manifest, model_folder=model_folder, measured=measured)
     return _outcome(test, result, result.write(plan.output))
+
+
+def evaluate(
+    model: str | Path,
+    dataset: str | PolypDataset,
+    *,
+    source: str | Path | None = None,
+    split: str = "full",
+    part: str = "full",
+    conventions: Sequence[str] = (CONVENTION,),
+    rule: Rule = "refuse",
+    limit: int | None = None,
+) -> SuiteResult:
+    """Score a model, by name or folder, on a part of a dataset; ``.summary()``, ``.content()`` and ``.write(folder)``.
+
+    ``source``: where the dataset of the table lies. ``rule``: what becomes of images that the model's passport lists:
+    "refuse" the test, "report" or "exclude" them. The scores are those of ``polypseg evaluate``. Raises UsageError for
+    an unknown name, SeenError as the rule says, PolypSegError for a broken file.
+    """
+    if not isinstance(dataset, PolypDataset):
+        dataset = open_dataset(dataset, source=None if source is None else Path(source))
+    folder = model_folder(str(model))
+    manifest = name_partial(kept_manifest(dataset, split=split, part=part, limit=limit), dataset)
+    manifest, seen = check_seen(folder, manifest, rule=rule)
+    return score_predictions(
+        open_model(str(model), folder=folder), dataset, conventions=conventions, manifest=manifest, seen=seen
+    )
 
 
 def score_images(

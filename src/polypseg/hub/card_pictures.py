@@ -14,11 +14,11 @@ from PIL import Image
 
 from polypseg import plotting
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
-from polypseg.evaluation.evaluate import predict_masks
 from polypseg.evaluation.metrics import pixel_counts, score
 from polypseg.evaluation.receipt_reading import CONVENTION
 from polypseg.files import atomic_path
 from polypseg.hub.card_facts import DICE_DISTRIBUTIONS, EXAMPLES, PICTURES
+from polypseg.inference.model import predict_masks
 
 SIZE = (288, 352)
 """Height and width of the synthetic frames."""

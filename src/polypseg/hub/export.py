@@ -18,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.receipt import check_content, find_receipts
-from polypseg.evaluation.receipt_reading import no_results, read_results
+from polypseg.evaluation.receipt_reading import no_results, read_results, write_quality
 from polypseg.files import atomic_path, write_text
 from polypseg.hub.dataset_card import TEMPLATES
 from polypseg.inference.model import (
@@ -79,6 +79,7 @@ def export_model(source: Path, output: Path, *, results: Path | None = None, org
             shutil.copyfile(TEMPLATES / "hub_folder" / name, temporary / name)
         _copy_passport(source, temporary, record=record)
         taken, left_out = _copy_results(results, origin, temporary / RESULTS)
+        write_quality(temporary, find_receipts(temporary / RESULTS).values() if taken else ())
         written, processor = load_model(str(temporary))
         difference = largest_difference(model, written)
         add_replay(temporary, SAFE_WEIGHTS_NAME, runtime=TorchRuntime(model=written))

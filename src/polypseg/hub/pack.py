@@ -9,6 +9,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.receipt import check_content, find_receipts
+from polypseg.evaluation.receipt_reading import write_quality
 from polypseg.files import atomic_path, file_sha256, read_json, write_json
 from polypseg.hub.export import RESULTS, half
 from polypseg.hub.onnx import RuntimeExport, export_runtime
@@ -89,5 +90,6 @@ def add_results(folder: Path, results: Path) -> tuple[str, ...]:
         temporary.mkdir()
         for path in ours:
             shutil.copyfile(path, temporary / path.name)
+    write_quality(folder, ours.values())
     write_manifest(folder)
     return tuple(path.name for path in ours)

@@ -26,6 +26,7 @@ from polypseg.errors import PolypSegError, UsageError
 from polypseg.files import atomic_path, explain_write_errors, read_json, write_json, write_text
 from polypseg.hub.dataset_card import TEMPLATES
 from polypseg.hub.markdown import plain
+from polypseg.inference.quality import read_quality
 from polypseg.provenance.local import local_folder
 
 GRADIO = "6.31.0"
@@ -83,7 +84,7 @@ def describe_model(name_or_path: str, *, revision: str | None = None, title: str
         id=resolve_id(name_or_path) if here is None else str(folder),
         title=title or (folder.resolve().name if origin.model_id == "unknown" else origin.repo_name),
         licence=terms.name or terms.identifier,
-        note=origin.summary,
+        note=f"{origin.summary} Quality: {read_quality(folder).words}.",
         revision=folder.name if here is None else None,
         remote_code="auto_map" in config,
     )

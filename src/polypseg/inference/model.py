@@ -7,14 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedConfig
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
+from polypseg.data.images import as_frame
 from polypseg.errors import UsageError, first_line
 from polypseg.files import file_sha256
 from polypseg.inference.runtimes import refuse_non_finite
@@ -256,3 +259,19 @@ def polyp_against_background(logits: Tensor, config: Any) -> Tensor:
     index = labels["polyp"]
     others = torch.cat([logits[:, :index], logits[:, index + 1 :]], dim=1)
     return logits[:, index] - others.amax(dim=1)
+
+
+@torch.inference_mode()
+def predict_masks(model: Any, processor: Any, frames: Sequence[Image.Image]) -> list[NDArray[np.bool_]]:
+    """PIL images of any size -> boolean masks (H, W) of their sizes."""
+    masks = []
+    for number, frame in enumerate(frames, start=1):
+        logits = model.eval()(**processor(images=[as_frame(frame)], return_tensors="pt")).logits.float()
+        polyp = polyp_logits(logits, model.config, images=[f"frame {number}"])
+        masks.append(predicted_mask(polyp[0], (frame.height, frame.width)))
+    return masks
+
+
+def predicted_mask(logits: Tensor, size: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Polyp logits (h, w) -> boolean mask of ``size`` (H, W): bilinear, no antialias, probability > 0.5."""
+    return (resize_map(logits, size) > 0).numpy()

@@ -74,7 +74,7 @@ class ModelPredictions:
         return {"source": "model", "weights_origin": getattr(self.model.config, "weights_origin", None) or {}}
 
     def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
-        """Thresholded at 0.5 (strictly), these are evaluate_model's masks."""
+        """Thresholded at 0.5 (strictly), these are predicted_mask's masks."""
         model = self.model.to(self.device).eval()
 
         def forward(pixels: Tensor, images: Sequence[str]) -> Tensor:
@@ -314,7 +314,7 @@ def _from_logits(
 def probability_map(values: Tensor, size: tuple[int, ...], *, output: Output = "logits") -> Probability:
     """Logits or probabilities (h, w) -> probability (H, W) of ``size``: bilinear, no antialias.
 
-    Above 0.5 exactly where evaluation.predicted_mask is true, also where the sigmoid would round to 0.5.
+    Above 0.5 exactly where model.predicted_mask is true, also where the sigmoid would round to 0.5.
     """
     resized = resize_map(values, size)
     if output == "probability":

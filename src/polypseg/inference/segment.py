@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from polypseg.inference.quality import RESEARCH
 from polypseg.inference.runtimes import AUTO, TORCH
 from polypseg.inference.segment_files import segment_files
 from polypseg.inference.segmenter import MIN_AREA, load
@@ -53,4 +54,8 @@ def run_segment(
         batch_size=batch_size,
         overwrite=overwrite,
     )
-    return [*report.lines(), f"model {model}, computed by {segmenter.runtime.description}"]
+    return [
+        *report.lines(),
+        f"model {model}, computed by {segmenter.runtime.description}",
+        f"{segmenter.quality.words}; {RESEARCH}, not a medical device",
+    ]

@@ -266,6 +266,7 @@ def _segment(
                 smooth=smooth,
                 save_probability=save_probability,
                 stills=kind == "jpg",
+                caption=segmenter.caption,
             )
             with videos, closing(in_background(drawing.draw(predicted), depth=_AHEAD)) as drawn:
                 for entry in drawn:
@@ -388,8 +389,10 @@ class _Drawing:
         smooth: float | None,
         save_probability: bool,
         stills: bool,
+        caption: str,
     ):
-        """``stills``: frames of videos get overlays as images do."""
+        """``stills``: frames of videos get overlays as images do; ``caption``: at the foot of every overlay."""
+        self._caption = caption
         self._stills = stills
         self._output, self._threshold, self._min_area = output, threshold, min_area
         self._smooth, self._save_probability = smooth, save_probability
@@ -423,7 +426,11 @@ class _Drawing:
                 prediction = self._smoothed(prediction, time=frame.time)
             mask = prediction.mask
         self._flicker.add(mask)
-        overlay = None if frame.image is None or self._stills else draw_overlay(frame.image, _with_mask(mask))
+        overlay = (
+            None
+            if frame.image is None or self._stills
+            else draw_overlay(frame.image, _with_mask(mask), caption=self._caption)
+        )
         pictures = self._pictures(frame, prediction) if prediction else {}
         return replace(frame, prediction=prediction, overlay=overlay, pictures=pictures)
 
@@ -441,7 +448,9 @@ class _Drawing:
             pictures[f"probabilities/{frame.name}.png"] = encode_png(probability)
         if (frame.index is None or self._stills) and frame.image is not None:
             buffer = io.BytesIO()
-            draw_overlay(frame.image, prediction).save(buffer, format="JPEG", quality=92, subsampling=0)
+            draw_overlay(frame.image, prediction, caption=self._caption).save(
+                buffer, format="JPEG", quality=92, subsampling=0
+            )
             pictures[f"overlays/{frame.name}.jpg"] = buffer.getvalue()
         return pictures
 

@@ -13,12 +13,13 @@ from typing import Any, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from polypseg.data.images import as_frame, encode_png
 from polypseg.errors import UsageError, missing_package
 from polypseg.files import atomic_path
 from polypseg.inference.preparation import FrameProcessor
+from polypseg.inference.quality import RESEARCH, UNKNOWN, Quality, read_quality
 from polypseg.inference.regions import measure_regions
 from polypseg.inference.runtimes import (
     AUTO,
@@ -74,6 +75,8 @@ class Prediction:
     """Largest first."""
     frame: Image.Image | None = field(default=None, repr=False, compare=False)
     """The RGB frame itself; None where the prediction was made of logits alone."""
+    caption: str = field(default="", repr=False, compare=False)
+    """What the overlay says at its foot: how good the model is."""
 
     def __repr__(self) -> str:
         height, width = self.mask.shape
@@ -87,7 +90,7 @@ class Prediction:
         """The frame with the mask's outline and a light fill. Raises UsageError where the frame is not known."""
         if self.frame is None:
             raise UsageError("this prediction was made without its frame: use draw_overlay(frame, prediction)")
-        return draw_overlay(self.frame, self)
+        return draw_overlay(self.frame, self, caption=self.caption)
 
     def save(self, folder: str | Path, *, name: str = "prediction") -> tuple[Path, Path]:
         """Write ``NAME_mask.png`` (0 background, 255 polyp) and ``NAME_overlay.png``; return their paths."""
@@ -119,10 +122,12 @@ class Segmenter:
         model: Any = None,
         runtime: Runtime | None = None,
         revision: str | None = None,
+        quality: Quality = UNKNOWN,
     ):
         """A transformers ``model``, or a ``runtime`` that computes one; ``processor`` prepares frames for it.
 
-        ``name`` is what results call the model, ``revision`` the commit of a Hub repository. Raises UsageError unless
+        ``name`` is what results call the model, ``revision`` the commit of a Hub repository, ``quality`` what is known
+        of its scores. Raises UsageError unless
         exactly one of ``model`` and ``runtime`` is given.
         """
         if (model is None) == (runtime is None):
@@ -131,6 +136,7 @@ class Segmenter:
         self.processor = processor
         self.name = name
         self.revision = revision
+        self.quality = quality
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path = STARTER, **options: Any) -> "Segmenter":
@@ -194,8 +200,13 @@ class Segmenter:
             for frame, logits in zip(batch, self._logits(batch, names=called), strict=True):
                 resized = self.runtime.resize(logits, (frame.height, frame.width))
                 read = read_logits(resized, threshold=threshold, min_area=min_area)
-                predictions.append(replace(read, frame=frame))
+                predictions.append(replace(read, frame=frame, caption=self.caption))
         return predictions
+
+    @property
+    def caption(self) -> str:
+        """What overlays say at their foot."""
+        return f"{self.quality.short} · {RESEARCH}"
 
     def _logits(self, frames: Sequence[Image.Image], *, names: Sequence[str]) -> NDArray[np.float32]:
         """Polyp logits (B, h, w) at the model's own size."""
@@ -261,13 +272,16 @@ def load(
 
         check_folder(folder)
         model, processor = load_model(str(folder))
-        return Segmenter(model=model, processor=processor, name=str(id_or_path), revision=commit)
+        return Segmenter(
+            model=model, processor=processor, name=str(id_or_path), revision=commit, quality=read_quality(folder)
+        )
     check_folder(folder, names=runtime_files(chosen, precision=precision))
     return Segmenter(
         runtime=open_runtime(folder, runtime=chosen, precision=precision),
         processor=FrameProcessor.from_pretrained(folder),
         name=str(id_or_path),
         revision=commit,
+        quality=read_quality(folder),
     )
 
 
@@ -320,8 +334,11 @@ def find_lesions(
     return tuple(sorted(lesions, key=lambda lesion: (-lesion.area, lesion.y, lesion.x)))
 
 
-def draw_overlay(frame: Image.Image, prediction: Prediction) -> Image.Image:
-    """The frame with the mask's outline (cyan with a dark halo) and a light fill, RGB, of the frame's size."""
+def draw_overlay(frame: Image.Image, prediction: Prediction, *, caption: str = "") -> Image.Image:
+    """The frame with the mask's outline (cyan with a dark halo) and a light fill, RGB, of the frame's size.
+
+    ``caption``: small text at the foot, left out where the frame is too narrow for it.
+    """
     drawn = frame.convert("RGB")
     if drawn is frame:
         drawn = frame.copy()
@@ -329,7 +346,7 @@ def draw_overlay(frame: Image.Image, prediction: Prediction) -> Image.Image:
     width = max(2, round(min(frame.size) / 200))
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
-        return drawn
+        return _with_caption(drawn, caption)
     margin = width + 3  # the halo, and its soft edge
     top, left = max(0, rows[0] - margin), max(0, columns[0] - margin)
     part = mask[top : rows[-1] + margin + 1, left : columns[-1] + margin + 1]
@@ -339,7 +356,26 @@ def draw_overlay(frame: Image.Image, prediction: Prediction) -> Image.Image:
     drawn.paste(OUTLINE, place, fill)
     for reach, shade in ((width + 0.5, HALO), (width / 2, OUTLINE)):
         drawn.paste(shade, place, _soft(_thicken(edge, reach)))
-    return drawn
+    return _with_caption(drawn, caption)
+
+
+def _with_caption(picture: Image.Image, caption: str) -> Image.Image:
+    """White text on a dark band at the foot, in place; nothing where it would be illegible or cut."""
+    if not caption:
+        return picture
+    size = max(10, round(picture.height / 40))
+    font = ImageFont.load_default(size)
+    width = font.getlength(caption)
+    if width + size > picture.width:
+        font = ImageFont.load_default(10)
+        size, width = 10, font.getlength(caption)
+        if width + size > picture.width:
+            return picture
+    top = picture.height - round(1.6 * size)
+    band = picture.crop((0, top, picture.width, picture.height)).point(lambda value: value * 0.35)
+    picture.paste(band, (0, top))
+    ImageDraw.Draw(picture).text((size // 2, top + round(0.15 * size)), caption, fill=(255, 255, 255), font=font)
+    return picture
 
 
 def _boundary(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ from polypseg.provenance.local import local_folder
 
 ORGANISATION = "polypseg"
 """Whose models a bare model id or short name means; ``POLYPSEG_ORGANISATION`` replaces it."""
+_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+?)(?:/(?:tree|blob)/(?P<revision>[^/]+).*)?/?"
+)
 _log = logging.getLogger(__name__)
 
 
@@ -48,7 +52,15 @@ def organisation() -> str:
 
 
 def resolve_id(name: str) -> str:
-    """``RN-IN-MC`` or a bare model id -> the repository's id; anything with an owner stays. Raises UsageError."""
+    """``RN-IN-MC`` or a bare model id -> the repository's id; the page's address -> its id; OWNER/NAME stays.
+
+    Raises UsageError for an unknown name, and for the address of a revision's page.
+    """
+    page = _PAGE.fullmatch(name)
+    if page is not None and page["revision"]:
+        raise UsageError(f"{name} is the page of a revision: give {page['id']} and the revision {page['revision']}")
+    if page is not None:
+        return page["id"]
     if "/" in name:
         return name
     names = {key: entry.model_id for entry in zoo.rows() for key in (entry.model_id, entry.short_name)}

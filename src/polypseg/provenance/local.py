@@ -7,6 +7,8 @@ from polypseg.errors import UsageError
 STARTER = "starter"
 """The name of the shipped model wherever a model is named; a folder of that name is given as ``./starter``."""
 STARTER_FOLDER = Path(__file__).resolve().parents[1] / "starter"
+BEST = "best"
+"""Where a training run keeps its model."""
 CONFIG = "config.json"
 """As in transformers, without the time to import it."""
 
@@ -14,11 +16,16 @@ CONFIG = "config.json"
 def local_folder(name: str | Path) -> Path | None:
     """The folder of a model that is here: the shipped one's, or ``name`` itself; None for the name of a Hub model.
 
-    Raises UsageError for the shipped model where an installation lacks it.
+    Of a training run's folder it is the model in it. Raises UsageError for the shipped model where an installation
+    lacks it.
     """
     if str(name) == STARTER:
         return starter_folder()
-    return Path(name) if Path(name).is_dir() else None
+    folder = Path(name)
+    if not folder.is_dir():
+        return None
+    best = folder / BEST
+    return best if not (folder / CONFIG).is_file() and (best / CONFIG).is_file() else folder
 
 
 def starter_folder() -> Path:

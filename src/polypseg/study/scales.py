@@ -20,12 +20,11 @@ from rich.table import Table
 from polypseg import plotting, zoo
 from polypseg.data.polyps import PolypDataset, SyntheticOptions, open_dataset
 from polypseg.errors import UsageError, unknown_name
-from polypseg.evaluation.evaluate import predict_masks
+from polypseg.evaluation.evaluate import score_predictions
 from polypseg.evaluation.receipt import BY_CLUSTER, read_receipt, receipt_path
 from polypseg.evaluation.receipt_reading import CONVENTION, scores_of
-from polypseg.evaluation.scoring import score_predictions
 from polypseg.files import environment_record, file_sha256, sole_writer, write_csv, write_json
-from polypseg.inference.model import load_model
+from polypseg.inference.model import load_model, predict_masks
 from polypseg.inference.predictors import ModelPredictions
 from polypseg.provenance.passport import SplitManifest, check_seen, kept_manifest, name_partial
 from polypseg.recipe import Recipe, load_recipe
