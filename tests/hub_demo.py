@@ -12,7 +12,7 @@ from typing import Annotated
 
 from typer import Option
 
-from hub.process import HubProcess, running_hub
+from local_hub.process import HubProcess, running_hub
 from polypseg.cli.console import run_script
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.files import read_json

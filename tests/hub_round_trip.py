@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from typer import Option
 
-from hub.process import HubProcess, running_hub
+from local_hub.process import HubProcess, running_hub
 from polypseg import zoo
 from polypseg.cli.console import print_table, run_script
 from polypseg.data.synthetic import CAMERAS, synthesise_frame

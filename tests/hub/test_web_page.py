@@ -20,7 +20,7 @@ import yaml
 from polypseg.errors import UsageError
 from polypseg.hub.web_page import PageServer, assemble_page, export_page, page_weight, stated_scores
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 RECEIPTS = REPOSITORY / "model_cards" / "results" / "tf_efficientnet_lite0_deeplabv3plus.supervised_imagenet1k"
 PREPARATION = {
     "do_resize": True,

@@ -33,7 +33,7 @@ from polypseg.recipe import load_recipe
 from polypseg.study.scales import StudyPlan, plan_jobs
 from polypseg.zoo import ZOO, get
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = (REPOSITORY / "docs" / "full_study.md").read_text()
 SLURM = REPOSITORY / "hub_configs" / "slurm"
 

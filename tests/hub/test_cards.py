@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import DPTConfig, DPTForSemanticSegmentation
 
-from hub.cards import check_card
+from local_hub.cards import check_card
 from polypseg import zoo
 from polypseg.data.catalog import DATASETS, POPULATIONS, clinicdb_sequence
 from polypseg.data.splits import pinned_split
@@ -35,7 +35,7 @@ from polypseg.provenance.licence import DISCLAIMER, model_license
 from polypseg.provenance.origin import pretrained_entry, read_origin
 from polypseg.statistics.scores import METRICS
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = REPOSITORY / "model_cards"
 RESULTS = PAGES / "results"
 

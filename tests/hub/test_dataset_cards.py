@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 import processes
-from hub.process import running_hub
+from local_hub.process import running_hub
 from polypseg.data.catalog import DATASETS, POPULATIONS, get_spec
 from polypseg.errors import UsageError
 from polypseg.hub.dataset_card import check_may_upload, license_of, load_references, push_dataset, render_dataset_card

@@ -1,6 +1,6 @@
 """Opt-in: publish a tiny private model on huggingface.co, get it back, delete it.
 
-HF_HUB_OFFLINE=0 HF_TOKEN=... POLYPSEG_REAL_HUB=1 python -m pytest tests/test_real_hub.py
+HF_HUB_OFFLINE=0 HF_TOKEN=... POLYPSEG_REAL_HUB=1 python -m pytest tests/hub/test_real_hub.py
 
 Needs a token with write access; the repository is private, lives in the token's own account, and is removed at the end.
 What only the real Hub can tell: card rules, name rules, quotas, and that Xet transfers as it does for users.

@@ -202,7 +202,7 @@ def test_study_accepts_a_part_of_a_dataset_only_when_told(polypseg, tmp_path):
     )
 
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "training_scripts"
+SCRIPTS = Path(__file__).resolve().parents[2] / "training_scripts"
 FINETUNE, EVALUATE = ("finetune", "--output", "never"), ("evaluate", "--model", "x", "--dataset", "folder")
 
 

@@ -27,8 +27,8 @@ from typing import Any
 import pytest
 
 import processes
-from hub.process import HubProcess, running_hub
-from hub.xet import chunk_offsets
+from local_hub.process import HubProcess, running_hub
+from local_hub.xet import chunk_offsets
 
 CARD = "---\nlicense: apache-2.0\ntags: [polyp]\n---\n# A model\n"
 MEBIBYTE = 2**20

@@ -24,7 +24,7 @@ from polypseg.inference.predictors import ModelPredictions
 from polypseg.provenance.passport import SeenError, attach_passport, finetuning_passport
 from polypseg.statistics.scores import METRICS
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import processes
-from hub.process import HubProcess, running_hub
+from local_hub.process import HubProcess, running_hub
 from polypseg.hub.export import export_model
 from polypseg.provenance.checksums import MANIFEST, list_files, read_manifest, write_manifest
 from tiny_models import SMOKE_NAME, SMOKE_ORIGIN, write_tiny_model

@@ -18,7 +18,7 @@ from polypseg.inference.model import build_image_processor, polyp_logits, resize
 from polypseg.inference.segmenter import find_lesions, read_logits
 from polypseg.modeling import PolypSegConfig
 
-WEB = Path(__file__).resolve().parents[1] / "web"
+WEB = Path(__file__).resolve().parents[2] / "web"
 
 
 @pytest.fixture

@@ -24,12 +24,14 @@ from polypseg.data.splits import pinned_split
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.suite import open_negatives
+from polypseg.files import file_sha256
+from polypseg.provenance.origin import read_origin
 from polypseg.provenance.passport import Passport, find_collisions, make_manifest
 from polypseg.recipe import load_recipe
-from polypseg.training.finetune import _dice_of_polyps, build_model, finetune
+from polypseg.training.finetune import _dice_of_polyps, build_model, continued_model, finetune
 from polypseg.training.run_folder import check_processes, save_checkpoint
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = [
     "data.image_size=64",
     "model.encoder=resnet18",
@@ -369,6 +371,32 @@ def test_the_last_average_is_kept_and_frozen_stages_stay(tmp_path, listed_negati
     moved = [key for key in last if key.startswith("encoder.blocks.3") and last[key].is_floating_point()]
     assert all(not torch.equal(last[key], start[key]) for key in moved)
     assert any(not torch.equal(kept[key], last[key]) for key in moved), "the average is not the last step's weights"
+
+
+def test_a_model_is_trained_further_from_another_runs_and_says_so(tmp_path, listed_negatives):
+    train_starter(tmp_path / "first", listed_negatives)
+    first, recipe = tmp_path / "first" / "best", load_recipe("starter_further", overrides=STARTER)
+    network = continued_model(zoo.get("RN-NA-NA"), recipe, folder=first)
+    start = best_weights(tmp_path / "first")
+    assert all(torch.equal(value, start[key]) for key, value in network.state_dict().items())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path / "second")
+    frames, data = open_negatives(listed_negatives), tiny_data()
+    finetune(network, data, recipe, accelerator, run_dir=tmp_path / "second", negatives=frames)
+    record = json.loads((tmp_path / "second" / "best" / "config.json").read_text())["weights_origin"]
+    assert record["continued_from"] == {
+        "sha256": file_sha256(first / "model.safetensors"),
+        "recipe": "starter",
+        "finetuned_on": record["finetuned_on"],
+    }
+    assert "went on from another fine-tuned model" in " ".join(read_origin(record).shortcomings)
+    seen = Passport.load(tmp_path / "second" / "best").seen
+    assert len(seen) == 4, "the same images are listed once, although both runs saw them"
+    with pytest.raises(UsageError, match="differs from recipe starter_further in decoder_channels"):
+        wider = load_recipe("starter_further", overrides=[*STARTER, "model.decoder_channels=32"])
+        continued_model(zoo.get("RN-NA-NA"), wider, folder=first)
+    with pytest.raises(UsageError, match="is no fine-tuned model of RN-IN-SL"):
+        continued_model(zoo.get("RN-IN-SL"), recipe, folder=first)
 
 
 def test_a_recipe_and_its_polyp_free_frames_come_together(tmp_path, listed_negatives):

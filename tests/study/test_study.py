@@ -21,7 +21,7 @@ from polypseg.study import scales as study
 from polypseg.study.scales import Comparison, Scale, StudyPlan, plan_jobs, rank, run_study
 from receipt_factory import SKILLS, write_study
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_ranks_share_ties():

@@ -1,6 +1,6 @@
 """Start the Hub of this repository's tests by hand, for instance to try publishing without an account:
 
-    python -m tests.hub --root runs/hub --port 8800
+    python -m tests.local_hub --root runs/hub --port 8800
 
 Its first line of output is its address. In the shell of the client:
 
@@ -40,7 +40,7 @@ def _end_with_stdin() -> None:
 
 def main() -> None:
     """Read the options, say the address, serve."""
-    parser = argparse.ArgumentParser(prog="python -m tests.hub", description="A Hub for tests and trials.")
+    parser = argparse.ArgumentParser(prog="python -m tests.local_hub", description="A Hub for tests and trials.")
     parser.add_argument("--root", type=Path, required=True, help="folder of all data; made if missing")
     parser.add_argument("--port", type=int, default=0, help="0 chooses a free one")
     parser.add_argument("--xet", action="store_true", help="offer Xet, which clients use unless told otherwise")

@@ -93,7 +93,7 @@ class HubProcess:
 
 def _start(root: Path, *, port: int, xet: bool, start: Callable[..., Any]) -> tuple[Any, str]:
     # The server watches its standard input and ends with whoever started it.
-    command = [sys.executable, "-m", "hub", "--root", str(root), "--port", str(port), "--end-with-stdin"]
+    command = [sys.executable, "-m", "local_hub", "--root", str(root), "--port", str(port), "--end-with-stdin"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = start(command + ["--xet"] * xet, cwd=TESTS, env=environment, **streams)

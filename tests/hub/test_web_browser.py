@@ -25,7 +25,7 @@ from polypseg.inference.segmenter import Segmenter
 from web_model import model_folder
 
 CHROMIUM = Path("/usr/bin/chromium")
-WEB = Path(__file__).resolve().parents[1] / "web"
+WEB = Path(__file__).resolve().parents[2] / "web"
 SCREENSHOTS = os.environ.get("POLYPSEG_SCREENSHOTS")
 """A folder that receives a picture of every state that is looked at, and the times."""
 READY = "html[data-engine]"

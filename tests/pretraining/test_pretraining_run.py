@@ -29,7 +29,7 @@ from polypseg.pretraining.recipe import RECIPES, load_pretraining_recipe, parse_
 from polypseg.recipe import load_recipe, recipe_folder
 from polypseg.training.finetune import build_model
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 BUNDLED = sorted(path.stem for path in recipe_folder().glob("pretrain_*.yaml"))
 TINY = ["data.image_size=64", "training.total_batch_size=8", "training.epochs=2", "training.checkpoint_steps=100"]
 METHODS = {

@@ -21,7 +21,7 @@ from polypseg.provenance.checksums import check_folder
 from polypseg.provenance.local import STARTER_FOLDER
 from polypseg.provenance.passport import Passport
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 FRAMES = sorted((REPOSITORY / "src" / "polypseg" / "sample_frames").glob("*.jpg"))
 
 
