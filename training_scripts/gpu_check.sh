@@ -2,7 +2,7 @@
 # Ten minutes on one GPU: both rows without pretraining trained whole, pretraining's largest batches, GPU against CPU.
 # At home first:  python training_scripts/gpu_check.py pack --kvasir-seg ... --cvc-clinicdb ... --output gpu-cache
 # On the machine: training_scripts/gpu_check.sh gpu-cache gpu-results [--small]
-# At home again:  polypseg evaluate --predictions gpu-results/predictions/RN-NA-NA/kvasir_seg \
+# At home again:  polypseg evaluate --predictions gpu-results/rows/predictions/RN-NA-NA/kvasir_seg \
 #                   --dataset kvasir_seg --split reference --part test --name RN-NA-NA
 # Needs torch, timm, transformers, accelerate and this repository; nothing is fetched.
 set -euo pipefail
