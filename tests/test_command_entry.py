@@ -26,7 +26,9 @@ def test_what_it_does_not_know_goes_to_the_full_command(words, capsys):
 
 
 def test_options_have_the_full_commands_names_and_defaults():
-    words = "a.jpg b.jpg --output o --model m --runtime torch --threshold 0.4 --min-area 9 --save-probability --overwrite"
+    words = (
+        "a.jpg b.jpg --output o --model m --runtime torch --threshold 0.4 --min-area 9 --save-probability --overwrite"
+    )
     found = read_plain_segment(words.split())
     full, work = (inspect.signature(function).parameters for function in (use_commands.segment, segment.run_segment))
     assert found is not None and set(found) <= set(full) and set(full) == set(work)

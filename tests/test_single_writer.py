@@ -15,7 +15,16 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from polypseg import evaluate_commands, segment_files, study, suite, training
+from polypseg import (
+    evaluate_commands,
+    report_commands,
+    segment_files,
+    shift_commands,
+    study,
+    suite,
+    training,
+    use_commands,
+)
 from polypseg.artifacts import LOCK, FolderInUseError, sole_writer, write_json
 from polypseg.data.frames import open_frames
 from polypseg.data.shards import write_shards
@@ -57,7 +66,7 @@ def attempt(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder that another process holds."""
-    folder = tmp_path_factory.mktemp("results") / "mine"
+    folder = tmp_path_factory.mktemp("results") / "mine_files"
     process = hold(folder)
     yield folder
     process.kill()
@@ -104,6 +113,18 @@ def run_suite(output: Path) -> Any:
     return suite.run_suite(source, suite.SuitePlan(output=output.parent))
 
 
+def robustness(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    segmenter = SimpleNamespace(model=SimpleNamespace(config=None), processor=None)
+    monkeypatch.setattr("polypseg.processing.results_name", lambda config, name: output.name)
+    monkeypatch.setattr("polypseg.segmentation.load", lambda *a, **k: segmenter)
+    use_commands.robustness(model="m", dataset="synthetic_a", output=output.parent)
+
+
+def attribute_shift(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polypseg.predictions.open_model", lambda *a, **k: SimpleNamespace(name=output.name))
+    shift_commands.attribute(model="m", a="synthetic_a", b="synthetic_b", output=output.parent)
+
+
 class TestSecondWriter:
     def refused(self, held: Path, work: Any) -> None:
         with pytest.raises(FolderInUseError, match=rf"{held} is being written by another process \(number \d+\)"):
@@ -129,6 +150,20 @@ class TestSecondWriter:
 
     def test_shards(self, held, pairs):
         self.refused(held, lambda: write_shards(open_frames(pairs / "images"), held))
+
+    def test_robustness(self, held, monkeypatch):
+        self.refused(held, lambda: robustness(held, monkeypatch))
+
+    def test_shift_measure(self, held):
+        self.refused(held, lambda: shift_commands.measure(a="synthetic_a", b="synthetic_b", output=held))
+
+    def test_shift_attribute(self, held, monkeypatch):
+        self.refused(held, lambda: attribute_shift(held, monkeypatch))
+
+    def test_report(self, held, tmp_path):
+        page = held.with_name("mine.html")
+        self.refused(held, lambda: report_commands.report(tmp_path, output=page))
+        assert not page.exists()
 
     def test_nothing_was_written(self, held):
         assert [path.name for path in held.iterdir()] == [LOCK]

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import processes
 from polypseg import zoo
+from polypseg.artifacts import LOCK, UNFINISHED
 from polypseg.data import SyntheticOptions, open_dataset
 from polypseg.data.splits import pinned_split
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
@@ -167,7 +168,8 @@ def test_resume_after_sigint_continues_to_the_same_weights(tmp_path):
                 train(folder, *overrides)
         finally:
             training._Run._train_step = original
-        (folder / ".best.killed").mkdir()  # as a SIGKILL during a save leaves it
+        (folder / f".best.killed{UNFINISHED}").mkdir()
+        (folder / f".best.killed{UNFINISHED}" / LOCK).touch()  # as a SIGKILL during a save leaves it
         train(folder, *overrides, resume=True)
         assert not list(folder.glob(".best.*"))
         for read in (newest_checkpoint, best_weights):

@@ -8,7 +8,7 @@ import typer
 from typer import Argument, Option
 
 from polypseg import evaluate_commands, hub_commands, report_commands, shift_commands, use_commands, web_commands
-from polypseg.arguments import MaskValuesOption
+from polypseg.arguments import MaskValuesOption, NamedMaskValues
 from polypseg.console import reported
 
 app = typer.Typer(
@@ -180,6 +180,7 @@ def study(
     out_of_distribution: Annotated[str, Option(help="Dataset to test on only.")] = "synthetic_b",
     in_source: Annotated[Path | None, Option(help="Folder or archive of the first dataset.")] = None,
     out_source: Annotated[Path | None, Option(help="Folder or archive of the second dataset.")] = None,
+    mask_values: NamedMaskValues = None,
     split: Annotated[str, Option(help="Split of the first dataset.")] = "reference",
     set_: Annotated[list[str] | None, Option("--set", help="Recipe override, e.g. training.epochs=2.")] = None,
     encoder_weights: Annotated[
@@ -210,6 +211,7 @@ def study(
             output=output,
             dataset=in_distribution,
             source=in_source,
+            mask_values=mask_values or [],
             split=split,
             frames=frames or [],
             tests=test_source or [],
@@ -218,8 +220,10 @@ def study(
             only_plan=plan,
         )
         return
+    from polypseg.arguments import named_mask_values
     from polypseg.study import StudyPlan, run_study
 
+    values = named_mask_values(mask_values, names=("in", "out"))
     chosen = StudyPlan(
         output=output,
         scale=scale,
@@ -228,6 +232,8 @@ def study(
         out_of_distribution=out_of_distribution,
         in_source=in_source,
         out_source=out_source,
+        in_mask_values=values.get("in"),
+        out_mask_values=values.get("out"),
         split=split,
         overrides=tuple(set_ or ()),
         encoder_weights=tuple(encoder_weights or ()),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from polypseg.arguments import GivesProbabilities, ImageSize, MaskValuesOption, named_places
+from polypseg.arguments import GivesProbabilities, ImageSize, named_mask_values, named_places
 
 if TYPE_CHECKING:
     from polypseg.predictions import PredictionSource
@@ -39,7 +39,13 @@ def evaluate(
         Path | None, Option(help="Folder or archive of predicted masks or probability maps, named as the images.")
     ] = None,
     source: Annotated[Path | None, Option(help="Folder or archive of the dataset.")] = None,
-    mask_values: MaskValuesOption = None,
+    mask_values: Annotated[
+        list[str] | None,
+        Option(
+            help="Values or colors of the mask files that are polyp: 1, 1-6 or '#ff0000,#00ff00'. Default: gray above "
+            "127. With --suite NAME=VALUES for a set of --own or a dataset; repeat for several."
+        ),
+    ] = None,
     split: Annotated[str, Option(help="Named split; `full` is every image.")] = "full",
     part: Annotated[str, Option(help="Part of the split.")] = "full",
     convention: Annotated[list[str] | None, Option(help="A convention; repeat for several. Default: all.")] = None,
@@ -72,17 +78,19 @@ def evaluate(
     from polypseg.errors import UsageError
     from polypseg.passport import kept_manifest, name_partial
     from polypseg.predictions import model_folder, open_model
-    from polypseg.suite import SuitePlan, score_images
+    from polypseg.suite import SuitePlan, score_images, suite_datasets
 
     if (model is None) == (predictions is None):
         raise UsageError("give either --model or --predictions")
     names = tuple(convention or CONVENTIONS)
     choose_conventions(names)
+    owned = named_places(own, option="--own")
     plan = SuitePlan(
         output=output,
         only=tuple(only or ()),
         sources=named_places(sources, option="--sources"),
-        own=named_places(own, option="--own"),
+        own=owned,
+        mask_values=named_mask_values(mask_values, names=(*owned, *suite_datasets())) if suite else None,
         negatives=negatives,
         conventions=names,
         rule=seen.value,
@@ -91,16 +99,17 @@ def evaluate(
         alarm_area=alarm_area,
     )
     if suite:
-        if model is None or dataset is not None or any(value is not None for value in (limit, source, mask_values)):
-            raise UsageError(
-                "--suite chooses the datasets for a --model: leave out --dataset, --source, --mask-values and --limit"
-            )
+        if model is None or dataset is not None or limit is not None or source is not None:
+            raise UsageError("--suite chooses the datasets for a --model: leave out --dataset, --source and --limit")
         chosen = open_model(model, name=name, image_size=image_size, gives_probabilities=gives_probabilities)
         _evaluate_suite(chosen, plan, folder=model_folder(model))
         return
     if dataset is None or only or sources or own or negatives:
         raise UsageError("name one test with --dataset, or run them all with --suite (and --only, --sources, ...)")
-    data = open_dataset(dataset, source=source, allow_partial=allow_partial, mask_values=mask_values)
+    if len(mask_values or ()) > 1:
+        raise UsageError("one test has one set: give --mask-values once, several values as 1,2")
+    values = mask_values[0] if mask_values else None
+    data = open_dataset(dataset, source=source, allow_partial=allow_partial, mask_values=values)
     manifest = name_partial(kept_manifest(data, split=split, part=part, limit=limit), data)
     if predictions is not None:
         chosen = _files(predictions, allow_missing=allow_missing, name=name)

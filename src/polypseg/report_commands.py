@@ -5,6 +5,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from polypseg.arguments import NamedMaskValues
+
 
 def report(
     receipts: Annotated[Path, Argument(help="Folder of receipts, as `polypseg evaluate --suite` writes them.")],
@@ -20,6 +22,7 @@ def report(
     source: Annotated[
         list[str] | None, Option(help="DATASET=PATH for pictures, where the set's terms allow; repeat for several.")
     ] = None,
+    mask_values: NamedMaskValues = None,
     shift: Annotated[list[Path] | None, Option(help="JSON file of a shift measurement; repeat for several.")] = None,
     robustness: Annotated[list[Path] | None, Option(help="JSON file of `polypseg robustness`; may repeat.")] = None,
     reading: Annotated[
@@ -27,9 +30,10 @@ def report(
     ] = None,
 ) -> None:
     """Render one self-contained HTML page about a study from its receipts."""
-    from polypseg.arguments import named_places
+    from polypseg.arguments import named_mask_values, named_places
     from polypseg.report import write_report
 
+    sources = named_places(source, option="--source", form="DATASET=PATH")
     written = write_report(
         receipts,
         output,
@@ -37,7 +41,8 @@ def report(
         inside=in_distribution,
         outside=out_of_distribution,
         masks=masks,
-        sources=named_places(source, option="--source", form="DATASET=PATH"),
+        sources=sources,
+        mask_values=named_mask_values(mask_values, names=sources),
         shift=shift or (),
         robustness=robustness or (),
         reading=reading,

@@ -21,6 +21,7 @@ from polypseg.artifacts import (
     atomic_path,
     environment_record,
     explain_write_errors,
+    put_in_place,
     read_json,
     sole_writer,
     write_json,
@@ -178,7 +179,8 @@ def save_checkpoint(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(path, ignore_errors=True)
-            temporary.rename(path)
+            with explain_write_errors(path):
+                put_in_place(temporary, path, aside=path.with_name(f".{path.name}.replaced"))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         for older in path.parent.glob("step-*"):

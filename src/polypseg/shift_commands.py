@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
-from polypseg.arguments import GivesProbabilities, ImageSize
+from polypseg.arguments import GivesProbabilities, ImageSize, NamedMaskValues, named_mask_values
 
 if TYPE_CHECKING:
     from polypseg.shift import Comparison
@@ -30,6 +30,7 @@ def measure(
     b: B,
     source_a: SourceA = None,
     source_b: SourceB = None,
+    mask_values: NamedMaskValues = None,
     encoder: Annotated[
         str, Option(help="For the embedding distance: starter, a model folder, or none to leave it out.")
     ] = "starter",
@@ -40,16 +41,20 @@ def measure(
     """Measure how two sets differ: colour, light, sharpness, border, polyps, compression, embedding, separability."""
     from rich.table import Table
 
+    from polypseg.artifacts import sole_writer
     from polypseg.cli import print_whole
     from polypseg.shift import compare_sets
     from polypseg.shift.embedding import open_embedding
 
-    embed = None if encoder == "none" else open_embedding(encoder)
-    first, second = (
-        _open(name, source, limit=limit, allow_partial=allow_partial, embed=embed)
-        for name, source in ((a, source_a), (b, source_b))
-    )
-    found = compare_sets(first.measured, second.measured)
+    values = named_mask_values(mask_values, names=("a", "b"))
+    with sole_writer(output):
+        embed = None if encoder == "none" else open_embedding(encoder)
+        first, second = (
+            _open(name, source, limit=limit, allow_partial=allow_partial, mask_values=values.get(side), embed=embed)
+            for side, name, source in (("a", a, source_a), ("b", b, source_b))
+        )
+        found = compare_sets(first.measured, second.measured)
+        path = _write(output, f"{a}.{b}.measures", found.content(), list(found.measures))
     table = Table("measure", "a", "b", "b - a", "95 % interval", "effect (d)", title=_title(found))
     for row in found.measures:
         bounds = "" if row["difference_low"] is None else f"{row['difference_low']:.4g} to {row['difference_high']:.4g}"
@@ -57,7 +62,7 @@ def measure(
         table.add_row(row["measure"], *numbers, bounds, f"{row['effect']:+.2f}")
     print_whole(table)
     print(_separability(found))
-    print(f"numbers: {_write(output, f'{a}.{b}.measures', found.content(), list(found.measures))}")
+    print(f"numbers: {path}")
 
 
 @shift_app.command()
@@ -67,6 +72,7 @@ def attribute(
     b: B,
     source_a: SourceA = None,
     source_b: SourceB = None,
+    mask_values: NamedMaskValues = None,
     strength: Annotated[float, Option(min=0, max=1, help="0 changes nothing, 1 moves all the way.")] = 1.0,
     image_size: ImageSize = None,
     gives_probabilities: GivesProbabilities = False,
@@ -76,23 +82,33 @@ def attribute(
     output: Output = Path("results/shift"),
 ) -> None:
     """Re-render each set toward the other, one factor at a time, and say what each factor costs the model."""
+    from polypseg.artifacts import sole_writer
     from polypseg.predictions import open_model
     from polypseg.shift import attribute_shift
 
+    values = named_mask_values(mask_values, names=("a", "b"))
     chosen = open_model(model, image_size=image_size, gives_probabilities=gives_probabilities)
-    first, second = (
-        _open(name, place, limit=limit, allow_partial=allow_partial) for name, place in ((a, source_a), (b, source_b))
-    )
-    directions = [(a, b, first, second)] if one_way else [(a, b, first, second), (b, a, second, first)]
-    for inside, outside, here, there in directions:
-        found = attribute_shift(chosen, here, there, strength=strength)
-        _print_attribution(found)
-        content = found.content() | {"predictions": chosen.origin}
-        print(f"numbers: {_write(output / chosen.name, f'{inside}.{outside}.attribution', content, found.rows())}")
+    with sole_writer(output / chosen.name):
+        first, second = (
+            _open(name, source, limit=limit, allow_partial=allow_partial, mask_values=values.get(side))
+            for side, name, source in (("a", a, source_a), ("b", b, source_b))
+        )
+        directions = [(a, b, first, second)] if one_way else [(a, b, first, second), (b, a, second, first)]
+        for inside, outside, here, there in directions:
+            found = attribute_shift(chosen, here, there, strength=strength)
+            _print_attribution(found)
+            content = found.content() | {"predictions": chosen.origin}
+            print(f"numbers: {_write(output / chosen.name, f'{inside}.{outside}.attribution', content, found.rows())}")
 
 
 def _open(
-    name: str, source: Path | None, *, limit: int | None, allow_partial: bool, embed: "Embed | None" = None
+    name: str,
+    source: Path | None,
+    *,
+    limit: int | None,
+    allow_partial: bool,
+    mask_values: str | None,
+    embed: "Embed | None" = None,
 ) -> "ShiftSet":
     from polypseg.data import open_dataset
     from polypseg.errors import UsageError
@@ -103,7 +119,7 @@ def _open(
     if len(rest) not in (0, 2):
         raise UsageError(f"{name!r}: give DATASET or DATASET.SPLIT.PART, such as kvasir_seg.reference.test")
     split, part = rest or ("full", "full")
-    opened = open_dataset(dataset, source=source, allow_partial=allow_partial)
+    opened = open_dataset(dataset, source=source, allow_partial=allow_partial, mask_values=mask_values)
     ids, label = opened.part(split, part, limit=limit)
     measured = measure_set(opened, ids, title=f"{opened.spec.title}, {split} {label}", embed=embed)
     return ShiftSet(dataset=opened, ids=ids, measured=measured, look=typical_look(opened, ids, measured))

@@ -201,23 +201,26 @@ def robustness(
     output: Annotated[Path, Option(help="Folder of results.")] = Path("results"),
 ) -> None:
     """Measure a model under endoscopy corruptions at five severities: curves and drops."""
+    from polypseg.artifacts import sole_writer
     from polypseg.data import open_dataset
     from polypseg.processing import results_name
     from polypseg.robustness import measure_robustness
     from polypseg.segmentation import load
 
     segmenter = load(model, runtime="torch")
-    result = measure_robustness(
-        segmenter.model,
-        segmenter.processor,
-        open_dataset(dataset, source=source, mask_values=mask_values),
-        model_id=results_name(segmenter.model.config, model),
-        split=split,
-        part=part,
-        kinds=kinds or (),
-        limit=limit,
-    )
-    path = result.write(output)
+    name = results_name(segmenter.model.config, model)
+    with sole_writer(output / name):
+        result = measure_robustness(
+            segmenter.model,
+            segmenter.processor,
+            open_dataset(dataset, source=source, mask_values=mask_values),
+            model_id=name,
+            split=split,
+            part=part,
+            kinds=kinds or (),
+            limit=limit,
+        )
+        path = result.write(output)
     drop = result.mean_relative_drop()
     print(f"clean mDice {result.clean.summary()['dice']['mean']:.4f}, n = {len(result.clean.ids)}")
     print("mean relative drop: " + ("not defined, the clean mean is 0" if drop is None else f"{drop:.3f}"))
