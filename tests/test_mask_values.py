@@ -121,13 +121,18 @@ def test_grid(coded, tmp_path, monkeypatch):
     seen: list[Any] = []
     monkeypatch.setattr(grid_command, "grid_tasks", lambda grid, data: [])
     monkeypatch.setattr(grid_command, "run_grid", lambda grid, data, console: seen.append(data))
-    common: dict[str, Any] = {"output": tmp_path, "grid": "small", "in_distribution": "folder", "in_source": coded}
-    cli.study(mask_values=["in=1", "etis=2"], **common)
+    common: dict[str, Any] = {
+        "output": tmp_path,
+        "grid": "twelve_small",
+        "in_distribution": "folder",
+        "in_source": coded,
+    }
+    cli.study(mask_values=["in=1", "etis_larib=2"], **common)
     (data,) = seen
     assert str(data.training.mask_values) == "1"
     cell: Any = SimpleNamespace(name="cell")
     task = EvaluateTask(trained=SimpleNamespace(cell=cell, seed=0, data=data), how=EvaluationPlan())  # type: ignore[arg-type]
-    assert task.plan().mask_values == {"etis": "2"}
+    assert task.plan().mask_values == {"etis_larib": "2"}
     with pytest.raises(UsageError, match="unknown set with mask values 'out'"):
         cli.study(mask_values=["out=1"], **common)
 

@@ -24,7 +24,7 @@ NamedMaskValues = Annotated[
     list[str] | None,
     Option(
         "--mask-values",
-        help="NAME=VALUES: values or colors of a set's mask files that are polyp, 1, 1-6 or '#ff0000'. NAME is the side "
+        help="NAME=VALUES: values or colors of a set's mask files that are polyp, 1, 1-6 or '#ff0000'. NAME is a side "
         "(study: in or out; shift: a or b) or a test's dataset. Repeat for several.",
     ),
 ]
