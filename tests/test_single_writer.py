@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ from polypseg.data.shards import write_shards
 from polypseg.errors import UsageError
 from polypseg.pretraining import run as pretraining_run
 from polypseg.recipe import load_recipe
-from polypseg.runs import sole_run
+from polypseg.runs import claim_run, sole_run
 
 HOLD = """
 import sys, time
@@ -248,6 +248,24 @@ def test_a_lock_may_be_nested_and_leaves_nothing(tmp_path):
     folder.write_text("text")
     with pytest.raises(UsageError, match="is a file: choose a folder"), sole_writer(folder):
         pass
+
+
+def test_a_run_is_continued_by_as_many_processes_as_began_it(tmp_path):
+    class Processes:
+        is_main_process, mixed_precision = True, "no"
+
+        def __init__(self, number: int):
+            self.num_processes = number
+
+        def wait_for_everyone(self) -> None: ...
+
+    one, two = (cast(Accelerator, Processes(number)) for number in (1, 2))
+    assert claim_run(tmp_path, {"recipe": {}}, two, resume=True) is False
+    assert claim_run(tmp_path, {"recipe": {}}, one, resume=True) is True, "nothing is trained yet"
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    assert claim_run(tmp_path, {"recipe": {}}, two, resume=True) is True
+    with pytest.raises(UsageError, match=r"was trained by 2 process\(es\), not 1: continue it with as many"):
+        claim_run(tmp_path, {"recipe": {}}, one, resume=True)
 
 
 class TestFinishedRun:
