@@ -10,21 +10,24 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from polypseg.arguments import MaskValuesOption
-from polypseg.artifacts import sole_writer
-from polypseg.card_facts import cell_of, scores_of, seen_words, size_of
-from polypseg.cli import run_script
-from polypseg.data import open_dataset
-from polypseg.errors import UsageError, unknown_name
-from polypseg.evaluate_commands import Seen
-from polypseg.hub import fetch
-from polypseg.metrics import METRICS
-from polypseg.passport import kept_manifest, name_partial
-from polypseg.predictions import ModelPredictions
-from polypseg.processing import default_device, load_model, results_name
-from polypseg.provenance.local import local_folder
-from polypseg.receipts import read_receipt
-from polypseg.suite import SuitePlan, score_images
+from polypseg.console import reported
+
+with reported():  # of a Ctrl-C too, in the seconds that these take
+    from polypseg.arguments import MaskValuesOption
+    from polypseg.artifacts import sole_writer
+    from polypseg.card_facts import cell_of, scores_of, seen_words, size_of
+    from polypseg.cli import run_script
+    from polypseg.data import open_dataset
+    from polypseg.errors import UsageError, unknown_name
+    from polypseg.evaluate_commands import Seen
+    from polypseg.hub import fetch
+    from polypseg.metrics import METRICS
+    from polypseg.passport import kept_manifest, name_partial
+    from polypseg.predictions import ModelPredictions
+    from polypseg.processing import default_device, load_model, results_name
+    from polypseg.provenance.local import local_folder
+    from polypseg.receipts import read_receipt
+    from polypseg.suite import SuitePlan, score_images
 
 CONVENTIONS = {"standard": ("paper",), "ssl4gie": ("paper", "ssl4gie")}
 """Value of --convention -> conventions of the receipt."""

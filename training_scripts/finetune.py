@@ -12,15 +12,18 @@ from typing import Annotated
 
 from typer import Option
 
-from polypseg import zoo
-from polypseg.arguments import MaskValuesOption
-from polypseg.cli import run_script
-from polypseg.data import open_dataset
-from polypseg.errors import UsageError
-from polypseg.recipe import load_recipe
-from polypseg.runs import check_processes, make_accelerator
-from polypseg.suite import open_negatives
-from polypseg.training import build_model, finetune
+from polypseg.console import reported
+
+with reported():  # of a Ctrl-C too, in the seconds that these take
+    from polypseg import zoo
+    from polypseg.arguments import MaskValuesOption
+    from polypseg.cli import run_script
+    from polypseg.data import open_dataset
+    from polypseg.errors import UsageError
+    from polypseg.recipe import load_recipe
+    from polypseg.runs import check_processes, make_accelerator
+    from polypseg.suite import open_negatives
+    from polypseg.training import build_model, finetune
 
 
 def main(

@@ -12,13 +12,16 @@ from typing import Annotated
 
 from typer import Option
 
-from polypseg.cli import run_script
-from polypseg.data.frames import open_frames
-from polypseg.data.labelled import load_labelled
-from polypseg.pretraining.export import export_encoder, write_run_report
-from polypseg.pretraining.recipe import load_pretraining_recipe
-from polypseg.pretraining.run import build_method, pretrain
-from polypseg.runs import check_processes, make_accelerator, sole_run
+from polypseg.console import reported
+
+with reported():  # of a Ctrl-C too, in the seconds that these take
+    from polypseg.cli import run_script
+    from polypseg.data.frames import open_frames
+    from polypseg.data.labelled import load_labelled
+    from polypseg.pretraining.export import export_encoder, write_run_report
+    from polypseg.pretraining.recipe import load_pretraining_recipe
+    from polypseg.pretraining.run import build_method, pretrain
+    from polypseg.runs import check_processes, make_accelerator, sole_run
 
 
 def main(

@@ -139,8 +139,8 @@ def claim_run(run_dir: Path, record: Mapping[str, Any], accelerator: Accelerator
         begun_by = before.get("environment", {}).get("processes", accelerator.num_processes)
         if begun_by != accelerator.num_processes and newest_checkpoint(run_dir):
             raise UsageError(
-                f"{run_dir} was trained by {begun_by} process(es), not {accelerator.num_processes}: continue it with as "
-                "many (accelerate launch --num_processes), or choose another --output"
+                f"{run_dir} was trained by {begun_by} process(es), not {accelerator.num_processes}: continue it with "
+                "as many (accelerate launch --num_processes), or choose another --output"
             )
     elif accelerator.is_main_process:
         environment = environment_record() | {"precision": accelerator.mixed_precision}
