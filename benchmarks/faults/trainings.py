@@ -72,26 +72,20 @@ def resume(kind: Kind, again: Callable[[], Any], whole: Path, place: Path, files
     kind.count(f"ended with {code}: {last_words(log)}" if code else difference(whole, place, files))
 
 
-def kill_at(call: str, number: int) -> Callable[[], None]:
-    """Make this process die at the ``number``-th call of ``rename`` or ``sync`` of artifacts."""
-    calls = []
+def count_calls(call: str, *, die_at: int = 0) -> list[int]:
+    """Note every call of ``rename`` or ``sync`` of artifacts in this process, which dies at one of them, from 1 on."""
+    calls: list[int] = []
+    owner, name = (os, "replace") if call == "rename" else (artifacts, "_sync")
+    function = getattr(owner, name)
 
-    def dying(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call_or_die(*arguments: Any) -> Any:
-            calls.append(1)
-            if len(calls) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments)
+    def note(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
 
-        return call_or_die
-
-    def prepare() -> None:
-        if call == "rename":
-            artifacts.os.replace = dying(os.replace)  # type: ignore[attr-defined]
-        else:
-            artifacts._sync = dying(artifacts._sync)
-
-    return prepare
+    setattr(owner, name, note)
+    return calls
 
 
 def killed_in_writing(kind: Kind, call: str, folder: Path, *, tries: int) -> None:
@@ -101,10 +95,7 @@ def killed_in_writing(kind: Kind, call: str, folder: Path, *, tries: int) -> Non
     counted = folder / "count"
 
     def count() -> None:
-        calls: list[int] = []
-        target = "replace" if call == "rename" else "fsync"
-        function = getattr(os, target)
-        setattr(os, target, lambda *arguments: (calls.append(1), function(*arguments))[1])
+        calls = count_calls(call)
         fine_tune(whole)
         counted.write_text(str(len(calls)))
 
@@ -117,7 +108,7 @@ def killed_in_writing(kind: Kind, call: str, folder: Path, *, tries: int) -> Non
         place = folder / f"cut{number}"
 
         def die(place: Path = place, number: int = number) -> None:
-            kill_at(call, number)()
+            count_calls(call, die_at=number)
             fine_tune(place)
 
         code = forked(die, folder / "log")
