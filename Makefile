@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # Waiting threads sleep rather than spin: two processes on few cores would otherwise stall each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check fast-test format bench hub hub-configs cards web clean
+.PHONY: demo test check fast-test format bench faults hub hub-configs cards web clean
 
 demo: $(INSTALLED)  ## the shipped model on three real frames, then all twelve rows at smoke scale on synthetic ones
 	@echo "== The shipped model on three real frames (PolypGen, CC BY 4.0; results in runs/demo/first-masks)"
@@ -35,6 +35,10 @@ format: $(INSTALLED)
 bench: $(INSTALLED)  ## each job against the way before it, side by side; results in runs/bench
 	@echo "== Timing each job against the way before it (results in runs/bench)"
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py --output runs/bench
+
+faults: $(INSTALLED)  ## kills, full disks, hostile inputs; results in docs/reliability.md
+	@echo "== Trying every kind of fault (minutes; results in docs/reliability.md)"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python benchmarks/faults
 
 hub: demo  ## the demo's models on a Hub of this machine, to try publishing and loading; Ctrl-C ends it
 	@echo "== Publishing the demo's models to a Hub on this machine (data in runs/hub)"

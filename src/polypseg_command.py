@@ -10,7 +10,10 @@ def main() -> None:
     words = sys.argv[1:]
     plain = read_plain_segment(words[1:]) if words[:1] == ["segment"] else None
     if plain is None:
-        from polypseg.cli.app import main as run
+        from polypseg.cli.console import reported
+
+        with reported():  # of a Ctrl-C too, in the second that this takes
+            from polypseg.cli.app import main as run
 
         run()
     else:

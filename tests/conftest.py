@@ -38,3 +38,9 @@ def real_data() -> Path:
 def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test session keeps its caches to itself, so that no result depends on an earlier run."""
     monkeypatch.setenv("POLYPSEG_CACHE", str(tmp_path_factory.getbasetemp() / "polypseg-cache"))
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tests write need not outlive the machine; test_artifacts.py tests that everything else does."""
+    monkeypatch.setattr("polypseg.files._sync", lambda path: None)

@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,11 +16,15 @@ import pytest
 from polypseg import files as artifacts
 from polypseg.errors import PolypSegError
 from polypseg.files import (
+    LOCK,
+    UNFINISHED,
     atomic_path,
     cache_folder,
     environment_record,
     from_cell,
     read_json,
+    remove_leftovers,
+    sole_writer,
     to_cell,
     write_csv,
     write_json,
@@ -160,6 +166,137 @@ def test_atomic_path_keeps_the_former_folder_when_it_cannot_put_the_new_one_ther
             temporary.mkdir()
             (temporary / "new").touch()
     assert (path / "weights").read_text() == "precious"
+
+
+SYNC = artifacts._sync
+"""As it was before the tests went without."""
+
+
+class Disk:
+    """Notes what is brought to the disk and what is renamed, in order; ``survives`` says what a reset would leave."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.synced: list[tuple[int, int]] = []
+        self.renamed: list[Path] = []
+        self.lost: list[str] = []
+        """What a rename made visible before its content was on the disk."""
+        replace, fsync = os.replace, os.fsync
+
+        def note_sync(descriptor: int) -> None:
+            fsync(descriptor)
+            self.synced.append(self._key(os.fstat(descriptor)))
+
+        def note_replace(source: Path, target: Path) -> None:
+            here = Path(source)
+            for place in (here, *here.rglob("*")):
+                if not place.is_symlink() and self._key(place.stat()) not in self.synced:
+                    self.lost.append(place.name)
+            replace(source, target)
+            self.renamed.append(Path(target))
+            self.synced = [key for key in self.synced if key != self._key(Path(target).parent.stat())]
+
+        monkeypatch.setattr(artifacts, "_sync", SYNC)
+        monkeypatch.setattr(artifacts.os, "fsync", note_sync)
+        monkeypatch.setattr(artifacts.os, "replace", note_replace)
+
+    @staticmethod
+    def _key(state: os.stat_result) -> tuple[int, int]:
+        return state.st_dev, state.st_ino
+
+    def has(self, path: Path) -> bool:
+        """Whether the names in a folder were brought to the disk since the last rename in it."""
+        return self._key(path.stat()) in self.synced
+
+
+def test_atomic_path_brings_content_to_the_disk_before_the_name_and_the_name_before_it_ends(tmp_path, monkeypatch):
+    disk = Disk(monkeypatch)
+    write_text(tmp_path / "a.txt", "text")
+    with atomic_path(tmp_path / "folder") as temporary:
+        (temporary / "deep").mkdir(parents=True)
+        (temporary / "deep" / "weights").write_bytes(b"weights")
+        (temporary / "link").symlink_to("nowhere")
+    assert disk.renamed == [tmp_path / "a.txt", tmp_path / "folder"]
+    assert disk.lost == [] and disk.has(tmp_path)
+    with atomic_path(tmp_path / "b.txt", sync_name=False) as temporary:
+        temporary.write_text("text")
+    assert disk.lost == [] and not disk.has(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_atomic_path_asks_for_no_more_than_the_file_system_can(number, passes, tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "_sync", SYNC)
+    monkeypatch.setattr(artifacts.os, "fsync", fail_with(number))
+    if passes:
+        write_text(tmp_path / "a", "text")
+        return
+    with pytest.raises(PolypSegError, match=os.strerror(number)):
+        write_text(tmp_path / "a", "text")
+    assert list(tmp_path.iterdir()) == []
+
+
+def killed_at(call: str, path: Path) -> None:
+    """Replace the folder ``path`` in another process that is killed at a call of artifacts, or in the block."""
+    program = f"""
+import os, signal, sys
+from pathlib import Path
+from polypseg import files as artifacts
+path, call = Path({str(path)!r}), {call!r}
+calls, replace = [], os.replace
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+def count(source, target):
+    calls.append(1)
+    if call == f"rename {{len(calls)}}":
+        die()
+    replace(source, target)
+artifacts.os.replace = count
+if call == "sync":
+    artifacts._sync = die
+with artifacts.atomic_path(path) as temporary:
+    temporary.mkdir()
+    (temporary / "new").write_text("new")
+    if call == "block":
+        die()
+artifacts.shutil.rmtree = die
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(REPOSITORY / "src")})
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("call", "left"), [("block", "old"), ("sync", "old"), ("rename 1", "old"), ("rename 2", "new")]
+)
+def test_what_a_killed_writer_left_is_removed_and_no_folder_is_lost(call, left, tmp_path):
+    path = tmp_path / "best"
+    path.mkdir()
+    (path / "old").write_text("old")
+    killed_at(call, path)
+    assert len(list(tmp_path.glob(f".best.*{UNFINISHED}"))) == 1
+    with sole_writer(tmp_path):
+        assert [file.name for file in path.iterdir()] == [left]
+        assert sorted(file.name for file in tmp_path.iterdir()) == [LOCK, "best"]
+
+
+def test_a_living_writers_work_and_the_files_of_others_are_left_alone(tmp_path):
+    (tmp_path / ".mine.unfinished.txt").touch()
+    (tmp_path / f".just-made{UNFINISHED}").mkdir()
+    (tmp_path / f".a-file{UNFINISHED}").touch()
+    with atomic_path(tmp_path / "result") as temporary:
+        temporary.write_text("whole")
+        remove_leftovers(tmp_path)
+        assert temporary.read_text() == "whole"
+    kept = [".a-file.unfinished", ".just-made.unfinished", ".mine.unfinished.txt", "result"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == kept
+    os.utime(tmp_path / kept[1], (0, 0))
+    remove_leftovers(tmp_path)
+    assert not (tmp_path / kept[1]).exists()
+
+
+def test_the_first_file_written_into_a_folder_removes_what_is_left_there(tmp_path):
+    (tmp_path / f".a.x{UNFINISHED}").mkdir()
+    (tmp_path / f".a.x{UNFINISHED}" / LOCK).touch()
+    write_text(tmp_path / "b", "text")
+    assert [file.name for file in tmp_path.iterdir()] == ["b"]
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------

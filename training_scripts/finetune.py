@@ -7,8 +7,10 @@ On CPU with several processes: ACCELERATE_USE_CPU=true accelerate launch --multi
 (`--cpu --num_processes 2` silently starts one). Expect what `--num-processes` says you expect.
 """
 
-from polypseg.cli.console import run_script
-from polypseg.cli.train import finetune
+from polypseg.cli.console import reported, run_script
+
+with reported():  # of a Ctrl-C too, while this is imported
+    from polypseg.cli.train import finetune
 
 if __name__ == "__main__":
     run_script(finetune)

@@ -7,8 +7,10 @@ On CPU with several processes: ACCELERATE_USE_CPU=true accelerate launch --multi
 The encoder is then in <output>/encoder, for `finetune.py --encoder-weights <output>/encoder/model.safetensors`.
 """
 
-from polypseg.cli.console import run_script
-from polypseg.cli.train import pretrain
+from polypseg.cli.console import reported, run_script
+
+with reported():  # of a Ctrl-C too, while this is imported
+    from polypseg.cli.train import pretrain
 
 if __name__ == "__main__":
     run_script(pretrain)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -37,6 +38,11 @@ LARGEST_JSON = 2**28
 """Bytes; a passport of a hundred thousand frames has some thirty million."""
 LOCK = ".lock"
 """File that the process which writes a folder holds locked; it is gone when the process ends well."""
+UNFINISHED = ".unfinished"
+"""Suffix of the hidden folder beside a file or folder in which its successor is made."""
+_REPLACED = "replaced"
+_JUST_MADE = 60.0
+"""Seconds during which a new folder may not yet be locked by its maker."""
 PACKAGES = (
     "torch",
     "torchvision",
@@ -72,71 +78,150 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, sync_name: bool = True) -> Iterator[Path]:
     """A temporary file or folder name beside ``path`` that is renamed to ``path`` only when the block succeeds.
 
-    Whatever stood at ``path`` is replaced. Raises PolypSegError for a full disk, a read-only file system or missing
-    permission; nothing half-written stays behind.
+    Whatever stood at ``path`` is replaced. The content is on the disk before the rename, and the rename before this
+    returns: a machine that is reset leaves the old or the new. Without ``sync_name`` the system chooses when the rename
+    reaches the disk, for files that are made again where they are missing. What killed processes left in the folder is
+    removed. Raises PolypSegError for a full disk, a read-only file system or missing permission; nothing half-written
+    stays behind.
     """
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=f".{path.name[:50]}.", dir=path.parent))  # names end at 255 bytes
+        if path.parent not in _looked_through:
+            remove_leftovers(path.parent)
+            _looked_through.add(path.parent)
+        prefix = f".{path.name[:50]}."  # names end at 255 bytes
+        workspace = Path(tempfile.mkdtemp(prefix=prefix, suffix=UNFINISHED, dir=path.parent))
         try:
-            yield workspace / path.name
-            _put_in_place(workspace / path.name, path, aside=workspace / "replaced")
+            with FileLock(workspace / LOCK):
+                yield workspace / path.name
+                put_in_place(workspace / path.name, path, aside=workspace / _REPLACED, sync_name=sync_name)
         finally:
             shutil.rmtree(workspace, ignore_errors=True)
 
 
-def _put_in_place(new: Path, path: Path, *, aside: Path) -> None:
-    """Rename ``new`` to ``path``. A folder cannot be replaced in one step: the old one comes back on failure."""
+def put_in_place(new: Path, path: Path, *, aside: Path, sync_name: bool = True) -> None:
+    """Bring ``new`` to the disk and rename it to ``path``.
+
+    A folder cannot be replaced in one step: the old one goes ``aside``, and comes back on failure.
+    """
+    sync_tree(new)
     if not path.is_dir():
         os.replace(new, path)
+    else:
+        os.replace(path, aside)
+        try:
+            os.replace(new, path)
+        except BaseException:
+            os.replace(aside, path)
+            raise
+    if sync_name:
+        sync_folder(path.parent)
+
+
+def sync_tree(path: Path) -> None:
+    """Bring a file, or all files and folders below a folder, to the disk: before it, a rename may outlive them."""
+    if not path.is_dir():
+        _sync(path)
         return
-    os.replace(path, aside)
+    for folder, _, files in os.walk(path):
+        for name in files:
+            if not (file := Path(folder, name)).is_symlink():
+                _sync(file)
+        sync_folder(Path(folder))
+
+
+def sync_folder(path: Path) -> None:
+    """Bring the names in a folder to the disk, where its file system can."""
+    if os.name == "posix":
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
-        os.replace(new, path)
-    except BaseException:
-        os.replace(aside, path)
-        raise
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left unfinished in a folder, and finish the replacement of one by another.
+
+    Left alone is what a living process holds, and what does not look like ``atomic_path``'s own.
+    """
+    for workspace in folder.glob(f".*{UNFINISHED}"):
+        with suppress(OSError, Timeout):
+            if not (workspace / LOCK).exists() and time.time() - workspace.stat().st_mtime < _JUST_MADE:
+                continue
+            with FileLock(workspace / LOCK, blocking=False):
+                made = [entry for entry in workspace.iterdir() if entry.name not in (LOCK, _REPLACED)]
+                if (workspace / _REPLACED).exists() and made and not (path := folder / made[0].name).exists():
+                    os.replace(made[0], path)  # it was killed between two renames: the new one is whole
+                    sync_folder(folder)
+                shutil.rmtree(workspace, ignore_errors=True)
+
+
+_looked_through: set[Path] = set()  # folders in which this process has looked for leftovers
 
 
 class FolderInUseError(UsageError):
     """Another process is writing the folder."""
 
 
-_held: set[tuple[int, Path]] = set()  # (thread, folder)
+_held: set[tuple[int, Path]] = set()  # (thread, lock)
 
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
     """Be the only process that writes into ``folder`` for the block; the folder is made where it is not there.
 
-    May be nested within one thread. The system frees the lock of a process that dies, however it does. Raises
-    FolderInUseError at once when another process holds the folder, UsageError when it is a file.
+    May be nested within one thread. The system frees the lock of a process that dies, however it does; what it left
+    unfinished in the folder is removed. Raises FolderInUseError at once when another process holds the folder,
+    UsageError when it is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file: choose a folder for the results")
-    holder = (threading.get_ident(), folder.resolve())
+    with _hold(folder / LOCK, written=folder):
+        yield
+
+
+@contextmanager
+def sole_writer_of(path: Path) -> Iterator[None]:
+    """``sole_writer`` of one file, beside others in its folder."""
+    with _hold(path.with_name(f".{path.name}{LOCK}"), written=path):
+        yield
+
+
+@contextmanager
+def _hold(path: Path, *, written: Path) -> Iterator[None]:
+    """Hold the lock ``path`` of what is ``written`` for the block."""
+    folder = path.parent
+    holder = (threading.get_ident(), path.resolve())
     if holder in _held:
         yield
         return
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    path = folder / LOCK
     lock = FileLock(path, blocking=False)
-    with explain_write_errors(folder):
+    with explain_write_errors(written):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
         except Timeout:
             raise FolderInUseError(
-                f"{folder} is being written by another process{_writer(path)}: wait until it ends, or choose another "
+                f"{written} is being written by another process{_writer(path)}: wait until it ends, or choose another "
                 "folder"
             ) from None
     _held.add(holder)
     try:
-        with explain_write_errors(folder):
+        with explain_write_errors(written):
             path.write_text(f"{os.getpid()}\n", encoding="ascii")
+            remove_leftovers(folder)
         yield
     finally:
         _held.discard(holder)

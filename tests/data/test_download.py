@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import requests
 from polypseg.data import download as module
 from polypseg.data.download import CHUNK, download
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.files import FolderInUseError, sole_writer_of
 
 BODY = random.Random(0).randbytes(8 * CHUNK + 1234)
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -442,6 +444,17 @@ def test_kill_in_the_middle_is_resumed_by_another_process(server, get, tmp_path)
     assert get(sha256=SHA256).read_bytes() == BODY
     assert server.requests[1]["Range"] == f"bytes={reached}-"
     assert_only(tmp_path, "data.zip")
+
+
+def test_a_second_download_of_the_same_file_is_refused_and_one_of_another_is_not(server, get, tmp_path):
+    with sole_writer_of(tmp_path / "data.zip"), ThreadPoolExecutor() as pool:
+        with pytest.raises(
+            FolderInUseError, match=rf"data\.zip is being written by another process \(number {os.getpid()}"
+        ):
+            pool.submit(get).result()
+        assert server.requests == []
+        pool.submit(get, destination=tmp_path / "other.zip").result()
+    assert_only(tmp_path, "other.zip")
 
 
 # Servers that would never end

@@ -1,20 +1,27 @@
 """Without a network the Hub's client does not repeat its requests: it looks into the cache, and one line says it."""
 
 import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
+from polypseg.provenance import fetch as hub
 from polypseg.provenance.fetch import hub_is_reachable, resolve_id, without_retries_when_offline
 from polypseg.provenance.local import local_folder
 from polypseg.weights.loading import load_encoder_weights
 
 
 @pytest.fixture
-def unreachable(monkeypatch, tmp_path):
+def unreachable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A Hub at a port where nobody listens, an empty cache, no proxy."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -24,6 +31,9 @@ def unreachable(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    close_session()  # the client reads the proxies when it is made
+    yield
+    close_session()
 
 
 def test_unreachable_hub_means_the_cache_only_and_no_longer_than_needed(unreachable):
@@ -33,16 +43,43 @@ def test_unreachable_hub_means_the_cache_only_and_no_longer_than_needed(unreacha
     assert constants.HF_HUB_OFFLINE is False
 
 
-def test_reachable_hub_or_proxy_changes_nothing(unreachable, monkeypatch):
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.getsockname()[1]}")
-        monkeypatch.setenv("no_proxy", "example.org")
-        monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
-        assert hub_is_reachable()
+@pytest.mark.parametrize(("status", "reachable"), [(200, True), (404, True), (503, False), (None, False)])
+@pytest.mark.parametrize("proxy", [False, True])
+def test_a_hub_that_answers_is_asked_and_a_busy_or_silent_one_is_not(
+    unreachable, monkeypatch, caplog, status, reachable, proxy
+):
+    monkeypatch.setattr(hub, "_REACH_SECONDS", 0.2)
+    with answering(status) as address:
+        if proxy:
+            monkeypatch.setenv("http_proxy", address)
+            monkeypatch.setenv("no_proxy", "example.org")
+        monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid" if proxy else address)
+        assert hub_is_reachable() is reachable
+        assert ("503" in caplog.text) == (status == 503)
         with without_retries_when_offline():
-            assert constants.HF_HUB_OFFLINE is False
+            assert constants.HF_HUB_OFFLINE is not reachable
+
+
+@contextmanager
+def answering(status: int | None) -> Iterator[str]:
+    """The address of a server that answers every request with a status, or takes connections and is silent."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            if status is None:
+                time.sleep(0.5)
+                return
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *args: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
 def test_timm_weights_without_a_network_fail_at_once_with_one_line(unreachable):

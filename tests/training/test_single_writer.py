@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,6 +16,9 @@ from accelerate import Accelerator
 from PIL import Image
 
 from polypseg.cli import evaluate as evaluate_commands
+from polypseg.cli import predict as use_commands
+from polypseg.cli import shift as shift_commands
+from polypseg.cli import study as report_commands
 from polypseg.data.corpus import open_frames
 from polypseg.data.shards import write_shards
 from polypseg.errors import UsageError
@@ -26,7 +29,7 @@ from polypseg.pretraining import loop as pretraining_run
 from polypseg.recipe import load_recipe
 from polypseg.study import scales as study
 from polypseg.training import finetune as training
-from polypseg.training.run_folder import sole_run
+from polypseg.training.run_folder import claim_run, sole_run
 
 HOLD = """
 import sys, time
@@ -61,7 +64,7 @@ def attempt(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder that another process holds."""
-    folder = tmp_path_factory.mktemp("results") / "mine"
+    folder = tmp_path_factory.mktemp("results") / "mine_files"
     process = hold(folder)
     yield folder
     process.kill()
@@ -108,6 +111,18 @@ def run_suite(output: Path) -> Any:
     return suite.run_suite(source, suite.SuitePlan(output=output.parent))
 
 
+def robustness(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    segmenter = SimpleNamespace(model=SimpleNamespace(config=None), processor=None)
+    monkeypatch.setattr("polypseg.inference.model.results_name", lambda config, name: output.name)
+    monkeypatch.setattr("polypseg.inference.segmenter.load", lambda *a, **k: segmenter)
+    use_commands.robustness(model="m", dataset="synthetic_a", output=output.parent)
+
+
+def attribute_shift(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polypseg.inference.predictors.open_model", lambda *a, **k: SimpleNamespace(name=output.name))
+    shift_commands.attribute(model="m", a="synthetic_a", b="synthetic_b", output=output.parent)
+
+
 class TestSecondWriter:
     def refused(self, held: Path, work: Any) -> None:
         with pytest.raises(FolderInUseError, match=rf"{held} is being written by another process \(number \d+\)"):
@@ -133,6 +148,20 @@ class TestSecondWriter:
 
     def test_shards(self, held, pairs):
         self.refused(held, lambda: write_shards(open_frames(pairs / "images"), held))
+
+    def test_robustness(self, held, monkeypatch):
+        self.refused(held, lambda: robustness(held, monkeypatch))
+
+    def test_shift_measure(self, held):
+        self.refused(held, lambda: shift_commands.measure(a="synthetic_a", b="synthetic_b", output=held))
+
+    def test_shift_attribute(self, held, monkeypatch):
+        self.refused(held, lambda: attribute_shift(held, monkeypatch))
+
+    def test_report(self, held, tmp_path):
+        page = held.with_name("mine.html")
+        self.refused(held, lambda: report_commands.report(tmp_path, output=page))
+        assert not page.exists()
 
     def test_nothing_was_written(self, held):
         assert [path.name for path in held.iterdir()] == [LOCK]
@@ -217,6 +246,24 @@ def test_a_lock_may_be_nested_and_leaves_nothing(tmp_path):
     folder.write_text("text")
     with pytest.raises(UsageError, match="is a file: choose a folder"), sole_writer(folder):
         pass
+
+
+def test_a_run_is_continued_by_as_many_processes_as_began_it(tmp_path):
+    class Processes:
+        is_main_process, mixed_precision = True, "no"
+
+        def __init__(self, number: int):
+            self.num_processes = number
+
+        def wait_for_everyone(self) -> None: ...
+
+    one, two = (cast(Accelerator, Processes(number)) for number in (1, 2))
+    assert claim_run(tmp_path, {"recipe": {}}, two, resume=True) is False
+    assert claim_run(tmp_path, {"recipe": {}}, one, resume=True) is True, "nothing is trained yet"
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    assert claim_run(tmp_path, {"recipe": {}}, two, resume=True) is True
+    with pytest.raises(UsageError, match=r"was trained by 2 process\(es\), not 1: continue it with as many"):
+        claim_run(tmp_path, {"recipe": {}}, one, resume=True)
 
 
 class TestFinishedRun:

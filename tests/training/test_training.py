@@ -24,7 +24,7 @@ from polypseg.data.splits import pinned_split
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.suite import open_negatives
-from polypseg.files import file_sha256
+from polypseg.files import LOCK, UNFINISHED, file_sha256
 from polypseg.provenance.origin import read_origin
 from polypseg.provenance.passport import Passport, find_collisions, make_manifest
 from polypseg.recipe import load_recipe
@@ -169,7 +169,8 @@ def test_resume_after_sigint_continues_to_the_same_weights(tmp_path):
                 train(folder, *overrides)
         finally:
             training._Run._train_step = original
-        (folder / ".best.killed").mkdir()  # as a SIGKILL during a save leaves it
+        (folder / f".best.killed{UNFINISHED}").mkdir()
+        (folder / f".best.killed{UNFINISHED}" / LOCK).touch()  # as a SIGKILL during a save leaves it
         train(folder, *overrides, resume=True)
         assert not list(folder.glob(".best.*"))
         for read in (newest_checkpoint, best_weights):

@@ -15,9 +15,9 @@ from polypseg.cli.options import (
     GivesProbabilities,
     ImageSize,
     JsonOption,
-    MaskValuesOption,
     SourceOption,
     WideOption,
+    named_mask_values,
     named_places,
     places,
     refuse_options,
@@ -52,7 +52,13 @@ def evaluate(
         Path | None, Option(help="Folder or archive of predicted masks or probability maps, named as the images.")
     ] = None,
     source: SourceOption = None,
-    mask_values: MaskValuesOption = None,
+    mask_values: Annotated[
+        list[str] | None,
+        Option(
+            help="Values or colors of the mask files that are polyp: 1, 1-6 or '#ff0000,#00ff00'. Default: gray above "
+            "127. With --suite NAME=VALUES for a set of --own or a dataset; repeat for several."
+        ),
+    ] = None,
     split: Annotated[str, Option(help="Named split; `full` is every image.")] = "full",
     part: Annotated[str, Option(help="Part of the split.")] = "full",
     convention: Annotated[
@@ -94,7 +100,7 @@ def evaluate(
     from polypseg.evaluation.conventions import CONVENTIONS, choose_conventions
     from polypseg.evaluation.receipt import read_receipt
     from polypseg.evaluation.receipt_reading import CONVENTION
-    from polypseg.evaluation.suite import SuitePlan
+    from polypseg.evaluation.suite import SuitePlan, suite_datasets
     from polypseg.files import sole_writer
     from polypseg.provenance.local import local_folder
     from polypseg.provenance.passport import kept_manifest, name_partial
@@ -112,17 +118,21 @@ def evaluate(
     elif allow_missing:
         raise UsageError("--allow-missing does not apply: it is of --predictions")
     if suite:
-        single = {"--dataset": dataset, "--limit": limit, "--mask-values": mask_values}
+        single = {"--dataset": dataset, "--limit": limit}
         refuse_options(single, because="--suite chooses the datasets")
     elif dataset is None:
         raise UsageError("name one test with --dataset, or run them all with --suite (and --only, --source, ...)")
     else:
         refuse_options({"--only": only, "--own": own, "--negatives": negatives}, because="it is of --suite")
+        if len(mask_values or ()) > 1:
+            raise UsageError("one test has one set: give --mask-values once, several values as 1,2")
+    owned = named_places(own, option="--own")
     plan = SuitePlan(
         output=output,
         only=tuple(only or ()),
         sources=places(source, datasets=list(DATASETS)) if suite else {},
-        own=named_places(own, option="--own"),
+        own=owned,
+        mask_values=named_mask_values(mask_values, names=(*owned, *suite_datasets())) if suite else None,
         negatives=negatives,
         conventions=names,
         rule=seen.value,
@@ -152,7 +162,8 @@ def evaluate(
     if dataset is None:
         _evaluate_suite(opened(), plan, folder=folder, wide=wide, as_json=as_json)
         return
-    data = open_dataset(dataset, source=place, allow_partial=allow_partial, mask_values=mask_values)
+    values = mask_values[0] if mask_values else None
+    data = open_dataset(dataset, source=place, allow_partial=allow_partial, mask_values=values)
     manifest = name_partial(kept_manifest(data, split=split, part=part, limit=limit), data)
     chosen = opened()
     with sole_writer(output / chosen.name):

@@ -1,12 +1,12 @@
 """Command-line arguments that several commands take."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 from typer import Option
 
-from polypseg.errors import UsageError
+from polypseg.errors import UsageError, unknown_name
 
 ImageSize = Annotated[int | None, Option(min=32, help="Side that a model was trained at, where its files do not say.")]
 GivesProbabilities = Annotated[
@@ -21,6 +21,14 @@ MaskValuesOption = Annotated[
 ]
 WideOption = Annotated[bool, Option("--wide", help="All columns, however narrow the screen is.")]
 JsonOption = Annotated[bool, Option("--json", help="Print JSON, for programs.")]
+NamedMaskValues = Annotated[
+    list[str] | None,
+    Option(
+        "--mask-values",
+        help="NAME=VALUES: values or colors of a set's mask files that are polyp, 1, 1-6 or '#ff0000'. NAME is a side "
+        "(study: in or out; shift: a or b) or a test's dataset. Repeat for several.",
+    ),
+]
 OWN_FOLDER = "folder"
 """The dataset of the table that stands for anybody's own images and masks."""
 SourceOption = Annotated[
@@ -87,3 +95,15 @@ def named_values(pairs: Sequence[str] | None, *, option: str, form: str = "NAME=
 def named_places(pairs: Sequence[str] | None, *, option: str, form: str = "NAME=PATH") -> dict[str, Path]:
     """The same for files and folders."""
     return {name: Path(value) for name, value in named_values(pairs, option=option, form=form).items()}
+
+
+def named_mask_values(pairs: Sequence[str] | None, *, names: Collection[str]) -> dict[str, str]:
+    """The values of ``NamedMaskValues`` by name. Raises UsageError for a name not in ``names`` and for other values."""
+    from polypseg.data.images import MaskValues  # late: commands without masks need no NumPy
+
+    values = named_values(pairs, option="--mask-values", form="NAME=VALUES")
+    for name, text in values.items():
+        if name not in names:
+            raise unknown_name("set with mask values", name, names)
+        MaskValues.parse(text)
+    return values

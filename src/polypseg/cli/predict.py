@@ -229,17 +229,20 @@ def robustness(
     from polypseg.data import open_dataset
     from polypseg.evaluation.metrics import mean_with_interval
     from polypseg.evaluation.robustness import measure_robustness
+    from polypseg.files import sole_writer
     from polypseg.inference.predictors import open_model
 
-    result = measure_robustness(
-        open_model(model),
-        open_dataset(dataset, source=place, mask_values=mask_values),
-        split=split,
-        part=part,
-        kinds=kinds or (),
-        limit=limit,
-    )
-    path = result.write(output)
+    predictor = open_model(model)
+    with sole_writer(output / predictor.name):
+        result = measure_robustness(
+            predictor,
+            open_dataset(dataset, source=place, mask_values=mask_values),
+            split=split,
+            part=part,
+            kinds=kinds or (),
+            limit=limit,
+        )
+        path = result.write(output)
     drop = result.mean_relative_drop()
     print(f"clean mDice {mean_with_interval(result.clean_dice)['mean']:.4f}, n = {len(result.clean.ids)}")
     print("mean relative drop: " + ("not defined, the clean mean is 0" if drop is None else f"{drop:.3f}"))

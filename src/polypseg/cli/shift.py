@@ -8,7 +8,14 @@ import typer
 from typer import Option
 
 from polypseg.cli.console import print_table
-from polypseg.cli.options import GivesProbabilities, ImageSize, SourceOption, two_places
+from polypseg.cli.options import (
+    GivesProbabilities,
+    ImageSize,
+    NamedMaskValues,
+    SourceOption,
+    named_mask_values,
+    two_places,
+)
 
 if TYPE_CHECKING:
     from polypseg.shift import Comparison
@@ -28,6 +35,7 @@ def measure(
     a: A,
     b: B,
     source: SourceOption = None,
+    mask_values: NamedMaskValues = None,
     encoder: Annotated[
         str, Option(help="For the embedding distance: starter, a model folder, or none to leave it out.")
     ] = "starter",
@@ -38,15 +46,19 @@ def measure(
     """Measure how two sets differ: colour, light, sharpness, border, polyps, compression, embedding, separability."""
     from rich.table import Table
 
+    from polypseg.files import sole_writer
     from polypseg.shift import compare_sets
     from polypseg.shift.embedding import open_embedding
 
-    embed = None if encoder == "none" else open_embedding(encoder)
-    first, second = (
-        _open(name, source, limit=limit, allow_partial=allow_partial, embed=embed)
-        for name, source in _named(a, b, source)
-    )
-    found = compare_sets(first.measured, second.measured)
+    values = named_mask_values(mask_values, names=("a", "b"))
+    with sole_writer(output):
+        embed = None if encoder == "none" else open_embedding(encoder)
+        first, second = (
+            _open(name, place, limit=limit, allow_partial=allow_partial, mask_values=values.get(side), embed=embed)
+            for side, name, place in _sides(a, b, source)
+        )
+        found = compare_sets(first.measured, second.measured)
+        path = _write(output, f"{a}.{b}.measures", found.content(), list(found.measures))
     table = Table("measure", "a", "b", "b - a", "95 % interval", "effect (d)", title=_title(found))
     for row in found.measures:
         bounds = "" if row["difference_low"] is None else f"{row['difference_low']:.4g} to {row['difference_high']:.4g}"
@@ -54,7 +66,7 @@ def measure(
         table.add_row(row["measure"], *numbers, bounds, f"{row['effect']:+.2f}")
     print_table(table)
     print(_separability(found))
-    print(f"numbers: {_write(output, f'{a}.{b}.measures', found.content(), list(found.measures))}")
+    print(f"numbers: {path}")
 
 
 @shift_app.command()
@@ -63,6 +75,7 @@ def attribute(
     a: A,
     b: B,
     source: SourceOption = None,
+    mask_values: NamedMaskValues = None,
     strength: Annotated[float, Option(min=0, max=1, help="0 changes nothing, 1 moves all the way.")] = 1.0,
     image_size: ImageSize = None,
     gives_probabilities: GivesProbabilities = False,
@@ -72,29 +85,39 @@ def attribute(
     output: Output = Path("results/shift"),
 ) -> None:
     """Re-render each set toward the other, one factor at a time, and say what each factor costs the model."""
+    from polypseg.files import sole_writer
     from polypseg.inference.predictors import open_model
     from polypseg.shift import attribute_shift
 
+    values = named_mask_values(mask_values, names=("a", "b"))
     chosen = open_model(model, image_size=image_size, gives_probabilities=gives_probabilities)
-    first, second = (
-        _open(name, place, limit=limit, allow_partial=allow_partial) for name, place in _named(a, b, source)
-    )
-    directions = [(a, b, first, second)] if one_way else [(a, b, first, second), (b, a, second, first)]
-    for inside, outside, here, there in directions:
-        found = attribute_shift(chosen, here, there, strength=strength)
-        _print_attribution(found)
-        content = found.content() | {"predictions": chosen.origin}
-        print(f"numbers: {_write(output / chosen.name, f'{inside}.{outside}.attribution', content, found.rows())}")
+    with sole_writer(output / chosen.name):
+        first, second = (
+            _open(name, place, limit=limit, allow_partial=allow_partial, mask_values=values.get(side))
+            for side, name, place in _sides(a, b, source)
+        )
+        directions = [(a, b, first, second)] if one_way else [(a, b, first, second), (b, a, second, first)]
+        for inside, outside, here, there in directions:
+            found = attribute_shift(chosen, here, there, strength=strength)
+            _print_attribution(found)
+            content = found.content() | {"predictions": chosen.origin}
+            print(f"numbers: {_write(output / chosen.name, f'{inside}.{outside}.attribution', content, found.rows())}")
 
 
-def _named(a: str, b: str, sources: list[str] | None) -> list[tuple[str, Path | None]]:
-    """Both sets with where they lie."""
+def _sides(a: str, b: str, sources: list[str] | None) -> list[tuple[str, str, Path | None]]:
+    """Side, name and place of both sets."""
     here, there = two_places(sources, *(name.split(".")[0] for name in (a, b)))
-    return [(a, here), (b, there)]
+    return [("a", a, here), ("b", b, there)]
 
 
 def _open(
-    name: str, source: Path | None, *, limit: int | None, allow_partial: bool, embed: "Embed | None" = None
+    name: str,
+    source: Path | None,
+    *,
+    limit: int | None,
+    allow_partial: bool,
+    mask_values: str | None,
+    embed: "Embed | None" = None,
 ) -> "ShiftSet":
     from polypseg.data import open_dataset
     from polypseg.errors import UsageError
@@ -105,7 +128,7 @@ def _open(
     if len(rest) not in (0, 2):
         raise UsageError(f"{name!r}: give DATASET or DATASET.SPLIT.PART, such as kvasir_seg.reference.test")
     split, part = rest or ("full", "full")
-    opened = open_dataset(dataset, source=source, allow_partial=allow_partial)
+    opened = open_dataset(dataset, source=source, allow_partial=allow_partial, mask_values=mask_values)
     ids, label = opened.part(split, part, limit=limit)
     measured = measure_set(opened, ids, title=f"{opened.spec.title}, {split} {label}", embed=embed)
     return ShiftSet(dataset=opened, ids=ids, measured=measured, look=typical_look(opened, ids, measured))

@@ -1,11 +1,20 @@
 """Commands of a study: fill it, and render its report."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from polypseg.cli.options import SourceOption, named_places, named_values, places, refuse_options, two_places
+from polypseg.cli.options import (
+    NamedMaskValues,
+    SourceOption,
+    named_mask_values,
+    named_places,
+    named_values,
+    places,
+    refuse_options,
+    two_places,
+)
 
 
 def study(
@@ -19,6 +28,7 @@ def study(
         str | None, Option(help="Dataset to test on only. Default: synthetic_b; a grid names its own.")
     ] = None,
     source: SourceOption = None,
+    mask_values: NamedMaskValues = None,
     split: Annotated[str, Option(help="Split of the first dataset.")] = "reference",
     set_: Annotated[list[str] | None, Option("--set", help="Recipe override, e.g. training.epochs=2.")] = None,
     encoder_weights: Annotated[
@@ -49,6 +59,7 @@ def study(
             output=output,
             dataset=in_distribution,
             sources=source,
+            mask_values=mask_values,
             split=split,
             frames=named_places(frames, option="--frames", form="CORPUS=PATH"),
             negatives=negatives,
@@ -62,6 +73,7 @@ def study(
     places_of_both = two_places(source, in_distribution, outside)
     if outside == in_distribution and places_of_both[0] == places_of_both[1]:
         raise UsageError(f"a study of {outside} against itself compares nothing: name another --out-of-distribution")
+    values = named_mask_values(mask_values, names=("in", "out"))
     from polypseg.study.scales import StudyPlan, run_study
 
     run_study(
@@ -73,6 +85,8 @@ def study(
             out_of_distribution=outside,
             in_source=places_of_both[0],
             out_source=places_of_both[1],
+            in_mask_values=values.get("in"),
+            out_mask_values=values.get("out"),
             split=split,
             overrides=tuple(set_ or ()),
             encoder_weights=named_values(encoder_weights, option="--encoder-weights", form="MODEL=WEIGHTS"),
@@ -89,18 +103,23 @@ def _fill_grid(
     output: Path,
     dataset: str,
     sources: list[str] | None,
+    mask_values: list[str] | None,
     split: str,
     frames: dict[str, Path],
     negatives: Path | None,
     allow_partial: bool,
     only_plan: bool,
 ) -> None:
-    """Print what is left of a grid and its cost, and do it unless ``only_plan``."""
+    """Print what is left of a grid and its cost, and do it unless ``only_plan``.
+
+    ``mask_values``: ``in=VALUES`` of the training set, ``DATASET=VALUES`` of a test set.
+    """
     from rich.console import Console
 
     from polypseg.data.catalog import DATASETS
     from polypseg.data.polyps import open_dataset
     from polypseg.errors import unknown_name
+    from polypseg.evaluation.suite import suite_datasets
     from polypseg.study.cost import cost_table, plan_cost
     from polypseg.study.schema import load_grid
     from polypseg.study.tasks import GridData, grid_tasks
@@ -111,12 +130,15 @@ def _fill_grid(
         if corpus not in grid.corpora:
             raise unknown_name("corpus", corpus, grid.corpora)
     given = places(sources, datasets=[dataset, *DATASETS])
+    values = named_mask_values(mask_values, names=("in", *suite_datasets()))
+    how: dict[str, Any] = {"allow_partial": allow_partial, "mask_values": values.pop("in", None)}
     data = GridData(
         output=output,
-        training=open_dataset(dataset, source=given.get(dataset), allow_partial=allow_partial),
+        training=open_dataset(dataset, source=given.get(dataset), **how),
         split=split,
         corpora=frames,
         tests=given,
+        mask_values=values,
         negatives=negatives,
     )
     console = Console()
@@ -141,6 +163,7 @@ def report(
     source: Annotated[
         list[str] | None, Option(help="NAME=PATH of a dataset, for pictures where its terms allow; repeatable.")
     ] = None,
+    mask_values: NamedMaskValues = None,
     shift: Annotated[list[Path] | None, Option(help="JSON file of a shift measurement; repeat for several.")] = None,
     robustness: Annotated[list[Path] | None, Option(help="JSON file of `polypseg robustness`; may repeat.")] = None,
     reading: Annotated[
@@ -150,6 +173,7 @@ def report(
     """Render one self-contained HTML page about a study from its receipts."""
     from polypseg.report import write_report
 
+    sources = named_places(source, option="--source", form="NAME=PATH")
     written = write_report(
         receipts,
         output,
@@ -157,7 +181,8 @@ def report(
         inside=in_distribution,
         outside=out_of_distribution,
         masks=masks,
-        sources=named_places(source, option="--source", form="NAME=PATH"),
+        sources=sources,
+        mask_values=named_mask_values(mask_values, names=sources),
         shift=shift or (),
         robustness=robustness or (),
         reading=reading,

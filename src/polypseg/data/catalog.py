@@ -213,7 +213,9 @@ DATASETS: dict[str, DatasetSpec] = {
             count=1000,
             image_folder="train|images",
             mask_folder="train_gt|masks",
-            mask_values="#ff0000,#00ff00",  # neoplastic red, other polyps green: both are polyp here
+            # Neoplastic red, other polyps green, in JPEG: both are polyp here. Count, colors and folders (train/train,
+            # train_gt/train_gt) as the published code of several entrants to the competition reads them.
+            mask_values="#ff0000,#00ff00",
             locations=("bkai-igh-neopolyp", "bkai-igh-neopolyp.zip", "neopolyp"),
             request="Join https://www.kaggle.com/competitions/bkai-igh-neopolyp, accept its rules and download.",
         ),

@@ -22,7 +22,7 @@ from urllib3.exceptions import HTTPError, InvalidHeader
 from urllib3.util import Retry
 
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.files import file_sha256
+from polypseg.files import file_sha256, sole_writer_of, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,8 @@ def download(
     unless the server names one. Slower than 1 KiB/s over ``timeout`` is a failure too. Never more is written than the
     server announced. An existing file counts as right if neither size nor hash is known; a wrong one stays until its
     successor is complete. Raises UsageError for anything but http and https, PolypSegError if the server refuses or
-    stays away, the bytes are wrong, or the disk does not take them. All but wrong bytes are kept for the next call.
+    stays away, the bytes are wrong, or the disk does not take them, FolderInUseError while another process downloads
+    the same file. All but wrong bytes are kept for the next call.
     """
     if urlsplit(url).scheme not in ("http", "https"):
         raise UsageError(f"cannot download {url!r}: the address must start with http:// or https://")
@@ -77,18 +78,19 @@ def download(
             if not (defect := _defect(destination, sha256=sha256, size=size)):
                 return destination
             log.warning("%s has %s: downloading it again", destination, defect)
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        longest = _length(part)
-        while not retrying(_receive, url, destination, size=size, timeout=timeout, longest=longest):
-            longest = max(longest, _length(part))
-            log.info("%s: resuming at byte %d", url, _length(part))
-        if defect := _defect(part, sha256=sha256, size=size):
+        with sole_writer_of(destination):
+            longest = _length(part)
+            while not retrying(_receive, url, destination, size=size, timeout=timeout, longest=longest):
+                longest = max(longest, _length(part))
+                log.info("%s: resuming at byte %d", url, _length(part))
+            if defect := _defect(part, sha256=sha256, size=size):
+                _discard(part)
+                raise PolypSegError(f"{url} arrived with {defect} and was deleted; try again, or {by_hand}.")
+            if sha256 is None:
+                log.info("%s has SHA-256 %s (nothing to compare it with)", url, file_sha256(part))
+            os.replace(part, destination)
+            sync_folder(destination.parent)
             _discard(part)
-            raise PolypSegError(f"{url} arrived with {defect} and was deleted; try again, or {by_hand}.")
-        if sha256 is None:
-            log.info("%s has SHA-256 %s (nothing to compare it with)", url, file_sha256(part))
-        os.replace(part, destination)
-        _discard(part)
     except _TransientError as error:
         raise PolypSegError(
             f"cannot download {url}: {error}. Check the network and try again (it resumes), or {by_hand}."

@@ -30,6 +30,8 @@ _FLAT = np.ones((7, 7), np.uint8)  # antialiased edges and JPEG's ringing hold n
 _DARK, _BRIGHT = 32, 224  # below and from here on, areas are noise on black or white
 _BLACK_IN_JPEG = 4  # low qualities store black as a constant up to this
 _COMPRESSED_TO_RGB = (6, 7, 33007, 34892)  # TIFF's JPEG compressions: their decoder returns RGB
+_ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07")
+"""First bytes of zip, gzip, bzip2, xz, 7z and rar files."""
 
 
 class _RefusedError(PolypSegError):
@@ -143,6 +145,8 @@ def _open(data: bytes, name: str) -> _Picture:
     except PolypSegError:
         raise
     except UnidentifiedImageError as error:  # its text holds an address of memory
+        if data.startswith(_ARCHIVES) or data[257:262] == b"ustar":
+            raise PolypSegError(f"{name} is an archive, not an image: extract it and give what comes out") from error
         raise PolypSegError(
             f"{name} is truncated or not an image (no known format): download it again or remove it"
         ) from error

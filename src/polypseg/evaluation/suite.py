@@ -98,15 +98,20 @@ def open_negatives(path: Path) -> FramesWithoutPolyp:
     return FramesWithoutPolyp(spec=NEGATIVES_SPEC, source=source, records=records)
 
 
+def suite_datasets() -> tuple[str, ...]:
+    """The datasets of the suite's tests whose masks are read."""
+    return tuple(dict.fromkeys(test.dataset for test in SUITE if test.dataset != NEGATIVES))
+
+
 def own_test(name: str) -> SuiteTest:
     """The test of a user's own folder of images and masks."""
     return _test(name, name, "full", "full", None, "your own folder")
 
 
-def open_own(name: str, path: Path) -> PolypDataset:
-    """A user's folder of ``images`` and ``masks`` as a dataset of its own name."""
-    opened = open_dataset("folder", source=path)
-    return PolypDataset(spec=replace(opened.spec, name=name, title=name), source=opened.source, records=opened.records)
+def open_own(name: str, path: Path, *, mask_values: str | None = None) -> PolypDataset:
+    """A user's folder of ``images`` and ``masks`` as a dataset of its own name; values as for ``open_dataset``."""
+    opened = open_dataset("folder", source=path, mask_values=mask_values)
+    return replace(opened, spec=replace(opened.spec, name=name, title=name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +125,8 @@ class SuitePlan:
     """Dataset -> its folder or archive; others are looked for in the data folder."""
     own: Mapping[str, Path] | None = None
     """Name -> folder of images and masks that is tested as well."""
+    mask_values: Mapping[str, str] | None = None
+    """Dataset or name of ``own`` -> which values of its masks are polyp, as ``open_dataset`` takes them."""
     negatives: Path | None = None
     """Folder of frames without polyps."""
     conventions: tuple[str, ...] = tuple(CONVENTIONS)
@@ -140,7 +147,7 @@ class SuitePlan:
         for name in self.only:
             if name not in known:
                 raise unknown_name("test of the suite", name, known)
-        datasets = {test.dataset for test in SUITE if test.dataset != NEGATIVES}
+        datasets = suite_datasets()
         for name in self.sources or {}:
             if name not in datasets:
                 raise unknown_name("dataset of the suite", name, datasets)
@@ -148,19 +155,20 @@ class SuitePlan:
 
     def open(self, dataset: str) -> PolypDataset:
         """One of the datasets. Raises _MissingError where it is not at hand, the errors of open_dataset otherwise."""
+        values = (self.mask_values or {}).get(dataset)
         if dataset == NEGATIVES:
             if self.negatives is None:
                 raise _MissingError(NEGATIVES_SPEC.request)
             return open_negatives(self.negatives)
         if self.own and dataset in self.own:
-            return open_own(dataset, self.own[dataset])
+            return open_own(dataset, self.own[dataset], mask_values=values)
         path = (self.sources or {}).get(dataset)
         if path is None:
             try:
                 path = find_source(get_spec(dataset))
             except UsageError as error:
                 raise _MissingError(str(error)) from error
-        return open_dataset(dataset, source=path, allow_partial=self.allow_partial)
+        return open_dataset(dataset, source=path, allow_partial=self.allow_partial, mask_values=values)
 
 
 class _MissingError(UsageError):

@@ -520,7 +520,7 @@ def _remove_results(output: Path) -> None:
 def _write_pictures(output: Path, name: str, pictures: dict[str, bytes]) -> None:
     """Write the pictures of the frame ``name``, given as paths below ``output``."""
     for place, data in pictures.items():
-        with atomic_path(output / place) as temporary:
+        with atomic_path(output / place, sync_name=False) as temporary:  # a frame without picture is done again
             temporary.write_bytes(data)
 
 

@@ -162,10 +162,26 @@ class Segmenter:
         return f"Segmenter({self.name!r}, {self.runtime.description})"
 
     @overload
-    def predict(self, frames: Frame, **options: Any) -> Prediction: ...
+    def predict(
+        self,
+        frames: Frame,
+        *,
+        threshold: float = ...,
+        min_area: int = ...,
+        batch_size: int = ...,
+        names: Sequence[str] = ...,
+    ) -> Prediction: ...
 
     @overload
-    def predict(self, frames: Sequence[Frame], **options: Any) -> list[Prediction]: ...
+    def predict(
+        self,
+        frames: Sequence[Frame],
+        *,
+        threshold: float = ...,
+        min_area: int = ...,
+        batch_size: int = ...,
+        names: Sequence[str] = ...,
+    ) -> list[Prediction]: ...
 
     def predict(
         self,
@@ -192,11 +208,11 @@ class Segmenter:
             return self.predict(single, threshold=threshold, min_area=min_area, names=names or ("the frame",))[0]
         if isinstance(frames, bytes) or not isinstance(frames, Sequence):
             raise UsageError(f"frames are {type(frames).__name__}: give one frame or a list of frames")
-        frames = [as_frame(frame, name=f"frame {number + 1}") for number, frame in enumerate(frames)]
+        images = [as_frame(frame, name=f"frame {number + 1}") for number, frame in enumerate(frames)]
         predictions = []
-        for start in range(0, len(frames), batch_size):
-            batch = frames[start : start + batch_size]
-            called = names[start:] or [f"frame {number + 1}" for number in range(start, len(frames))]
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            called = names[start:] or [f"frame {number + 1}" for number in range(start, len(images))]
             for frame, logits in zip(batch, self._logits(batch, names=called), strict=True):
                 resized = self.runtime.resize(logits, (frame.height, frame.width))
                 read = read_logits(resized, threshold=threshold, min_area=min_area)

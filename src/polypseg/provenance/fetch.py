@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import get_session
 
 from polypseg import zoo
 from polypseg.errors import PolypSegError, UsageError, first_line
@@ -161,11 +162,14 @@ def _fetch_again(repo_id: str, found: Verification, *, cache_dir: Path | None, t
 
 
 _REACH_SECONDS = 5.0
-"""How long the Hub, or the proxy before it, may take to accept a connection."""
+"""How long the Hub, or the proxy before it, may take to accept a connection, and to answer."""
 
 
 def hub_is_reachable() -> bool:
-    """Whether the Hub's server, or the proxy that leads to it, accepts a connection; asks no question of it."""
+    """Whether the Hub's server, or the proxy that leads to it, accepts a connection, and whether the Hub answers.
+
+    A server that takes connections and is silent or busy would be asked for minutes by the client.
+    """
     address = urlsplit(constants.ENDPOINT)
     proxy = getproxies().get(address.scheme)
     if proxy and not proxy_bypass(address.hostname or ""):
@@ -173,9 +177,16 @@ def hub_is_reachable() -> bool:
     port = address.port or (443 if address.scheme == "https" else 80)
     try:
         with socket.create_connection((address.hostname, port), timeout=_REACH_SECONDS):
-            return True
+            pass
+        status = get_session().head(constants.ENDPOINT, timeout=_REACH_SECONDS).status_code
     except OSError:
         return False
+    except httpx2.HTTPError as error:  # of certificates too
+        _log.warning("%s: %s", constants.ENDPOINT, first_line(error))
+        return False
+    if status >= 500:
+        _log.warning("%s answers %s", constants.ENDPOINT, status)
+    return status < 500
 
 
 @contextmanager

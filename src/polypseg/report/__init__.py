@@ -5,7 +5,7 @@ from pathlib import Path
 
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError
-from polypseg.files import atomic_path, write_csv, write_json, write_text
+from polypseg.files import atomic_path, sole_writer, write_csv, write_json, write_text
 from polypseg.report.analysis import analyse
 from polypseg.report.author_text import render_reading
 from polypseg.report.figures import Picture, draw_all
@@ -41,6 +41,7 @@ def write_report(
     outside: str,
     masks: Path | None = None,
     sources: Mapping[str, Path] | None = None,
+    mask_values: Mapping[str, str] | None = None,
     datasets: Mapping[str, PolypDataset] | None = None,
     shift: Sequence[Path] = (),
     robustness: Sequence[Path] = (),
@@ -51,40 +52,46 @@ def write_report(
 
     Beside it, ``<stem>_files`` holds each figure as SVG and PDF and each table as CSV and JSON. ``inside`` and
     ``outside`` name the two tests as DATASET.SPLIT.PART. For pictures: ``masks``, folder of predicted masks;
-    ``sources``, dataset -> folder or archive; ``datasets``, dataset -> opened. The same input gives the same bytes.
-    Raises UsageError for receipts that do not fit together and PolypSegError for one whose aggregates do not follow
-    from its rows.
+    ``sources``, dataset -> folder or archive, with ``mask_values`` as ``open_dataset`` takes them; ``datasets``,
+    dataset -> opened. The same input gives the same bytes. Raises UsageError for receipts that do not fit together and
+    when another process writes the files, PolypSegError for a receipt whose aggregates do not follow from its rows.
     """
-    material = read_material(receipts, inside=parse_test(inside), outside=parse_test(outside))
-    galleries = build_galleries(material, masks=masks, sources=sources or {}, datasets=datasets)
-    documents = {"Shift": [read_document(p) for p in shift], "Robustness": [read_document(p) for p in robustness]}
-    analysis = analyse(material, resamples=resamples)
-    others = [test for test in material.polyp_tests if test not in (material.inside, material.outside)]
-    made = (
-        comparison_table(analysis),
-        gap_table(analysis),
-        contrast_table(analysis),
-        pair_table(analysis),
-        calibration_table(analysis),
-        tests_table(analysis, others),
-        alarm_table(material),
-        receipt_table(material),
-    )
-    tables, pictures = {table.name: table for table in made if table.rows}, draw_all(analysis)
-    page = render_page(
-        analysis,
-        title=title,
-        tables=tables,
-        pictures=pictures,
-        galleries=galleries,
-        reading=render_reading(reading, analysis) if reading else "",
-        documents=documents,
-    )
-    size = len(page.encode())
-    if size > LARGEST:
-        raise UsageError(f"{output} would have {size / 1e6:.1f} MB, more than {LARGEST / 1e6:.0f}: give fewer files")
-    _write_files(output.with_name(f"{output.stem}_files"), tables, pictures)
-    return write_text(output, page)
+    files = output.with_name(f"{output.stem}_files")
+    with sole_writer(files):
+        material = read_material(receipts, inside=parse_test(inside), outside=parse_test(outside))
+        galleries = build_galleries(
+            material, masks=masks, sources=sources or {}, mask_values=mask_values or {}, datasets=datasets
+        )
+        documents = {"Shift": [read_document(p) for p in shift], "Robustness": [read_document(p) for p in robustness]}
+        analysis = analyse(material, resamples=resamples)
+        others = [test for test in material.polyp_tests if test not in (material.inside, material.outside)]
+        made = (
+            comparison_table(analysis),
+            gap_table(analysis),
+            contrast_table(analysis),
+            pair_table(analysis),
+            calibration_table(analysis),
+            tests_table(analysis, others),
+            alarm_table(material),
+            receipt_table(material),
+        )
+        tables, pictures = {table.name: table for table in made if table.rows}, draw_all(analysis)
+        page = render_page(
+            analysis,
+            title=title,
+            tables=tables,
+            pictures=pictures,
+            galleries=galleries,
+            reading=render_reading(reading, analysis) if reading else "",
+            documents=documents,
+        )
+        size = len(page.encode())
+        if size > LARGEST:
+            raise UsageError(
+                f"{output} would have {size / 1e6:.1f} MB, more than {LARGEST / 1e6:.0f}: give fewer files"
+            )
+        _write_files(files, tables, pictures)
+        return write_text(output, page)
 
 
 def _write_files(folder: Path, tables: Mapping[str, Table], pictures: Mapping[str, Picture]) -> None:

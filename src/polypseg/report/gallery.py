@@ -81,6 +81,7 @@ def build_galleries(
     *,
     masks: Path | None,
     sources: Mapping[str, Path],
+    mask_values: Mapping[str, str] | None = None,
     datasets: Mapping[str, PolypDataset] | None = None,
 ) -> list[Gallery]:
     """The telling cases of both tests of the comparison.
@@ -95,7 +96,8 @@ def build_galleries(
     tests = [test for test in (material.inside, material.outside) if test in material.tests]
     for name in {test[0] for test in tests} - set(opened):
         if masks is not None and permission(name) and (name in sources or name.startswith("synthetic_")):
-            opened[name] = open_dataset(name, source=sources.get(name), allow_partial=True)
+            values = (mask_values or {}).get(name)
+            opened[name] = open_dataset(name, source=sources.get(name), allow_partial=True, mask_values=values)
     return [_gallery(material, test, masks=masks, dataset=opened.get(test[0])) for test in tests]
 
 

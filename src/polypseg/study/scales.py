@@ -90,6 +90,9 @@ class StudyPlan:
     out_of_distribution: str = "synthetic_b"
     in_source: Path | None = None
     out_source: Path | None = None
+    in_mask_values: str | None = None
+    """Which values of the masks are polyp, as ``open_dataset`` takes them."""
+    out_mask_values: str | None = None
     split: str = "reference"
     overrides: tuple[str, ...] = ()
     encoder_weights: Mapping[str, str] = field(default_factory=dict)
@@ -187,8 +190,8 @@ def run_study(plan: StudyPlan) -> Path:
     jobs = plan_jobs(plan)
     options = SCALES[plan.scale].synthetic
     how: dict[str, Any] = {"synthetic_options": options, "allow_partial": plan.allow_partial}
-    inside = open_dataset(plan.in_distribution, source=plan.in_source, **how)
-    outside = open_dataset(plan.out_of_distribution, source=plan.out_source, **how)
+    inside = open_dataset(plan.in_distribution, source=plan.in_source, mask_values=plan.in_mask_values, **how)
+    outside = open_dataset(plan.out_of_distribution, source=plan.out_source, mask_values=plan.out_mask_values, **how)
     tests = _tests(plan, inside, outside)  # a wrong split fails here, before any work
     with sole_writer(plan.output):
         return _run_jobs(jobs, plan, tests)

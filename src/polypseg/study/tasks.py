@@ -38,6 +38,8 @@ class GridData:
     """Name of the grid's corpus -> folder, archive or shards."""
     tests: Mapping[str, Path] = field(default_factory=dict)
     """Test dataset -> folder or archive; others are looked for in the data folder."""
+    mask_values: Mapping[str, str] = field(default_factory=dict)
+    """Test dataset -> which values of its masks are polyp, as ``open_dataset`` takes them."""
     negatives: Path | None = None
     """Folder of frames without polyps."""
 
@@ -184,6 +186,7 @@ class EvaluateTask:
             only=self.how.tests,
             conventions=self.how.conventions,
             sources=data.tests,
+            mask_values=data.mask_values,
             negatives=data.negatives,
             rule="report",
             allow_partial=self.how.allow_partial,

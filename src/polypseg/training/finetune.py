@@ -3,7 +3,6 @@
 What is drawn depends on (seed, epoch, position) only, so a resumed run ends with the weights of an uninterrupted one.
 """
 
-import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -303,9 +302,6 @@ class _Run:
                 self.progress = Progress(**read_json(checkpoint / "progress.json"))
                 self.schedule.replay(self.progress)
                 self.accelerator.load_state(str(checkpoint))
-        if self.accelerator.is_main_process:
-            for leftover in self.run_dir.glob(".best.*"):  # of a run that was killed while it saved
-                shutil.rmtree(leftover)
 
     def save_checkpoint(self) -> None:
         """Save everything that resuming needs."""

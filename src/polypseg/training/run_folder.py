@@ -22,6 +22,7 @@ from polypseg.files import (
     atomic_path,
     environment_record,
     explain_write_errors,
+    put_in_place,
     read_json,
     sole_writer,
     write_json,
@@ -122,7 +123,8 @@ def sole_run(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
 def claim_run(run_dir: Path, record: Mapping[str, Any], accelerator: Accelerator, *, resume: bool) -> bool:
     """Write ``run_dir/run.json``, or check that it holds just this run; return whether a run is to be continued.
 
-    Raises UsageError when there is a run already and ``resume`` is not set, or when it is another one.
+    Raises UsageError when there is a run already and ``resume`` is not set, when it is another one, or when it was
+    trained by another number of processes: its random states and the order of its sums are theirs.
     """
     path = run_dir / "run.json"
     continues = path.is_file()
@@ -134,8 +136,15 @@ def claim_run(run_dir: Path, record: Mapping[str, Any], accelerator: Accelerator
         changed = [key for key in record if before.get(key) != json.loads(json.dumps(record[key]))]
         if changed:
             raise UsageError(f"{run_dir} holds a run with another {', '.join(changed)}: choose another --output")
+        begun_by = before.get("environment", {}).get("processes", accelerator.num_processes)
+        if begun_by != accelerator.num_processes and newest_checkpoint(run_dir):
+            raise UsageError(
+                f"{run_dir} was trained by {begun_by} process(es), not {accelerator.num_processes}: continue it with "
+                "as many (accelerate launch --num_processes), or choose another --output"
+            )
     elif accelerator.is_main_process:
         environment = environment_record() | {"precision": accelerator.mixed_precision}
+        environment |= {"processes": accelerator.num_processes}
         write_json(path, {**record, "environment": environment})
     if accelerator.is_main_process:
         for leftover in (run_dir / "checkpoints").glob(".step-*"):  # of a run that was killed while it saved
@@ -178,7 +187,8 @@ def save_checkpoint(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(path, ignore_errors=True)
-            temporary.rename(path)
+            with explain_write_errors(path):
+                put_in_place(temporary, path, aside=path.with_name(f".{path.name}.replaced"))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         for older in path.parent.glob("step-*"):
