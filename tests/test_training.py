@@ -32,7 +32,7 @@ from polypseg.training import _dice_of_polyps, build_model, finetune
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = [
     "data.image_size=64",
-    "model.encoder=resnet18",
+    "model.encoder=test_resnet",
     "model.decoder_channels=16",
     "training.total_batch_size=8",
     "training.epochs=2",
@@ -178,7 +178,8 @@ def test_resume_after_sigint_continues_to_the_same_weights(tmp_path):
 
 
 def script_command(run_dir: Path, *arguments: str) -> list[str]:
-    overrides = [part for setting in TINY for part in ("--set", setting)]
+    """On ResNet18, whose steps take long enough to be killed between two of them."""
+    overrides = [part for setting in (*TINY, "model.encoder=resnet18") for part in ("--set", setting)]
     return [
         str(REPOSITORY / "training_scripts" / "finetune.py"),
         *("--model", "RN-NA-NA", "--dataset", "synthetic_a", "--recipe", "smoke", "--output", str(run_dir)),
