@@ -2,8 +2,8 @@
 
 ``run`` and ``start`` stand for ``subprocess.run`` and ``subprocess.Popen`` of a Python process. The process is one of
 its own in all that tests look at: environment, folder, arguments, output, signals, exit code, death. Only the libraries
-of LIBRARIES are there before it starts, and those of READING_THE_ENVIRONMENT where its variables for them are those of
-the tests themselves. A test of what is imported, or of an installed command, needs ``subprocess``.
+of LIBRARIES and READING_THE_ENVIRONMENT are there before it starts; what the latter have read of the Hub's address and
+the caches' place they read again. A test of what is imported, or of an installed command, needs ``subprocess``.
 """
 
 import atexit
@@ -42,7 +42,9 @@ _LAZY = {
     "transformers": ("transformers.models.auto", "transformers.pipelines", "transformers.modeling_utils"),
     "timm": ("timm.models.resnet", "timm.models.vision_transformer"),
 }
-_OF_THE_HUB = ("HF_", "HUGGING", "TRANSFORMERS_", "XDG_", "DISABLE_SAFETENSORS")
+SETTINGS = ("huggingface_hub.constants", "datasets.config", "evaluate.config")
+"""Modules in which they keep what they have read."""
+_OF_THE_HUB = ("HF_", "HUGGING", "TRANSFORMERS_", "XDG_", "DISABLE_", "DO_NOT_TRACK")
 _LENGTH = struct.Struct("!I")
 _STATUS = struct.Struct("!i")
 
@@ -152,7 +154,8 @@ def start(
         "folder": str(cwd or Path.cwd()),
         "session": start_new_session,
     }
-    connection = _connect(everything=_of_the_hub(environment) == _of_the_hub(os.environ))
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(_server())
     body = json.dumps(request).encode()
     socket.send_fds(connection, [_LENGTH.pack(len(body))], theirs)
     connection.sendall(body)
@@ -187,25 +190,14 @@ def run(
     return done
 
 
-def _of_the_hub(environment: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in environment.items() if key.startswith(_OF_THE_HUB)}
-
-
-def _connect(*, everything: bool) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(_server(everything=everything))
-    return connection
-
-
 @cache
-def _server(*, everything: bool) -> str:
+def _server() -> str:
     """The address of the forking server, which is started when first needed and ends with this process."""
     folder = tempfile.mkdtemp(prefix="polypseg-forks-")
     address = f"{folder}/socket"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}  # no thread of a pool is lost in a fork
-    command = [sys.executable, __file__, address, *(["everything"] if everything else [])]
     server = subprocess.Popen(
-        command,
+        [sys.executable, __file__, address],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -230,15 +222,38 @@ def _server(*, everything: bool) -> str:
 # -- in the server -----------------------------------------------------------------------------------------------------
 
 
-def _import_libraries(*, everything: bool) -> None:
+def _import_libraries() -> None:
     for name in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    for name in READING_THE_ENVIRONMENT if everything else ():
+    for name in READING_THE_ENVIRONMENT:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
             for part in _LAZY.get(name, ()):
                 importlib.import_module(part)
+
+
+def _of_the_hub(environment: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in environment.items() if key.startswith(_OF_THE_HUB)}
+
+
+def _read_environment_again() -> None:
+    """Give the libraries of the Hub the settings that they would have read when imported now.
+
+    They keep them in the modules of SETTINGS, and copies of single ones elsewhere under the same names.
+    """
+    modules = [module for name, module in sys.modules.items() if name.split(".")[0] in READING_THE_ENVIRONMENT]
+    for settings in [sys.modules[name] for name in SETTINGS if name in sys.modules]:
+        before = {key: value for key, value in vars(settings).items() if key.isupper()}
+        importlib.reload(settings)
+        for module in modules:
+            for key in before.keys() & vars(module).keys():
+                if type(vars(module)[key]) is type(before[key]) and vars(module)[key] == before[key]:
+                    setattr(module, key, vars(settings)[key])
+    home = sys.modules["huggingface_hub.constants"].HF_HOME
+    for module in modules:
+        if module.__name__.startswith("transformers.") and "HF_MODULES_CACHE" in vars(module):
+            module.HF_MODULES_CACHE = os.environ.get("HF_MODULES_CACHE", os.path.join(home, "modules"))
 
 
 def _serve(address: str) -> dict[str, Any] | None:
@@ -314,9 +329,12 @@ def _become(request: Mapping[str, Any], streams: Sequence[int]) -> None:
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+    before = _of_the_hub(os.environ)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
+    if _of_the_hub(os.environ) != before:
+        _read_environment_again()
     import numpy as np
 
     np.random.seed()
@@ -363,7 +381,7 @@ def _end(arguments: Sequence[str]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _import_libraries(everything=sys.argv[2:] == ["everything"])
+    _import_libraries()
     gc.collect()
     gc.freeze()
     asked = _serve(sys.argv[1])

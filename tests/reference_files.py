@@ -8,6 +8,7 @@ import argparse
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -231,11 +232,16 @@ def write_upstream_encoder(kind: str, folder: Path, *, seed: int, head_width: in
     folder.mkdir(parents=True, exist_ok=True)
     is_resnet = "resnet" in kind or kind.startswith("barlow")
     table = "sincos_mae" if "mae" in kind else "sincos_moco_v3" if "moco" in kind and not is_resnet else "learned"
-    state = encoder_state(ENCODERS["resnet50" if is_resnet else "vit_base"], seed=seed, position_embedding=table)
+    state = dict(_upstream_state(ENCODERS["resnet50" if is_resnet else "vit_base"], seed, table))
     name, content = _upstream_content(kind, state, torch.Generator().manual_seed(seed + 1), head_width)
     path = folder / name
     np.savez(path, **content) if path.suffix == ".npz" else torch.save(content, path)
     return UpstreamEncoder(path=path, state=state)
+
+
+@cache
+def _upstream_state(name: str, seed: int, table: str) -> dict[str, Tensor]:
+    return encoder_state(name, seed=seed, position_embedding=table)
 
 
 def encoder_state(name: str, *, seed: int, position_embedding: str = "learned") -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ HOSTILE = {
     "a tag": "a: !!python/object/apply:os.system [ls]\n",
     "bytes": "a: \x00\n",
     "nothing": "",
-    "many keys": "".join(f"k{n}: 1\n" for n in range(50_000)) + "k0: 2\n",
+    "many keys": "".join(f"k{n}: 1\n" for n in range(2_000)) + "k0: 2\n",
     "a large file": "# " + "x" * LARGEST_YAML,
 }
 

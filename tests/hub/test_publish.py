@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,11 +91,10 @@ def commits(hub: HubProcess, home: Path, repo: str = REPO) -> list[str]:
 def head_is(hub: HubProcess, home: Path, repo: str = REPO) -> dict[str, str]:
     """A snapshot of the head, fetched fresh, which must agree with its own manifest; its manifest, {} for none."""
     shutil.rmtree(home / "fresh", ignore_errors=True)
-    exists = ask(hub, home, f"api.repo_exists({repo!r})")
-    if not exists:
+    place = str(home / "fresh")
+    if not ask(hub, home, f"api.repo_exists({repo!r}) and snapshot_download({repo!r}, local_dir={place!r})"):
         return {}
-    place = ask(hub, home, f"snapshot_download({repo!r}, local_dir={str(home / 'fresh')!r})")
-    folder = Path(str(place))
+    folder = Path(place)
     if not (folder / MANIFEST).is_file():
         assert list_files(folder) == []  # created, nothing committed yet
         return {}
@@ -230,12 +230,21 @@ def test_an_upload_that_arrives_damaged_is_an_error(hub, home, exported):
     assert "holds other content" in output and "safetensors" in output
 
 
+@pytest.fixture(scope="module")
+def hub_data(exported, tmp_path_factory) -> Path:
+    """What a Hub keeps on disk once the model has been pushed to it."""
+    folder = tmp_path_factory.mktemp("published")
+    with running_hub(folder / "hub", start=processes.start) as process:
+        run(process, folder / "home", "push", exported, "--organisation", "polypseg")
+    return folder / "hub"
+
+
 @pytest.fixture
-def published(hub, home, exported) -> HubProcess:
-    """A Hub with the model in it, and clean faults."""
-    run(hub, home, "push", exported, "--organisation", "polypseg")
-    hub.clear()
-    return hub
+def published(hub_data, tmp_path) -> Iterator[HubProcess]:
+    """A Hub of its own with the model in it."""
+    shutil.copytree(hub_data, tmp_path / "published")
+    with running_hub(tmp_path / "published", start=processes.start) as process:
+        yield process
 
 
 def get(hub: HubProcess, home: Path, name: str = REPO, code: int = 0, options: str = "", **changes: str) -> str:

@@ -1,16 +1,17 @@
 """All three methods on two processes: loss and gradients of one process with the whole batch, in float64."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.nn.parallel import DistributedDataParallel
 
+import processes
 from polypseg.pretraining.barlow_twins import BarlowTwins
 from polypseg.pretraining.encoders import build_encoder
 from polypseg.pretraining.mae import MAE
@@ -57,23 +58,32 @@ def loss_and_gradients(case: str, rows: slice) -> dict[str, torch.Tensor]:
     return {"loss": mean} | gradients | dict(method.named_buffers())
 
 
-def one_of_two(rank: int, case: str, folder: Path) -> None:
+def one_of_two(rank: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_WORLD_SIZE": "2"}
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
     assert process_count() == 2 and process_index() == rank
-    result = loss_and_gradients(case, slice(4 * rank, 4 * rank + 4))
-    if rank == 0:
-        torch.save(result, folder / "two.pt")
+    for case in CASES:
+        result = loss_and_gradients(case, slice(4 * rank, 4 * rank + 4))
+        if rank == 0:
+            torch.save(result, folder / f"{case}.pt")
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> Path:
+    """A folder with what two processes found, CASE.pt for each of CASES."""
+    folder = tmp_path_factory.mktemp("two")
+    both = [processes.start([sys.executable, __file__, str(rank), str(folder)]) for rank in (0, 1)]
+    assert [process.wait(300) for process in both] == [0, 0]
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_give_the_loss_and_gradients_of_one(case, tmp_path):
+def test_two_processes_give_the_loss_and_gradients_of_one(case, two_processes):
     """The tolerance is 1e-9 of the largest value of its kind; timm interpolates position tables in float32: 1e-6."""
-    mp.spawn(one_of_two, args=(case, tmp_path), nprocs=2)
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    two = torch.load(two_processes / f"{case}.pt", weights_only=True)
     one = loss_and_gradients(case, slice(0, 8))
     assert one.keys() == two.keys()
     assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=1e-9)
@@ -82,3 +92,7 @@ def test_two_processes_give_the_loss_and_gradients_of_one(case, tmp_path):
         scale = max(1.0, one[key].abs().max().item()) if "running" in key or "tracked" in key else largest
         bound = 1e-6 if key == "encoder.pos_embed" else 1e-9
         torch.testing.assert_close(two[key], one[key], rtol=0, atol=bound * scale, msg=key)
+
+
+if __name__ == "__main__":
+    one_of_two(int(sys.argv[1]), Path(sys.argv[2]))

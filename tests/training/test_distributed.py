@@ -1,16 +1,17 @@
 """BatchNorm over two processes on CPU: outputs, running statistics and gradients of one process, in float64."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.nn.parallel import DistributedDataParallel
 
+import processes
 from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.training.distributed import GlobalBatchNorm2d, synchronise_batchnorm
 
@@ -21,14 +22,14 @@ CONFIGS = {
 }
 
 
-def loss_and_gradients(name: str, rows: slice, *, processes: int) -> dict[str, torch.Tensor]:
+def loss_and_gradients(name: str, rows: slice, *, count: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     config = PolypSegConfig(**CONFIGS[name], decoder_channels=16, decoder_dropout=0.0)
     model = PolypSegForSemanticSegmentation(config).double()
     x, y = torch.randn(4, 3, 64, 64, dtype=torch.float64), torch.rand(4, 64, 64, dtype=torch.float64)
     wrapped = model
-    if processes > 1:
+    if count > 1:
         AcceleratorState._reset_state(reset_partial_state=True)
         wrapped = DistributedDataParallel(synchronise_batchnorm(model, Accelerator(cpu=True)))
         assert name == "vit" or any(isinstance(module, GlobalBatchNorm2d) for module in model.modules())
@@ -40,26 +41,39 @@ def loss_and_gradients(name: str, rows: slice, *, processes: int) -> dict[str, t
     return gradients | dict(model.named_buffers())
 
 
-def one_of_two(rank: int, name: str, folder: Path) -> None:
+def one_of_two(rank: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_WORLD_SIZE": "2"}
     store = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    result = loss_and_gradients(name, slice(2 * rank, 2 * rank + 2), processes=2)
-    if rank == 0:
-        torch.save(result, folder / "two.pt")
+    for name in CONFIGS:
+        result = loss_and_gradients(name, slice(2 * rank, 2 * rank + 2), count=2)
+        if rank == 0:
+            torch.save(result, folder / f"{name}.pt")
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> Path:
+    """A folder with what two processes found, NAME.pt for each of CONFIGS."""
+    folder = tmp_path_factory.mktemp("two")
+    both = [processes.start([sys.executable, __file__, str(rank), str(folder)]) for rank in (0, 1)]
+    assert [process.wait(300) for process in both] == [0, 0]
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_processes_give_the_gradients_of_one(name, tmp_path):
+def test_two_processes_give_the_gradients_of_one(name, two_processes):
     """The tolerance is 1e-9 of the largest gradient: rounding of float64, amplified by sixty BatchNorms."""
-    mp.spawn(one_of_two, args=(name, tmp_path), nprocs=2)
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
-    one = loss_and_gradients(name, slice(0, 4), processes=1)
+    two = torch.load(two_processes / f"{name}.pt", weights_only=True)
+    one = loss_and_gradients(name, slice(0, 4), count=1)
     assert one.keys() == two.keys()
     scale = max(value.abs().max().item() for key, value in one.items() if "running" not in key)
     for key in one:
         bound = 1e-9 * (scale if "running" not in key else max(1.0, one[key].abs().max().item()))
         torch.testing.assert_close(two[key], one[key], rtol=0, atol=bound, msg=key)
+
+
+if __name__ == "__main__":
+    one_of_two(int(sys.argv[1]), Path(sys.argv[2]))

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,15 @@ def hollow_vit(*, table: str = "learned", mae: bool = False) -> dict[str, Tensor
     return state | (hollow({"decoder_pos_embed": (1, 197, 512)}) if mae else {})
 
 
+@cache
+def resnet_shapes() -> dict[str, tuple[int, ...]]:
+    state, _ = reference_state(zoo.get("RN-NA-NA"), seed=0)
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
 def hollow_resnet() -> dict[str, Tensor]:
     """The 379 keys of a fine-tuned ResNet50 file of full size."""
-    return hollow_copy(reference_state(zoo.get("RN-NA-NA"), seed=0)[0])
+    return hollow(resnet_shapes())
 
 
 def save_finetuned(state: dict[str, Tensor], path: Path) -> Path:
