@@ -190,6 +190,22 @@ def run(
     return done
 
 
+def run_together(command: Sequence[object], *, count: int, env: Mapping[str, str], timeout: float = 300) -> None:
+    """Run ``count`` processes of one group, with what `accelerate launch` tells each; AssertionError if one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    group["LOCAL_WORLD_SIZE"] = str(count)
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    members = [start(command, env={**env, **group, **rank}, stdout=subprocess.DEVNULL) for rank in ranks]
+    try:
+        assert [member.wait(timeout) for member in members] == [0] * count
+    finally:
+        for member in members:
+            member.kill()
+
+
 @cache
 def _server() -> str:
     """The address of the forking server, which is started when first needed and ends with this process."""
