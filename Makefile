@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # Waiting threads sleep rather than spin: two processes on few cores would otherwise stall each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check fast-test format bench faults hub hub-configs cards web clean
+.PHONY: demo test test-long check fast-test format bench faults hub hub-configs cards web clean
 
 demo: $(INSTALLED)  ## the shipped model on three real frames, then all twelve rows at smoke scale on synthetic ones
 	@echo "== The shipped model on three real frames (PolypGen, CC BY 4.0; results in runs/demo/first-masks)"
@@ -17,6 +17,10 @@ demo: $(INSTALLED)  ## the shipped model on three real frames, then all twelve r
 test: $(INSTALLED)  ## every test; those on real data run where ../shared/data or $$POLYPSEG_DATA is present
 	@echo "== Running all tests"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 20
+
+test-long: $(INSTALLED)  ## the two tests that take minutes each: two nodes under Slurm's rules, WebGPU in software
+	@echo "== Running the tests of minutes"
+	POLYPSEG_LONG=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/study/test_full_study.py tests/hub/test_web_browser.py -k "two_nodes or webgpu"
 
 check: $(INSTALLED)  ## format, lint, types, fast tests
 	@echo "== Checking format, lint and types, then the fast tests"

@@ -377,7 +377,7 @@ def test_page_fits_and_stays_legible(browser, content, frame, width, scheme):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("POLYPSEG_WEBGPU" not in os.environ, reason="slow in software: set POLYPSEG_WEBGPU=1")
+@pytest.mark.skipif("POLYPSEG_LONG" not in os.environ, reason="slow in software: `make test-long` runs it")
 def test_webgpu_gives_the_same_mask_where_there_is_an_adapter(driver, content, model, frame):
     flags = ["--no-sandbox", "--enable-unsafe-webgpu", "--ignore-gpu-blocklist", "--enable-gpu"]
     flags += ["--enable-features=Vulkan", "--use-vulkan=swiftshader", "--use-webgpu-adapter=swiftshader"]

@@ -336,6 +336,7 @@ def test_array_covers_the_table():
     assert f"#SBATCH --array=0-{len(ZOO) - 1}\n" in (SLURM / "finetune_array.sbatch").read_text()
 
 
+@pytest.mark.skipif("POLYPSEG_LONG" not in os.environ, reason="six launches: `make test-long` runs it")
 @pytest.mark.slow
 def test_job_saves_requeues_and_continues_on_two_nodes(tmp_path):
     """Two launchers of one process, with data workers, as on two nodes; SIGUSR1, as before a time limit."""
