@@ -199,9 +199,12 @@ class Segmenter:
 
     def _logits(self, frames: Sequence[Image.Image], *, names: Sequence[str]) -> NDArray[np.float32]:
         """Polyp logits (B, h, w) at the model's own size."""
+        return self.runtime.polyp_logits(self.prepare(frames), names=names)
+
+    def prepare(self, frames: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """RGB frames of any size -> the model's input (B, 3, h, w)."""
         inputs = self.processor(images=list(frames), return_tensors="np")
-        pixels = np.ascontiguousarray(inputs["pixel_values"], dtype=np.float32)
-        return self.runtime.polyp_logits(pixels, names=names)
+        return np.ascontiguousarray(inputs["pixel_values"], dtype=np.float32)
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights and of the processor's settings: the same for the same model in another file.
