@@ -54,7 +54,7 @@ from polypseg.segmentation import MIN_AREA, Prediction, Segmenter, check_options
 
 FRAME_FIELDS = (
     "name", "file", "frame", "time_s", "width", "height", "polyp_pixels", "polyp_share", "lesions",
-    "mean_probability", "max_probability", "file_bytes", "file_modified",
+    "mean_probability", "max_probability", "expected_dice", "flag", "file_bytes", "file_modified",
 )  # fmt: skip
 LESION_FIELDS = (
     "name", "lesion", "x", "y", "width", "height", "area", "mean_probability", "max_probability",
@@ -432,7 +432,8 @@ class _Drawing:
         probability = self._smoother(prediction.probability, time=time)
         mask = probability > self._threshold
         lesions = find_lesions(probability, mask=mask, min_area=self._min_area)
-        return Prediction(probability=probability, mask=mask, lesions=lesions)
+        # What is expected is of the frame's own mask; its average with the frames before is alike.
+        return replace(prediction, probability=probability, mask=mask, lesions=lesions)
 
     def _pictures(self, frame: _Frame, prediction: Prediction) -> dict[str, bytes]:
         pictures = {f"masks/{frame.name}.png": encode_png(prediction.mask.astype(np.uint8) * 255)}
@@ -705,6 +706,8 @@ class _Tables:
             "lesions": str(len(lesions)),
             "mean_probability": f"{inside.mean(dtype=np.float64):.4f}" if inside.size else "",
             "max_probability": f"{prediction.probability.max():.4f}",
+            "expected_dice": "" if prediction.expected_dice is None else f"{prediction.expected_dice:.3f}",
+            "flag": prediction.flag,
             **frame.state,
         }
         self._append("lesions.csv", lesions)

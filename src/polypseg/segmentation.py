@@ -18,6 +18,7 @@ from PIL import Image, ImageFilter
 from polypseg.artifacts import atomic_path
 from polypseg.data.images import as_frame, encode_png
 from polypseg.errors import UsageError, missing_package
+from polypseg.inference.expected import THRESHOLD, Expectation, read_expectation
 from polypseg.inference.preparation import FrameProcessor
 from polypseg.inference.regions import measure_regions
 from polypseg.inference.runtimes import (
@@ -72,6 +73,11 @@ class Prediction:
     """(H, W), True where the probability exceeds the threshold."""
     lesions: tuple[Lesion, ...]
     """Largest first."""
+    expected_dice: float | None = None
+    """Expected against an expert's mask, if there is a polyp; None where nothing was learnt of the model, for another
+    threshold than 0.5, for an empty mask and for a frame unlike those learnt from."""
+    flag: str = ""
+    """``doubtful``, ``unlike`` or ``no mask`` (``inference.expected.FLAGS`` says what each means); empty otherwise."""
     frame: Image.Image | None = field(default=None, repr=False, compare=False)
     """The RGB frame itself; None where the prediction was made of logits alone."""
 
@@ -119,11 +125,12 @@ class Segmenter:
         model: Any = None,
         runtime: Runtime | None = None,
         revision: str | None = None,
+        expectation: Expectation | None = None,
     ):
         """A transformers ``model``, or a ``runtime`` that computes one; ``processor`` prepares frames for it.
 
-        ``name`` is what results call the model, ``revision`` the commit of a Hub repository. Raises UsageError unless
-        exactly one of ``model`` and ``runtime`` is given.
+        ``name`` is what results call the model, ``revision`` the commit of a Hub repository, ``expectation`` what was
+        learnt of its quality. Raises UsageError unless exactly one of ``model`` and ``runtime`` is given.
         """
         if (model is None) == (runtime is None):
             raise UsageError("a segmenter is made of either a model or a runtime")
@@ -131,6 +138,7 @@ class Segmenter:
         self.processor = processor
         self.name = name
         self.revision = revision
+        self.expectation = expectation
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path = STARTER, **options: Any) -> "Segmenter":
@@ -191,15 +199,16 @@ class Segmenter:
         for start in range(0, len(frames), batch_size):
             batch = frames[start : start + batch_size]
             called = names[start:] or [f"frame {number + 1}" for number in range(start, len(frames))]
-            for frame, logits in zip(batch, self._logits(batch, names=called), strict=True):
+            pixels = self.prepare(batch)
+            answers = self.runtime.polyp_logits(pixels, names=called)
+            for frame, prepared, logits in zip(batch, pixels, answers, strict=True):
                 resized = self.runtime.resize(logits, (frame.height, frame.width))
                 read = read_logits(resized, threshold=threshold, min_area=min_area)
+                if self.expectation is not None and threshold == THRESHOLD:
+                    of_frame = self.expectation.of_frame(logits, prepared, self.processor)
+                    read = replace(read, expected_dice=of_frame.expected_dice, flag=of_frame.flag)
                 predictions.append(replace(read, frame=frame))
         return predictions
-
-    def _logits(self, frames: Sequence[Image.Image], *, names: Sequence[str]) -> NDArray[np.float32]:
-        """Polyp logits (B, h, w) at the model's own size."""
-        return self.runtime.polyp_logits(self.prepare(frames), names=names)
 
     def prepare(self, frames: Sequence[Image.Image]) -> NDArray[np.float32]:
         """RGB frames of any size -> the model's input (B, 3, h, w)."""
@@ -264,13 +273,20 @@ def load(
 
         check_folder(folder)
         model, processor = load_model(str(folder))
-        return Segmenter(model=model, processor=processor, name=str(id_or_path), revision=commit)
+        return Segmenter(
+            model=model,
+            processor=processor,
+            name=str(id_or_path),
+            revision=commit,
+            expectation=read_expectation(folder),
+        )
     check_folder(folder, names=runtime_files(chosen, precision=precision))
     return Segmenter(
         runtime=open_runtime(folder, runtime=chosen, precision=precision),
         processor=FrameProcessor.from_pretrained(folder),
         name=str(id_or_path),
         revision=commit,
+        expectation=read_expectation(folder),
     )
 
 

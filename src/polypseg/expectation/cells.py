@@ -14,7 +14,7 @@ from polypseg.artifacts import read_json, write_json
 from polypseg.corruptions import corrupt
 from polypseg.data.catalog import CLIP_COLUMN
 from polypseg.data.polyps import PolypDataset, Record
-from polypseg.expectation.features import ALL, look_at
+from polypseg.inference.features import ALL, look_at
 from polypseg.inference.runtimes import Logits, Runtime
 from polypseg.segmentation import Segmenter
 

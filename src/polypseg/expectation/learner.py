@@ -7,16 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.ensemble import GradientBoostingRegressor
 from sklearn.isotonic import IsotonicRegression
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import LogisticRegression
 
-from polypseg.expectation.features import ALL, SINGLE
-from polypseg.expectation.predictor import Linear, Predictor, Steps, Trees
+from polypseg.inference.features import ALL, SINGLE
+from polypseg.inference.predictor import Linear, Predictor, Steps, Trees
 
 Floats = NDArray[np.float64]
 Learn = Callable[[Floats, Floats], Predictor]
 """Features (N, len(ALL)) and Dice (N,) -> a predictor."""
-_LEAST = 0.02
-"""Dice is kept this far from 0 and 1 before its logit is taken."""
 
 
 def columns(features: Floats, names: Sequence[str]) -> Floats:
@@ -38,20 +36,21 @@ def learn_steps(features: Floats, dice: Floats, *, feature: str) -> Steps:
 
 
 def learn_linear(features: Floats, dice: Floats, *, names: Sequence[str]) -> Linear:
-    """Ridge regression of the logit of Dice, on features scaled by their spread."""
+    """Logistic regression of Dice as a share, on features scaled by their spread: its mean is that of Dice."""
     values = columns(features, names)
     low, high = np.quantile(values, [0.005, 0.995], axis=0)
     inside = np.clip(values, low, high)
     mean, spread = inside.mean(axis=0), np.maximum(inside.std(axis=0), 1e-6)
-    kept = np.clip(dice, _LEAST, 1 - _LEAST)
-    fitted = Ridge(alpha=10.0).fit((inside - mean) / spread, np.log(kept / (1 - kept)))
-    weights = fitted.coef_ / spread
+    scaled = np.tile((inside - mean) / spread, (2, 1))
+    share = np.concatenate([dice, 1 - dice])
+    fitted = LogisticRegression(C=1.0, max_iter=500).fit(scaled, np.repeat([1, 0], len(dice)), sample_weight=share)
+    weights = fitted.coef_[0] / spread
     return Linear(
         features=tuple(names),
         low=tuple(low.tolist()),
         high=tuple(high.tolist()),
         weights=tuple(weights.tolist()),
-        intercept=float(fitted.intercept_ - mean @ weights),
+        intercept=float(fitted.intercept_[0] - mean @ weights),
     )
 
 
@@ -94,20 +93,20 @@ LEARNERS: Mapping[str, Learn] = {
 """In order of size."""
 
 
-def baselines(anchor: Floats, anchor_dice: Floats, features: Floats) -> dict[str, Floats]:
-    """What is known without learning from anything but one labelled set: name -> (N,) whose mean is the estimate.
+def baselines(anchor: Floats, anchor_dice: Floats) -> dict[str, Steps]:
+    """What is known without learning from anything but one labelled set: name -> a line through one feature.
 
-    ``anchor`` (M, len(ALL)) and ``anchor_dice`` (M,) are that set's, ``features`` (N, len(ALL)) the frames'.
+    ``anchor`` (M, len(ALL)) and ``anchor_dice`` (M,) are that set's.
     """
     level = float(anchor_dice.mean())
-    one, other = (columns(values, ["soft_dice"])[:, 0] for values in (anchor, features))
-    limit = float(np.quantile(one, 1 - level))
+    soft = columns(anchor, ["soft_dice"])[:, 0]
+    limit, offset = float(np.quantile(soft, 1 - level)), level - float(soft.mean())
     found = {
-        "anchor Dice": np.full(len(features), level),
-        "mean soft Dice": other,
-        "DoC of soft Dice": level + other - one.mean(),
-        "ATC of soft Dice": (other > limit).astype(np.float64),
+        "anchor Dice": Steps(feature="soft_dice", x=(0.0, 1.0), y=(level, level)),
+        "mean soft Dice": Steps(feature="soft_dice", x=(0.0, 1.0), y=(0.0, 1.0)),
+        "DoC of soft Dice": Steps(feature="soft_dice", x=(0.0, 1.0), y=(offset, 1 + offset)),
+        "ATC of soft Dice": Steps(feature="soft_dice", x=(limit, limit + 1e-9), y=(0.0, 1.0)),
     }
     for title, name in (("confidence", "inside"), ("entropy", "entropy"), ("agreement", "soft_agreement")):
-        found[title] = predict(learn_steps(anchor, anchor_dice, feature=name), features)
+        found[title] = learn_steps(anchor, anchor_dice, feature=name)
     return found

@@ -69,3 +69,16 @@ def _join(starts: NDArray[np.int64], ends: NDArray[np.int64], *, stride: int) ->
         np.minimum.at(parent, np.maximum(one, other), np.minimum(one, other))
         while (parent != parent[parent]).any():
             parent = parent[parent]
+
+
+def grow_mask(mask: NDArray[np.bool_], reach: int) -> NDArray[np.bool_]:
+    """Pixels within ``reach`` rows and columns of the mask (H, W): a square is drawn around each of its pixels."""
+    grown = mask
+    for axis in (0, 1):
+        padded = np.pad(grown, [(reach + 1, reach) if a == axis else (0, 0) for a in (0, 1)]).astype(np.int32)
+        sums = np.cumsum(padded, axis=axis)
+        length = mask.shape[axis]
+        after = np.take(sums, np.arange(2 * reach + 1, 2 * reach + 1 + length), axis=axis)
+        before = np.take(sums, np.arange(length), axis=axis)
+        grown = after > before
+    return grown

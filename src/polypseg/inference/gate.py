@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from polypseg.errors import PolypSegError
-from polypseg.expectation.features import Plane
+from polypseg.inference.features import Plane
 
 Floats = NDArray[np.float64]
 GRID = 4

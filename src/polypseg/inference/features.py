@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from polypseg.inference.regions import measure_regions
+from polypseg.inference.regions import grow_mask, measure_regions
 from polypseg.inference.runtimes import resize_bilinear
 
 Plane = NDArray[np.float32]
@@ -119,7 +119,7 @@ def _describe_mask(logits: Plane, colours: Plane) -> dict[str, float]:
         found["elsewhere"] = float(probability.max())
         return found
     edge = _edge(mask)
-    band, near = _grow(edge, _BAND), _grow(mask, _NEAR)
+    band, near = grow_mask(edge, _BAND), grow_mask(mask, _NEAR)
     p = np.clip(probability[band].astype(np.float64), 1e-6, 1 - 1e-6)
     areas = measure_regions(probability, mask=mask).area
     length = int(edge.sum())
@@ -237,16 +237,3 @@ def _edge(mask: Mask) -> Mask:
     inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     edge: Mask = mask & ~inner
     return edge if edge.any() else mask  # a mask of the whole frame has no outline
-
-
-def _grow(mask: Mask, reach: int) -> Mask:
-    """Pixels within ``reach`` of the mask, by row and by column."""
-    grown = mask
-    for axis in (0, 1):
-        padded = np.pad(grown, [(reach + 1, reach) if a == axis else (0, 0) for a in (0, 1)]).astype(np.int32)
-        sums = np.cumsum(padded, axis=axis)
-        length = mask.shape[axis]
-        after = np.take(sums, np.arange(2 * reach + 1, 2 * reach + 1 + length), axis=axis)
-        before = np.take(sums, np.arange(length), axis=axis)
-        grown = after > before
-    return grown
