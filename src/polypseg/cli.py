@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from polypseg import evaluate_commands, hub_commands, report_commands, shift_commands, use_commands, web_commands
+from polypseg import estimate_commands, evaluate_commands, hub_commands, report_commands, shift_commands, use_commands, web_commands
 from polypseg.arguments import MaskValuesOption
 from polypseg.console import reported
 
@@ -26,6 +26,7 @@ for command in (
     hub_commands.verify,
     use_commands.models,
     evaluate_commands.evaluate,
+    estimate_commands.estimate,
     evaluate_commands.check_receipts,
     evaluate_commands.sign_receipts,
     evaluate_commands.diagnose,

@@ -15,14 +15,13 @@ from polypseg.corruptions import corrupt
 from polypseg.data.catalog import CLIP_COLUMN
 from polypseg.data.polyps import PolypDataset, Record
 from polypseg.inference.features import ALL, look_at
+from polypseg.inference.margin import COVERED
 from polypseg.inference.runtimes import Logits, Runtime
 from polypseg.segmentation import Segmenter
 
 VERSION = 1
 """Of what a kept row holds; others are measured again."""
 CLEAN = "none"
-COVERED = 0.9
-"""Share of the true pixels that a margin must hold."""
 NEVER = -1.0
 """Margin of a frame whose mask is empty: no dilation covers anything."""
 
