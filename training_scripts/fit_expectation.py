@@ -16,7 +16,9 @@ from polypseg.provenance.local import STARTER_FOLDER
 def main(
     model: Annotated[Path, Argument(help="Model folder with an ONNX file.")] = STARTER_FOLDER,
     data: Annotated[Path | None, Option(envvar="POLYPSEG_DATA", help="Folder of the datasets.")] = None,
-    cache: Annotated[Path, Option(help="Folder of measured cells; a second call continues.")] = Path("runs/expectation"),
+    cache: Annotated[Path, Option(help="Folder of measured cells; a second call continues.")] = Path(
+        "runs/expectation"
+    ),
 ) -> None:
     """Measure cells."""
     from polypseg.expectation.fit import gather

@@ -27,6 +27,7 @@ for command in (
     use_commands.models,
     evaluate_commands.evaluate,
     estimate_commands.estimate,
+    estimate_commands.calibrate,
     evaluate_commands.check_receipts,
     evaluate_commands.sign_receipts,
     evaluate_commands.diagnose,

@@ -1,4 +1,4 @@
-"""Commands about quality on a hospital's own frames: estimate it without labels."""
+"""Commands about quality on a hospital's own frames: estimate it without labels, calibrate it with few."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,8 @@ from polypseg.use_commands import ModelOption, RuntimeOption
 
 def estimate(
     frames: Annotated[
-        list[str], Argument(help="Images, folders, globs, videos, or a dataset as DATASET[.SPLIT.PART]; no masks needed.")
+        list[str],
+        Argument(help="Images, folders, globs, videos, or a dataset as DATASET[.SPLIT.PART]; no masks needed."),
     ],
     model: ModelOption = "starter",
     runtime: RuntimeOption = "auto",
@@ -31,3 +32,22 @@ def estimate(
     print(f"page, numbers and every frame: {output / 'estimate.html'}, estimate.json, frames.csv")
     if found.refused:
         raise PolypSegError(f"no estimate: {found.refused}")
+
+
+def calibrate(
+    frames: Annotated[Path, Argument(help="Folder or archive of frames.")],
+    masks: Annotated[Path, Argument(help="Folder or archive of their masks, paired by name.")],
+    model: ModelOption = "starter",
+    runtime: RuntimeOption = "auto",
+    clip: Annotated[
+        str | None, Option(help="Which frames are of one clip: a regular expression such as '(.*)_[0-9]+'.")
+    ] = None,
+    output: Annotated[Path, Option(help="File to write.")] = Path("operating_point.json"),
+) -> None:
+    """Choose threshold, temperature and minimum area on labelled frames; keep the default where none is shown better."""
+    from polypseg.expectation.calibrate import calibrate_files
+    from polypseg.segmentation import load
+
+    found = calibrate_files(load(model, runtime=runtime), frames, masks, output, clip=clip)
+    print("\n".join(found.lines()))
+    print(f"{output}: for `polypseg segment` and `polypseg evaluate` with --operating-point, and for polypseg.load")

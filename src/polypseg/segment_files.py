@@ -39,7 +39,9 @@ from polypseg.artifacts import (
 )
 from polypseg.data.images import decode_frame, encode_png
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.inference.expected import THRESHOLD
 from polypseg.inference.inputs import Inputs, Source, read_inputs
+from polypseg.inference.margin import Margin
 from polypseg.inference.pipeline import in_background
 from polypseg.inference.video import (
     ENCODED_FORMATS,
@@ -65,7 +67,9 @@ VIDEO_FIELDS = (
 )  # fmt: skip
 RECORD = "run.json"
 KIND = "polypseg segmentation"
-_OWN = ("masks", "overlays", "probabilities", "frames.csv", "lesions.csv", "videos.csv", "skipped.csv", RECORD)
+_OWN = ("masks", "overlays", "probabilities", "margins", "frames.csv", "lesions.csv", "videos.csv", "skipped.csv", RECORD)
+_ALARM_FRAMES = 10
+"""Frames below which a video or folder is not judged as a whole."""
 _AHEAD = 4
 """Frames that each stage of the pipeline may be ahead of the next."""
 
@@ -89,6 +93,10 @@ class SegmentReport:
     """Time from the first file's reading to the last one's writing."""
     flicker: tuple[tuple[str, str], ...] = ()
     """Video, its flicker index in words."""
+    flags: Mapping[str, int] = field(default_factory=dict)
+    """Flag -> frames that bear it, where something was learnt of the model's quality."""
+    margin: tuple[str, ...] = ()
+    """What the margin holds, and when that cannot be expected."""
 
     @property
     def frames_per_second(self) -> float:
@@ -106,6 +114,10 @@ class SegmentReport:
         if self.segmented:
             lines.append(f"{self.frames_per_second:.1f} frames per second, reading, drawing and writing included")
         lines += [f"{file}: {words}" for file, words in self.flicker[:10]]
+        if self.flags:
+            told = ", ".join(f"{count} {flag}" for flag, count in self.flags.items())
+            lines.append(f"flagged in frames.csv: {told}")
+        lines += self.margin
         listed = printable(str(self.output / "skipped.csv"))
         if self.skipped:
             lines.append(f"{len(self.skipped)} file(s) skipped, all listed in {listed}:")
@@ -182,6 +194,7 @@ def segment_files(
     save_probability: bool = False,
     smooth: float | None = None,
     overlay_video: str | None = None,
+    margin: float | None = None,
     batch_size: int = 1,
     overwrite: bool = False,
 ) -> SegmentReport:
@@ -201,7 +214,8 @@ def segment_files(
     texts that a spreadsheet would run as a formula.
 
     The same call continues an interrupted one and skips finished files that have not changed; ``overwrite`` starts
-    again. With a ``batch_size`` above 1 probabilities can differ in the last bits. Raises UsageError for inputs that
+    again. ``margin``: also write ``margins/NAME.png``, the masks grown so that in this share of frames with a polyp, if
+    they are like the frames calibrated on, 90 % of its pixels lie inside. With a ``batch_size`` above 1 probabilities can differ in the last bits. Raises UsageError for inputs that
     are not there, a folder that holds something else, or a finished part made by other weights or options;
     PolypSegError when no file at all could be read.
     """
@@ -217,6 +231,8 @@ def segment_files(
                 raise UsageError(f"{option} is for videos, and the input holds none: leave it out")
     elif overlay_format(overlay_video) and smooth is not None:
         check_smoothing(smooth)
+    if margin is not None:
+        _check_margin(segmenter, margin, threshold=threshold)
     settings = {
         "model": segmenter.name,
         "weights": segmenter.fingerprint(),
@@ -225,6 +241,8 @@ def segment_files(
         "every": every,
         "save_probability": save_probability,
         "smooth": smooth,
+        "margin": margin,
+        "expectation": None if segmenter.expectation is None else segmenter.expectation.digest,
     }
     with sole_writer(output):
         return _segment(
@@ -244,9 +262,9 @@ def _segment(
 ) -> SegmentReport:
     """What segment_files does while nobody else writes to ``output``."""
     threshold, min_area, every = (settings[name] for name in ("threshold", "min_area", "every"))
-    save_probability, smooth = settings["save_probability"], settings["smooth"]
+    save_probability, smooth, margin = (settings[name] for name in ("save_probability", "smooth", "margin"))
     _claim_output(output, dict(settings), overwrite=overwrite)
-    tables = _Tables(output, pictures=_picture_folders(save_probability), every=every, whole_videos=smooth is not None)
+    tables = _Tables(output, pictures=_picture_folders(save_probability, margins=margin is not None), every=every, whole_videos=smooth is not None)
     sources = tables.name_sources(found.sources)
     skipped: list[tuple[str, str]] = []
     segmented, seen, flicker = 0, [], []
@@ -265,6 +283,7 @@ def _segment(
                 min_area=min_area,
                 smooth=smooth,
                 save_probability=save_probability,
+                margin=None if margin is None or segmenter.expectation is None else (segmenter.expectation.margin, margin),
                 stills=kind == "jpg",
             )
             with videos, closing(in_background(drawing.draw(predicted), depth=_AHEAD)) as drawn:
@@ -301,7 +320,38 @@ def _segment(
         passed_over=found.passed_over,
         seconds=time.perf_counter() - start,
         flicker=tuple(flicker),
+        flags=Counter(tables.done[name]["flag"] for name in seen if tables.done[name]["flag"]),
+        margin=() if margin is None else _margin_lines(segmenter, [tables.done[name] for name in seen], margin),
     )
+
+
+def _check_margin(segmenter: Segmenter, margin: float, *, threshold: float) -> None:
+    """Raise UsageError where no margin of this level can be given."""
+    if segmenter.expectation is None:
+        raise UsageError(f"no margin is known of {segmenter.name}: it is learnt with training_scripts/fit_expectation.py")
+    if threshold != THRESHOLD:
+        raise UsageError(f"margins are of masks at threshold {THRESHOLD}: leave out the threshold {threshold}")
+    segmenter.expectation.margin.factor(margin)
+
+
+def _margin_lines(segmenter: Segmenter, rows: Sequence[Mapping[str, str]], margin: float) -> tuple[str, ...]:
+    """What is guaranteed, and an alarm for every video, and for all images together, on which it cannot hold."""
+    assert segmenter.expectation is not None
+    learnt = segmenter.expectation.margin
+    empty = sum(row["polyp_pixels"] == "0" for row in rows)
+    lines = [
+        f"margins/: 90 % of the polyp lies inside in {margin:.0%} of frames with a polyp that are like the {len(learnt.needs)} "
+        f"calibrated on; nothing is said of the {empty} frame(s) with an empty mask"
+    ]
+    batches: dict[str, list[float | None]] = {}
+    for row in rows:
+        name = row["file"] if row["frame"] else "the images"
+        batches.setdefault(name, []).append(float(row["expected_dice"]) if row["expected_dice"] else None)
+    for name, expected in batches.items():
+        alarm = learnt.alarm(expected) if len(expected) >= _ALARM_FRAMES else ""
+        if alarm:
+            lines.append(f"ALARM, {name}: {alarm}")
+    return tuple(lines)
 
 
 def _called(frame: _Frame) -> str:
@@ -387,9 +437,11 @@ class _Drawing:
         min_area: int,
         smooth: float | None,
         save_probability: bool,
+        margin: tuple[Margin, float] | None,
         stills: bool,
     ):
-        """``stills``: frames of videos get overlays as images do."""
+        """``stills``: frames of videos get overlays as images do. ``margin``: what is known, and the level."""
+        self._margin = margin
         self._stills = stills
         self._output, self._threshold, self._min_area = output, threshold, min_area
         self._smooth, self._save_probability = smooth, save_probability
@@ -440,6 +492,10 @@ class _Drawing:
         if self._save_probability:
             probability = (prediction.probability * 255).round().astype(np.uint8)
             pictures[f"probabilities/{frame.name}.png"] = encode_png(probability)
+        if self._margin is not None:
+            known, level = self._margin
+            grown = known.grow(prediction.mask, level=level)
+            pictures[f"margins/{frame.name}.png"] = encode_png(grown.astype(np.uint8) * 255)
         if (frame.index is None or self._stills) and frame.image is not None:
             buffer = io.BytesIO()
             draw_overlay(frame.image, prediction).save(buffer, format="JPEG", quality=92, subsampling=0)
@@ -464,10 +520,10 @@ def _with_mask(mask: NDArray[np.bool_]) -> Prediction:
 # The output folder -------------------------------------------------------------------------------------
 
 
-def _picture_folders(save_probability: bool) -> dict[str, str]:
+def _picture_folders(save_probability: bool, *, margins: bool) -> dict[str, str]:
     """Folder -> suffix of the pictures of every frame."""
-    probability = {"probabilities": ".png"} if save_probability else {}
-    return {"masks": ".png", "overlays": ".jpg", **probability}
+    more = [name for name, wanted in (("probabilities", save_probability), ("margins", margins)) if wanted]
+    return {"masks": ".png", "overlays": ".jpg", **dict.fromkeys(more, ".png")}
 
 
 def _claim_output(output: Path, settings: dict[str, Any], *, overwrite: bool) -> None:

@@ -129,6 +129,10 @@ def segment(
         str | None,
         Option(help="Overlays of videos: mp4 (by the ffmpeg on PATH, the default with one), webm, avi, jpg or none."),
     ] = None,
+    margin: Annotated[
+        float | None,
+        Option(help="Also write masks grown to hold 90 % of the polyp in this share of frames; try 0.9."),
+    ] = None,
     batch_size: Annotated[int, Option(min=1, help="Frames that go through the model together.")] = 1,
     overwrite: Annotated[bool, Option("--overwrite", help="Start again in a folder of other settings.")] = False,
     device: Annotated[str | None, Option(help="cpu, or cuda (of torch); default: torch takes cuda if it can.")] = None,
@@ -148,6 +152,7 @@ def segment(
         save_probability=save_probability,
         smooth=smooth,
         overlay_video=overlay_video,
+        margin=margin,
         batch_size=batch_size,
         overwrite=overwrite,
         device=device,

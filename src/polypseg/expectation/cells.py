@@ -70,7 +70,9 @@ class FrameSet:
 
 def choose_frames(name: str, dataset: PolypDataset, ids: Sequence[str], *, most: int) -> FrameSet:
     """At most ``most`` frames with a polyp, spread evenly over the list, so that every clip gives some."""
-    order = [ids[place] for place in dict.fromkeys(np.linspace(0, len(ids) - 1, min(most, len(ids))).round().astype(int))]
+    order = [
+        ids[place] for place in dict.fromkeys(np.linspace(0, len(ids) - 1, min(most, len(ids))).round().astype(int))
+    ]
     with_polyp = tuple(i for i in order if dataset.mask(dataset.by_id[i]).any())
     return FrameSet(name=name, dataset=dataset, ids=with_polyp)
 

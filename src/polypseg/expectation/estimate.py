@@ -103,14 +103,22 @@ class Estimate:
     def verdict(self) -> tuple[str, str, str]:
         """Three sentences."""
         told = [difference.words for difference in self.differences if abs(difference.effect) >= NOTEWORTHY][:3]
-        differ = f"than the training frames, these are {_list(told)}" if told else "in light, colour and sharpness these frames are like the training frames"
+        differ = (
+            f"than the training frames, these are {_list(told)}"
+            if told
+            else "in light, colour and sharpness these frames are like the training frames"
+        )
         if self.refused:
             return (
                 f"Nothing can be said of these {len(self.frames)} frames: {self.refused}.",
                 f"{differ[0].upper()}{differ[1:]}.",
                 "Do not rely on the masks: label some frames and measure (polypseg evaluate).",
             )
-        seen = f"; {self.seen_images} of the frames were seen in training, so this is no estimate of new ones" if self.seen_images else ""
+        seen = (
+            f"; {self.seen_images} of the frames were seen in training, so this is no estimate of new ones"
+            if self.seen_images
+            else ""
+        )
         return (
             f"Expected mean Dice {_two(self.expected)} [{_two(self.low)}, {_two(self.high)}] ({LEVEL:.0%} interval, "
             f"{len(self.frames)} frames, if every frame shows a polyp){seen}.",
@@ -120,7 +128,11 @@ class Estimate:
 
     def _unreliable(self) -> str:
         parts = []
-        for flag, words in ((DOUBTFUL, "frames flagged doubtful"), (EMPTY, "frames without a mask"), (UNLIKE, "frames unlike those learnt from")):
+        for flag, words in (
+            (DOUBTFUL, "frames flagged doubtful"),
+            (EMPTY, "frames without a mask"),
+            (UNLIKE, "frames unlike those learnt from"),
+        ):
             count = sum(frame.flag == flag for frame in self.frames)
             if count:
                 parts.append(f"the {count} {words}")
@@ -170,7 +182,9 @@ def estimate(
     rows, values, measured = [], [], []
     drawn: list[tuple[float, str, Image.Image]] = []
     views = bool(set(learnt.three_passes.features) & set(VIEW_FEATURES))
-    for frame in tqdm(given.frames, desc="estimating", unit="frame", leave=False, disable=None if show_progress else True):
+    for frame in tqdm(
+        given.frames, desc="estimating", unit="frame", leave=False, disable=None if show_progress else True
+    ):
         row, value = _look(segmenter, learnt, frame.image, name=frame.name, group=frame.group, views=views)
         rows.append(row)
         values.append(value)
@@ -236,7 +250,9 @@ def _overlay(segmenter: Segmenter, image: Image.Image) -> Image.Image:
     return draw_overlay(image, read_logits(segmenter.runtime.resize(logits, (image.height, image.width))))
 
 
-def _differences(measured: Sequence[Mapping[str, float]], seen: Mapping[str, Sequence[float]]) -> tuple[Difference, ...]:
+def _differences(
+    measured: Sequence[Mapping[str, float]], seen: Mapping[str, Sequence[float]]
+) -> tuple[Difference, ...]:
     found = []
     for name, (more, less) in WORDS.items():
         if name not in seen:

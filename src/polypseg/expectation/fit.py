@@ -47,6 +47,7 @@ from polypseg.expectation.intervals import (
     rank_correlation,
 )
 from polypseg.expectation.learner import LEARNERS, baselines
+from polypseg.expectation.margins import learn_margin, margin_evidence
 from polypseg.inference.expected import FORMAT, THRESHOLD, weights_digests
 from polypseg.inference.features import SINGLE, to_colours
 from polypseg.inference.gate import MOST_UNLIKE, Gate, describe_place, learn_gate
@@ -65,7 +66,7 @@ CORRUPTED = (3, 5)
 PER_SET, PER_CORRUPTED_SET, PER_OTHER_MODEL = 116, 20, 30
 """Frames of each set as it is; of each set in a corrupted cell; of each set for models other than the one."""
 NOISE = (0.08, 0.12)
-VALIDATION = "kvasir_seg.validation"
+VALIDATION, TEST = "kvasir_seg.validation", "kvasir_seg.test"
 WORTH = 0.002
 """Mean absolute error that two more passes, or a larger learner, must save to be taken."""
 FAILURE = 0.5
@@ -85,7 +86,7 @@ def open_sets(data_dir: Path | None) -> dict[str, FrameSet]:
     parts = kvasir.split("reference")
     sets = [
         choose_frames(VALIDATION, kvasir, parts["validation"], most=PER_SET),
-        choose_frames("kvasir_seg.test", kvasir, parts["test"], most=PER_SET),
+        choose_frames(TEST, kvasir, parts["test"], most=PER_SET),
         choose_frames("cvc_clinicdb", clinicdb, clinicdb.ids, most=PER_SET),
     ]
     centre = (data_dir or Path("data")) / "PolypGen-C3"
@@ -293,7 +294,9 @@ def learn_expectation(folder: Path, *, data_dir: Path | None, cache: Path, echo:
     learnt = learn_frames(folder, data_dir=data_dir)
     refused = refusals(learnt.gate, folder, data_dir=data_dir)
     for row in refused:
-        echo(f"{row['set']}: {row['unlike']:.0%} of {row['n']} frames unlike, {'' if row['refused'] else 'not '}refused")
+        echo(
+            f"{row['set']}: {row['unlike']:.0%} of {row['n']} frames unlike, {'' if row['refused'] else 'not '}refused"
+        )
     config = read_json(folder / "config.json")
     return {
         "format": FORMAT,
@@ -329,6 +332,7 @@ def fit_cells(cells: Sequence[Cell]) -> dict[str, Any]:
     width = conformal_quantile(list(families.values()))
     failed = dice[own] < FAILURE
     below = _flag_limit(single.expected[own], failed)
+    margin = learn_margin(columns, single.expected, model=SHIPPED, anchor=VALIDATION, usual=TEST)
     flagged = single.expected[own] < below
     return {
         "one_pass": single.predictor().content(),
@@ -341,6 +345,7 @@ def fit_cells(cells: Sequence[Cell]) -> dict[str, Any]:
             "finds": float(flagged[failed].mean()) if failed.any() else None,
             "false": float(flagged[~failed].mean()),
         },
+        "margin": margin.content(),
         "anchor": _anchor(columns),
         "learnt_from": _cells_content(columns, several.expected),
         "evidence": {
@@ -349,8 +354,11 @@ def fit_cells(cells: Sequence[Cell]) -> dict[str, Any]:
             "coverage": _coverage(found, families),
             "mean_absolute_error": mean_absolute(found, errors),
             "mild": mean_absolute(found, errors, lambda unit: float(dice[unit.rows].mean()) > MILD),
-            "greatest_error_of_sets": max((value for (sort, _), value in families.items() if sort == "set"), default=None),
+            "greatest_error_of_sets": max(
+                (value for (sort, _), value in families.items() if sort == "set"), default=None
+            ),
             "frames": _frame_evidence(columns, single.expected, several.expected, own=own, clean=clean),
+            "margin": margin_evidence(columns, margin, single.expected, model=SHIPPED, anchor=VALIDATION, usual=TEST),
         },
     }
 
@@ -373,14 +381,17 @@ def _probability(expected: Floats, failed: NDArray[np.bool_]) -> Steps:
 def _anchor(columns: Columns) -> dict[str, Any]:
     rows = (columns["set"] == VALIDATION) & (columns["model"] == SHIPPED)
     dice = columns["dice"][rows]
-    return {"set": VALIDATION, "n": int(rows.sum()), "dice": float(dice.mean()), "failed": float((dice < FAILURE).mean())}
+    return {
+        "set": VALIDATION,
+        "n": int(rows.sum()),
+        "dice": float(dice.mean()),
+        "failed": float((dice < FAILURE).mean()),
+    }
 
 
 def _cells_content(columns: Columns, expected: Floats) -> list[dict[str, Any]]:
     """Every cell: what was learnt from, what was measured, what was expected without it."""
-    keys = list(
-        dict.fromkeys(zip(*(columns[n].tolist() for n in ("model", "set", "kind", "severity")), strict=True))
-    )
+    keys = list(dict.fromkeys(zip(*(columns[n].tolist() for n in ("model", "set", "kind", "severity")), strict=True)))
     found = []
     for model, name, kind, severity in keys:
         rows = (columns["model"] == model) & (columns["set"] == name)
@@ -439,7 +450,10 @@ def _candidate_content(one: Candidate, found: Sequence[Unit], columns: Columns) 
     errors = unit_errors(found, one.expected, dice)
     own = (columns["model"] == SHIPPED) & (columns["set"] != VALIDATION)
     clips = own & (columns["kind"] == CLEAN) & (columns["set"] == "cvc_clinicdb")
-    sorts = {sort: mean_absolute(found, errors, lambda unit, s=sort: unit.sort == s) for sort in ("set", "corruption", "model")}
+    sorts = {
+        sort: mean_absolute(found, errors, lambda unit, s=sort: unit.sort == s)
+        for sort in ("set", "corruption", "model")
+    }
     return {
         "name": one.name,
         "baseline": one.baseline,

@@ -1,5 +1,7 @@
 """What may be expected of a model on a frame, from a file of plain numbers in its folder; NumPy alone."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +13,7 @@ from polypseg.artifacts import file_sha256, read_json
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.inference.features import Plane, describe, to_colours
 from polypseg.inference.gate import Gate, describe_place, read_gate
+from polypseg.inference.margin import Margin, read_margin
 from polypseg.inference.predictor import Predictor, read_predictor
 from polypseg.manifest import MANIFEST, read_manifest
 
@@ -48,10 +51,16 @@ class Expectation:
     three_passes: Predictor
     """From the answers to the frame and two changed views of it."""
     gate: Gate
+    margin: Margin
     doubtful_below: float
     """Expected Dice below which a mask is flagged."""
     content: Mapping[str, Any] = field(repr=False)
     """The whole file."""
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits that tell what was learnt from anything else."""
+        return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()[:16]
 
     def of_frame(self, logits: Plane, pixels: Plane, processor: Any) -> FrameExpectation:
         """Of the logits (h, w) of a prepared frame (3, h, w)."""
@@ -84,6 +93,7 @@ def read_expectation(folder: Path) -> Expectation | None:
             one_pass=read_predictor(content["one_pass"]),
             three_passes=read_predictor(content["three_passes"]),
             gate=read_gate(content["gate"]),
+            margin=read_margin(content["margin"]),
             doubtful_below=float(content["flag"]["below"]),
             content=content,
         )

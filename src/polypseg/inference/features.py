@@ -215,7 +215,7 @@ def to_pixels(colours: Plane, processor: Any) -> Plane:
 
 def _changed_colours(colours: Plane) -> Plane:
     """Darker and paler: gamma, then toward grey."""
-    darker = colours**np.float32(_VIEW_GAMMA)
+    darker = colours ** np.float32(_VIEW_GAMMA)
     grey = (darker * _LUMA).sum(axis=0)
     return np.asarray(grey + np.float32(_VIEW_SATURATION) * (darker - grey), dtype=np.float32)
 

@@ -26,9 +26,7 @@ def describe_place(colours: Plane) -> Floats:
     light = colours.mean(axis=0)
     planes = (light, red - green, (red + green) / 2 - blue)
     rows, columns = (np.linspace(0, side, GRID + 1).astype(int) for side in light.shape)
-    cells = [
-        (slice(rows[i], rows[i + 1]), slice(columns[j], columns[j + 1])) for i in range(GRID) for j in range(GRID)
-    ]
+    cells = [(slice(rows[i], rows[i + 1]), slice(columns[j], columns[j + 1])) for i in range(GRID) for j in range(GRID)]
     means = [float(plane[cell].mean(dtype=np.float64)) for plane in planes for cell in cells]
     spreads = [float(np.log10(light[cell].std(dtype=np.float64) + 1e-2)) for cell in cells]
     steps = [np.abs(np.diff(light, axis=axis)) for axis in (0, 1)]

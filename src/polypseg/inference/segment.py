@@ -25,6 +25,7 @@ def run_segment(
     save_probability: bool = False,
     smooth: float | None = None,
     overlay_video: str | None = None,
+    margin: float | None = None,
     batch_size: int = 1,
     overwrite: bool = False,
     device: str | None = None,
@@ -50,6 +51,7 @@ def run_segment(
         save_probability=save_probability,
         smooth=smooth,
         overlay_video=overlay_video,
+        margin=margin,
         batch_size=batch_size,
         overwrite=overwrite,
     )

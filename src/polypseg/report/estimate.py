@@ -57,10 +57,22 @@ def render_estimate(
 def _table(frames: Sequence[Mapping[str, str]]) -> Table:
     ordered = sorted(frames, key=lambda row: (row["expected_dice"] == "", row["expected_dice"], row["name"]))
     rows = [
-        Row([Cell(row["name"]), Cell(row["expected_dice"] or "–"), Cell(row["flag"]), Cell(f"{100 * float(row['polyp_share']):.1f} %")])
+        Row(
+            [
+                Cell(row["name"]),
+                Cell(row["expected_dice"] or "–"),
+                Cell(row["flag"]),
+                Cell(f"{100 * float(row['polyp_share']):.1f} %"),
+            ]
+        )
         for row in ordered
     ]
-    columns = [Column("Frame", numeric=False), Column("Expected Dice"), Column("Flag", numeric=False), Column("Mask's share")]
+    columns = [
+        Column("Frame", numeric=False),
+        Column("Expected Dice"),
+        Column("Flag", numeric=False),
+        Column("Mask's share"),
+    ]
     return Table(name="frames", caption="", columns=columns, rows=rows)
 
 
