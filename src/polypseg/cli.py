@@ -7,7 +7,15 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from polypseg import estimate_commands, evaluate_commands, hub_commands, report_commands, shift_commands, use_commands, web_commands
+from polypseg import (
+    estimate_commands,
+    evaluate_commands,
+    hub_commands,
+    report_commands,
+    shift_commands,
+    use_commands,
+    web_commands,
+)
 from polypseg.arguments import MaskValuesOption
 from polypseg.console import reported
 

@@ -44,10 +44,12 @@ def calibrate(
     ] = None,
     output: Annotated[Path, Option(help="File to write.")] = Path("operating_point.json"),
 ) -> None:
-    """Choose threshold, temperature and minimum area on labelled frames; keep the default where none is shown better."""
+    """Choose threshold, temperature and minimum area on labelled frames; keep the default if none is better."""
     from polypseg.expectation.calibrate import calibrate_files
+    from polypseg.provenance.local import local_folder
     from polypseg.segmentation import load
 
-    found = calibrate_files(load(model, runtime=runtime), frames, masks, output, clip=clip)
+    segmenter = load(model, runtime=runtime)
+    found = calibrate_files(segmenter, frames, masks, output, folder=local_folder(model), clip=clip)
     print("\n".join(found.lines()))
     print(f"{output}: for `polypseg segment` and `polypseg evaluate` with --operating-point, and for polypseg.load")

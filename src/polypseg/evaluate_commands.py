@@ -35,6 +35,9 @@ def evaluate(
     ] = None,
     image_size: ImageSize = None,
     gives_probabilities: GivesProbabilities = False,
+    operating_point: Annotated[
+        Path | None, Option(help="File of `polypseg calibrate`, or `model` for the model's own.")
+    ] = None,
     predictions: Annotated[
         Path | None, Option(help="Folder or archive of predicted masks or probability maps, named as the images.")
     ] = None,
@@ -76,6 +79,8 @@ def evaluate(
 
     if (model is None) == (predictions is None):
         raise UsageError("give either --model or --predictions")
+    if operating_point is not None and model is None:
+        raise UsageError("an operating point cuts a model's probabilities: leave it out with --predictions")
     names = tuple(convention or CONVENTIONS)
     choose_conventions(names)
     plan = SuitePlan(
@@ -95,7 +100,11 @@ def evaluate(
             raise UsageError(
                 "--suite chooses the datasets for a --model: leave out --dataset, --source, --mask-values and --limit"
             )
-        chosen = open_model(model, name=name, image_size=image_size, gives_probabilities=gives_probabilities)
+        chosen = _at_point(
+            open_model(model, name=name, image_size=image_size, gives_probabilities=gives_probabilities),
+            operating_point,
+            folder=model_folder(model),
+        )
         _evaluate_suite(chosen, plan, folder=model_folder(model))
         return
     if dataset is None or only or sources or own or negatives:
@@ -105,12 +114,26 @@ def evaluate(
     if predictions is not None:
         chosen = _files(predictions, allow_missing=allow_missing, name=name)
     else:
-        chosen = open_model(str(model), name=name, image_size=image_size, gives_probabilities=gives_probabilities)
+        chosen = _at_point(
+            open_model(str(model), name=name, image_size=image_size, gives_probabilities=gives_probabilities),
+            operating_point,
+            folder=model_folder(model),
+        )
     with sole_writer(output / chosen.name):
         result = score_images(chosen, plan, data, manifest, model_folder=model_folder(model))
         path = result.write(output)
     _print_scores(result)
     print(f"definitions, intervals and every image: {path}")
+
+
+def _at_point(source: "PredictionSource", file: Path | None, *, folder: Path | None) -> "PredictionSource":
+    """The source itself, or cut at the operating point of a file."""
+    from polypseg.inference.operating_point import find_operating_point
+    from polypseg.predictions import PointedPredictions
+
+    if file is None:
+        return source
+    return PointedPredictions(source=source, point=find_operating_point(folder or Path(), file))
 
 
 _DONE = {Seen.report: "They were tested all the same.", Seen.exclude: "They were left out."}

@@ -21,6 +21,7 @@ from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError, first_line
 from polypseg.evaluation import prepared_frames
 from polypseg.hub import fetch
+from polypseg.inference.operating_point import OperatingPoint
 from polypseg.inference.preparation import PREPROCESSOR, FrameProcessor
 from polypseg.inference.runtimes import TORCH, OnnxRuntime, refuse_non_finite
 from polypseg.modeling import PolypSegConfig
@@ -177,6 +178,28 @@ class OnnxPredictions:
                 f"{stated[1]}x{stated[0]}"
             )
         return processor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointedPredictions:
+    """A source whose maps exceed 0.5 where an operating point's masks are."""
+
+    source: PredictionSource
+    point: OperatingPoint
+
+    @property
+    def name(self) -> str:
+        """The source's: another operating point is no other model."""
+        return self.source.name
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        return self.source.origin | {"operating_point": self.point.content()}
+
+    def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
+        """As the source predicts, moved."""
+        for record_id, probability in self.source.predict(dataset, ids):
+            yield record_id, self.point.moved(probability)
 
 
 def open_smp(path: Path, *, name: str, image_size: int | None, output: Output = "logits") -> SmpPredictions:

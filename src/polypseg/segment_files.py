@@ -39,10 +39,11 @@ from polypseg.artifacts import (
 )
 from polypseg.data.images import decode_frame, encode_png
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.inference.expected import THRESHOLD
 from polypseg.inference.inputs import Inputs, Source, read_inputs
 from polypseg.inference.margin import Margin
+from polypseg.inference.operating_point import OperatingPoint
 from polypseg.inference.pipeline import in_background
+from polypseg.inference.regions import drop_small
 from polypseg.inference.video import (
     ENCODED_FORMATS,
     CausalSmoother,
@@ -67,7 +68,10 @@ VIDEO_FIELDS = (
 )  # fmt: skip
 RECORD = "run.json"
 KIND = "polypseg segmentation"
-_OWN = ("masks", "overlays", "probabilities", "margins", "frames.csv", "lesions.csv", "videos.csv", "skipped.csv", RECORD)
+_OWN = (
+    "masks", "overlays", "probabilities", "margins", "frames.csv", "lesions.csv", "videos.csv",
+    "skipped.csv", RECORD,
+)  # fmt: skip
 _ALARM_FRAMES = 10
 """Frames below which a video or folder is not judged as a whole."""
 _AHEAD = 4
@@ -188,7 +192,7 @@ def segment_files(
     inputs: Sequence[str],
     output: Path,
     *,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     min_area: int = MIN_AREA,
     every: int = 1,
     save_probability: bool = False,
@@ -215,11 +219,14 @@ def segment_files(
 
     The same call continues an interrupted one and skips finished files that have not changed; ``overwrite`` starts
     again. ``margin``: also write ``margins/NAME.png``, the masks grown so that in this share of frames with a polyp, if
-    they are like the frames calibrated on, 90 % of its pixels lie inside. With a ``batch_size`` above 1 probabilities can differ in the last bits. Raises UsageError for inputs that
+    they are like the frames calibrated on, 90 % of its pixels lie inside.
+
+    With a ``batch_size`` above 1 probabilities can differ in the last bits. Raises UsageError for inputs that
     are not there, a folder that holds something else, or a finished part made by other weights or options;
     PolypSegError when no file at all could be read.
     """
-    check_options(threshold=threshold, min_area=min_area)
+    point = segmenter.point(threshold)
+    check_options(threshold=point.threshold, min_area=min_area)
     if every < 1:
         raise UsageError(f"a video's frames are taken in steps of at least 1; got {every}")
     if batch_size < 1:
@@ -232,11 +239,13 @@ def segment_files(
     elif overlay_format(overlay_video) and smooth is not None:
         check_smoothing(smooth)
     if margin is not None:
-        _check_margin(segmenter, margin, threshold=threshold)
+        _check_margin(segmenter, margin, point)
     settings = {
         "model": segmenter.name,
         "weights": segmenter.fingerprint(),
-        "threshold": threshold,
+        "threshold": point.threshold,
+        "temperature": point.temperature,
+        "minimum_share": point.minimum_share,
         "min_area": min_area,
         "every": every,
         "save_probability": save_probability,
@@ -261,10 +270,17 @@ def _segment(
     overwrite: bool,
 ) -> SegmentReport:
     """What segment_files does while nobody else writes to ``output``."""
-    threshold, min_area, every = (settings[name] for name in ("threshold", "min_area", "every"))
+    min_area, every = settings["min_area"], settings["every"]
+    point = OperatingPoint(**{name: settings[name] for name in ("threshold", "temperature", "minimum_share")})
     save_probability, smooth, margin = (settings[name] for name in ("save_probability", "smooth", "margin"))
     _claim_output(output, dict(settings), overwrite=overwrite)
-    tables = _Tables(output, pictures=_picture_folders(save_probability, margins=margin is not None), every=every, whole_videos=smooth is not None)
+    known = None if margin is None or segmenter.expectation is None else (segmenter.expectation.margin, margin)
+    tables = _Tables(
+        output,
+        pictures=_picture_folders(save_probability, margins=margin is not None),
+        every=every,
+        whole_videos=smooth is not None,
+    )
     sources = tables.name_sources(found.sources)
     skipped: list[tuple[str, str]] = []
     segmented, seen, flicker = 0, [], []
@@ -275,15 +291,15 @@ def _segment(
         with tables.open(), tqdm(total=_count_frames(sources, every), unit="frame", disable=None) as progress:
             read = in_background(tables.read(sources, every=every, draws=videos.draws), depth=max(_AHEAD, batch_size))
             predicted = in_background(
-                _predict(read, segmenter, threshold=threshold, min_area=min_area, batch_size=batch_size), depth=_AHEAD
+                _predict(read, segmenter, point=point, min_area=min_area, batch_size=batch_size), depth=_AHEAD
             )
             drawing = _Drawing(
                 output,
-                threshold=threshold,
+                point=point,
                 min_area=min_area,
                 smooth=smooth,
                 save_probability=save_probability,
-                margin=None if margin is None or segmenter.expectation is None else (segmenter.expectation.margin, margin),
+                margin=known,
                 stills=kind == "jpg",
             )
             with videos, closing(in_background(drawing.draw(predicted), depth=_AHEAD)) as drawn:
@@ -325,12 +341,14 @@ def _segment(
     )
 
 
-def _check_margin(segmenter: Segmenter, margin: float, *, threshold: float) -> None:
+def _check_margin(segmenter: Segmenter, margin: float, point: OperatingPoint) -> None:
     """Raise UsageError where no margin of this level can be given."""
     if segmenter.expectation is None:
-        raise UsageError(f"no margin is known of {segmenter.name}: it is learnt with training_scripts/fit_expectation.py")
-    if threshold != THRESHOLD:
-        raise UsageError(f"margins are of masks at threshold {THRESHOLD}: leave out the threshold {threshold}")
+        raise UsageError(
+            f"no margin is known of {segmenter.name}: it is learnt with training_scripts/fit_expectation.py"
+        )
+    if not point.is_default:
+        raise UsageError("margins are of masks at threshold 0.5: leave out the threshold or the operating point")
     segmenter.expectation.margin.factor(margin)
 
 
@@ -340,8 +358,8 @@ def _margin_lines(segmenter: Segmenter, rows: Sequence[Mapping[str, str]], margi
     learnt = segmenter.expectation.margin
     empty = sum(row["polyp_pixels"] == "0" for row in rows)
     lines = [
-        f"margins/: 90 % of the polyp lies inside in {margin:.0%} of frames with a polyp that are like the {len(learnt.needs)} "
-        f"calibrated on; nothing is said of the {empty} frame(s) with an empty mask"
+        f"margins/: 90 % of the polyp lies inside in {margin:.0%} of frames with a polyp that are like the "
+        f"{len(learnt.needs)} calibrated on; nothing is said of the {empty} frame(s) with an empty mask"
     ]
     batches: dict[str, list[float | None]] = {}
     for row in rows:
@@ -399,7 +417,9 @@ def _read_image(path: Path) -> Image.Image:
         raise _UnreadableError(str(error)) from error
 
 
-def _predict(entries: _Entries, segmenter: Segmenter, *, threshold: float, min_area: int, batch_size: int) -> _Entries:
+def _predict(
+    entries: _Entries, segmenter: Segmenter, *, point: OperatingPoint, min_area: int, batch_size: int
+) -> _Entries:
     """Add predictions to the frames that need one."""
     waiting: list[_Entry] = []
 
@@ -407,7 +427,9 @@ def _predict(entries: _Entries, segmenter: Segmenter, *, threshold: float, min_a
         frames = [entry for entry in waiting if isinstance(entry, _Frame) and not entry.finished]
         images = [frame.image for frame in frames if frame.image is not None]
         names = [_called(frame) for frame in frames]
-        options: dict[str, Any] = {"threshold": threshold, "min_area": min_area, "batch_size": batch_size}
+        options: dict[str, Any] = {"min_area": min_area, "batch_size": batch_size}
+        if segmenter.operating_point is None:
+            options["threshold"] = point.threshold
         made = iter(segmenter.predict(images, names=names, **options) if images else ())
         for entry in waiting:
             if isinstance(entry, _Frame) and not entry.finished:
@@ -433,7 +455,7 @@ class _Drawing:
         self,
         output: Path,
         *,
-        threshold: float,
+        point: OperatingPoint,
         min_area: int,
         smooth: float | None,
         save_probability: bool,
@@ -443,7 +465,7 @@ class _Drawing:
         """``stills``: frames of videos get overlays as images do. ``margin``: what is known, and the level."""
         self._margin = margin
         self._stills = stills
-        self._output, self._threshold, self._min_area = output, threshold, min_area
+        self._output, self._point, self._min_area = output, point, min_area
         self._smooth, self._save_probability = smooth, save_probability
         self._smoother: CausalSmoother | None = None
         self._flicker, self._flicker_before = FlickerIndex(), FlickerIndex()
@@ -482,7 +504,7 @@ class _Drawing:
     def _smoothed(self, prediction: Prediction, *, time: float | None) -> Prediction:
         assert self._smoother is not None
         probability = self._smoother(prediction.probability, time=time)
-        mask = probability > self._threshold
+        mask = drop_small(probability > self._point.threshold, least=self._point.minimum_share * probability.size)
         lesions = find_lesions(probability, mask=mask, min_area=self._min_area)
         # What is expected is of the frame's own mask; its average with the frames before is alike.
         return replace(prediction, probability=probability, mask=mask, lesions=lesions)

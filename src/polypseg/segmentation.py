@@ -18,7 +18,8 @@ from PIL import Image, ImageFilter
 from polypseg.artifacts import atomic_path
 from polypseg.data.images import as_frame, encode_png
 from polypseg.errors import UsageError, missing_package
-from polypseg.inference.expected import THRESHOLD, Expectation, read_expectation
+from polypseg.inference.expected import Expectation, read_expectation
+from polypseg.inference.operating_point import OperatingPoint, find_operating_point
 from polypseg.inference.preparation import FrameProcessor
 from polypseg.inference.regions import measure_regions
 from polypseg.inference.runtimes import (
@@ -126,11 +127,13 @@ class Segmenter:
         runtime: Runtime | None = None,
         revision: str | None = None,
         expectation: Expectation | None = None,
+        operating_point: OperatingPoint | None = None,
     ):
         """A transformers ``model``, or a ``runtime`` that computes one; ``processor`` prepares frames for it.
 
         ``name`` is what results call the model, ``revision`` the commit of a Hub repository, ``expectation`` what was
-        learnt of its quality. Raises UsageError unless exactly one of ``model`` and ``runtime`` is given.
+        learnt of its quality, ``operating_point`` how its logits become masks. Raises UsageError unless exactly one of
+        ``model`` and ``runtime`` is given.
         """
         if (model is None) == (runtime is None):
             raise UsageError("a segmenter is made of either a model or a runtime")
@@ -139,6 +142,7 @@ class Segmenter:
         self.name = name
         self.revision = revision
         self.expectation = expectation
+        self.operating_point = operating_point
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path = STARTER, **options: Any) -> "Segmenter":
@@ -173,7 +177,7 @@ class Segmenter:
         self,
         frames: Frame | Sequence[Frame],
         *,
-        threshold: float = 0.5,
+        threshold: float | None = None,
         min_area: int = MIN_AREA,
         batch_size: int = 1,
         names: Sequence[str] = (),
@@ -182,11 +186,13 @@ class Segmenter:
 
         A frame is a PIL image, an RGB array (H, W, 3) uint8 or a path. With torch, masks at 0.5 are those of
         ``predict_masks``. Frames that go through the model together (``batch_size``) can differ from single ones in the
-        last bits. ``threshold``: a pixel is polyp where its probability exceeds it. ``min_area``: pixels that a lesion
-        of the list has at least. ``names``: what errors call the frames. Raises UsageError for a threshold outside 0 to
-        1 or a count below 1, PolypSegError for outputs that are not finite.
+        last bits. ``threshold``: a pixel is polyp where its probability exceeds it; default 0.5, or the segmenter's
+        operating point. ``min_area``: pixels that a lesion of the list has at least. ``names``: what errors call the
+        frames. Raises UsageError for a threshold outside 0 to 1, for one beside an operating point, and for a count
+        below 1, PolypSegError for outputs that are not finite.
         """
-        check_options(threshold=threshold, min_area=min_area)
+        point = self.point(threshold)
+        check_options(threshold=point.threshold, min_area=min_area)
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, not {batch_size}")
         if isinstance(frames, Image.Image | np.ndarray | str | Path):
@@ -203,12 +209,24 @@ class Segmenter:
             answers = self.runtime.polyp_logits(pixels, names=called)
             for frame, prepared, logits in zip(batch, pixels, answers, strict=True):
                 resized = self.runtime.resize(logits, (frame.height, frame.width))
-                read = read_logits(resized, threshold=threshold, min_area=min_area)
-                if self.expectation is not None and threshold == THRESHOLD:
+                read = read_logits(resized, point=point, min_area=min_area)
+                if self.expectation is not None and point.is_default:
                     of_frame = self.expectation.of_frame(logits, prepared, self.processor)
                     read = replace(read, expected_dice=of_frame.expected_dice, flag=of_frame.flag)
                 predictions.append(replace(read, frame=frame))
         return predictions
+
+    def point(self, threshold: float | None = None) -> OperatingPoint:
+        """How logits become masks: by ``threshold``, else by the segmenter's operating point, else at 0.5.
+
+        Raises UsageError for a threshold beside an operating point, which has its own.
+        """
+        if threshold is None:
+            return self.operating_point or OperatingPoint()
+        if self.operating_point is not None:
+            raise UsageError(f"the operating point has the threshold {self.operating_point.threshold:g}: give no other")
+        check_options(threshold=threshold, min_area=1)
+        return OperatingPoint(threshold=threshold)
 
     def prepare(self, frames: Sequence[Image.Image]) -> NDArray[np.float32]:
         """RGB frames of any size -> the model's input (B, 3, h, w)."""
@@ -234,6 +252,7 @@ def load(
     revision: str | None = None,
     runtime: str = AUTO,
     precision: Precision = "fp32",
+    operating_point: str | Path | None = None,
     cache_dir: Path | None = None,
     token: str | None = None,
 ) -> Segmenter:
@@ -243,10 +262,12 @@ def load(
     a model id of the table or the paper's short name. ``revision``: tag, branch or commit. ``runtime``: ``torch``,
     ``onnxruntime``, ``openvino``, or ``auto``, the fastest of them that computes the model exactly with what is
     installed and in the folder (``segmenter.runtime.description`` says which); of a Hub model ``auto`` takes torch
-    where it is installed. ``precision``: fp16 and int8 files are used on request only. Files are compared with the
-    model's checksums; a damaged one is reported and fetched again. Works from the cache without a network. Raises
-    UsageError for a model, revision, runtime or right that is not there, PolypSegError for what cannot be got or stays
-    damaged.
+    where it is installed. ``precision``: fp16 and int8 files are used on request only.
+    ``operating_point``: a file that ``polypseg calibrate`` wrote, or ``model`` for the model's own.
+
+    Files are compared with the model's checksums; a damaged one is reported and fetched again. Works from the cache
+    without a network. Raises UsageError for a model, revision, runtime or right that is not there, PolypSegError for
+    what cannot be got or stays damaged.
     """
     check_names(runtime, precision=precision)
     folder, commit = local_folder(id_or_path), None
@@ -267,6 +288,7 @@ def load(
             files=runtime_files(runtime, precision=precision),
         )
         commit = folder.name
+    point = None if operating_point is None else find_operating_point(folder, operating_point)
     chosen, _ = choose_runtime(folder, runtime=runtime, precision=precision)
     if chosen == TORCH:
         from polypseg.processing import load_model
@@ -279,6 +301,7 @@ def load(
             name=str(id_or_path),
             revision=commit,
             expectation=read_expectation(folder),
+            operating_point=point,
         )
     check_folder(folder, names=runtime_files(chosen, precision=precision))
     return Segmenter(
@@ -287,6 +310,7 @@ def load(
         name=str(id_or_path),
         revision=commit,
         expectation=read_expectation(folder),
+        operating_point=point,
     )
 
 
@@ -298,14 +322,17 @@ def check_options(*, threshold: float, min_area: int) -> None:
         raise UsageError(f"the minimum area of a lesion is at least 1 pixel; got {min_area}")
 
 
-def read_logits(logits: ArrayLike, *, threshold: float = 0.5, min_area: int = MIN_AREA) -> Prediction:
-    """Polyp logits (H, W) at the frame's size -> its prediction.
+def read_logits(
+    logits: ArrayLike, *, threshold: float = 0.5, point: OperatingPoint | None = None, min_area: int = MIN_AREA
+) -> Prediction:
+    """Polyp logits (H, W) at the frame's size -> its prediction, by a threshold or a whole operating point.
 
     The threshold is applied to the logits: in float32 the probability of a tiny positive one rounds to 0.5.
     """
     values = np.asarray(logits, dtype=np.float32)
-    mask = values > math.log(threshold / (1 - threshold))
-    probability = sigmoid(values)
+    point = point or OperatingPoint(threshold=threshold)
+    mask = point.mask(values)
+    probability = sigmoid(values if point.temperature == 1 else values / np.float32(point.temperature))
     return Prediction(
         probability=probability, mask=mask, lesions=find_lesions(probability, mask=mask, min_area=min_area)
     )

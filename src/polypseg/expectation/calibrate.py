@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from polypseg.data.polyps import PolypDataset, index_records
 from polypseg.data.sources import Source, open_source
 from polypseg.errors import UsageError
 from polypseg.expectation.intervals import group_means
-from polypseg.inference.operating_point import OperatingPoint
+from polypseg.inference.operating_point import OperatingPoint, weights_digests
 from polypseg.inference.regions import measure_regions
 from polypseg.segmentation import Segmenter
 
@@ -120,9 +120,9 @@ class Calibration:
         """A summary to print."""
         threshold, share = self.chosen
         told = (
-            f"threshold {threshold:g} and minimum area {share:.2%} of the frame score best on these {self.frames} frames; "
-            f"on clips that the choice did not see they gain {self.gain:+.4f} (at least {self.bound:+.4f}, one-sided "
-            f"95 %, {self.groups} clips) over {self.default_score:.4f} of the default"
+            f"threshold {threshold:g} and minimum area {share:.2%} of the frame score best on these {self.frames} "
+            f"frames; on clips that the choice did not see they gain {self.gain:+.4f} (at least {self.bound:+.4f}, "
+            f"one-sided 95 %, {self.groups} clips) over {self.default_score:.4f} of the default"
         )
         verdict = (
             "written: this operating point is better than the default on frames like these"
@@ -254,15 +254,26 @@ def _temperature(samples: Sequence[tuple[Floats, Floats]]) -> float:
 
 
 def calibrate_files(
-    segmenter: Segmenter, frames: Path, masks: Path, output: Path, *, clip: str | None = None
+    segmenter: Segmenter,
+    frames: Path,
+    masks: Path,
+    output: Path,
+    *,
+    folder: Path | None = None,
+    clip: str | None = None,
 ) -> Calibration:
-    """Calibrate on a folder of frames and one of masks, and write the operating point to ``output``."""
+    """Calibrate on a folder of frames and one of masks, and write the operating point to ``output``.
+
+    ``folder``: the model's, to whose weights the point is bound.
+    """
     dataset = open_pairs(frames, masks)
     found = calibrate(segmenter, read_labelled(dataset, clip=clip))
-    save_calibration(found, output, model=segmenter.name)
+    save_calibration(found, output, model=segmenter.name, weights={} if folder is None else weights_digests(folder))
     return found
 
 
-def save_calibration(found: Calibration, output: Path, *, model: str) -> Path:
-    """Write the operating point with how it was found; return the path."""
-    return found.point.save(output, model=model, evidence=found.content(), environment=environment_record())
+def save_calibration(found: Calibration, output: Path, *, model: str, weights: Mapping[str, str]) -> Path:
+    """Write the operating point with how it was found and the weights' SHA-256 by file; return the path."""
+    return found.point.save(
+        output, model=model, weights=dict(weights), evidence=found.content(), environment=environment_record()
+    )

@@ -171,8 +171,8 @@ def estimate(
     learnt = segmenter.expectation
     if learnt is None:
         raise UsageError(
-            f"nothing was learnt of the quality of {segmenter.name}: estimates are made for models whose folder holds an "
-            "expectation.json, such as the shipped one; learn one of yours with training_scripts/fit_expectation.py"
+            f"nothing was learnt of the quality of {segmenter.name}: estimates are made for models whose folder holds "
+            "an expectation.json, such as the shipped one; learn one of yours with training_scripts/fit_expectation.py"
         )
     if len(given.frames) < LEAST:
         raise UsageError(

@@ -48,9 +48,10 @@ from polypseg.expectation.intervals import (
 )
 from polypseg.expectation.learner import LEARNERS, baselines
 from polypseg.expectation.margins import learn_margin, margin_evidence
-from polypseg.inference.expected import FORMAT, THRESHOLD, weights_digests
+from polypseg.inference.expected import FORMAT, THRESHOLD
 from polypseg.inference.features import SINGLE, to_colours
 from polypseg.inference.gate import MOST_UNLIKE, Gate, describe_place, learn_gate
+from polypseg.inference.operating_point import weights_digests
 from polypseg.inference.predictor import Predictor, Steps
 from polypseg.inference.preparation import FrameProcessor
 from polypseg.inference.runtimes import ONNX_FILES, OnnxRuntime
@@ -204,7 +205,7 @@ def _place(frame: Image.Image, processor: FrameProcessor) -> Floats:
 
 
 def refusals(gate: Gate, folder: Path, *, data_dir: Path | None, seed: int = 0) -> list[dict[str, Any]]:
-    """Of sets that must pass and sets that must not: the share of frames that the gate finds unlike, and the verdict."""
+    """Of sets that must pass and sets that must not: the share of frames that are unlike, and the verdict."""
     processor, rng = FrameProcessor.from_pretrained(folder), np.random.default_rng(seed)
 
     def row(name: str, frames: Sequence[Image.Image], *, wanted: bool) -> dict[str, Any]:

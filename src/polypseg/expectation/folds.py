@@ -64,7 +64,7 @@ def held_out_baselines(columns: Columns, *, model: str, anchor: str) -> dict[str
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """What is predicted as one: a real set, a corruption at a severity over all sets, or another model over all sets."""
+    """What is predicted as one: a real set, or all sets under a corruption at a severity, or by another model."""
 
     sort: str
     """``set``, ``corruption`` or ``model``."""

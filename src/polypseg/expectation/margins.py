@@ -69,7 +69,7 @@ def _held(columns: Columns, margin: Margin) -> NDArray[np.bool_]:
 def margin_evidence(
     columns: Columns, margin: Margin, expected: Floats, *, model: str, anchor: str, usual: str
 ) -> dict[str, Any]:
-    """Coverage over random splits, by set, by clip and by corruption; what the alarm finds and how often it is false."""
+    """Coverage over random splits, by set, clip and corruption; what the alarm finds and how often it is false."""
     own, clean = columns["model"] == model, columns["kind"] == CLEAN
     held, needs = _held(columns, margin), relative_needs(columns)
     pool = needs[own & clean & np.isin(columns["set"], [anchor, usual])]

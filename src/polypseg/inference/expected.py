@@ -9,18 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from polypseg.artifacts import file_sha256, read_json
+from polypseg.artifacts import read_json
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.inference.features import Plane, describe, to_colours
 from polypseg.inference.gate import Gate, describe_place, read_gate
 from polypseg.inference.margin import Margin, read_margin
+from polypseg.inference.operating_point import check_weights
 from polypseg.inference.predictor import Predictor, read_predictor
-from polypseg.manifest import MANIFEST, read_manifest
 
 EXPECTATION = "expectation.json"
 FORMAT = 1
-WEIGHTS = ("model.safetensors", "onnx/model.onnx", "onnx/model_quantized.onnx")
-"""Files of a model folder to which an expectation is bound."""
 THRESHOLD = 0.5
 """Of the masks whose Dice is expected."""
 DOUBTFUL, UNLIKE, EMPTY = "doubtful", "unlike", "no mask"
@@ -88,7 +86,7 @@ def read_expectation(folder: Path) -> Expectation | None:
     if content["format"] != FORMAT:
         raise UsageError(f"{path} is of format {content['format']}, this version reads {FORMAT}: learn it again")
     try:
-        _check_weights(folder, content["model"]["sha256"], path)
+        check_weights(folder, content["model"]["sha256"], path)
         return Expectation(
             one_pass=read_predictor(content["one_pass"]),
             three_passes=read_predictor(content["three_passes"]),
@@ -99,15 +97,3 @@ def read_expectation(folder: Path) -> Expectation | None:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise PolypSegError(f"{path} is damaged ({error!r}): get the model again") from error
-
-
-def weights_digests(folder: Path) -> dict[str, str]:
-    """File -> SHA-256 of the weights in a model folder, as its manifest says where it has one."""
-    listed = read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
-    return {name: listed.get(name) or file_sha256(folder / name) for name in WEIGHTS if (folder / name).is_file()}
-
-
-def _check_weights(folder: Path, learnt_from: Mapping[str, str], path: Path) -> None:
-    other = [name for name, digest in weights_digests(folder).items() if learnt_from.get(name) != digest]
-    if other:
-        raise UsageError(f"{path} was learnt from another {other[0]}: remove it, or learn it again")

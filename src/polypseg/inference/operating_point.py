@@ -1,6 +1,7 @@
 """Where a model's probabilities are cut into masks: threshold, temperature, minimum area; kept in a small file."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from polypseg.artifacts import read_json, write_json
+from polypseg.artifacts import file_sha256, read_json, write_json
 from polypseg.errors import UsageError
 from polypseg.inference.regions import drop_small
+from polypseg.manifest import MANIFEST, read_manifest
 
 OPERATING_POINT = "operating_point.json"
 KIND = "polypseg operating point"
 _LARGEST_SHARE = 0.5
+WEIGHTS = ("model.safetensors", "onnx/model.onnx", "onnx/model_quantized.onnx")
+"""Files of a model folder to which what was learnt of the model is bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +42,14 @@ class OperatingPoint:
                 raise UsageError(f"the {name} of an operating point lies between {low} and {high}; got {value!r}")
         if not (isinstance(self.minimum_share, int | float) and 0 <= self.minimum_share < _LARGEST_SHARE):
             raise UsageError(
-                f"the minimum share of an operating point lies between 0 and {_LARGEST_SHARE}; got {self.minimum_share!r}"
+                f"the minimum share of an operating point lies between 0 and {_LARGEST_SHARE}; got "
+                f"{self.minimum_share!r}"
             )
+
+    @property
+    def is_default(self) -> bool:
+        """Whether its masks are those at probability 0.5."""
+        return self.threshold == 0.5 and self.minimum_share == 0
 
     def mask(self, logits: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Logits (H, W) at the frame's size -> the mask."""
@@ -66,6 +76,21 @@ class OperatingPoint:
         return write_json(path, {"kind": KIND, **self.content(), **more})
 
 
+OWN = "model"
+"""The name of the operating point that lies in a model's own folder."""
+
+
+def find_operating_point(folder: Path, name: str | Path) -> OperatingPoint:
+    """The point in a file, or for OWN the one in a model's folder.
+
+    Raises UsageError for one of other weights, and what ``read_operating_point`` raises.
+    """
+    path = folder / OPERATING_POINT if str(name) == OWN else Path(name)
+    point = read_operating_point(path)
+    check_weights(folder, read_json(path).get("weights") or {}, path)
+    return point
+
+
 def read_operating_point(path: Path) -> OperatingPoint:
     """Read a file that ``polypseg calibrate`` wrote. Raises UsageError for another file or impossible values."""
     if not path.is_file():
@@ -77,3 +102,19 @@ def read_operating_point(path: Path) -> OperatingPoint:
     if missing:
         raise UsageError(f"{path} does not give {', '.join(missing)}: write it again with `polypseg calibrate`")
     return OperatingPoint(**{name: content[name] for name in OperatingPoint.__dataclass_fields__})
+
+
+def weights_digests(folder: Path) -> dict[str, str]:
+    """File -> SHA-256 of the weights in a model folder, as its manifest says where it has one."""
+    listed = read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    return {name: listed.get(name) or file_sha256(folder / name) for name in WEIGHTS if (folder / name).is_file()}
+
+
+def check_weights(folder: Path, learnt_from: Mapping[str, str], path: Path) -> None:
+    """Raise UsageError where ``path`` was learnt from other weights than those in a model's folder.
+
+    ``learnt_from``: file -> SHA-256; none for what is bound to no weights.
+    """
+    other = [name for name, digest in weights_digests(folder).items() if learnt_from.get(name, digest) != digest]
+    if other:
+        raise UsageError(f"{path} was learnt from another {other[0]}: remove it, or learn it again")
