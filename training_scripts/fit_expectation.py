@@ -1,4 +1,4 @@
-"""Learn a model's expected Dice, margin and operating point, and write them into its folder and onto its page.
+"""Learn a model's expected Dice, margin and operating point; write them into its folder and onto the page of docs.
 
 python training_scripts/fit_expectation.py src/polypseg/starter --page docs/estimate.md
 """
@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from polypseg.artifacts import read_json, write_text
 from polypseg.cli import run_script
 from polypseg.provenance.local import STARTER_FOLDER
 
@@ -19,12 +20,16 @@ def main(
     cache: Annotated[Path, Option(help="Folder of measured cells; a second call continues.")] = Path(
         "runs/expectation"
     ),
+    page: Annotated[Path | None, Option(help="Also render the page of what was learnt.")] = None,
 ) -> None:
-    """Measure cells."""
-    from polypseg.expectation.fit import gather
+    """Measure the model under many conditions, learn what to expect of it, and check that on what was held out."""
+    from polypseg.expectation.fit import learn_model
+    from polypseg.expectation.page import render_page
 
-    cells = gather(model, data_dir=data, cache=cache, echo=typer.echo)
-    typer.echo(f"{len(cells)} cells, {sum(len(cell.rows) for cell in cells)} frames")
+    learnt, point = learn_model(model, data_dir=data, cache=cache, echo=typer.echo)
+    typer.echo(f"{learnt}\n{point}")
+    if page is not None:
+        typer.echo(write_text(page, render_page(read_json(learnt), read_json(point))))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.isotonic import IsotonicRegression
 
-from polypseg.artifacts import environment_record, read_json
+from polypseg.artifacts import environment_record, read_json, write_json
 from polypseg.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from polypseg.data.images import decode_frame
 from polypseg.data.polyps import open_dataset
 from polypseg.data.splits import pinned_split
+from polypseg.expectation.calibrate import Calibration, Labelled, calibrate, save_calibration
 from polypseg.expectation.cells import (
     CLEAN,
     Cell,
@@ -48,14 +49,15 @@ from polypseg.expectation.intervals import (
 )
 from polypseg.expectation.learner import LEARNERS, baselines
 from polypseg.expectation.margins import learn_margin, margin_evidence
-from polypseg.inference.expected import FORMAT, THRESHOLD
+from polypseg.inference.expected import EXPECTATION, FORMAT, THRESHOLD
 from polypseg.inference.features import SINGLE, to_colours
 from polypseg.inference.gate import MOST_UNLIKE, Gate, describe_place, learn_gate
-from polypseg.inference.operating_point import weights_digests
+from polypseg.inference.operating_point import OPERATING_POINT, weights_digests
 from polypseg.inference.predictor import Predictor, Steps
 from polypseg.inference.preparation import FrameProcessor
-from polypseg.inference.runtimes import ONNX_FILES, OnnxRuntime
-from polypseg.segmentation import Segmenter, load
+from polypseg.inference.runtimes import ONNX_FILES, ONNXRUNTIME, OnnxRuntime, open_runtime
+from polypseg.manifest import MANIFEST, write_manifest
+from polypseg.segmentation import Segmenter
 from polypseg.shift.measures import measure_frame
 from polypseg.suite import NEGATIVES, open_negatives
 
@@ -109,7 +111,7 @@ def gather(folder: Path, *, data_dir: Path | None, cache: Path, echo: Echo) -> l
             mean = sum(row.dice for row in cell.rows) / len(cell.rows)
             echo(f"{cell.model} {cell.set} {cell.kind} {cell.severity}: n = {len(cell.rows)}, Dice {mean:.3f}")
 
-    model = load(folder, runtime="onnxruntime")
+    model = open_model(folder)
     for frames in sets.values():
         measure(model, frames, [(CLEAN, 0)], SHIPPED)
     others = {name: _some(frames, PER_OTHER_MODEL) for name, frames in sets.items() if name != VALIDATION}
@@ -121,6 +123,12 @@ def gather(folder: Path, *, data_dir: Path | None, cache: Path, echo: Echo) -> l
         for frames in corrupted:
             measure(model, frames, [corruption], SHIPPED)
     return found
+
+
+def open_model(folder: Path) -> Segmenter:
+    """The model in a folder by its ONNX file, without what was learnt of it before."""
+    runtime = open_runtime(folder, runtime=ONNXRUNTIME)
+    return Segmenter(runtime=runtime, processor=FrameProcessor.from_pretrained(folder), name=str(folder))
 
 
 def _some(frames: FrameSet, count: int) -> FrameSet:
@@ -140,7 +148,8 @@ def _other_models(folder: Path, model: Segmenter, cache: Path) -> list[tuple[str
         noisy = Segmenter(runtime=OnnxRuntime(path), processor=processor, name="noisy")
         found.append((f"weights with noise {amount}", noisy))
     if (folder / ONNX_FILES["int8"]).is_file():
-        found.append(("8 bits", load(folder, runtime="onnxruntime", precision="int8")))
+        runtime = OnnxRuntime(folder / ONNX_FILES["int8"])
+        found.append(("8 bits", Segmenter(runtime=runtime, processor=processor, name="8 bits")))
     return found
 
 
@@ -313,6 +322,38 @@ def learn_expectation(folder: Path, *, data_dir: Path | None, cache: Path, echo:
         "refusals": refused,
         "environment": environment_record(),
     }
+
+
+def learn_point(folder: Path, *, data_dir: Path | None) -> Calibration:
+    """The model's operating point, chosen on the validation frames with polyps and those without."""
+    sets, processed = open_sets(data_dir), []
+    chosen = sets[VALIDATION]
+    for record_id in chosen.ids:
+        frame, truth = chosen.dataset.pair(chosen.dataset.by_id[record_id])
+        processed.append(Labelled(name=record_id, group=record_id, frame=frame, truth=truth.astype(bool)))
+    for path in polyp_free_frames(data_dir, "validation"):
+        frame = decode_frame(path.read_bytes(), name=str(path))
+        nothing = np.zeros((frame.height, frame.width), dtype=bool)
+        processed.append(Labelled(name=path.stem, group=path.stem, frame=frame, truth=nothing))
+    return calibrate(open_model(folder), processed, show_progress=False)
+
+
+def learn_model(folder: Path, *, data_dir: Path | None, cache: Path, echo: Echo) -> tuple[Path, Path]:
+    """Learn everything of the model in ``folder`` and write it there; return the two files.
+
+    Raises UsageError for a folder without ONNX file or where datasets are absent.
+    """
+    learnt = learn_expectation(folder, data_dir=data_dir, cache=cache, echo=echo)
+    found = learn_point(folder, data_dir=data_dir)
+    for line in found.lines():
+        echo(line)
+    written = write_json(folder / EXPECTATION, learnt)
+    point = save_calibration(
+        found, folder / OPERATING_POINT, model=learnt["model"]["id"], weights=learnt["model"]["sha256"]
+    )
+    if (folder / MANIFEST).is_file():
+        write_manifest(folder)
+    return written, point
 
 
 def fit_cells(cells: Sequence[Cell]) -> dict[str, Any]:
