@@ -255,7 +255,7 @@ def _differences(
 ) -> tuple[Difference, ...]:
     found = []
     for name, (more, less) in WORDS.items():
-        if name not in seen:
+        if name not in seen or name not in measured[0]:
             continue
         mean, (before, spread) = float(np.mean([row[name] for row in measured])), seen[name]
         effect = (mean - before) / spread if spread > 0 else 0.0

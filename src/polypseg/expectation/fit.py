@@ -385,7 +385,7 @@ def fit_cells(cells: Sequence[Cell]) -> dict[str, Any]:
         "flag": {
             "below": below,
             "finds": float(flagged[failed].mean()) if failed.any() else None,
-            "false": float(flagged[~failed].mean()),
+            "false": None if failed.all() else float(flagged[~failed].mean()),
         },
         "margin": margin.content(),
         "anchor": _anchor(columns),
@@ -408,9 +408,11 @@ def fit_cells(cells: Sequence[Cell]) -> dict[str, Any]:
 def _flag_limit(expected: Floats, failed: NDArray[np.bool_]) -> float:
     """The expected Dice that best tells failed masks from the others: sensitivity and specificity have the greatest
     sum."""
+    if failed.all() or not failed.any():
+        return FAILURE
     limits = np.unique(np.round(expected, 2))
     gains = [(expected[failed] < limit).mean() - (expected[~failed] < limit).mean() for limit in limits]
-    return float(limits[int(np.argmax(gains))]) if failed.any() else FAILURE
+    return float(limits[int(np.argmax(gains))])
 
 
 def _probability(expected: Floats, failed: NDArray[np.bool_]) -> Steps:

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 LEVEL = 0.9
+RESAMPLES = 1000
 _NORMAL = 1.6449
 """Standard deviations of a normal distribution that hold 90 %."""
 
@@ -85,14 +86,14 @@ def rank_correlation(one: ArrayLike, other: ArrayLike) -> float:
 
 
 def by_group_interval(
-    statistic: Any, groups: Sequence[Any], *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+    statistic: Any, groups: Sequence[Any], *, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile interval of ``statistic(indices)`` over drawn groups; draws where it is NaN are left out."""
     number = np.unique(np.asarray(groups), return_inverse=True)[1]
     members = [np.flatnonzero(number == g) for g in range(number.max() + 1)]
     rng = np.random.default_rng(seed)
     draws = []
-    for _ in range(resamples):
+    for _ in range(RESAMPLES):
         chosen = rng.integers(0, len(members), len(members))
         value = statistic(np.concatenate([members[g] for g in chosen]))
         if not np.isnan(value):

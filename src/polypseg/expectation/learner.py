@@ -17,6 +17,10 @@ Learn = Callable[[Floats, Floats], Predictor]
 """Features (N, len(ALL)) and Dice (N,) -> a predictor."""
 
 
+_FALLING = ("entropy", "doubt")
+"""Features of which more means less."""
+
+
 def columns(features: Floats, names: Sequence[str]) -> Floats:
     """(N, len(ALL)) -> (N, len(names))."""
     return features[:, [ALL.index(name) for name in names]]
@@ -30,7 +34,7 @@ def predict(predictor: Predictor, features: Floats) -> Floats:
 def learn_steps(features: Floats, dice: Floats, *, feature: str) -> Steps:
     """Isotonic regression on one feature."""
     values = columns(features, [feature])[:, 0]
-    fitted = IsotonicRegression(increasing="auto", out_of_bounds="clip").fit(values, dice)
+    fitted = IsotonicRegression(increasing=feature not in _FALLING, out_of_bounds="clip").fit(values, dice)
     x, y = fitted.X_thresholds_, fitted.y_thresholds_
     return Steps(feature=feature, x=tuple(np.round(x, 6).tolist()), y=tuple(np.round(y, 5).tolist()))
 

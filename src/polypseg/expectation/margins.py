@@ -94,7 +94,8 @@ def margin_evidence(
         }
     batches = _alarms(columns, margin, held, expected, own=own)
     like = np.flatnonzero(own & clean & (columns["set"] == usual))
-    false = [bool(margin.alarm(_known(expected, rng.choice(like, BATCH, replace=False)))) for _ in range(_BATCHES)]
+    batch = min(BATCH, len(like))
+    false = [bool(margin.alarm(_known(expected, rng.choice(like, batch, replace=False)))) for _ in range(_BATCHES)]
     harmed = [row["alarm"] for row in batches if row["coverage"] < HARMED]
     return {
         "covered": COVERED,
@@ -113,7 +114,7 @@ def margin_evidence(
             "not_harmed": len(batches) - len(harmed),
             "raised_on_not_harmed": sum(row["alarm"] for row in batches if row["coverage"] >= HARMED),
             "batches": _BATCHES,
-            "batch_frames": BATCH,
+            "batch_frames": batch,
             "false": float(np.mean(false)),
         },
     }
