@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from polypseg.cli import data, evaluate, hub, predict, shift, study, train, web
+from polypseg.cli import data, estimate, evaluate, hub, predict, shift, study, train, web
 from polypseg.cli.console import run_app
 
 USE, EVALUATE, TRAIN = "Use a model", "Evaluate", "Train and study"
@@ -26,6 +26,21 @@ COMMANDS: tuple[tuple[str, str, Callable[..., None], tuple[str, ...]], ...] = (
         (
             "polypseg evaluate --model starter --dataset cvc_clinicdb --source CVC-ClinicDB",
             "polypseg evaluate --predictions masks/ --dataset folder --source my-frames --all-conventions",
+        ),
+    ),
+    (
+        EVALUATE,
+        "estimate",
+        estimate.estimate,
+        ("polypseg estimate my-frames/", "polypseg estimate cvc_clinicdb --model starter --output estimate"),
+    ),
+    (
+        EVALUATE,
+        "calibrate",
+        estimate.calibrate,
+        (
+            "polypseg calibrate frames/ masks/",
+            "polypseg calibrate frames/ masks/ --clip '(.*)_[0-9]+' --output point.json",
         ),
     ),
     (

@@ -48,6 +48,9 @@ def evaluate(
     ] = None,
     image_size: ImageSize = None,
     gives_probabilities: GivesProbabilities = False,
+    operating_point: Annotated[
+        Path | None, Option(help="File of `polypseg calibrate`, or `model` for the model's own.")
+    ] = None,
     predictions: Annotated[
         Path | None, Option(help="Folder or archive of predicted masks or probability maps, named as the images.")
     ] = None,
@@ -113,7 +116,11 @@ def evaluate(
         raise UsageError("code from the Hub is run at a full commit only: give --revision with its 40 digits")
     if predictions is not None:
         model_only = {"--suite": suite, "--revision": revision, "--trust-remote-code": trust_remote_code}
-        model_only |= {"--image-size": image_size, "--gives-probabilities": gives_probabilities}
+        model_only |= {
+            "--operating-point": operating_point,
+            "--image-size": image_size,
+            "--gives-probabilities": gives_probabilities,
+        }
         refuse_options(model_only, because="it is of a --model, and --predictions are files")
     elif allow_missing:
         raise UsageError("--allow-missing does not apply: it is of --predictions")
@@ -149,7 +156,7 @@ def evaluate(
     def opened() -> "PredictionSource":
         if predictions is not None:
             return _files(predictions, allow_missing=allow_missing, name=name)
-        return open_model(
+        chosen = open_model(
             str(model),
             folder=folder,
             name=name,
@@ -158,6 +165,7 @@ def evaluate(
             batch_size=batch_size,
             trust_remote_code=trust_remote_code,
         )
+        return _at_point(chosen, operating_point, folder=folder)
 
     if dataset is None:
         _evaluate_suite(opened(), plan, folder=folder, wide=wide, as_json=as_json)
@@ -190,6 +198,16 @@ def _headline(content: Mapping[str, Any]) -> str:
 
     scores = "; ".join(f"m{name.capitalize()} {cell_of(value)}" for name, value in scores_of(content).items())
     return f"{content['name']}: {scores.replace('mIou', 'mIoU')}; n = {size_of(content)}"
+
+
+def _at_point(source: "PredictionSource", file: Path | None, *, folder: Path | None) -> "PredictionSource":
+    """The source itself, or cut at the operating point of a file."""
+    from polypseg.inference.operating_point import find_operating_point
+    from polypseg.inference.predictors import PointedPredictions
+
+    if file is None:
+        return source
+    return PointedPredictions(source=source, point=find_operating_point(folder or Path(), file))
 
 
 _DONE = {Seen.report: "They were tested all the same.", Seen.exclude: "They were left out."}

@@ -142,7 +142,9 @@ def segment(
     output: Annotated[Path, Option(help="Folder of the results; a second call completes it.")] = Path("segmented"),
     runtime: RuntimeOption = "auto",
     revision: Annotated[str | None, Option(help="Tag, branch or commit of a Hub model.")] = None,
-    threshold: Annotated[float, Option(help="A pixel is polyp where its probability exceeds this.")] = 0.5,
+    threshold: Annotated[
+        float | None, Option(help="A pixel is polyp where its probability exceeds this; default 0.5.")
+    ] = None,
     min_area: Annotated[int, Option(help="Pixels that a lesion of the table has at least.")] = 64,
     every: Annotated[int, Option(min=1, help="Take every N-th frame of a video.")] = 1,
     save_probability: Annotated[bool, Option("--save-probability", help="Keep the probability maps too.")] = False,
@@ -152,6 +154,13 @@ def segment(
     overlay_video: Annotated[
         str | None,
         Option(help="Overlays of videos: mp4 (by the ffmpeg on PATH, the default with one), webm, avi, jpg or none."),
+    ] = None,
+    operating_point: Annotated[
+        Path | None, Option(help="File of `polypseg calibrate`, or `model` for the model's own.")
+    ] = None,
+    margin: Annotated[
+        float | None,
+        Option(help="Also write masks grown to hold 90 % of the polyp in this share of frames; try 0.9."),
     ] = None,
     batch_size: Annotated[int, Option(min=1, help="Frames that go through the model together.")] = 1,
     overwrite: Annotated[bool, Option("--overwrite", help="Start again in a folder of other settings.")] = False,
@@ -172,6 +181,8 @@ def segment(
         save_probability=save_probability,
         smooth=smooth,
         overlay_video=overlay_video,
+        margin=margin,
+        operating_point=operating_point,
         batch_size=batch_size,
         overwrite=overwrite,
         device=device,

@@ -31,6 +31,7 @@ from polypseg.inference.model import (
     resize_map,
     results_name,
 )
+from polypseg.inference.operating_point import OperatingPoint
 from polypseg.inference.preparation import PREPROCESSOR, FrameProcessor
 from polypseg.inference.runtimes import OnnxRuntime, refuse_non_finite
 from polypseg.modeling import PolypSegConfig
@@ -179,6 +180,28 @@ class OnnxPredictions:
                 f"{stated[1]}x{stated[0]}"
             )
         return processor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointedPredictions:
+    """A source whose maps exceed 0.5 where an operating point's masks are."""
+
+    source: PredictionSource
+    point: OperatingPoint
+
+    @property
+    def name(self) -> str:
+        """The source's: another operating point is no other model."""
+        return self.source.name
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        return self.source.origin | {"operating_point": self.point.content()}
+
+    def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
+        """As the source predicts, moved."""
+        for record_id, probability in self.source.predict(dataset, ids):
+            yield record_id, self.point.moved(probability)
 
 
 def open_smp(path: Path, *, name: str, image_size: int | None, output: Output = "logits") -> SmpPredictions:

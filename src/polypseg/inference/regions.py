@@ -22,17 +22,38 @@ class Regions:
     maximum: NDArray[np.float64]
 
 
+def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """Start, and first place after the end, of each stretch of True in the rows, and the length of a row with a column
+    of False on both sides, so that runs end with their row."""
+    height, width = mask.shape
+    stride = width + 2
+    padded = np.zeros((height, stride), dtype=np.int8)
+    padded[:, 1:-1] = mask
+    steps = np.diff(padded.ravel(), prepend=0)
+    return np.flatnonzero(steps == 1), np.flatnonzero(steps == -1), stride
+
+
+def drop_small(mask: NDArray[np.bool_], *, least: float) -> NDArray[np.bool_]:
+    """The mask (H, W) without its regions of fewer than ``least`` pixels."""
+    starts, ends, stride = _runs(mask)
+    if not len(starts):
+        return mask
+    region, lengths = _join(starts, ends, stride=stride), ends - starts
+    small = (np.bincount(region, weights=lengths) < least)[region]
+    if not small.any():
+        return mask
+    change = np.zeros(mask.shape[0] * stride + 1, dtype=np.int8)
+    change[starts[~small]], change[ends[~small]] = 1, -1
+    return np.cumsum(change[:-1], dtype=np.int8).reshape(mask.shape[0], stride)[:, 1:-1].astype(bool)
+
+
 def measure_regions(values: NDArray[np.float32], *, mask: NDArray[np.bool_]) -> Regions:
     """The regions of ``mask`` (H, W) and what ``values`` (H, W) are inside them.
 
     Works on runs, the stretches of True in each row: few even where pixels are many.
     """
     height, width = mask.shape
-    stride = width + 2  # a column of False on both sides, so that runs end with their row
-    padded = np.zeros((height, stride), dtype=np.int8)
-    padded[:, 1:-1] = mask
-    steps = np.diff(padded.ravel(), prepend=0)
-    starts, ends = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)  # end: the first place after the run
+    starts, ends, stride = _runs(mask)
     if not len(starts):
         nothing = np.zeros(0, dtype=np.int64)
         none = {"x": nothing, "y": nothing, "width": nothing, "height": nothing, "area": nothing}
@@ -69,3 +90,16 @@ def _join(starts: NDArray[np.int64], ends: NDArray[np.int64], *, stride: int) ->
         np.minimum.at(parent, np.maximum(one, other), np.minimum(one, other))
         while (parent != parent[parent]).any():
             parent = parent[parent]
+
+
+def grow_mask(mask: NDArray[np.bool_], reach: int) -> NDArray[np.bool_]:
+    """Pixels within ``reach`` rows and columns of the mask (H, W): a square is drawn around each of its pixels."""
+    grown = mask
+    for axis in (0, 1):
+        padded = np.pad(grown, [(reach + 1, reach) if a == axis else (0, 0) for a in (0, 1)]).astype(np.int32)
+        sums = np.cumsum(padded, axis=axis)
+        length = mask.shape[axis]
+        after = np.take(sums, np.arange(2 * reach + 1, 2 * reach + 1 + length), axis=axis)
+        before = np.take(sums, np.arange(length), axis=axis)
+        grown = after > before
+    return grown

@@ -275,7 +275,7 @@ def runtime_files(runtime: str, *, precision: Precision = "fp32") -> tuple[str, 
     """Patterns of the files of a model that a runtime reads."""
     if runtime == TORCH:
         return ("*.json", "*.safetensors")
-    described = ("config.json", "preprocessor_config.json")
+    described = ("config.json", "preprocessor_config.json", "expectation.json")
     files: tuple[str, ...] = (ONNX_FILES[precision],)
     if runtime == OPENVINO:
         files += (OPENVINO_FILES[precision], OPENVINO_FILES[precision].replace(".xml", ".bin"))

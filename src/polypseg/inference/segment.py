@@ -20,12 +20,14 @@ def run_segment(
     model: str = STARTER,
     runtime: str = AUTO,
     revision: str | None = None,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     min_area: int = MIN_AREA,
     every: int = 1,
     save_probability: bool = False,
     smooth: float | None = None,
     overlay_video: str | None = None,
+    margin: float | None = None,
+    operating_point: Path | None = None,
     batch_size: int = 1,
     overwrite: bool = False,
     device: str | None = None,
@@ -36,7 +38,7 @@ def run_segment(
     """
     if device not in (None, "cpu") and runtime == AUTO:
         runtime = TORCH
-    segmenter = load(model, revision=revision, runtime=runtime)
+    segmenter = load(model, revision=revision, runtime=runtime, operating_point=operating_point)
     if device is None and segmenter.runtime.name == TORCH:
         from polypseg.inference.model import default_device
 
@@ -51,6 +53,7 @@ def run_segment(
         save_probability=save_probability,
         smooth=smooth,
         overlay_video=overlay_video,
+        margin=margin,
         batch_size=batch_size,
         overwrite=overwrite,
     )

@@ -40,7 +40,10 @@ from polypseg.files import (
     write_json,
 )
 from polypseg.inference.inputs import Inputs, Source, read_inputs
+from polypseg.inference.margin import Margin
+from polypseg.inference.operating_point import OperatingPoint
 from polypseg.inference.pipeline import in_background
+from polypseg.inference.regions import drop_small
 from polypseg.inference.segmenter import MIN_AREA, Prediction, Segmenter, check_options, draw_overlay, find_lesions
 from polypseg.inference.video import (
     ENCODED_FORMATS,
@@ -54,7 +57,7 @@ from polypseg.inference.video import (
 
 FRAME_FIELDS = (
     "name", "file", "frame", "time_s", "width", "height", "polyp_pixels", "polyp_share", "lesions",
-    "mean_probability", "max_probability", "file_bytes", "file_modified",
+    "mean_probability", "max_probability", "expected_dice", "flag", "file_bytes", "file_modified",
 )  # fmt: skip
 LESION_FIELDS = (
     "name", "lesion", "x", "y", "width", "height", "area", "mean_probability", "max_probability",
@@ -65,7 +68,12 @@ VIDEO_FIELDS = (
 )  # fmt: skip
 RECORD = "run.json"
 KIND = "polypseg segmentation"
-_OWN = ("masks", "overlays", "probabilities", "frames.csv", "lesions.csv", "videos.csv", "skipped.csv", RECORD)
+_OWN = (
+    "masks", "overlays", "probabilities", "margins", "frames.csv", "lesions.csv", "videos.csv",
+    "skipped.csv", RECORD,
+)  # fmt: skip
+_ALARM_FRAMES = 10
+"""Frames below which a video or folder is not judged as a whole."""
 _AHEAD = 4
 """Frames that each stage of the pipeline may be ahead of the next."""
 
@@ -89,6 +97,10 @@ class SegmentReport:
     """Time from the first file's reading to the last one's writing."""
     flicker: tuple[tuple[str, str], ...] = ()
     """Video, its flicker index in words."""
+    flags: Mapping[str, int] = field(default_factory=dict)
+    """Flag -> frames that bear it, where something was learnt of the model's quality."""
+    margin: tuple[str, ...] = ()
+    """What the margin holds, and when that cannot be expected."""
 
     @property
     def frames_per_second(self) -> float:
@@ -106,6 +118,10 @@ class SegmentReport:
         if self.segmented:
             lines.append(f"{self.frames_per_second:.1f} frames per second, reading, drawing and writing included")
         lines += [f"{file}: {words}" for file, words in self.flicker[:10]]
+        if self.flags:
+            told = ", ".join(f"{count} {flag}" for flag, count in self.flags.items())
+            lines.append(f"flagged in frames.csv: {told}")
+        lines += self.margin
         listed = printable(str(self.output / "skipped.csv"))
         if self.skipped:
             lines.append(f"{len(self.skipped)} file(s) skipped, all listed in {listed}:")
@@ -176,12 +192,13 @@ def segment_files(
     inputs: Sequence[str],
     output: Path,
     *,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     min_area: int = MIN_AREA,
     every: int = 1,
     save_probability: bool = False,
     smooth: float | None = None,
     overlay_video: str | None = None,
+    margin: float | None = None,
     batch_size: int = 1,
     overwrite: bool = False,
 ) -> SegmentReport:
@@ -201,11 +218,15 @@ def segment_files(
     texts that a spreadsheet would run as a formula.
 
     The same call continues an interrupted one and skips finished files that have not changed; ``overwrite`` starts
-    again. With a ``batch_size`` above 1 probabilities can differ in the last bits. Raises UsageError for inputs that
+    again. ``margin``: also write ``margins/NAME.png``, the masks grown so that in this share of frames with a polyp, if
+    they are like the frames calibrated on, 90 % of its pixels lie inside.
+
+    With a ``batch_size`` above 1 probabilities can differ in the last bits. Raises UsageError for inputs that
     are not there, a folder that holds something else, or a finished part made by other weights or options;
     PolypSegError when no file at all could be read.
     """
-    check_options(threshold=threshold, min_area=min_area)
+    point = segmenter.point(threshold)
+    check_options(threshold=point.threshold, min_area=min_area)
     if every < 1:
         raise UsageError(f"a video's frames are taken in steps of at least 1; got {every}")
     if batch_size < 1:
@@ -217,14 +238,20 @@ def segment_files(
                 raise UsageError(f"{option} is for videos, and the input holds none: leave it out")
     elif overlay_format(overlay_video) and smooth is not None:
         check_smoothing(smooth)
+    if margin is not None:
+        _check_margin(segmenter, margin, point)
     settings = {
         "model": segmenter.name,
         "weights": segmenter.fingerprint(),
-        "threshold": threshold,
+        "threshold": point.threshold,
+        "temperature": point.temperature,
+        "minimum_share": point.minimum_share,
         "min_area": min_area,
         "every": every,
         "save_probability": save_probability,
         "smooth": smooth,
+        "margin": margin,
+        "expectation": None if segmenter.expectation is None else segmenter.expectation.digest,
     }
     with sole_writer(output):
         return _segment(
@@ -243,10 +270,17 @@ def _segment(
     overwrite: bool,
 ) -> SegmentReport:
     """What segment_files does while nobody else writes to ``output``."""
-    threshold, min_area, every = (settings[name] for name in ("threshold", "min_area", "every"))
-    save_probability, smooth = settings["save_probability"], settings["smooth"]
+    min_area, every = settings["min_area"], settings["every"]
+    point = OperatingPoint(**{name: settings[name] for name in ("threshold", "temperature", "minimum_share")})
+    save_probability, smooth, margin = (settings[name] for name in ("save_probability", "smooth", "margin"))
     _claim_output(output, dict(settings), overwrite=overwrite)
-    tables = _Tables(output, pictures=_picture_folders(save_probability), every=every, whole_videos=smooth is not None)
+    known = None if margin is None or segmenter.expectation is None else (segmenter.expectation.margin, margin)
+    tables = _Tables(
+        output,
+        pictures=_picture_folders(save_probability, margins=margin is not None),
+        every=every,
+        whole_videos=smooth is not None,
+    )
     sources = tables.name_sources(found.sources)
     skipped: list[tuple[str, str]] = []
     segmented, seen, flicker = 0, [], []
@@ -257,14 +291,15 @@ def _segment(
         with tables.open(), tqdm(total=_count_frames(sources, every), unit="frame", disable=None) as progress:
             read = in_background(tables.read(sources, every=every, draws=videos.draws), depth=max(_AHEAD, batch_size))
             predicted = in_background(
-                _predict(read, segmenter, threshold=threshold, min_area=min_area, batch_size=batch_size), depth=_AHEAD
+                _predict(read, segmenter, point=point, min_area=min_area, batch_size=batch_size), depth=_AHEAD
             )
             drawing = _Drawing(
                 output,
-                threshold=threshold,
+                point=point,
                 min_area=min_area,
                 smooth=smooth,
                 save_probability=save_probability,
+                margin=known,
                 stills=kind == "jpg",
                 caption=segmenter.caption,
             )
@@ -302,7 +337,40 @@ def _segment(
         passed_over=found.passed_over,
         seconds=time.perf_counter() - start,
         flicker=tuple(flicker),
+        flags=Counter(tables.done[name]["flag"] for name in seen if tables.done[name]["flag"]),
+        margin=() if margin is None else _margin_lines(segmenter, [tables.done[name] for name in seen], margin),
     )
+
+
+def _check_margin(segmenter: Segmenter, margin: float, point: OperatingPoint) -> None:
+    """Raise UsageError where no margin of this level can be given."""
+    if segmenter.expectation is None:
+        raise UsageError(
+            f"no margin is known of {segmenter.name}: it is learnt with training_scripts/fit_expectation.py"
+        )
+    if not point.is_default:
+        raise UsageError("margins are of masks at threshold 0.5: leave out the threshold or the operating point")
+    segmenter.expectation.margin.factor(margin)
+
+
+def _margin_lines(segmenter: Segmenter, rows: Sequence[Mapping[str, str]], margin: float) -> tuple[str, ...]:
+    """What is guaranteed, and an alarm for every video, and for all images together, on which it cannot hold."""
+    assert segmenter.expectation is not None
+    learnt = segmenter.expectation.margin
+    empty = sum(row["polyp_pixels"] == "0" for row in rows)
+    lines = [
+        f"margins/: 90 % of the polyp lies inside in {margin:.0%} of frames with a polyp that are like the "
+        f"{len(learnt.needs)} calibrated on; nothing is said of the {empty} frame(s) with an empty mask"
+    ]
+    batches: dict[str, list[float | None]] = {}
+    for row in rows:
+        name = row["file"] if row["frame"] else "the images"
+        batches.setdefault(name, []).append(float(row["expected_dice"]) if row["expected_dice"] else None)
+    for name, expected in batches.items():
+        alarm = learnt.alarm(expected) if len(expected) >= _ALARM_FRAMES else ""
+        if alarm:
+            lines.append(f"ALARM, {name}: {alarm}")
+    return tuple(lines)
 
 
 def _called(frame: _Frame) -> str:
@@ -350,7 +418,9 @@ def _read_image(path: Path) -> Image.Image:
         raise _UnreadableError(str(error)) from error
 
 
-def _predict(entries: _Entries, segmenter: Segmenter, *, threshold: float, min_area: int, batch_size: int) -> _Entries:
+def _predict(
+    entries: _Entries, segmenter: Segmenter, *, point: OperatingPoint, min_area: int, batch_size: int
+) -> _Entries:
     """Add predictions to the frames that need one."""
     waiting: list[_Entry] = []
 
@@ -358,7 +428,9 @@ def _predict(entries: _Entries, segmenter: Segmenter, *, threshold: float, min_a
         frames = [entry for entry in waiting if isinstance(entry, _Frame) and not entry.finished]
         images = [frame.image for frame in frames if frame.image is not None]
         names = [_called(frame) for frame in frames]
-        options: dict[str, Any] = {"threshold": threshold, "min_area": min_area, "batch_size": batch_size}
+        options: dict[str, Any] = {"min_area": min_area, "batch_size": batch_size}
+        if segmenter.operating_point is None:
+            options["threshold"] = point.threshold
         made = iter(segmenter.predict(images, names=names, **options) if images else ())
         for entry in waiting:
             if isinstance(entry, _Frame) and not entry.finished:
@@ -384,17 +456,22 @@ class _Drawing:
         self,
         output: Path,
         *,
-        threshold: float,
+        point: OperatingPoint,
         min_area: int,
         smooth: float | None,
         save_probability: bool,
+        margin: tuple[Margin, float] | None,
         stills: bool,
         caption: str,
     ):
-        """``stills``: frames of videos get overlays as images do; ``caption``: at the foot of every overlay."""
+        """``stills``: frames of videos get overlays as images do; ``caption``: at the foot of every overlay.
+
+        ``margin``: what is known, and the level.
+        """
         self._caption = caption
+        self._margin = margin
         self._stills = stills
-        self._output, self._threshold, self._min_area = output, threshold, min_area
+        self._output, self._point, self._min_area = output, point, min_area
         self._smooth, self._save_probability = smooth, save_probability
         self._smoother: CausalSmoother | None = None
         self._flicker, self._flicker_before = FlickerIndex(), FlickerIndex()
@@ -437,15 +514,20 @@ class _Drawing:
     def _smoothed(self, prediction: Prediction, *, time: float | None) -> Prediction:
         assert self._smoother is not None
         probability = self._smoother(prediction.probability, time=time)
-        mask = probability > self._threshold
+        mask = drop_small(probability > self._point.threshold, least=self._point.minimum_share * probability.size)
         lesions = find_lesions(probability, mask=mask, min_area=self._min_area)
-        return Prediction(probability=probability, mask=mask, lesions=lesions)
+        # What is expected is of the frame's own mask; its average with the frames before is alike.
+        return replace(prediction, probability=probability, mask=mask, lesions=lesions)
 
     def _pictures(self, frame: _Frame, prediction: Prediction) -> dict[str, bytes]:
         pictures = {f"masks/{frame.name}.png": encode_png(prediction.mask.astype(np.uint8) * 255)}
         if self._save_probability:
             probability = (prediction.probability * 255).round().astype(np.uint8)
             pictures[f"probabilities/{frame.name}.png"] = encode_png(probability)
+        if self._margin is not None:
+            known, level = self._margin
+            grown = known.grow(prediction.mask, level=level)
+            pictures[f"margins/{frame.name}.png"] = encode_png(grown.astype(np.uint8) * 255)
         if (frame.index is None or self._stills) and frame.image is not None:
             buffer = io.BytesIO()
             draw_overlay(frame.image, prediction, caption=self._caption).save(
@@ -472,10 +554,10 @@ def _with_mask(mask: NDArray[np.bool_]) -> Prediction:
 # The output folder -------------------------------------------------------------------------------------
 
 
-def _picture_folders(save_probability: bool) -> dict[str, str]:
+def _picture_folders(save_probability: bool, *, margins: bool) -> dict[str, str]:
     """Folder -> suffix of the pictures of every frame."""
-    probability = {"probabilities": ".png"} if save_probability else {}
-    return {"masks": ".png", "overlays": ".jpg", **probability}
+    more = [name for name, wanted in (("probabilities", save_probability), ("margins", margins)) if wanted]
+    return {"masks": ".png", "overlays": ".jpg", **dict.fromkeys(more, ".png")}
 
 
 def _claim_output(output: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
@@ -714,6 +796,8 @@ class _Tables:
             "lesions": str(len(lesions)),
             "mean_probability": f"{inside.mean(dtype=np.float64):.4f}" if inside.size else "",
             "max_probability": f"{prediction.probability.max():.4f}",
+            "expected_dice": "" if prediction.expected_dice is None else f"{prediction.expected_dice:.3f}",
+            "flag": prediction.flag,
             **frame.state,
         }
         self._append("lesions.csv", lesions)

@@ -18,6 +18,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from polypseg.data.images import as_frame, encode_png
 from polypseg.errors import UsageError, missing_package
 from polypseg.files import atomic_path
+from polypseg.inference.expected import Expectation, read_expectation
+from polypseg.inference.operating_point import OperatingPoint, find_operating_point
 from polypseg.inference.preparation import FrameProcessor
 from polypseg.inference.quality import RESEARCH, UNKNOWN, Quality, read_quality
 from polypseg.inference.regions import measure_regions
@@ -73,6 +75,11 @@ class Prediction:
     """(H, W), True where the probability exceeds the threshold."""
     lesions: tuple[Lesion, ...]
     """Largest first."""
+    expected_dice: float | None = None
+    """Expected against an expert's mask, if there is a polyp; None where nothing was learnt of the model, for another
+    threshold than 0.5, for an empty mask and for a frame unlike those learnt from."""
+    flag: str = ""
+    """``doubtful``, ``unlike`` or ``no mask`` (``inference.expected.FLAGS`` says what each means); empty otherwise."""
     frame: Image.Image | None = field(default=None, repr=False, compare=False)
     """The RGB frame itself; None where the prediction was made of logits alone."""
     caption: str = field(default="", repr=False, compare=False)
@@ -123,12 +130,14 @@ class Segmenter:
         runtime: Runtime | None = None,
         revision: str | None = None,
         quality: Quality = UNKNOWN,
+        expectation: Expectation | None = None,
+        operating_point: OperatingPoint | None = None,
     ):
         """A transformers ``model``, or a ``runtime`` that computes one; ``processor`` prepares frames for it.
 
         ``name`` is what results call the model, ``revision`` the commit of a Hub repository, ``quality`` what is known
-        of its scores. Raises UsageError unless
-        exactly one of ``model`` and ``runtime`` is given.
+        of its scores, ``expectation`` what was learnt of its quality on frames without masks, ``operating_point`` how
+        its logits become masks. Raises UsageError unless exactly one of ``model`` and ``runtime`` is given.
         """
         if (model is None) == (runtime is None):
             raise UsageError("a segmenter is made of either a model or a runtime")
@@ -137,6 +146,8 @@ class Segmenter:
         self.name = name
         self.revision = revision
         self.quality = quality
+        self.expectation = expectation
+        self.operating_point = operating_point
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path = STARTER, **options: Any) -> "Segmenter":
@@ -187,7 +198,7 @@ class Segmenter:
         self,
         frames: Frame | Sequence[Frame],
         *,
-        threshold: float = 0.5,
+        threshold: float | None = None,
         min_area: int = MIN_AREA,
         batch_size: int = 1,
         names: Sequence[str] = (),
@@ -196,11 +207,13 @@ class Segmenter:
 
         A frame is a PIL image, an RGB array (H, W, 3) uint8 or a path. With torch, masks at 0.5 are those of
         ``predict_masks``. Frames that go through the model together (``batch_size``) can differ from single ones in the
-        last bits. ``threshold``: a pixel is polyp where its probability exceeds it. ``min_area``: pixels that a lesion
-        of the list has at least. ``names``: what errors call the frames. Raises UsageError for a threshold outside 0 to
-        1 or a count below 1, PolypSegError for outputs that are not finite.
+        last bits. ``threshold``: a pixel is polyp where its probability exceeds it; default 0.5, or the segmenter's
+        operating point. ``min_area``: pixels that a lesion of the list has at least. ``names``: what errors call the
+        frames. Raises UsageError for a threshold outside 0 to 1, for one beside an operating point, and for a count
+        below 1, PolypSegError for outputs that are not finite.
         """
-        check_options(threshold=threshold, min_area=min_area)
+        point = self.point(threshold)
+        check_options(threshold=point.threshold, min_area=min_area)
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, not {batch_size}")
         if isinstance(frames, Image.Image | np.ndarray | str | Path):
@@ -213,9 +226,14 @@ class Segmenter:
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             called = names[start:] or [f"frame {number + 1}" for number in range(start, len(images))]
-            for frame, logits in zip(batch, self._logits(batch, names=called), strict=True):
+            pixels = self.prepare(batch)
+            answers = self.runtime.polyp_logits(pixels, names=called)
+            for frame, prepared, logits in zip(batch, pixels, answers, strict=True):
                 resized = self.runtime.resize(logits, (frame.height, frame.width))
-                read = read_logits(resized, threshold=threshold, min_area=min_area)
+                read = read_logits(resized, point=point, min_area=min_area)
+                if self.expectation is not None and point.is_default:
+                    of_frame = self.expectation.of_frame(logits, prepared, self.processor)
+                    read = replace(read, expected_dice=of_frame.expected_dice, flag=of_frame.flag)
                 predictions.append(replace(read, frame=frame, caption=self.caption))
         return predictions
 
@@ -224,11 +242,22 @@ class Segmenter:
         """What overlays say at their foot."""
         return f"{self.quality.short} · {RESEARCH}"
 
-    def _logits(self, frames: Sequence[Image.Image], *, names: Sequence[str]) -> NDArray[np.float32]:
-        """Polyp logits (B, h, w) at the model's own size."""
+    def point(self, threshold: float | None = None) -> OperatingPoint:
+        """How logits become masks: by ``threshold``, else by the segmenter's operating point, else at 0.5.
+
+        Raises UsageError for a threshold beside an operating point, which has its own.
+        """
+        if threshold is None:
+            return self.operating_point or OperatingPoint()
+        if self.operating_point is not None:
+            raise UsageError(f"the operating point has the threshold {self.operating_point.threshold:g}: give no other")
+        check_options(threshold=threshold, min_area=1)
+        return OperatingPoint(threshold=threshold)
+
+    def prepare(self, frames: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """RGB frames of any size -> the model's input (B, 3, h, w)."""
         inputs = self.processor(images=list(frames), return_tensors="np")
-        pixels = np.ascontiguousarray(inputs["pixel_values"], dtype=np.float32)
-        return self.runtime.polyp_logits(pixels, names=names)
+        return np.ascontiguousarray(inputs["pixel_values"], dtype=np.float32)
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights and of the processor's settings: the same for the same model in another file.
@@ -249,6 +278,7 @@ def load(
     revision: str | None = None,
     runtime: str = AUTO,
     precision: Precision = "fp32",
+    operating_point: str | Path | None = None,
     cache_dir: Path | None = None,
     token: str | None = None,
 ) -> Segmenter:
@@ -258,10 +288,12 @@ def load(
     a model id of the table or the paper's short name. ``revision``: tag, branch or commit. ``runtime``: ``torch``,
     ``onnxruntime``, ``openvino``, or ``auto``, the fastest of them that computes the model exactly with what is
     installed and in the folder (``segmenter.runtime.description`` says which); of a Hub model ``auto`` takes torch
-    where it is installed. ``precision``: fp16 and int8 files are used on request only. Files are compared with the
-    model's checksums; a damaged one is reported and fetched again. Works from the cache without a network. Raises
-    UsageError for a model, revision, runtime or right that is not there, PolypSegError for what cannot be got or stays
-    damaged.
+    where it is installed. ``precision``: fp16 and int8 files are used on request only.
+    ``operating_point``: a file that ``polypseg calibrate`` wrote, or ``model`` for the model's own.
+
+    Files are compared with the model's checksums; a damaged one is reported and fetched again. Works from the cache
+    without a network. Raises UsageError for a model, revision, runtime or right that is not there, PolypSegError for
+    what cannot be got or stays damaged.
     """
     check_names(runtime, precision=precision)
     folder, commit = local_folder(id_or_path), None
@@ -282,6 +314,7 @@ def load(
             files=runtime_files(runtime, precision=precision),
         )
         commit = folder.name
+    point = None if operating_point is None else find_operating_point(folder, operating_point)
     chosen, _ = choose_runtime(folder, runtime=runtime, precision=precision)
     if chosen == TORCH:
         from polypseg.inference.model import load_model
@@ -289,7 +322,13 @@ def load(
         check_folder(folder)
         model, processor = load_model(str(folder))
         return Segmenter(
-            model=model, processor=processor, name=str(id_or_path), revision=commit, quality=read_quality(folder)
+            model=model,
+            processor=processor,
+            name=str(id_or_path),
+            revision=commit,
+            quality=read_quality(folder),
+            expectation=read_expectation(folder),
+            operating_point=point,
         )
     check_folder(folder, names=runtime_files(chosen, precision=precision))
     return Segmenter(
@@ -298,6 +337,8 @@ def load(
         name=str(id_or_path),
         revision=commit,
         quality=read_quality(folder),
+        expectation=read_expectation(folder),
+        operating_point=point,
     )
 
 
@@ -309,14 +350,17 @@ def check_options(*, threshold: float, min_area: int) -> None:
         raise UsageError(f"the minimum area of a lesion is at least 1 pixel; got {min_area}")
 
 
-def read_logits(logits: ArrayLike, *, threshold: float = 0.5, min_area: int = MIN_AREA) -> Prediction:
-    """Polyp logits (H, W) at the frame's size -> its prediction.
+def read_logits(
+    logits: ArrayLike, *, threshold: float = 0.5, point: OperatingPoint | None = None, min_area: int = MIN_AREA
+) -> Prediction:
+    """Polyp logits (H, W) at the frame's size -> its prediction, by a threshold or a whole operating point.
 
     The threshold is applied to the logits: in float32 the probability of a tiny positive one rounds to 0.5.
     """
     values = np.asarray(logits, dtype=np.float32)
-    mask = values > math.log(threshold / (1 - threshold))
-    probability = sigmoid(values)
+    point = point or OperatingPoint(threshold=threshold)
+    mask = point.mask(values)
+    probability = sigmoid(values if point.temperature == 1 else values / np.float32(point.temperature))
     return Prediction(
         probability=probability, mask=mask, lesions=find_lesions(probability, mask=mask, min_area=min_area)
     )

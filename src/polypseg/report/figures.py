@@ -66,6 +66,25 @@ def draw_all(analysis: Analysis) -> dict[str, Picture]:
         return {picture.name: picture for picture in drawn if picture is not None}
 
 
+def draw_differences(rows: Sequence[Mapping[str, Any]]) -> Picture:
+    """One bar for each measure in which frames differ from those that a model saw: ``words``, ``effect``."""
+    with matplotlib.rc_context(_SETTINGS):
+        figure, (axis,) = _axes(WIDTH, 0.24 * len(rows) + 0.6)
+        places = np.arange(len(rows))[::-1]
+        effects = [float(row["effect"]) for row in rows]
+        axis.axvspan(-1, 1, color=RULE, alpha=0.45, linewidth=0)
+        axis.barh(places, effects, height=0.6, color=[CNN if value >= 0 else VIT for value in effects])
+        axis.set_yticks(places, [str(row["words"]) for row in rows])
+        axis.axvline(0, color=MUTED, linewidth=0.8)
+        axis.set_xlabel("standard deviations of the training frames")
+        return _picture(
+            figure,
+            name="differences",
+            title="In which respects these frames differ",
+            caption="Differences of means from the frames that the model was trained on; gray: within their spread.",
+        )
+
+
 def colour(model: str) -> str:
     """Blue for convolutional models, orange for transformers."""
     return VIT if model.startswith("vit") else CNN

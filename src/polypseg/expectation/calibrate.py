@@ -1,0 +1,279 @@
+"""An operating point from a few labelled frames: threshold, temperature, minimum area, kept only where shown better."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.optimize import minimize_scalar
+from scipy.stats import t as student
+from tqdm import tqdm
+
+from polypseg.data.catalog import CLIP_COLUMN, get_spec
+from polypseg.data.polyps import PolypDataset, index_records
+from polypseg.data.sources import Source, open_source
+from polypseg.errors import UsageError
+from polypseg.expectation.intervals import group_means
+from polypseg.files import environment_record
+from polypseg.inference.operating_point import OperatingPoint, weights_digests
+from polypseg.inference.regions import measure_regions
+from polypseg.inference.segmenter import Segmenter
+
+Floats = NDArray[np.float64]
+THRESHOLDS = tuple(round(0.2 + 0.05 * step, 2) for step in range(14))
+SHARES = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01)
+"""Minimum areas, as shares of the frame."""
+DEFAULT = (THRESHOLDS.index(0.5), 0)
+LEAST_GROUPS = 5
+"""Clips, or frames where clips are unknown, below which nothing is chosen."""
+_SURE = 0.95
+"""Of the one-sided bound of the gain."""
+_PRIOR = 20
+"""Frames without effect that the temperature is drawn toward 1 by."""
+
+
+class JoinedSource:
+    """Two folders or archives as one with the folders ``images`` and ``masks``."""
+
+    def __init__(self, frames: Source, masks: Source):
+        self._parts = {"images": frames, "masks": masks}
+        self.path = frames.path
+
+    def names(self) -> list[str]:
+        """All file names, sorted as strings."""
+        return sorted(f"{folder}/{name}" for folder, part in self._parts.items() for name in part.names())
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file. Raises PolypSegError when it cannot be read."""
+        folder, _, rest = name.partition("/")
+        return self._parts[folder].read(rest)
+
+    def content_id(self) -> str:
+        """Of both contents."""
+        ids = " ".join(part.content_id() for part in self._parts.values())
+        return hashlib.sha256(ids.encode()).hexdigest()[:16]
+
+
+def open_pairs(frames: Path, masks: Path) -> PolypDataset:
+    """A folder or archive of frames and one of masks, paired by name. Raises PolypSegError for frames without mask."""
+    spec = replace(get_spec("folder"), title="the given frames")
+    source = JoinedSource(open_source(frames), open_source(masks))
+    return PolypDataset(spec=spec, source=source, records=index_records(spec, source))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """A frame with its mask, and what it counts with as one."""
+
+    name: str
+    group: str
+    frame: Image.Image
+    truth: NDArray[np.bool_]
+
+
+def read_labelled(dataset: PolypDataset, *, clip: str | None = None) -> list[Labelled]:
+    """The frames of a dataset; ``clip``: regular expression whose first group, in a frame's name, is its clip.
+
+    Raises UsageError for an expression that is none, or that a name does not match.
+    """
+    try:
+        pattern = None if clip is None else re.compile(clip)
+    except re.error as error:
+        raise UsageError(f"--clip {clip!r} is no regular expression: {error}") from error
+    if pattern is not None and pattern.groups < 1:
+        raise UsageError(f"--clip {clip!r} marks no part of the name as the clip: put it into brackets")
+    found = []
+    for record in dataset.records:
+        match = pattern.match(record.id) if pattern else None
+        if pattern is not None and match is None:
+            raise UsageError(f"--clip {clip!r} does not match the name {record.id!r}")
+        group = match[1] if match else record.groups.get(CLIP_COLUMN, record.id)
+        frame, truth = dataset.pair(record)
+        found.append(Labelled(name=record.id, group=group, frame=frame, truth=truth.astype(bool)))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What the labelled frames show."""
+
+    point: OperatingPoint
+    """The default where nothing better is shown."""
+    better: bool
+    chosen: tuple[float, float]
+    """Threshold and minimum share that are best on all frames."""
+    gain: float
+    """Mean over groups of the score on frames that the choice did not see, less the default's."""
+    bound: float
+    """Lower one-sided 95 % bound of the gain."""
+    default_score: float
+    frames: int
+    groups: int
+    polyp_free: int
+
+    def lines(self) -> list[str]:
+        """A summary to print."""
+        threshold, share = self.chosen
+        told = (
+            f"threshold {threshold:g} and minimum area {share:.2%} of the frame score best on these {self.frames} "
+            f"frames; on clips that the choice did not see they gain {self.gain:+.4f} (at least {self.bound:+.4f}, "
+            f"one-sided 95 %, {self.groups} clips) over {self.default_score:.4f} of the default"
+        )
+        verdict = (
+            "written: this operating point is better than the default on frames like these"
+            if self.better
+            else "nothing better than the default can be shown: threshold 0.5 and no minimum area are kept"
+        )
+        return [told, f"{verdict}; temperature {self.point.temperature:.3f}"]
+
+    def content(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "better": self.better,
+            "chosen_threshold": self.chosen[0],
+            "chosen_minimum_share": self.chosen[1],
+            "gain": self.gain,
+            "gain_bound": self.bound,
+            "default_score": self.default_score,
+            "frames": self.frames,
+            "groups": self.groups,
+            "polyp_free": self.polyp_free,
+            "score": "mean Dice; a frame without polyp counts 1 where nothing is found and 0 otherwise",
+        }
+
+
+def calibrate(segmenter: Segmenter, labelled: Sequence[Labelled], *, show_progress: bool = True) -> Calibration:
+    """Choose threshold and minimum area by leave-one-clip-out, and a temperature by the pixels' likelihood.
+
+    Raises UsageError for fewer than LEAST_GROUPS clips.
+    """
+    groups = [one.group for one in labelled]
+    count = len(set(groups))
+    if count < LEAST_GROUPS:
+        raise UsageError(
+            f"{count} clip(s) with {len(labelled)} frames are too few: an operating point needs frames of "
+            f"{LEAST_GROUPS} or more (say which frames are of one clip with --clip)"
+        )
+    scores, samples = [], []
+    for one in tqdm(labelled, desc="calibrating", unit="frame", leave=False, disable=None if show_progress else True):
+        pixels = segmenter.prepare([one.frame])
+        logits = segmenter.runtime.resize(segmenter.runtime.polyp_logits(pixels, names=[one.name])[0], one.truth.shape)
+        scores.append(score_grid(logits, one.truth))
+        samples.append(_sample(logits, one.truth))
+    return choose_point(
+        np.array(scores), groups, samples=samples, polyp_free=sum(not one.truth.any() for one in labelled)
+    )
+
+
+def score_grid(logits: NDArray[np.float32], truth: NDArray[np.bool_]) -> Floats:
+    """Logits and true mask (H, W) -> (len(THRESHOLDS), len(SHARES)) scores."""
+    found = np.zeros((len(THRESHOLDS), len(SHARES)))
+    values, true = truth.astype(np.float32), int(truth.sum())
+    least = np.array(SHARES) * truth.size
+    for row, threshold in enumerate(THRESHOLDS):
+        regions = measure_regions(values, mask=logits > np.log(threshold / (1 - threshold)))
+        kept = regions.area[:, None] >= least
+        area = (regions.area[:, None] * kept).sum(axis=0)
+        common = ((regions.area * regions.mean)[:, None] * kept).sum(axis=0)
+        found[row] = np.where(area + true == 0, 1.0, 2 * common / np.maximum(area + true, 1))
+    return found
+
+
+def choose_point(
+    scores: Floats, groups: Sequence[str], *, samples: Sequence[tuple[Floats, Floats]] = (), polyp_free: int = 0
+) -> Calibration:
+    """The point from scores (N, thresholds, shares) of frames in groups; ``samples``: logits and truth of pixels."""
+    by_group = np.stack(
+        [
+            group_means(scores[:, row, column], groups)
+            for row in range(scores.shape[1])
+            for column in range(scores.shape[2])
+        ],
+        axis=1,
+    )  # (G, thresholds * shares)
+    default = DEFAULT[0] * len(SHARES) + DEFAULT[1]
+    total = by_group.sum(axis=0)
+    best = _best(total)
+    unseen = np.array([by_group[g, _best(total - by_group[g])] for g in range(len(by_group))])
+    gains = unseen - by_group[:, default]
+    error = float(gains.std(ddof=1) / np.sqrt(len(gains)))
+    bound = float(gains.mean() - student.ppf(_SURE, len(gains) - 1) * error)
+    better = bound > 0 and best != default
+    threshold, share = THRESHOLDS[best // len(SHARES)], SHARES[best % len(SHARES)]
+    temperature = _temperature(samples)
+    point = OperatingPoint(
+        threshold=threshold if better else 0.5, minimum_share=share if better else 0.0, temperature=temperature
+    )
+    if better and temperature != 1:
+        # The threshold was chosen for untempered probabilities: this is the same cut.
+        logit = np.log(threshold / (1 - threshold)) / temperature
+        point = replace(point, threshold=float(1 / (1 + np.exp(-logit))))
+    return Calibration(
+        point=point,
+        better=better,
+        chosen=(threshold, share),
+        gain=float(gains.mean()),
+        bound=bound,
+        default_score=float(by_group[:, default].mean()),
+        frames=len(scores),
+        groups=len(by_group),
+        polyp_free=polyp_free,
+    )
+
+
+def _best(total: Floats) -> int:
+    """The highest sum; of equal ones the closest to the default."""
+    rows = np.arange(len(total)) // len(SHARES)
+    order = np.lexsort((np.arange(len(total)) % len(SHARES), np.abs(rows - DEFAULT[0]), -np.round(total, 9)))
+    return int(order[0])
+
+
+def _sample(logits: NDArray[np.float32], truth: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    """Every so many pixels of a frame: some hundred logits and whether each is polyp."""
+    step = max(1, int(np.sqrt(logits.size / 900)))
+    return logits[::step, ::step].ravel().astype(np.float64), truth[::step, ::step].ravel().astype(np.float64)
+
+
+def _temperature(samples: Sequence[tuple[Floats, Floats]]) -> float:
+    """The temperature of greatest likelihood, drawn toward 1; frames count equally."""
+    if not samples:
+        return 1.0
+
+    def loss(logarithm: float) -> float:
+        scaled = [(z / np.exp(logarithm), y) for z, y in samples]
+        each = [float(np.mean(np.logaddexp(0, z) - y * z)) for z, y in scaled]
+        return float(np.sum(each)) + _PRIOR * logarithm**2 / 10
+
+    found = minimize_scalar(loss, bounds=(-2.0, 2.0), method="bounded")
+    return round(float(np.exp(found.x)), 4)
+
+
+def calibrate_files(
+    segmenter: Segmenter,
+    frames: Path,
+    masks: Path,
+    output: Path,
+    *,
+    folder: Path | None = None,
+    clip: str | None = None,
+) -> Calibration:
+    """Calibrate on a folder of frames and one of masks, and write the operating point to ``output``.
+
+    ``folder``: the model's, to whose weights the point is bound.
+    """
+    dataset = open_pairs(frames, masks)
+    found = calibrate(segmenter, read_labelled(dataset, clip=clip))
+    save_calibration(found, output, model=segmenter.name, weights={} if folder is None else weights_digests(folder))
+    return found
+
+
+def save_calibration(found: Calibration, output: Path, *, model: str, weights: Mapping[str, str]) -> Path:
+    """Write the operating point with how it was found and the weights' SHA-256 by file; return the path."""
+    return found.point.save(
+        output, model=model, weights=dict(weights), evidence=found.content(), environment=environment_record()
+    )

@@ -1,0 +1,84 @@
+"""The page of an estimate: verdict, differences, the frames with the least expected Dice, what it was learnt from."""
+
+import base64
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+from polypseg import __version__
+from polypseg.inference.expected import FLAGS
+from polypseg.report.figures import draw_differences
+from polypseg.report.gallery import QUALITY, SIDE
+from polypseg.report.tables import Cell, Column, Row, Table
+
+
+def render_estimate(
+    content: Mapping[str, Any],
+    *,
+    frames: Sequence[Mapping[str, str]],
+    pictures: Sequence[tuple[str, Image.Image]],
+    learnt: Mapping[str, Any],
+) -> str:
+    """One HTML document without any reference to another file.
+
+    ``content``: what estimate.json says; ``frames``: the rows of frames.csv; ``pictures``: names and overlays;
+    ``learnt``: the model's expectation file.
+    """
+    folder = Path(__file__).parent / "templates"
+    style, script = ((folder / name).read_text(encoding="utf-8") for name in ("style.css", "report.js"))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("estimate.html.jinja").render(
+        content=content,
+        style=style,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        version=__version__,
+        flags=FLAGS,
+        table=_table(frames),
+        picture=draw_differences(content["differences"]),
+        pictures=[(name, _jpeg(image)) for name, image in pictures],
+        learnt=learnt,
+        sets=sorted({cell["set"] for cell in learnt["learnt_from"]}),
+        corruptions=sorted({cell["corruption"] for cell in learnt["learnt_from"]} - {"none"}),
+    )
+
+
+def _table(frames: Sequence[Mapping[str, str]]) -> Table:
+    ordered = sorted(frames, key=lambda row: (row["expected_dice"] == "", row["expected_dice"], row["name"]))
+    rows = [
+        Row(
+            [
+                Cell(row["name"]),
+                Cell(row["expected_dice"] or "–"),
+                Cell(row["flag"]),
+                Cell(f"{100 * float(row['polyp_share']):.1f} %"),
+            ]
+        )
+        for row in ordered
+    ]
+    columns = [
+        Column("Frame", numeric=False),
+        Column("Expected Dice"),
+        Column("Flag", numeric=False),
+        Column("Mask's share"),
+    ]
+    return Table(name="frames", caption="", columns=columns, rows=rows)
+
+
+def _jpeg(image: Image.Image) -> str:
+    factor = min(1.0, SIDE / max(image.size))
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    buffer = io.BytesIO()
+    image.resize(size, Image.Resampling.LANCZOS).save(buffer, format="JPEG", quality=QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

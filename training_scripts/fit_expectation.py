@@ -1,0 +1,36 @@
+"""Learn a model's expected Dice, margin and operating point; write them into its folder and onto the page of docs.
+
+python training_scripts/fit_expectation.py src/polypseg/starter --page docs/estimate.md
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from polypseg.cli.app import run_script
+from polypseg.files import read_json, write_text
+from polypseg.provenance.local import STARTER_FOLDER
+
+
+def main(
+    model: Annotated[Path, Argument(help="Model folder with an ONNX file.")] = STARTER_FOLDER,
+    data: Annotated[Path | None, Option(envvar="POLYPSEG_DATA", help="Folder of the datasets.")] = None,
+    cache: Annotated[Path, Option(help="Folder of measured cells; a second call continues.")] = Path(
+        "runs/expectation"
+    ),
+    page: Annotated[Path | None, Option(help="Also render the page of what was learnt.")] = None,
+) -> None:
+    """Measure the model under many conditions, learn what to expect of it, and check that on what was held out."""
+    from polypseg.expectation.fit import learn_model
+    from polypseg.expectation.page import render_page
+
+    learnt, point = learn_model(model, data_dir=data, cache=cache, echo=typer.echo)
+    typer.echo(f"{learnt}\n{point}")
+    if page is not None:
+        typer.echo(write_text(page, render_page(read_json(learnt), read_json(point))))
+
+
+if __name__ == "__main__":
+    run_script(main)
