@@ -2,6 +2,7 @@
 
 import ast
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "polypseg"
@@ -25,8 +26,13 @@ DOORS = ("__init__", "auto_classes")
 MODELING_IMPORTS = {"torch", "timm", "transformers"}
 
 
+@cache
 def imported(file):
     """Dotted names of the modules that a file imports, anywhere in it."""
+    return tuple(_imported(file))
+
+
+def _imported(file):
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

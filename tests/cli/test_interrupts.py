@@ -24,9 +24,9 @@ runpy.run_path({path!r}, run_name="__main__")
     ("path", "module"),
     [
         ("src/polypseg_command.py", "polypseg.cli.app"),
-        ("training_scripts/finetune.py", "polypseg.data"),
-        ("training_scripts/pretrain.py", "polypseg.data"),
-        ("training_scripts/evaluate.py", "polypseg.data"),
+        ("training_scripts/finetune.py", "polypseg.cli.train"),
+        ("training_scripts/pretrain.py", "polypseg.cli.train"),
+        ("training_scripts/evaluate.py", "polypseg.cli.evaluate"),
     ],
 )
 def test_interrupt_during_imports_is_one_line(path, module):

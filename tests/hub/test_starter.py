@@ -109,5 +109,5 @@ def test_every_overlay_says_how_good_the_model_is_unless_it_would_not_fit():
     segmenter = polypseg.load()
     wide, narrow = (Image.new("RGB", (width, 120), (200, 120, 110)) for width in (640, 60))
     with_caption, bare = (np.asarray(segmenter.predict(frame).overlay()) for frame in (wide, narrow))
-    assert (with_caption[-14:] == 255).any() and "research" in segmenter.caption
-    assert not (bare[-14:] == 255).all(axis=2).any()
+    assert (with_caption[-14:] > 160).all(axis=2).any() and "research" in segmenter.caption
+    assert not (bare[-14:] > 205).any(axis=None)

@@ -246,8 +246,9 @@ def test_first_mask_from_the_shell_imports_nothing_heavy(folder, tmp_path):
     script = SEGMENT.replace("{folder!r}", repr(str(folder))).replace("{frame!r}", repr("frame.png"))
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    *_, says, imported = done.stdout.splitlines()
+    *_, says, quality, imported = done.stdout.splitlines()
     assert imported == "imported" and "onnxruntime" in says and says.startswith("model starter")
+    assert "not been measured" in quality and "not a medical device" in quality
     with Image.open(tmp_path / "segmented" / "masks" / "frame.png") as mask:
         assert mask.size == (130, 90)
     assert (tmp_path / "segmented" / "overlays" / "frame.jpg").is_file()

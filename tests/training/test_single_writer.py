@@ -102,7 +102,7 @@ def run_study(output: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def evaluate(output: Path, pairs: Path) -> None:
     evaluate_commands.evaluate(
-        dataset="folder", predictions=pairs / "masks", source=pairs, name=output.name, output=output.parent
+        dataset="folder", predictions=pairs / "masks", source=[str(pairs)], name=output.name, output=output.parent
     )
 
 
@@ -112,9 +112,7 @@ def run_suite(output: Path) -> Any:
 
 
 def robustness(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    segmenter = SimpleNamespace(model=SimpleNamespace(config=None), processor=None)
-    monkeypatch.setattr("polypseg.inference.model.results_name", lambda config, name: output.name)
-    monkeypatch.setattr("polypseg.inference.segmenter.load", lambda *a, **k: segmenter)
+    monkeypatch.setattr("polypseg.inference.predictors.open_model", lambda *a, **k: SimpleNamespace(name=output.name))
     use_commands.robustness(model="m", dataset="synthetic_a", output=output.parent)
 
 

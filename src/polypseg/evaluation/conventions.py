@@ -143,7 +143,7 @@ CONVENTIONS: dict[str, Convention] = {
             formula="per image at p > 0.5: Dice 2I/(P+T), IoU I/(P+T-I), precision I/P, recall I/T; mean over images",
             empty=_STANDARD_RULE,
             # Stands in every receipt so far: the function's first place, which is now evaluation/metrics.py.
-            source="the study's protocol with a rule for empty masks; polypseg.evaluation.metrics.standard_scores",
+            source=f"the study's protocol with a rule for empty masks; {__name__.split('.')[0]}.metrics.standard_scores",
             outputs=METRICS,
             table=image_scores("standard"),
         ),

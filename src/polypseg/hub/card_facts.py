@@ -163,7 +163,7 @@ def measured_facts(folder: Path, *, organisation: str) -> CardFacts:
         raise no_results(folder)
     record = {**contents[0]["model"]["weights_origin"], "model_id": folder.name}
     recipe = load_recipe(record["recipe"])
-    epochs = _read_rows(folder / "epochs.csv")
+    epochs = read_epochs(folder / "epochs.csv")
     record.setdefault("finished", len(epochs) == recipe.training.epochs)
     origin = read_origin(record)
     decoder = folder.name.split(".")[0].rsplit("_", maxsplit=1)[-1]
@@ -182,7 +182,7 @@ def measured_facts(folder: Path, *, organisation: str) -> CardFacts:
         organisation=organisation,
         recipe=recipe,
         results=contents,
-        compute=ComputeFacts(hours=_training_hours(epochs, recipe)),
+        compute=ComputeFacts(hours=training_hours(epochs, recipe)),
         dice_distributions=f"results/{folder.name}/{figure.name}" if figure.is_file() else None,
     )
 
@@ -210,21 +210,22 @@ def _run_recipe(run_dir: Path) -> Recipe:
 def _compute_facts(run_dir: Path) -> ComputeFacts:
     environment = read_json(run_dir / "run.json").get("environment", {})
     return ComputeFacts(
-        hours=_training_hours(_read_rows(run_dir / "epochs.csv"), _run_recipe(run_dir)),
+        hours=training_hours(read_epochs(run_dir / "epochs.csv"), _run_recipe(run_dir)),
         platform=environment.get("platform"),
         precision=environment.get("precision"),
         versions=environment.get("versions", {}),
     )
 
 
-def _read_rows(path: Path) -> list[dict[str, str]]:
+def read_epochs(path: Path) -> list[dict[str, str]]:
+    """The rows of a run's epochs.csv; none where there is no such file."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def _training_hours(epochs: Sequence[Mapping[str, str]], recipe: Recipe) -> float | None:
+def training_hours(epochs: Sequence[Mapping[str, str]], recipe: Recipe) -> float | None:
     """Hours of training that the epochs' speeds add up to; None without epochs."""
     seconds, before = 0.0, 0
     for row in epochs:

@@ -28,12 +28,21 @@ from polypseg.evaluation.receipt_reading import (
 from polypseg.evaluation.suite import NEGATIVES
 from polypseg.files import write_text
 from polypseg.hub.card_checks import lint_card, load_card
-from polypseg.hub.card_facts import PICTURES, CardFacts, ComputeFacts, collect_facts, measured_facts, planned_facts
+from polypseg.hub.card_facts import (
+    PICTURES,
+    CardFacts,
+    ComputeFacts,
+    collect_facts,
+    measured_facts,
+    planned_facts,
+    read_epochs,
+    training_hours,
+)
 from polypseg.hub.dataset_card import load_references, load_template
 from polypseg.hub.markdown import all_plain, plain, python_string
 from polypseg.provenance.licence import DISCLAIMER, ModelLicense, model_license
 from polypseg.provenance.origin import Origin, finetuning_dataset, pretrained_entry
-from polypseg.recipe import Recipe
+from polypseg.recipe import Recipe, load_recipe
 from polypseg.statistics.scores import METRICS
 from polypseg.zoo import ZooEntry
 
@@ -466,6 +475,7 @@ def write_pages(folder: Path, *, organisation: str) -> list[Path]:
 
 
 STARTER_MARKS = ("<!-- starter -->", "<!-- /starter -->")
+RUNS_MARKS = ("<!-- runs -->", "<!-- /runs -->")
 """Between them stands the shipped model's table in the README."""
 
 
@@ -490,9 +500,23 @@ def starter_table(results: Path) -> str:
     return "\n".join([*lines, *(["", *alarms] if alarms else [])])
 
 
-def write_starter_table(readme: Path, results: Path) -> Path:
-    """Put ``starter_table`` between the marks of a README and return its path."""
-    before, _, rest = readme.read_text(encoding="utf-8").partition(STARTER_MARKS[0])
-    after = rest.partition(STARTER_MARKS[1])[2]
-    table = starter_table(results)
-    return write_text(readme, f"{before}{STARTER_MARKS[0]}\n{table}\n{STARTER_MARKS[1]}{after}")
+def runs_table(folder: Path) -> str:
+    """The training runs of the shipped model as Markdown: a row per ``RECIPE.epochs.csv`` of a folder.
+
+    Hours are of training without validation.
+    """
+    lines = ["| recipe | epochs | hours of training | validation Dice after each epoch |", "|---|---|---|---|"]
+    for file in sorted(folder.glob("*.epochs.csv")):
+        name = file.name.split(".", maxsplit=1)[0]
+        epochs = read_epochs(file)
+        hours = training_hours(epochs, load_recipe(name))
+        dice = " ".join(f"{float(row['validation_dice']):.3f}".removeprefix("0") for row in epochs)
+        lines.append(f"| `{name}` | {len(epochs)} | {hours or 0:.1f} | {dice} |")
+    return "\n".join(lines)
+
+
+def put_between(page: Path, marks: tuple[str, str], text: str) -> Path:
+    """Put a text between two marks of a page and return its path."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(marks[0])
+    after = rest.partition(marks[1])[2]
+    return write_text(page, f"{before}{marks[0]}\n{text}\n{marks[1]}{after}")
