@@ -132,6 +132,7 @@ _THRESHOLD_FORMULA = (
     "and the maximum over the thresholds"
 )
 _ZERO_RULE = "0 wherever the intersection is empty, so also for two empty masks"
+_PACKAGE = __name__.split(".", maxsplit=1)[0]
 _STANDARD_RULE = "nothing to find and nothing predicted: 1; any other 0/0: 0"
 
 CONVENTIONS: dict[str, Convention] = {
@@ -143,7 +144,7 @@ CONVENTIONS: dict[str, Convention] = {
             formula="per image at p > 0.5: Dice 2I/(P+T), IoU I/(P+T-I), precision I/P, recall I/T; mean over images",
             empty=_STANDARD_RULE,
             # Stands in every receipt so far: the function's first place, which is now evaluation/metrics.py.
-            source=f"the study's protocol with a rule for empty masks; {__name__.split('.')[0]}.metrics.standard_scores",
+            source=f"the study's protocol with a rule for empty masks; {_PACKAGE}.metrics.standard_scores",
             outputs=METRICS,
             table=image_scores("standard"),
         ),
