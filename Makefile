@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # Waiting threads sleep rather than spin: two processes on few cores would otherwise stall each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-long check fast-test format bench faults hub hub-configs cards web clean
+.PHONY: demo test test-long check fast-test format bench faults hub hub-configs cards web docs release clean
 
 demo: $(INSTALLED)  ## the shipped model on three real frames, then all twelve rows at smoke scale on synthetic ones
 	@echo "== The shipped model on three real frames (PolypGen, CC BY 4.0; results in runs/demo/first-masks)"
@@ -53,6 +53,20 @@ cards: $(INSTALLED)  ## render model_cards from the table and the results
 
 hub-configs: $(INSTALLED)  ## render hub_configs/models from the table
 	$(BIN)/python training_scripts/render_hub_configs.py
+
+docs: $(INSTALLED)  ## the site of docs/ in site/, every link checked
+	@echo "== Building the site (open site/index.html)"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+release: $(INSTALLED)  ## wheel and sdist of both distributions in dist/, tried in an empty environment; uploads nothing
+	@echo "== Building both distributions into dist/"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[release]"
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --outdir dist packaging/polypseg
+	$(BIN)/python -m twine check --strict dist/*
+	@echo "== Trying the wheels in an empty environment"
+	$(BIN)/python packaging/try_light.py --dist dist --frame src/polypseg/sample_frames/polypgen_1.jpg
 
 web: src/polypseg/_web/build.json  ## build the browser page into the package; needs Node.js >= 20 with npm
 

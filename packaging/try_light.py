@@ -2,8 +2,9 @@
 
 python packaging/try_light.py --model FOLDER --frame FILE
 
-Needs a package index (for hatchling and the dependencies). Prints what is installed, its size, wall time and peak
-memory of a first mask; then installs and removes ``polypseg`` without its dependencies beside it.
+With --dist FOLDER the wheels that lie there are tried, and none is built. Needs a package index (for hatchling and the
+dependencies). Prints what is installed, its size, wall time and peak memory of a first mask; then installs and removes
+``polypseg`` without its dependencies beside it.
 """
 
 import argparse
@@ -35,10 +36,14 @@ def run(*command: object, cwd: Path | None = None, check: bool = True) -> str:
     return done.stdout
 
 
-def build(folder: Path) -> dict[str, Path]:
-    """Wheels of both distributions: name -> file."""
+def build(folder: Path) -> None:
+    """Build the wheels of both distributions."""
     for source in (ROOT, ROOT / "packaging" / "polypseg"):
         run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source)
+
+
+def checked_wheels(folder: Path) -> dict[str, Path]:
+    """The wheels of both distributions in a folder, which share no file: name -> file."""
     wheels = {path.name.split("-")[0]: path for path in folder.glob("*.whl")}
     assert set(wheels) == {"polypseg", "polypseg_light"}, wheels
     files = {name: {f for f in zipfile.ZipFile(p).namelist() if ".dist-info/" not in f} for name, p in wheels.items()}
@@ -55,12 +60,15 @@ def main() -> None:
     parser.add_argument(
         "--model", default="starter", help="model folder with onnx/model.onnx; default: the shipped one"
     )
+    parser.add_argument("--dist", type=Path, help="folder with the wheels of both distributions; default: build them")
     options = parser.parse_args()
     frame = options.frame.resolve()
     model = options.model if options.model == "starter" else Path(options.model).resolve()
     with tempfile.TemporaryDirectory(prefix="polypseg-light-") as place:
         work = Path(place)
-        wheels = build(work / "wheels")
+        if options.dist is None:
+            build(work / "wheels")
+        wheels = checked_wheels(options.dist or work / "wheels")
         venv.create(work / "venv", with_pip=True)
         python = work / "venv" / "bin" / "python"
         pip = (python, "-m", "pip", "--disable-pip-version-check")

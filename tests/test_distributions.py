@@ -23,6 +23,7 @@ def test_the_whole_one_is_the_light_one_with_its_extras_and_no_file():
     assert light["project"]["version"] == whole["project"]["version"] == version
     assert whole["project"]["dependencies"] == [f"polypseg-light[full]=={version}"]
     assert whole["tool"]["hatch"]["build"]["targets"]["wheel"] == {"bypass-selection": True}
+    assert all(light["project"][key] == whole["project"][key] for key in ("classifiers", "urls", "license", "authors"))
     for extra, needed in whole["project"]["optional-dependencies"].items():
         assert needed == [f"polypseg-light[{extra}]=={version}"] and extra in light["project"]["optional-dependencies"]
     heavy = {"torch", "transformers", "datasets", "opencv-python-headless", "scipy", "pydantic"}
