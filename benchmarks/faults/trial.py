@@ -67,6 +67,7 @@ def start(work: Callable[[], Any], log: Path) -> int:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         os.setpgid(0, 0)
         AcceleratorState._reset_state(reset_partial_state=True)
         work()

@@ -34,6 +34,8 @@ _REMEDIES = {
     errno.EPERM: "permission denied: choose a folder that you may write to",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another folder",
 }
+_FULL_DISKS = ("No space left", "os error 28", "PytorchStreamWriter", "inline_container.cc", "iostream error")
+"""What safetensors and torch's writer of archives say, in errors of their own, where the disk took only a part."""
 LARGEST_JSON = 2**28
 """Bytes; a passport of a hundred thousand frames has some thirty million."""
 LOCK = ".lock"
@@ -72,7 +74,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
         remedy = _REMEDIES.get(error.errno or 0, error.strerror or str(error))
         raise PolypSegError(f"cannot write {printable(str(path))}: {remedy}") from error
     except (RuntimeError, SafetensorError) as error:  # torch and safetensors hide the disk's error in theirs
-        if not any(words in str(error) for words in ("No space left", "os error 28", "PytorchStreamWriter")):
+        if not any(words in str(error) for words in _FULL_DISKS):
             raise
         raise PolypSegError(f"cannot write {path}: {_REMEDIES[errno.ENOSPC]}") from error
 

@@ -1,8 +1,10 @@
 """What a user may rely on when frames and masks are read: right pixels, or a sentence that names the file."""
 
 import io
+import tarfile
 import time
 import warnings
+import zipfile
 
 import cv2
 import numpy as np
@@ -546,3 +548,21 @@ def test_describe_file_tells_the_coding():
     assert describe_file(CLEAR["TIFF white is zero"], name="m") == "TIFF, white is zero"
     assert describe_file(MASK_FILES["palette"], name="m") == "PNG, palette"
     assert describe_file(CLEAR["16 bits"], name="m").endswith("16 bits")
+
+
+def archive_bytes(kind: str) -> bytes:
+    packed = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(packed, "w") as archive:
+            archive.writestr("images/a.png", b"pixels")
+    else:
+        with tarfile.open(fileobj=packed, mode=kind) as archive:
+            archive.addfile(tarfile.TarInfo("images/a.png"))
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["zip", "w:", "w:gz", "w:bz2", "w:xz"])
+def test_an_archive_is_called_one_and_not_a_truncated_image(kind):
+    for decode in (decode_frame, decode_mask):
+        with pytest.raises(PolypSegError, match=r"set\.zip is an archive, not an image: extract it"):
+            decode(archive_bytes(kind), name="set.zip")

@@ -24,7 +24,7 @@ from polypseg.data.splits import pinned_split
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.suite import open_negatives
-from polypseg.files import LOCK, UNFINISHED, file_sha256
+from polypseg.files import LOCK, UNFINISHED, explain_write_errors, file_sha256
 from polypseg.provenance.origin import read_origin
 from polypseg.provenance.passport import Passport, find_collisions, make_manifest
 from polypseg.recipe import load_recipe
@@ -423,3 +423,14 @@ def test_an_empty_mask_gives_the_dice_loss_no_gradient():
     _dice_of_polyps(logits, labels).backward()
     assert logits.grad[0].abs().sum() > 0 and logits.grad[1].abs().sum() == 0
     assert float(_dice_of_polyps(logits, torch.zeros(2, 8, 8))) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+@pytest.mark.parametrize("size", [10, 1_000_000])
+def test_torchs_own_words_for_a_full_disk_are_understood(size):
+    """Its writer of archives fails by a RuntimeError that says nothing of disks, and by another at another moment."""
+    full = pytest.raises(PolypSegError, match=r"cannot write checkpoint: the disk is full: free some space")
+    with full, explain_write_errors(Path("checkpoint")):
+        torch.save({"w": torch.zeros(size)}, "/dev/full")
+    with pytest.raises(RuntimeError, match="size mismatch"), explain_write_errors(Path("checkpoint")):
+        raise RuntimeError("size mismatch")
