@@ -28,9 +28,9 @@ from polypseg.expectation.margins import relative_needs
 from polypseg.inference.margin import Margin, read_margin
 from polypseg.inference.operating_point import OperatingPoint, find_operating_point, read_operating_point
 from polypseg.inference.predictor import Steps
-from polypseg.predictions import PointedPredictions
-from polypseg.segment_files import segment_files
-from polypseg.segmentation import Segmenter, load
+from polypseg.inference.predictors import PointedPredictions
+from polypseg.inference.segment_files import segment_files
+from polypseg.inference.segmenter import Segmenter, load
 
 CERTAIN = Steps(feature="expected_dice", x=(0.0, 1.0), y=(0.0, 1.0))
 
