@@ -115,7 +115,11 @@ def evaluate(
     if trust_remote_code and local_folder(str(model)) is None and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         raise UsageError("code from the Hub is run at a full commit only: give --revision with its 40 digits")
     if predictions is not None:
-        model_only = {"--suite": suite, "--revision": revision, "--trust-remote-code": trust_remote_code}
+        model_only: dict[str, object] = {
+            "--suite": suite,
+            "--revision": revision,
+            "--trust-remote-code": trust_remote_code,
+        }
         model_only |= {
             "--operating-point": operating_point,
             "--image-size": image_size,

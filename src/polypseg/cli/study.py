@@ -51,7 +51,12 @@ def study(
     from polypseg.errors import UsageError
 
     if grid is not None:
-        of_scales = {"--scale": scale, "--model": models, "--out-of-distribution": out_of_distribution, "--set": set_}
+        of_scales: dict[str, object] = {
+            "--scale": scale,
+            "--model": models,
+            "--out-of-distribution": out_of_distribution,
+            "--set": set_,
+        }
         of_scales |= {"--encoder-weights": encoder_weights, "--start-from-available": start_from_available}
         refuse_options(of_scales | {"--limit": limit}, because="--grid says what is trained and tested")
         _fill_grid(

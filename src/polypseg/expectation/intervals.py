@@ -82,7 +82,7 @@ def rank_correlation(one: ArrayLike, other: ArrayLike) -> float:
         ranks.append((np.cumsum(counts) - (counts - 1) / 2)[order])
     if min(np.ptp(rank) for rank in ranks) == 0:
         return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def by_group_interval(
