@@ -299,6 +299,19 @@ def test_the_first_file_written_into_a_folder_removes_what_is_left_there(tmp_pat
     assert [file.name for file in tmp_path.iterdir()] == ["b"]
 
 
+def test_file_systems_without_locks_take_files_and_refuse_runs(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(artifacts.FileLock, "acquire", refuse)
+    (tmp_path / f".a.x{UNFINISHED}").mkdir()
+    (tmp_path / f".a.x{UNFINISHED}" / LOCK).touch()
+    write_text(tmp_path / "b", "text")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f".a.x{UNFINISHED}", "b"]
+    with pytest.raises(PolypSegError, match="its file system cannot lock files"), sole_writer(tmp_path):
+        pass
+
+
 # -- JSON --------------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import app
 import disks
 import inputs
 import numpy as np
@@ -57,7 +56,6 @@ def main(
         every = [
             *trainings.kinds(folder, frames, toys, scale=scale),
             *disks.kinds(folder, scale=scale),
-            *app.kinds(folder, scale=scale),
             *inputs.kinds(folder),
         ]
         wanted = [kind.name for kind, _ in every if not only or any(kind.name.startswith(word) for word in only)]

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,9 @@ def atomic_path(path: Path, *, sync_name: bool = True) -> Iterator[Path]:
         prefix = f".{path.name[:50]}."  # names end at 255 bytes
         workspace = Path(tempfile.mkdtemp(prefix=prefix, suffix=UNFINISHED, dir=path.parent))
         try:
-            with FileLock(workspace / LOCK):
+            with ExitStack() as held:
+                with suppress(NotImplementedError):  # file systems without locks: nothing is removed there either
+                    held.enter_context(FileLock(workspace / LOCK))
                 yield workspace / path.name
                 put_in_place(workspace / path.name, path, aside=workspace / _REPLACED, sync_name=sync_name)
         finally:
@@ -158,7 +160,7 @@ def remove_leftovers(folder: Path) -> None:
     Left alone is what a living process holds, and what does not look like ``atomic_path``'s own.
     """
     for workspace in folder.glob(f".*{UNFINISHED}"):
-        with suppress(OSError, Timeout):
+        with suppress(OSError, Timeout, NotImplementedError):
             if not (workspace / LOCK).exists() and time.time() - workspace.stat().st_mtime < _JUST_MADE:
                 continue
             with FileLock(workspace / LOCK, blocking=False):
@@ -219,6 +221,11 @@ def _hold(path: Path, *, written: Path) -> Iterator[None]:
                 f"{written} is being written by another process{_writer(path)}: wait until it ends, or choose another "
                 "folder"
             ) from None
+        except NotImplementedError as error:
+            raise PolypSegError(
+                f"cannot write {written}: its file system cannot lock files, and two writers would spoil each other's "
+                "work: choose a folder on another"
+            ) from error
     _held.add(holder)
     try:
         with explain_write_errors(written):
