@@ -111,9 +111,10 @@ def test_every_predictor_comes_back_from_json_and_keeps_the_mean():
             read_predictor(damaged)
 
 
-def make_cells(
-    dice_of, *, kinds=("none", "blur", "noise"), sets=("kvasir_seg.validation", "kvasir_seg.test", "a", "b")
-):
+KINDS = ("none", *(f"kind {number}" for number in range(6)))
+
+
+def make_cells(dice_of, *, kinds=KINDS, sets=("kvasir_seg.validation", "kvasir_seg.test", "a", "b")):
     """Cells in which ``dice_of(soft Dice)`` is measured; another model in each set."""
     rng, cells = np.random.default_rng(0), []
     for name in sets:
@@ -138,7 +139,7 @@ def small_learners(monkeypatch):
 def test_no_fold_learns_from_the_set_corruption_or_model_that_it_predicts():
     columns = table(make_cells(lambda soft: soft))
     made = list(folds(columns, model=fit.SHIPPED, anchor=fit.VALIDATION))
-    assert len(made) == 3 * (3 + 1)
+    assert len(made) == 3 * (len(KINDS) + 1)
     for fold in made:
         assert not set(columns["set"][fold.train]) & set(columns["set"][fold.test])
         assert not set(columns["group"][fold.train]) & set(columns["group"][fold.test])
@@ -153,6 +154,11 @@ def test_a_baseline_that_is_right_ships(small_learners):
     content = fit.fit_cells(make_cells(lambda soft: soft))
     assert content["chosen"] == {"one_pass": "mean soft Dice", "three_passes": "mean soft Dice"}
     assert content["evidence"]["mean_absolute_error"] == pytest.approx(0, abs=1e-9)
+
+
+def test_too_few_held_out_things_give_no_interval(small_learners):
+    with pytest.raises(UsageError, match="too few for a 90%"):
+        fit.fit_cells(make_cells(lambda soft: soft, kinds=KINDS[:2]))
 
 
 @pytest.mark.parametrize(("dice", "value"), [(1.0, 1.0), (0.0, 0.0)], ids=["always right", "always wrong"])

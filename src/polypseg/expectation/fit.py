@@ -15,6 +15,7 @@ from polypseg.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from polypseg.data.images import decode_frame
 from polypseg.data.polyps import open_dataset
 from polypseg.data.splits import pinned_split
+from polypseg.errors import UsageError
 from polypseg.expectation.calibrate import Calibration, Labelled, calibrate, save_calibration
 from polypseg.expectation.cells import (
     CLEAN,
@@ -372,6 +373,10 @@ def fit_cells(cells: Sequence[Cell]) -> dict[str, Any]:
     spread = float(np.mean([dice[unit.rows].std(ddof=1) for unit in found if unit.sort == "set"]))
     frames = int(np.median([unit.rows.sum() for unit in found]))
     width = conformal_quantile(list(families.values()))
+    if not np.isfinite(width):
+        raise UsageError(
+            f"{len(families)} held-out sets, corruptions and models are too few for a {LEVEL:.0%} interval"
+        )
     failed = dice[own] < FAILURE
     below = _flag_limit(single.expected[own], failed)
     margin = learn_margin(columns, single.expected, model=SHIPPED, anchor=VALIDATION, usual=TEST)
