@@ -15,6 +15,7 @@ from polypseg.artifacts import read_json
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.expectation import estimate as estimates
 from polypseg.expectation import fit, intervals
+from polypseg.expectation.calibrate import Labelled, calibrate
 from polypseg.expectation.cells import Cell, Row, measure_mask, needed_margin, table
 from polypseg.expectation.estimate import LEAST, estimate, estimate_files
 from polypseg.expectation.folds import folds, held_out
@@ -30,9 +31,11 @@ from polypseg.expectation.learner import LEARNERS, learn_linear, learn_steps, pr
 from polypseg.expectation.page import render_page
 from polypseg.inference.expected import read_expectation
 from polypseg.inference.features import ALL, SINGLE, compare_views, describe, look_at
-from polypseg.inference.operating_point import OPERATING_POINT
+from polypseg.inference.gate import describe_place, learn_gate
+from polypseg.inference.operating_point import OPERATING_POINT, find_operating_point
 from polypseg.inference.predictor import read_predictor
 from polypseg.inference.regions import drop_small, grow_mask
+from polypseg.manifest import check_folder, write_manifest
 from polypseg.passport import PASSPORT, Passport, Seen, SplitManifest, image_print
 from polypseg.provenance.local import STARTER_FOLDER
 
@@ -177,6 +180,39 @@ def test_a_model_that_is_right_on_one_half_is_told_by_its_confidence(small_learn
         assert predictor(np.array([[0.2], [0.95]])) == pytest.approx([0, 1], abs=0.05)
     assert content["evidence"]["frames"]["three_passes"]["auroc_all"]["estimate"] > 0.95
     assert all(abs(row["expected"] - row["dice"]) < 0.1 for row in content["evidence"]["units"])
+
+
+def test_everything_learnt_is_written_read_back_and_rendered(small_learners, monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "SHA256SUMS").write_text("")
+    write_manifest(tmp_path)
+    places = [describe_place(np.moveaxis(np.asarray(draw_frame(s)[0]), 2, 0) / np.float32(255)) for s in range(40)]
+    learnt = fit.Learnt(
+        gate=learn_gate(places, list(range(40))), measures={"lab_l_mean": (50, 5)}, frames=40, polyp_free=0
+    )
+    refused = [
+        {"set": name, "n": 9, "unlike": share, "refused": bool(share), "to_refuse": bool(share)}
+        for name, share in (("noise", 1.0), ("a", 0.0))
+    ]
+    pairs = [(f"{s}", *draw_frame(s, polyp=s % 2 == 0)) for s in range(6)]
+    labelled = [Labelled(name=name, group=name, frame=frame, truth=truth) for name, frame, truth in pairs]
+    monkeypatch.setattr(fit, "gather", lambda *a, **k: make_cells(lambda soft: soft))
+    monkeypatch.setattr(fit, "learn_frames", lambda *a, **k: learnt)
+    monkeypatch.setattr(fit, "refusals", lambda *a, **k: refused)
+    monkeypatch.setattr(fit, "learn_point", lambda *a, **k: calibrate(constructed(), labelled))
+    written, point = fit.learn_model(tmp_path, data_dir=None, cache=tmp_path / "c", echo=lambda line: None)
+    check_folder(tmp_path)  # the manifest lists what was written
+    expectation = read_expectation(tmp_path)
+    assert constructed(expectation=expectation).predict(draw_frame(50)[0]).expected_dice > 0.9
+    assert find_operating_point(tmp_path, "model").temperature > 0
+    page = render_page(read_json(written), read_json(point))
+    assert "| mean soft Dice (baseline) | 0.000 |" in page and "`estimate`, `segment`" in page.replace(" ,", ",")
+    assert "floor missed" not in page.split("margin:")[0] and "{" not in page
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    write_manifest(tmp_path)
+    with pytest.raises(UsageError, match="another model"):
+        read_expectation(tmp_path)
 
 
 # Intervals ---------------------------------------------------------------------------------------------
