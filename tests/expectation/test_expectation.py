@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from constructed_models import SIDE, constructed, draw_frame, expectation_content, write_expectation
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.expectation import estimate as estimates
-from polypseg.expectation import fit, intervals, learner
+from polypseg.expectation import fit, intervals
+from polypseg.expectation.calibrate import Labelled, calibrate
 from polypseg.expectation.cells import Cell, Row, measure_mask, needed_margin, table
 from polypseg.expectation.estimate import LEAST, estimate, estimate_files
 from polypseg.expectation.folds import folds, held_out
@@ -25,14 +26,20 @@ from polypseg.expectation.intervals import (
     covered_when_left_out,
     rank_correlation,
 )
-from polypseg.expectation.learner import LEARNERS, learn_linear, learn_steps, learn_trees, predict
+from polypseg.expectation.learner import LEARNERS, learn_linear, learn_steps, predict
 from polypseg.expectation.page import render_page
 from polypseg.files import read_json
 from polypseg.inference.expected import read_expectation
 from polypseg.inference.features import ALL, SINGLE, compare_views, describe, look_at
-from polypseg.inference.operating_point import OPERATING_POINT
+from polypseg.inference.gate import describe_place, learn_gate
+from polypseg.inference.operating_point import OPERATING_POINT, find_operating_point
 from polypseg.inference.predictor import read_predictor
 from polypseg.inference.regions import drop_small, grow_mask
+<<<<<<< HEAD:tests/expectation/test_expectation.py
+=======
+from polypseg.provenance.checksums import check_folder, write_manifest
+from polypseg.provenance.passport import PASSPORT, Passport, Seen, SplitManifest, image_print
+>>>>>>> h-expect:tests/test_expectation.py
 from polypseg.provenance.local import STARTER_FOLDER
 from polypseg.provenance.passport import PASSPORT, Passport, Seen, SplitManifest, image_print
 
@@ -97,16 +104,12 @@ def random_rows(seed=0, count=300):
     return features, np.clip(features[:, 0] * 0.6 + features[:, 1] * 0.4 + rng.normal(0, 0.05, count), 0, 1)
 
 
-def test_trees_are_scikit_learns_and_every_predictor_comes_back_from_json(monkeypatch):
+def test_every_predictor_comes_back_from_json_and_keeps_the_mean():
     features, dice = random_rows()
-    made = []
-    original = learner.GradientBoostingRegressor
-    monkeypatch.setattr(learner, "GradientBoostingRegressor", lambda **o: made.append(original(**o)) or made[-1])
-    trees = learn_trees(features, dice, names=SINGLE)
-    wanted = made[0].predict(features[:, [ALL.index(n) for n in SINGLE]].astype(np.float32))
-    assert np.abs(predict(trees, features) - np.clip(wanted, 0, 1)).max() < 1e-5
-    others = [learn_steps(features, dice, feature="soft_dice"), learn_linear(features, dice, names=SINGLE)]
-    for predictor in (trees, *others):
+    for predictor in (
+        learn_steps(features, dice, feature="soft_dice"),
+        learn_linear(features, dice, names=SINGLE),
+    ):
         again = read_predictor(json.loads(json.dumps(predictor.content())))
         assert (predict(again, features) == predict(predictor, features)).all()
         assert predict(predictor, features).mean() == pytest.approx(dice.mean(), abs=0.01)
@@ -115,9 +118,10 @@ def test_trees_are_scikit_learns_and_every_predictor_comes_back_from_json(monkey
             read_predictor(damaged)
 
 
-def make_cells(
-    dice_of, *, kinds=("none", "blur", "noise"), sets=("kvasir_seg.validation", "kvasir_seg.test", "a", "b")
-):
+KINDS = ("none", *(f"kind {number}" for number in range(6)))
+
+
+def make_cells(dice_of, *, kinds=KINDS, sets=("kvasir_seg.validation", "kvasir_seg.test", "a", "b")):
     """Cells in which ``dice_of(soft Dice)`` is measured; another model in each set."""
     rng, cells = np.random.default_rng(0), []
     for name in sets:
@@ -142,7 +146,7 @@ def small_learners(monkeypatch):
 def test_no_fold_learns_from_the_set_corruption_or_model_that_it_predicts():
     columns = table(make_cells(lambda soft: soft))
     made = list(folds(columns, model=fit.SHIPPED, anchor=fit.VALIDATION))
-    assert len(made) == 3 * (3 + 1)
+    assert len(made) == 3 * (len(KINDS) + 1)
     for fold in made:
         assert not set(columns["set"][fold.train]) & set(columns["set"][fold.test])
         assert not set(columns["group"][fold.train]) & set(columns["group"][fold.test])
@@ -157,6 +161,11 @@ def test_a_baseline_that_is_right_ships(small_learners):
     content = fit.fit_cells(make_cells(lambda soft: soft))
     assert content["chosen"] == {"one_pass": "mean soft Dice", "three_passes": "mean soft Dice"}
     assert content["evidence"]["mean_absolute_error"] == pytest.approx(0, abs=1e-9)
+
+
+def test_too_few_held_out_things_give_no_interval(small_learners):
+    with pytest.raises(UsageError, match="too few for a 90%"):
+        fit.fit_cells(make_cells(lambda soft: soft, kinds=KINDS[:2]))
 
 
 @pytest.mark.parametrize(("dice", "value"), [(1.0, 1.0), (0.0, 0.0)], ids=["always right", "always wrong"])
@@ -175,6 +184,39 @@ def test_a_model_that_is_right_on_one_half_is_told_by_its_confidence(small_learn
         assert predictor(np.array([[0.2], [0.95]])) == pytest.approx([0, 1], abs=0.05)
     assert content["evidence"]["frames"]["three_passes"]["auroc_all"]["estimate"] > 0.95
     assert all(abs(row["expected"] - row["dice"]) < 0.1 for row in content["evidence"]["units"])
+
+
+def test_everything_learnt_is_written_read_back_and_rendered(small_learners, monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "SHA256SUMS").write_text("")
+    write_manifest(tmp_path)
+    places = [describe_place(np.moveaxis(np.asarray(draw_frame(s)[0]), 2, 0) / np.float32(255)) for s in range(40)]
+    learnt = fit.Learnt(
+        gate=learn_gate(places, list(range(40))), measures={"lab_l_mean": (50, 5)}, frames=40, polyp_free=0
+    )
+    refused = [
+        {"set": name, "n": 9, "unlike": share, "refused": bool(share), "to_refuse": bool(share)}
+        for name, share in (("noise", 1.0), ("a", 0.0))
+    ]
+    pairs = [(f"{s}", *draw_frame(s, polyp=s % 2 == 0)) for s in range(6)]
+    labelled = [Labelled(name=name, group=name, frame=frame, truth=truth) for name, frame, truth in pairs]
+    monkeypatch.setattr(fit, "gather", lambda *a, **k: make_cells(lambda soft: soft))
+    monkeypatch.setattr(fit, "learn_frames", lambda *a, **k: learnt)
+    monkeypatch.setattr(fit, "refusals", lambda *a, **k: refused)
+    monkeypatch.setattr(fit, "learn_point", lambda *a, **k: calibrate(constructed(), labelled))
+    written, point = fit.learn_model(tmp_path, data_dir=None, cache=tmp_path / "c", echo=lambda line: None)
+    check_folder(tmp_path)  # the manifest lists what was written
+    expectation = read_expectation(tmp_path)
+    assert constructed(expectation=expectation).predict(draw_frame(50)[0]).expected_dice > 0.9
+    assert find_operating_point(tmp_path, "model").temperature > 0
+    page = render_page(read_json(written), read_json(point))
+    assert "| mean soft Dice (baseline) | 0.000 |" in page and "`estimate`, `segment`" in page.replace(" ,", ",")
+    assert "floor missed" not in page.split("margin:")[0] and "{" not in page
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    write_manifest(tmp_path)
+    with pytest.raises(UsageError, match="another model"):
+        read_expectation(tmp_path)
 
 
 # Intervals ---------------------------------------------------------------------------------------------

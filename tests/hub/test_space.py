@@ -200,7 +200,7 @@ def test_describe_model_reads_licence_and_origin_of_a_folder(own_model):
     assert model.licence == "apache-2.0" and "synthetic_a reference/train (n = 8)" in model.note
     assert (model.id, model.revision, model.remote_code) == (str(own_model), None, False)
     with pytest.raises(UsageError, match="has no config"):
-        describe_model(str(own_model.parent))
+        describe_model(str(own_model.parents[1]))
 
 
 # -- what the app does with an upload -------------------------------------------------------------------

@@ -26,6 +26,8 @@ LEAST = 30
 """Distinct frames below which nothing is said of a set."""
 MOST_EMPTY = 0.5
 """Share of empty masks above which nothing is said: these are not frames of polyps, or the model sees none."""
+MOST_SEEN = 0.1
+"""Share of frames seen in training above which an estimate says nothing of new ones."""
 NOTEWORTHY = 0.5
 """Standard deviations of the training frames from which a difference of means is told."""
 _SHOWN = 6
@@ -104,9 +106,9 @@ class Estimate:
         """Three sentences."""
         told = [difference.words for difference in self.differences if abs(difference.effect) >= NOTEWORTHY][:3]
         differ = (
-            f"than the training frames, these are {_list(told)}"
+            f"these frames are {_list(told)} than the training frames"
             if told
-            else "in light, colour and sharpness these frames are like the training frames"
+            else "these frames are like the training frames in light, colour and sharpness"
         )
         if self.refused:
             return (
@@ -114,30 +116,31 @@ class Estimate:
                 f"{differ[0].upper()}{differ[1:]}.",
                 "Do not rely on the masks: label some frames and measure (polypseg evaluate).",
             )
-        seen = (
-            f"; {self.seen_images} of the frames were seen in training, so this is no estimate of new ones"
-            if self.seen_images
-            else ""
-        )
         return (
             f"Expected mean Dice {_two(self.expected)} [{_two(self.low)}, {_two(self.high)}] ({LEVEL:.0%} interval, "
-            f"{len(self.frames)} frames, if every frame shows a polyp){seen}.",
+            f"{len(self.frames)} frames, if every frame shows a polyp){self._seen_words()}.",
             f"About {percent(self.below_half or 0)} of the masks are expected to be wrong (Dice below .5); {differ}.",
             f"Do not rely on it for {self._unreliable()}.",
         )
 
+    def _seen_words(self) -> str:
+        if not self.seen_images:
+            return ""
+        told = f"; {self.seen_images} of them were seen in training"
+        many = self.seen_images > MOST_SEEN * len(self.frames)
+        return f"{told}, so that this is no estimate for new frames" if many else told
+
     def _unreliable(self) -> str:
         parts = []
         for flag, words in (
-            (DOUBTFUL, "frames flagged doubtful"),
-            (EMPTY, "frames without a mask"),
-            (UNLIKE, "frames unlike those learnt from"),
+            (DOUBTFUL, "frame(s) flagged doubtful"),
+            (EMPTY, "frame(s) without a mask"),
+            (UNLIKE, "frame(s) unlike those learnt from"),
         ):
             count = sum(frame.flag == flag for frame in self.frames)
             if count:
                 parts.append(f"the {count} {words}")
-        parts.append("polyps that were missed altogether, other models, or a decision about a patient")
-        return _list(parts)
+        return _list([*parts, "polyps that were missed altogether", "other models", "decisions about a patient"])
 
     def content(self) -> dict[str, Any]:
         """For JSON."""

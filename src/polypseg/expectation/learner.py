@@ -1,16 +1,15 @@
-"""Learners of the expected Dice, from a line to boosted trees, and the baselines that they must beat."""
+"""Learners of the expected Dice, and the baselines that they must beat."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.ensemble import GradientBoostingRegressor
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 from polypseg.inference.features import ALL, SINGLE
-from polypseg.inference.predictor import Linear, Predictor, Steps, Trees
+from polypseg.inference.predictor import Linear, Predictor, Steps
 
 Floats = NDArray[np.float64]
 Learn = Callable[[Floats, Floats], Predictor]
@@ -58,29 +57,6 @@ def learn_linear(features: Floats, dice: Floats, *, names: Sequence[str]) -> Lin
     )
 
 
-def learn_trees(features: Floats, dice: Floats, *, names: Sequence[str]) -> Trees:
-    """Gradient boosting of shallow trees."""
-    fitted = GradientBoostingRegressor(
-        n_estimators=120, learning_rate=0.06, max_depth=3, min_samples_leaf=25, subsample=0.7, max_features=0.5,
-        random_state=0,
-    ).fit(columns(features, names).astype(np.float32), dice)  # fmt: skip
-    trees = []
-    for (estimator,) in fitted.estimators_:
-        tree = estimator.tree_
-        leaf = tree.children_left < 0
-        trees.append(
-            {
-                "feature": np.where(leaf, -1, tree.feature).tolist(),
-                # float32 numbers: what is compared is float32 too, so nothing changes side when they are read again
-                "threshold": [float(np.float32(value)) for value in np.where(leaf, 0, tree.threshold)],
-                "left": tree.children_left.tolist(),
-                "right": tree.children_right.tolist(),
-                "value": np.round(fitted.learning_rate * tree.value[:, 0, 0], 7).tolist(),
-            }
-        )
-    return Trees(features=tuple(names), start=float(fitted.init_.constant_[0, 0]), trees=tuple(trees))
-
-
 def _learner(learn: Callable[..., Predictor], **options: Any) -> Learn:
     return lambda features, dice: learn(features, dice, **options)
 
@@ -91,8 +67,6 @@ LEARNERS: Mapping[str, Learn] = {
     "line, soft Dice and agreement": _learner(learn_linear, names=("soft_dice", "agree_flip", "soft_agreement")),
     "line, one pass": _learner(learn_linear, names=SINGLE),
     "line, three passes": _learner(learn_linear, names=ALL),
-    "trees, one pass": _learner(learn_trees, names=SINGLE),
-    "trees, three passes": _learner(learn_trees, names=ALL),
 }
 """In order of size."""
 

@@ -23,7 +23,7 @@ THRESHOLD = 0.5
 """Of the masks whose Dice is expected."""
 DOUBTFUL, UNLIKE, EMPTY = "doubtful", "unlike", "no mask"
 FLAGS: Mapping[str, str] = {
-    DOUBTFUL: "the mask is likely to be wrong (Dice below .5)",
+    DOUBTFUL: "look at it: most masks that are wrong (Dice below .5) are flagged, and some that are right",
     UNLIKE: "the frame is unlike those that the estimate was learnt from: nothing is said of it",
     EMPTY: "no polyp was found: whether there is one cannot be told from this",
 }
