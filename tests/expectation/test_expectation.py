@@ -35,11 +35,7 @@ from polypseg.inference.gate import describe_place, learn_gate
 from polypseg.inference.operating_point import OPERATING_POINT, find_operating_point
 from polypseg.inference.predictor import read_predictor
 from polypseg.inference.regions import drop_small, grow_mask
-<<<<<<< HEAD:tests/expectation/test_expectation.py
-=======
 from polypseg.provenance.checksums import check_folder, write_manifest
-from polypseg.provenance.passport import PASSPORT, Passport, Seen, SplitManifest, image_print
->>>>>>> h-expect:tests/test_expectation.py
 from polypseg.provenance.local import STARTER_FOLDER
 from polypseg.provenance.passport import PASSPORT, Passport, Seen, SplitManifest, image_print
 

@@ -15,11 +15,8 @@ from polypseg.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from polypseg.data.images import decode_frame
 from polypseg.data.polyps import open_dataset
 from polypseg.data.splits import pinned_split
-<<<<<<< HEAD
-from polypseg.evaluation.suite import NEGATIVES, open_negatives
-=======
 from polypseg.errors import UsageError
->>>>>>> h-expect
+from polypseg.evaluation.suite import NEGATIVES, open_negatives
 from polypseg.expectation.calibrate import Calibration, Labelled, calibrate, save_calibration
 from polypseg.expectation.cells import (
     CLEAN,
@@ -245,13 +242,8 @@ def refusals(gate: Gate, folder: Path, *, data_dir: Path | None, seed: int = 0) 
         "smooth noise": lambda: rng.integers(0, 256, (8, 8, 3)).repeat(36, axis=0).repeat(36, axis=1),
     }
     for name, draw in drawn.items():
-<<<<<<< HEAD
-        noise = [Image.fromarray(draw().astype(np.uint8)) for _ in range(30)]
+        noise = [Image.fromarray(draw().astype(np.uint8)) for _ in range(15)]
         found.append(row(name, noise, wanted=True))
-=======
-        frames = [Image.fromarray(draw().astype(np.uint8)) for _ in range(15)]
-        found.append(row(name, frames, wanted=True))
->>>>>>> h-expect
     return found
 
 
