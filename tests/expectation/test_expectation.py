@@ -379,7 +379,7 @@ def test_shipped_expectation_is_of_the_shipped_weights_and_beats_or_is_a_baselin
 
 
 def test_command_says_why_there_is_no_estimate(tmp_path):
-    from polypseg.cli import app
+    from polypseg.cli.app import app
 
     folder = write_frames(tmp_path / "few", [1, 2])
     result = CliRunner().invoke(app, ["estimate", str(folder), "--output", str(tmp_path / "o"), "--limit", "5"])

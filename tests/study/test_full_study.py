@@ -25,6 +25,7 @@ from PIL import Image
 from torch import nn
 
 from polypseg.cli.app import app
+from polypseg.cli.options import named_values
 from polypseg.data.catalog import DATASETS, get_spec
 from polypseg.pretraining.encoders import build_encoder
 from polypseg.pretraining.mae import MAE
@@ -60,7 +61,8 @@ def load_module(path: Path) -> ModuleType:
 def parse_script(words: list[str]) -> dict[str, Any]:
     """What a training script's own parser makes of its arguments."""
     script = typer.Typer()
-    script.command()(load_module(REPOSITORY / words[0]).main)
+    module = load_module(REPOSITORY / words[0])
+    script.command()(getattr(module, Path(words[0]).stem))
     return typer.main.get_command(script).make_context(words[0], words[1:]).params
 
 
@@ -140,7 +142,11 @@ def test_study_continues_from_the_finetuning_runs():
     """It looks for just these folders, recipes and encoders."""
     line = next(line for line in COMMANDS if line.startswith("polypseg study"))
     params = parse_polypseg(shlex.split(line)[1:])
-    plan = StudyPlan(output=params["output"], scale=params["scale"], encoder_weights=tuple(params["encoder_weights"]))
+    plan = StudyPlan(
+        output=params["output"],
+        scale=params["scale"],
+        encoder_weights=named_values(params["encoder_weights"], option="--encoder-weights"),
+    )
     runs = finetuning_commands()
     for job in plan_jobs(plan):
         run = runs[job.entry.model_id]

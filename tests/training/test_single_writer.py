@@ -25,6 +25,7 @@ from polypseg.errors import UsageError
 from polypseg.evaluation import suite
 from polypseg.files import LOCK, FolderInUseError, sole_writer, write_json
 from polypseg.inference import segment_files
+from polypseg.inference.operating_point import OperatingPoint
 from polypseg.pretraining import loop as pretraining_run
 from polypseg.recipe import load_recipe
 from polypseg.study import scales as study
@@ -80,7 +81,9 @@ def pairs(tmp_path: Path) -> Path:
 
 
 def segment(output: Path, frame: Path) -> Any:
-    segmenter: Any = SimpleNamespace(name="model", fingerprint=lambda: "0" * 64)
+    segmenter: Any = SimpleNamespace(
+        name="model", fingerprint=lambda: "0" * 64, point=lambda threshold: OperatingPoint(), expectation=None
+    )
     return segment_files.segment_files(segmenter, [str(frame)], output)
 
 
