@@ -58,7 +58,7 @@ docs: $(INSTALLED)  ## the site of docs/ in site/, every link checked
 	@echo "== Building the site (open site/index.html)"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
-release: $(INSTALLED)  ## wheel and sdist of both distributions in dist/, tried in an empty environment; uploads nothing
+release: $(INSTALLED) web  ## wheel and sdist of both distributions in dist/, tried in an empty environment; uploads nothing
 	@echo "== Building both distributions into dist/"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[release]"
 	rm -rf dist

@@ -24,6 +24,7 @@ def run_cells(cells: list[str], *, name: str) -> dict[str, object]:
     return namespace
 
 
+@pytest.mark.slow
 def test_blocks_for_hugging_face_users_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = DOCS / "hugging_face.md"
@@ -37,6 +38,7 @@ def test_blocks_for_hugging_face_users_run(tmp_path, monkeypatch, capsys):
     assert 0 <= float(capsys.readouterr().out.splitlines()[-1]) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
