@@ -64,7 +64,7 @@ def test_the_table_counts_and_lists_what_was_lost(trial):
     kind, other = trial.Kind("kills", "at random"), trial.Kind("disks", "small ones", not_tried="no right to mount")
     for problem in (None, "differs", None):
         kind.count(problem)
-    text = importlib.import_module("table").to_markdown([kind, other], revision="abc")
+    text = importlib.import_module("table").to_markdown([kind, other])
     assert "| kills | at random. | 3 | 2 | 1 | 0 |" in text and "- kills: differs" in text
     assert "| disks | small ones. Not tried: no right to mount. | 0 | – | – | 0 |" in text
     assert "| **all** | | **3** | **2** | **1** | **0** |" in text

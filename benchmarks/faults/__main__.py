@@ -68,10 +68,11 @@ def main(
             begun = time.monotonic()
             attempt(kind)
             kind.seconds = round(time.monotonic() - begun, 1)
+            kind.revision = git_revision() or kind.revision
             before[kind.name] = kind
             rows = [before[other.name] for other, _ in every if other.name in before]
-            write_json(place, {"revision": git_revision(), "kinds": [asdict(row) for row in rows]})
-            write_text(output, to_markdown(rows, revision=git_revision()))
+            write_json(place, {"kinds": [asdict(row) for row in rows]})
+            write_text(output, to_markdown(rows))
     lost = sum(len(before[name].lost) for name in wanted)
     if lost:
         raise PolypSegError(f"{lost} tries were lost: {output} lists them")

@@ -10,7 +10,7 @@ line of error came of it, and nothing was lost: resumed runs are compared bit fo
 """
 
 
-def to_markdown(kinds: list[Kind], *, revision: str | None) -> str:
+def to_markdown(kinds: list[Kind]) -> str:
     """The table, with every lost try below it; nothing in it depends on the machine but the seconds."""
     lines = [HEADER, "| kind | how, and what counts | tried | survived | lost | seconds |", "|---|---|--:|--:|--:|--:|"]
     for kind in kinds:
@@ -22,5 +22,6 @@ def to_markdown(kinds: list[Kind], *, revision: str | None) -> str:
     lines += [f"| **all** | | **{total}** | **{total - lost}** | **{lost}** | **{seconds:.0f}** |", ""]
     if lost:
         lines += ["## Lost", "", *(f"- {kind.name}: {problem}" for kind in kinds for problem in kind.lost), ""]
-    lines += [f"Revision {revision or 'unknown'}; the same numbers as JSON are in `reliability.json`.", ""]
+    revisions = ", ".join(dict.fromkeys(kind.revision[:12] for kind in kinds))
+    lines += [f"Code revision {revisions}; the same numbers as JSON are in `reliability.json`.", ""]
     return "\n".join(lines)

@@ -37,6 +37,8 @@ class Kind:
     lost: list[str] = field(default_factory=list)
     """What went wrong, one text per try that was lost."""
     seconds: float = 0.0
+    revision: str = "unknown"
+    """Of the code that was tried."""
     not_tried: str = ""
     """Why there was nothing to try on this machine."""
 
