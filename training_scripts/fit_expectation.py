@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from polypseg.cli.app import run_script
+from polypseg.cli.console import run_script
 from polypseg.files import read_json, write_text
 from polypseg.provenance.local import STARTER_FOLDER
 

@@ -21,7 +21,7 @@ from table import to_markdown
 from trial import Kind
 from typer import Option
 
-from polypseg.cli.app import run_script
+from polypseg.cli.console import run_script
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.files import git_revision, write_json, write_text
 
