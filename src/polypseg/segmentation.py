@@ -200,11 +200,11 @@ class Segmenter:
             return self.predict(single, threshold=threshold, min_area=min_area, names=names or ("the frame",))[0]
         if isinstance(frames, bytes) or not isinstance(frames, Sequence):
             raise UsageError(f"frames are {type(frames).__name__}: give one frame or a list of frames")
-        frames = [as_frame(frame, name=f"frame {number + 1}") for number, frame in enumerate(frames)]
+        images: list[Image.Image] = [as_frame(one, name=f"frame {n + 1}") for n, one in enumerate(frames)]
         predictions = []
-        for start in range(0, len(frames), batch_size):
-            batch = frames[start : start + batch_size]
-            called = names[start:] or [f"frame {number + 1}" for number in range(start, len(frames))]
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            called = names[start:] or [f"frame {number + 1}" for number in range(start, len(images))]
             pixels = self.prepare(batch)
             answers = self.runtime.polyp_logits(pixels, names=called)
             for frame, prepared, logits in zip(batch, pixels, answers, strict=True):

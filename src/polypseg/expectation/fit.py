@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,14 +236,14 @@ def refusals(gate: Gate, folder: Path, *, data_dir: Path | None, seed: int = 0) 
                 gray = [decode_frame(p.read_bytes(), name=str(p)).convert("L").convert("RGB") for p in paths[:30]]
                 found.append(row(f"{name}, gray", gray, wanted=True))
     reddish = np.array([150.0, 90.0, 70.0])
-    drawn = {
+    drawn: dict[str, Callable[[], NDArray[Any]]] = {
         "white noise": lambda: rng.integers(0, 256, (288, 288, 3)),
         "reddish noise": lambda: np.clip(rng.normal(0, 40, (288, 288, 3)) + reddish, 0, 255),
         "smooth noise": lambda: rng.integers(0, 256, (8, 8, 3)).repeat(36, axis=0).repeat(36, axis=1),
     }
     for name, draw in drawn.items():
-        frames = [Image.fromarray(draw().astype(np.uint8)) for _ in range(15)]
-        found.append(row(name, frames, wanted=True))
+        shown = [Image.fromarray(draw().astype(np.uint8)) for _ in range(15)]
+        found.append(row(name, shown, wanted=True))
     return found
 
 
@@ -272,7 +273,9 @@ def candidates(columns: Columns, found: Sequence[Unit]) -> list[Candidate]:
     for name, expected in held_out_baselines(columns, model=SHIPPED, anchor=VALIDATION).items():
         error = mean_absolute(found, unit_errors(found, expected, dice))
         made.append(
-            Candidate(name=name, baseline=True, expected=expected, error=error, predictor=lambda n=name: simple[n])
+            Candidate(
+                name=name, baseline=True, expected=expected, error=error, predictor=partial(simple.__getitem__, name)
+            )
         )
     for name, learn in LEARNERS.items():
         expected = held_out(columns, learn, model=SHIPPED, anchor=VALIDATION)
@@ -283,7 +286,7 @@ def candidates(columns: Columns, found: Sequence[Unit]) -> list[Candidate]:
                 baseline=False,
                 expected=expected,
                 error=error,
-                predictor=lambda one=learn: one(features, dice),
+                predictor=partial(learn, features, dice),
             )
         )
     return made
@@ -499,10 +502,7 @@ def _candidate_content(one: Candidate, found: Sequence[Unit], columns: Columns) 
     errors = unit_errors(found, one.expected, dice)
     own = (columns["model"] == SHIPPED) & (columns["set"] != VALIDATION)
     clips = own & (columns["kind"] == CLEAN) & (columns["set"] == "cvc_clinicdb")
-    sorts = {
-        sort: mean_absolute(found, errors, lambda unit, s=sort: unit.sort == s)
-        for sort in ("set", "corruption", "model")
-    }
+    sorts = {sort: mean_absolute(found, errors, partial(_is_sort, sort)) for sort in ("set", "corruption", "model")}
     return {
         "name": one.name,
         "baseline": one.baseline,
@@ -514,6 +514,18 @@ def _candidate_content(one: Candidate, found: Sequence[Unit], columns: Columns) 
     }
 
 
+def _is_sort(sort: str, unit: Unit) -> bool:
+    return unit.sort == sort
+
+
+def _auroc_at(score: Floats, failed: NDArray[np.bool_], at: NDArray[np.int64]) -> float:
+    return auroc(score[at], failed[at])
+
+
+def _correlation_at(score: Floats, dice: Floats, at: NDArray[np.int64]) -> float:
+    return rank_correlation(score[at], dice[at])
+
+
 def _frame_evidence(
     columns: Columns, single: Floats, several: Floats, *, own: NDArray[np.bool_], clean: NDArray[np.bool_]
 ) -> dict[str, Any]:
@@ -523,12 +535,12 @@ def _frame_evidence(
         of: dict[str, Any] = {}
         for title, rows in (("all", own), ("clean", clean)):
             score, failed, groups = expected[rows], columns["dice"][rows] < FAILURE, columns["group"][rows]
-            of[f"auroc_{title}"] = _with_interval(lambda at, s=score, f=failed: auroc(s[at], f[at]), groups)
+            of[f"auroc_{title}"] = _with_interval(partial(_auroc_at, score, failed), groups)
             of[f"failed_{title}"] = [int(failed.sum()), len(failed)]
         clips = clean & (columns["set"] == "cvc_clinicdb")
         if clips.any():
             score, dice, groups = expected[clips], columns["dice"][clips], columns["group"][clips]
-            of["rank_correlation"] = _with_interval(lambda at, s=score, d=dice: rank_correlation(s[at], d[at]), groups)
+            of["rank_correlation"] = _with_interval(partial(_correlation_at, score, dice), groups)
             of["rank_correlation_of_clips"] = _number(
                 rank_correlation(group_means(score, groups.tolist()), group_means(dice, groups.tolist()))
             )
