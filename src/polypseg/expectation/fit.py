@@ -242,8 +242,8 @@ def refusals(gate: Gate, folder: Path, *, data_dir: Path | None, seed: int = 0) 
         "smooth noise": lambda: rng.integers(0, 256, (8, 8, 3)).repeat(36, axis=0).repeat(36, axis=1),
     }
     for name, draw in drawn.items():
-        noise = [Image.fromarray(draw().astype(np.uint8)) for _ in range(15)]
-        found.append(row(name, noise, wanted=True))
+        shown = [Image.fromarray(draw().astype(np.uint8)) for _ in range(15)]
+        found.append(row(name, shown, wanted=True))
     return found
 
 
@@ -502,7 +502,7 @@ def _candidate_content(one: Candidate, found: Sequence[Unit], columns: Columns) 
     errors = unit_errors(found, one.expected, dice)
     own = (columns["model"] == SHIPPED) & (columns["set"] != VALIDATION)
     clips = own & (columns["kind"] == CLEAN) & (columns["set"] == "cvc_clinicdb")
-    sorts = {sort: mean_absolute(found, errors, partial(_is_of, sort)) for sort in ("set", "corruption", "model")}
+    sorts = {sort: mean_absolute(found, errors, partial(_is_sort, sort)) for sort in ("set", "corruption", "model")}
     return {
         "name": one.name,
         "baseline": one.baseline,
@@ -514,15 +514,16 @@ def _candidate_content(one: Candidate, found: Sequence[Unit], columns: Columns) 
     }
 
 
-def _is_of(sort: str, unit: Unit) -> bool:
+def _is_sort(sort: str, unit: Unit) -> bool:
     return unit.sort == sort
 
 
-def _at(
-    measure: Callable[[NDArray[Any], NDArray[Any]], float], one: NDArray[Any], other: NDArray[Any], at: NDArray[Any]
-) -> float:
-    """A measure of two columns at some of their rows."""
-    return measure(one[at], other[at])
+def _auroc_at(score: Floats, failed: NDArray[np.bool_], at: NDArray[np.int64]) -> float:
+    return auroc(score[at], failed[at])
+
+
+def _correlation_at(score: Floats, dice: Floats, at: NDArray[np.int64]) -> float:
+    return rank_correlation(score[at], dice[at])
 
 
 def _frame_evidence(
@@ -534,12 +535,12 @@ def _frame_evidence(
         of: dict[str, Any] = {}
         for title, rows in (("all", own), ("clean", clean)):
             score, failed, groups = expected[rows], columns["dice"][rows] < FAILURE, columns["group"][rows]
-            of[f"auroc_{title}"] = _with_interval(partial(_at, auroc, score, failed), groups)
+            of[f"auroc_{title}"] = _with_interval(partial(_auroc_at, score, failed), groups)
             of[f"failed_{title}"] = [int(failed.sum()), len(failed)]
         clips = clean & (columns["set"] == "cvc_clinicdb")
         if clips.any():
             score, dice, groups = expected[clips], columns["dice"][clips], columns["group"][clips]
-            of["rank_correlation"] = _with_interval(partial(_at, rank_correlation, score, dice), groups)
+            of["rank_correlation"] = _with_interval(partial(_correlation_at, score, dice), groups)
             of["rank_correlation_of_clips"] = _number(
                 rank_correlation(group_means(score, groups.tolist()), group_means(dice, groups.tolist()))
             )

@@ -82,7 +82,8 @@ def rank_correlation(one: ArrayLike, other: ArrayLike) -> float:
         ranks.append((np.cumsum(counts) - (counts - 1) / 2)[order])
     if min(np.ptp(rank) for rank in ranks) == 0:
         return float("nan")
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+    first, second = (rank - rank.mean() for rank in ranks)
+    return float((first * second).sum() / np.sqrt((first**2).sum() * (second**2).sum()))
 
 
 def by_group_interval(

@@ -62,8 +62,8 @@ class Gate:
     def unlike(self, descriptions: ArrayLike) -> NDArray[np.bool_]:
         """(N, D) -> (N,) whether a frame lies outside, by its distance or in any dimension."""
         table = np.asarray(descriptions, dtype=np.float64)
-        outside = np.asarray((table < self.low) | (table > self.high)).any(axis=1)
-        return np.asarray(outside | (self.distances(table) > self.limit))
+        outside: NDArray[np.bool_] = np.any((table < self.low) | (table > self.high), axis=1)
+        return outside | (self.distances(table) > self.limit)
 
     def content(self) -> dict[str, Any]:
         """For JSON."""
