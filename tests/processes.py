@@ -206,6 +206,16 @@ def run_together(command: Sequence[object], *, count: int, env: Mapping[str, str
             member.kill()
 
 
+def interrupt() -> None:
+    """Do what a SIGINT does to this process, by calling its handler: a test's worker must not depend on who set it.
+
+    Real signals are sent to the scripts, which are processes of their own.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    assert callable(handler), f"SIGINT would end this process: its handler is {handler}"
+    handler(signal.SIGINT, None)
+
+
 @cache
 def _server() -> str:
     """The address of the forking server, which is started when first needed and ends with this process."""
@@ -370,6 +380,7 @@ def _carry_out(arguments: Sequence[str]) -> None:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:
         sys.argv, sys.path[0] = list(arguments), str(Path(kind).resolve().parent)
+        sys.path.append(str(Path(__file__).resolve().parent))  # scripts of the tests find the tests' helpers
         runpy.run_path(kind, run_name="__main__")
 
 

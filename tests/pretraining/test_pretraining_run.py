@@ -113,7 +113,7 @@ def test_resume_after_sigint_continues_to_the_same_weights(method, frames, tmp_p
     def step_then_signal(self, batch):
         calls.append(1)
         if len(calls) == 3:
-            signal.raise_signal(signal.SIGINT)  # to this thread: it is handled before the next line
+            processes.interrupt()
         return original(self, batch)
 
     monkeypatch.setattr(module._Run, "_train_step", step_then_signal)

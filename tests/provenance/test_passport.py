@@ -554,7 +554,7 @@ def test_evaluate_refuses_what_the_training_part_gives_away(
     parts, place = {"kvasir_seg": (kvasir, "Kvasir-SEG"), "cvc_clinicdb": (clinicdb, "CVC-ClinicDB")}[dataset]
     folder = write_tiny_model(tmp_path / "best", origin=SMOKE_ORIGIN)
     attach_passport(folder, passport_of(parts[split, "train"]))
-    where = {"dataset": dataset, "source": real_data / place, "split": "reference", "part": "test"}
+    where = {"dataset": dataset, "source": [str(real_data / place)], "split": "reference", "part": "test"}
     with pytest.raises(UsageError, match=found) as caught:
         evaluate_with(folder, output=tmp_path / "results", **where)
     assert "--seen report" in str(caught.value) and not (tmp_path / "results").exists()
@@ -568,7 +568,7 @@ def test_evaluate_tests_the_rest_and_names_it(tmp_path):
     whole = make_manifest(data, split="full", part="full")
     folder = write_tiny_model(tmp_path / "best", origin=SMOKE_ORIGIN)
     attach_passport(folder, passport_of(whole.restrict(["b"], split="full", part="train")))
-    where = {"dataset": "folder", "source": tmp_path / "data", "output": tmp_path / "results"}
+    where = {"dataset": "folder", "source": [str(tmp_path / "data")], "output": tmp_path / "results"}
     with pytest.raises(UsageError, match="1 of 3 images"):
         evaluate_with(folder, **where)
     evaluate_with(folder, seen=EvaluateSeen.exclude, name="mine", save_masks=True, **where)

@@ -160,7 +160,7 @@ def test_resume_after_sigint_continues_to_the_same_weights(tmp_path):
         def step_then_signal(self, batch, last=last, calls=calls):
             calls.append(1)
             if len(calls) == last:
-                signal.raise_signal(signal.SIGINT)  # to this thread: it is handled before the next line
+                processes.interrupt()
             return original(self, batch)
 
         training._Run._train_step = step_then_signal
