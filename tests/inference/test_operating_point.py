@@ -176,7 +176,7 @@ def test_evaluation_takes_a_point_and_records_it():
 
 
 def test_commands_refuse_points_that_do_not_apply(tmp_path):
-    from polypseg.cli import app
+    from polypseg.cli.app import app
 
     OperatingPoint(threshold=0.4).save(tmp_path / "p.json")
     given = ["evaluate", "--dataset", "kvasir_seg", "--predictions", str(tmp_path), "--operating-point"]
