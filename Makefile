@@ -16,7 +16,7 @@ demo: $(INSTALLED)  ## the shipped model on three real frames, then all twelve r
 
 test: $(INSTALLED)  ## every test; those on real data run where ../shared/data or $$POLYPSEG_DATA is present
 	@echo "== Running all tests"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --durations 20
 
 test-long: $(INSTALLED)  ## the two tests that take minutes each: two nodes under Slurm's rules, WebGPU in software
 	@echo "== Running the tests of minutes"
