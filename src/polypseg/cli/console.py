@@ -65,15 +65,16 @@ def print_table(table: "Table", *, wide: bool = True, optional: Sequence[str] = 
     from rich.console import Console
 
     console = Console()
-    dropped = [] if wide or not console.is_terminal else _drop_columns(table, console, optional)
-    if wide or not console.is_terminal:
+    whole = wide or not console.is_terminal
+    dropped = [] if whole else _drop_columns(table, console, optional)
+    if whole:
         for column in table.columns:
             column.no_wrap = True
         console.width = max(console.width, _width(table, console))
     else:
         for column in table.columns:
             column.overflow = "fold"
-    console.print(table, soft_wrap=wide or not console.is_terminal)
+    console.print(table, soft_wrap=whole)
     if dropped:
         print(f"columns left out on this narrow screen: {', '.join(dropped)}; --wide shows them")
 

@@ -101,7 +101,6 @@ def evaluate(
     from polypseg.data.catalog import DATASETS
     from polypseg.errors import UsageError
     from polypseg.evaluation.conventions import CONVENTIONS, choose_conventions
-    from polypseg.evaluation.receipt import read_receipt
     from polypseg.evaluation.receipt_reading import CONVENTION
     from polypseg.evaluation.suite import SuitePlan, suite_datasets
     from polypseg.files import sole_writer
@@ -181,7 +180,7 @@ def evaluate(
     with sole_writer(output / chosen.name):
         result = score_images(chosen, plan, data, manifest, model_folder=folder)
         path = result.write(output)
-    content = read_receipt(path)
+    content = result.content()
     if as_json:
         print_json({"receipt": str(path)} | {key: content[key] for key in ("name", "dataset", "n", *_SCORES)})
         return

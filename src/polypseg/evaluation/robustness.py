@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class RobustnessResult:
     corrupted: Mapping[tuple[str, int], NDArray[np.float64]]
     """(kind, severity) -> Dice (N,) of the same images in the same order."""
 
-    @property
+    @cached_property
     def clean_dice(self) -> NDArray[np.float64]:
         """Dice (N,) of the frames as they are."""
         return _dice(self.clean)
@@ -42,8 +43,12 @@ class RobustnessResult:
     def rows(self) -> list[dict[str, Any]]:
         """One row per kind and severity: mean Dice with interval, and the paired drop against clean with interval.
 
-        ``relative_drop`` is the drop divided by the clean mean; intervals are over images.
+        ``relative_drop`` is the drop divided by the clean mean; intervals are over images. Computed once.
         """
+        return self._rows
+
+    @cached_property
+    def _rows(self) -> list[dict[str, Any]]:
         clean = self.clean_dice
         rows = []
         for (kind, severity), dice in self.corrupted.items():
