@@ -1,7 +1,6 @@
 """docs/estimate.md: how to ask what quality to expect, and what the answers were worth where they could be checked."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -9,7 +8,7 @@ import jinja2
 from polypseg.expectation.estimate import LEAST
 from polypseg.expectation.fit import WORTH
 from polypseg.inference.expected import FLAGS
-from polypseg.report import estimate as estimate_page
+from polypseg.report.document import TEMPLATES
 
 _NAMES = {"set": "real set", "corruption": "corruption", "model": "other model"}
 Rows = list[tuple[str, ...]]
@@ -20,7 +19,7 @@ def render_page(learnt: Mapping[str, Any], point: Mapping[str, Any]) -> str:
     evidence, cells = learnt["evidence"], learnt["learnt_from"]
     name, digest = next(iter(learnt["model"]["sha256"].items()))
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(estimate_page.__file__).parent / "templates"),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

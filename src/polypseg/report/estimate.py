@@ -1,17 +1,14 @@
 """The page of an estimate: verdict, differences, the frames with the least expected Dice, what it was learnt from."""
 
 import base64
-import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jinja2
 from PIL import Image
 
-from polypseg import __version__
 from polypseg.inference.expected import FLAGS
+from polypseg.report.document import render_document
 from polypseg.report.figures import draw_differences
 from polypseg.report.gallery import QUALITY, SIDE
 from polypseg.report.tables import Cell, Column, Row, Table
@@ -29,21 +26,9 @@ def render_estimate(
     ``content``: what estimate.json says; ``frames``: the rows of frames.csv; ``pictures``: names and overlays;
     ``learnt``: the model's expectation file.
     """
-    folder = Path(__file__).parent / "templates"
-    style, script = ((folder / name).read_text(encoding="utf-8") for name in ("style.css", "report.js"))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("estimate.html.jinja").render(
+    return render_document(
+        "estimate.html.jinja",
         content=content,
-        style=style,
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        version=__version__,
         flags=FLAGS,
         table=_table(frames),
         picture=draw_differences(content["differences"]),

@@ -1,21 +1,18 @@
 """The report's page: what the template is given, and the template rendered."""
 
-import base64
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
-from polypseg import __version__, zoo
+from polypseg import zoo
 from polypseg.evaluation.receipt_reading import Test, seen_words
 from polypseg.provenance.licence import ModelLicense, model_license
 from polypseg.provenance.origin import RANDOM_MARK, read_origin
 from polypseg.report.analysis import Analysis
 from polypseg.report.answer import answer_sentences, noise_sentences
+from polypseg.report.document import render_document
 from polypseg.report.figures import Picture
 from polypseg.report.gallery import Gallery
 from polypseg.report.other_results import Document
@@ -61,22 +58,11 @@ def render_page(
     documents: Mapping[str, Sequence[Document]],
 ) -> str:
     """The whole report as one HTML document without any reference to another file."""
-    folder, material = Path(__file__).parent / "templates", analysis.material
-    style, script = ((folder / name).read_text(encoding="utf-8") for name in ("style.css", "report.js"))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    material = analysis.material
     verdict, sentences = _verdict(analysis)
-    return environment.get_template("report.html.jinja").render(
+    return render_document(
+        "report.html.jinja",
         title=title,
-        style=style,
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        version=__version__,
         scale=scale_sentences(material),
         small=any(r.weights_origin.get("scale") == "small" for r in material.receipts),
         answer=answer_sentences(analysis),
