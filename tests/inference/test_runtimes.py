@@ -20,8 +20,8 @@ from polypseg.inference import runtimes
 from polypseg.inference.preparation import FrameProcessor
 from polypseg.inference.regions import measure_regions
 from polypseg.inference.replay import add_replay, replay
-from polypseg.inference.runtimes import OnnxRuntime, OpenVinoRuntime, resize_bilinear
-from polypseg.inference.segmenter import Segmenter, load, sigmoid
+from polypseg.inference.runtimes import OnnxRuntime, OpenVinoRuntime, resize_bilinear, sigmoid
+from polypseg.inference.segmenter import Segmenter, load
 from polypseg.provenance import local
 from polypseg.provenance.checksums import write_manifest
 

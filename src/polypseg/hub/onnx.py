@@ -39,8 +39,8 @@ from polypseg.inference.runtimes import (
     Runtime,
     TorchRuntime,
     check_names,
+    sigmoid,
 )
-from polypseg.inference.segmenter import sigmoid
 from polypseg.provenance.checksums import MANIFEST, check_folder, write_manifest
 from polypseg.provenance.local import CONFIG
 from polypseg.provenance.passport import PASSPORT

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from polypseg.inference.regions import grow_mask, measure_regions
-from polypseg.inference.runtimes import resize_bilinear
+from polypseg.inference.runtimes import resize_bilinear, sigmoid
 
 Plane = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -108,7 +108,7 @@ def describe(logits: Plane, colours: Plane) -> dict[str, float]:
 
 
 def _describe_mask(logits: Plane, colours: Plane) -> dict[str, float]:
-    probability = _sigmoid(logits)
+    probability = sigmoid(logits)
     mask = logits > 0
     area, pixels = int(mask.sum()), mask.size
     top = np.partition(probability.ravel(), -max(1, pixels // 200))[-max(1, pixels // 200) :]
@@ -185,14 +185,14 @@ def agreement(segmenter: Any, pixels: Plane, colours: Plane, logits: Plane, *, n
 
 def compare_views(logits: Plane, others: Sequence[Plane]) -> dict[str, float]:
     """``VIEW_FEATURES`` of the logits (h, w) of a frame and of its two views, turned back."""
-    mask, probability = logits > 0, _sigmoid(logits)
+    mask, probability = logits > 0, sigmoid(logits)
     masks = [other > 0 for other in others]
     agreements = [dice(mask, other) for other in masks]
     areas = np.array([one.sum() for one in (mask, *masks)], dtype=np.float64)
     soft = []
     for other, values in zip(masks, others, strict=True):
         either = mask | other
-        difference = np.abs(probability - _sigmoid(values))[either]
+        difference = np.abs(probability - sigmoid(values))[either]
         soft.append(1 - float(difference.mean(dtype=np.float64)) if either.any() else 1.0)
     return {
         "agree_flip": agreements[0],
@@ -224,11 +224,6 @@ def dice(one: Mask, other: Mask) -> float:
     """Dice of two masks; 1 where both are empty."""
     total = int(one.sum()) + int(other.sum())
     return 1.0 if total == 0 else 2 * int((one & other).sum()) / total
-
-
-def _sigmoid(values: Plane) -> Plane:
-    small = np.exp(-np.abs(values))
-    return np.where(values >= 0, np.float32(1), small) / (1 + small)
 
 
 def _edge(mask: Mask) -> Mask:

@@ -350,3 +350,11 @@ def _interpolate(values: Logits, length: int) -> Logits:
     result *= weight
     result += values[lower]
     return result
+
+
+def sigmoid(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """1 / (1 + exp(-x)) without overflow."""
+    small = np.exp(-np.abs(values))
+    result: NDArray[np.float32] = np.where(values >= 0, np.float32(1), small)
+    result /= 1 + small
+    return result

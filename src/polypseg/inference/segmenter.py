@@ -35,6 +35,7 @@ from polypseg.inference.runtimes import (
     is_installed,
     open_runtime,
     runtime_files,
+    sigmoid,
 )
 from polypseg.provenance.checksums import check_folder
 from polypseg.provenance.local import STARTER, local_folder
@@ -364,14 +365,6 @@ def read_logits(
     return Prediction(
         probability=probability, mask=mask, lesions=find_lesions(probability, mask=mask, min_area=min_area)
     )
-
-
-def sigmoid(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """1 / (1 + exp(-x)) without overflow."""
-    small = np.exp(-np.abs(values))
-    result: NDArray[np.float32] = np.where(values >= 0, np.float32(1), small)
-    result /= 1 + small
-    return result
 
 
 def find_lesions(
