@@ -216,6 +216,22 @@ def interrupt() -> None:
     handler(signal.SIGINT, None)
 
 
+def run_pair(script: str, folder: Path) -> Path:
+    """Run a test module as two processes, ``script RANK FOLDER``, that call ``join_pair`` first; the folder."""
+    both = [start([sys.executable, script, str(rank), str(folder)]) for rank in (0, 1)]
+    assert [process.wait(300) for process in both] == [0, 0]
+    return folder
+
+
+def join_pair(rank: int, folder: Path) -> None:
+    """Become one of two processes of torch.distributed on this machine, which meet in a file of the folder."""
+    import torch.distributed as dist
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
+
+
 @cache
 def _server() -> str:
     """The address of the forking server, which is started when first needed and ends with this process."""

@@ -1,6 +1,5 @@
 """All three methods on two processes: loss and gradients of one process with the whole batch, in float64."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -59,9 +58,7 @@ def loss_and_gradients(case: str, rows: slice) -> dict[str, torch.Tensor]:
 
 
 def one_of_two(rank: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_WORLD_SIZE": "2"}
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
+    processes.join_pair(rank, folder)
     assert process_count() == 2 and process_index() == rank
     for case in CASES:
         result = loss_and_gradients(case, slice(4 * rank, 4 * rank + 4))
@@ -73,10 +70,7 @@ def one_of_two(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
     """A folder with what two processes found, CASE.pt for each of CASES."""
-    folder = tmp_path_factory.mktemp("two")
-    both = [processes.start([sys.executable, __file__, str(rank), str(folder)]) for rank in (0, 1)]
-    assert [process.wait(300) for process in both] == [0, 0]
-    return folder
+    return processes.run_pair(__file__, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.slow

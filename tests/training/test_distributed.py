@@ -1,6 +1,5 @@
 """BatchNorm over two processes on CPU: outputs, running statistics and gradients of one process, in float64."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -42,10 +41,7 @@ def loss_and_gradients(name: str, rows: slice, *, count: int) -> dict[str, torch
 
 
 def one_of_two(rank: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_WORLD_SIZE": "2"}
-    store = f"file://{folder / 'rendezvous'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    processes.join_pair(rank, folder)
     for name in CONFIGS:
         result = loss_and_gradients(name, slice(2 * rank, 2 * rank + 2), count=2)
         if rank == 0:
@@ -56,10 +52,7 @@ def one_of_two(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
     """A folder with what two processes found, NAME.pt for each of CONFIGS."""
-    folder = tmp_path_factory.mktemp("two")
-    both = [processes.start([sys.executable, __file__, str(rank), str(folder)]) for rank in (0, 1)]
-    assert [process.wait(300) for process in both] == [0, 0]
-    return folder
+    return processes.run_pair(__file__, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.slow
