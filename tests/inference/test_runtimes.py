@@ -149,6 +149,26 @@ def test_auto_takes_onnx_runtime_and_says_so(folder):
     assert segmenter.to("cpu") is segmenter
 
 
+def test_a_signal_after_openvino_was_dropped_in_a_thread_does_not_end_the_process(folder):
+    script = """
+import faulthandler, gc, os, signal, sys, threading
+from polypseg.inference.segmenter import load
+faulthandler.enable()  # as pytest does: without a stack for signals, OpenVINO sets none
+models = [load(sys.argv[1], runtime="openvino")]
+def drop():
+    models.clear()
+    gc.collect()
+thread = threading.Thread(target=drop)
+thread.start()
+thread.join()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    pytest.importorskip("openvino")
+    done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+
+
 def test_openvino_gives_the_same_masks(folder):
     frames = [noise(97, 61), noise(50, 120, seed=3)]
     one, other = (load(folder, runtime=name).predict(frames) for name in ("onnxruntime", "openvino"))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -164,6 +165,19 @@ def test_batches_do_not_depend_on_the_number_of_workers(corpus, workers):
     assert len(batches) == len(expected) == 3
     for one, two in zip(batches, expected, strict=True):
         assert_equal(one, two)
+
+
+@pytest.mark.timeout(60)
+def test_workers_start_after_opencv_has_used_its_threads(corpus):
+    image = np.zeros((2000, 2000), np.float32)
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(4)
+    try:
+        cv2.GaussianBlur(image, (31, 31), 5)
+        assert len(run(feed_of(corpus), workers=1)) == 3
+        assert cv2.getNumThreads() == 1
+    finally:
+        cv2.setNumThreads(before)
 
 
 @pytest.mark.parametrize("processes", [2, 4])

@@ -39,6 +39,7 @@ from polypseg.inference.runtimes import (
     Runtime,
     TorchRuntime,
     check_names,
+    openvino_core,
     sigmoid,
 )
 from polypseg.provenance.checksums import MANIFEST, check_folder, write_manifest
@@ -263,7 +264,7 @@ def _convert_to_openvino(onnx_file: Path, path: Path, *, halve: bool) -> None:
     """OpenVINO's own format, by its runtime: its converter would report its use to its makers."""
     import openvino
 
-    openvino.save_model(openvino.Core().read_model(str(onnx_file)), str(path), compress_to_fp16=halve)
+    openvino.save_model(openvino_core().read_model(str(onnx_file)), str(path), compress_to_fp16=halve)
 
 
 # int8 --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -184,7 +185,7 @@ class OpenVinoRuntime(_FileRuntime):
     def __init__(self, path: Path):
         """Raises UsageError without openvino, without the file, and for one that is no model."""
         super().__init__(path)
-        openvino = _import(OPENVINO, path)
+        _import(OPENVINO, path)
         if not path.is_file():
             raise UsageError(f"{path} does not exist: give an ONNX file or an OpenVINO model (.xml)")
         options = {
@@ -194,12 +195,22 @@ class OpenVinoRuntime(_FileRuntime):
             "CACHE_DIR": str(cache_folder() / "openvino"),  # compiled once for each machine: starts twice as fast
         }
         try:
-            self._model = openvino.Core().compile_model(str(path), "CPU", options)
+            self._model = openvino_core().compile_model(str(path), "CPU", options)
         except Exception as error:  # openvino's errors have no common class
             raise UsageError(f"cannot load {path} into OpenVINO: {first_line(error)}") from error
 
     def run(self, pixels: NDArray[np.float32]) -> Logits:
         return np.asarray(self._model([pixels])[0], dtype=np.float32)
+
+
+@cache
+def openvino_core() -> Any:
+    """OpenVINO itself, loaded once and never again taken apart in this process.
+
+    It gives the thread that loads its CPU plugin another stack for signals. Unloaded by another thread, it frees that
+    stack without giving the old one back: the next signal, such as a Ctrl-C, would end the process.
+    """
+    return importlib.import_module(OPENVINO).Core()
 
 
 def open_runtime(folder: Path, *, runtime: str = AUTO, precision: Precision = "fp32") -> Runtime:

@@ -6,7 +6,6 @@ run sees what an uninterrupted one would have seen.
 
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,7 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 from polypseg.data.corpus import FrameStore
 from polypseg.errors import PolypSegError
 from polypseg.pretraining.views import ViewSettings, is_jpeg, make_views
-from polypseg.training.loader import Example, GlobalBatches, leave_signals_to_the_main_process
+from polypseg.training.loader import (
+    Example,
+    GlobalBatches,
+    keep_opencv_to_one_thread,
+    leave_signals_to_the_main_process,
+)
 
 MOST_REPLACEMENTS = 100
 """Unreadable frames in a row after which the corpus is taken to be gone."""
@@ -51,7 +55,7 @@ class FrameFeed(Dataset[Example]):
     def __getitem__(self, key: tuple[int, int]) -> Example:
         """The example of a frame in an epoch. Raises PolypSegError after 100 unreadable frames in a row."""
         epoch, index = key
-        cv2.setNumThreads(1)  # OpenCV's own threads would compete with torch's
+        keep_opencv_to_one_thread()
         for attempt in range(MOST_REPLACEMENTS):
             rng = np.random.default_rng([self.seed, epoch, index])
             noise = rng.random(self.tokens, dtype=np.float32)
@@ -88,6 +92,7 @@ def frame_loader(feed: FrameFeed, batches: GlobalBatches, *, workers: int, pin_m
     It has a random generator of its own: otherwise opening it would move the global one, and a resumed run, which
     opens it once more, would draw other numbers.
     """
+    keep_opencv_to_one_thread()
     return DataLoader(
         feed,
         batch_sampler=batches,  # type: ignore[arg-type]

@@ -117,7 +117,7 @@ class TrainingFeed(Dataset[Example]):
 
     def __getitem__(self, key: Key) -> Example:
         epoch, index, *sides = key
-        cv2.setNumThreads(1)  # OpenCV's own threads would compete with torch's
+        keep_opencv_to_one_thread()
         rng = np.random.default_rng([self.seed, epoch, index])
         return to_example(
             *self.augmentation(*self.pairs.pair(index), rng, partner=self._draw_frame, side=(*sides, None)[0])
@@ -199,6 +199,11 @@ def leave_signals_to_the_main_process(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def keep_opencv_to_one_thread() -> None:
+    """Take OpenCV's threads away: they would compete with torch's, and a forked worker would wait for them for ever."""
+    cv2.setNumThreads(1)
+
+
 def training_loader(
     feed: TrainingFeed, batches: GlobalBatches, *, workers: int, pin_memory: bool
 ) -> "DataLoader[Example]":
@@ -207,6 +212,7 @@ def training_loader(
     It has a random generator of its own: otherwise opening it would move the global one, and a resumed run, which
     opens it once more, would draw other dropout masks.
     """
+    keep_opencv_to_one_thread()
     return DataLoader(
         feed,
         batch_sampler=batches,  # type: ignore[arg-type]
