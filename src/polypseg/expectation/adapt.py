@@ -289,8 +289,8 @@ def adapt_files(
 def _check_output(output: Path, *, folder: Path) -> None:
     if output.exists() and (not output.is_dir() or {path.name for path in output.iterdir()} - {RECORD}):
         raise UsageError(f"{output} exists already: give the name of a new folder (--output)")
-    if output.resolve() in (folder.resolve(), *folder.resolve().parents):
-        raise UsageError(f"{output} holds the model that is to be adapted: give another folder (--output)")
+    if folder.resolve() in output.resolve().parents:
+        raise UsageError(f"{output} lies in the folder of the model that is adapted: give another (--output)")
 
 
 def _distinct(labelled: Sequence[Labelled]) -> list[Labelled]:
