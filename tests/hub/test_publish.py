@@ -125,6 +125,17 @@ def test_dry_run_prints_the_plan_and_sends_nothing(hub, home, exported):
     assert not [r for r in hub.requests() if r["method"] not in ("GET", "HEAD")]
 
 
+def test_dry_run_without_a_network_checks_the_folders(hub, home, exported, tmp_path):
+    output = run(hub, home, "push", exported, "--dry-run", HF_HUB_OFFLINE="1")
+    assert "resnet10t_deeplabv3plus.random-smoke-synthetic_a" in output
+    assert "every folder passes; not compared with the Hub" in output and "nothing was sent" in output
+    run(hub, home, "push", exported, HF_HUB_OFFLINE="1", code=1)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(exported, damaged)
+    (damaged / "config.json").write_text("{}")
+    assert "was changed after its export" in run(hub, home, "push", damaged, "--dry-run", HF_HUB_OFFLINE="1", code=2)
+
+
 def test_a_tag_that_stands_for_other_content_is_refused_before_any_upload(hub, home, exported, changed):
     run(hub, home, "push", exported, "--organisation", "polypseg")
     hub.clear()

@@ -96,15 +96,32 @@ def push(
     organisation: Annotated[str | None, Option(help="Hub user or organisation; default: the token's user.")] = None,
     private: Annotated[bool, Option("--private", help="Create repositories and collection as private.")] = False,
     tag: Annotated[str | None, Option(help="Version tag; default: the package's version.")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Check everything and print the plan, send nothing.")] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Check everything, the folders without a network too; send nothing.")
+    ] = False,
     collection: Annotated[bool, Option(help="Put the models of the table into the owner's collection.")] = True,
 ) -> None:
     """Publish exported models: checked first, one commit each, tagged, collected, fetched back and compared."""
-    from polypseg.hub.push import exported_folders, plan_pushes, update_collection
+    from polypseg.errors import PolypSegError, UsageError
+    from polypseg.hub.push import check_folders, exported_folders, plan_pushes, update_collection
     from polypseg.hub.push import push as push_model
 
     found = exported_folders(folders or [], everything_in=all_in)
-    plans = plan_pushes(found, organisation=organisation, private=private, tag=tag)
+    checked = check_folders(found)
+    try:
+        plans = plan_pushes(found, organisation=organisation, private=private, tag=tag)
+    except UsageError:
+        raise
+    except PolypSegError as error:
+        if not dry_run:
+            raise
+        for one in checked:
+            official = f"not one of the twelve: {one.shortcomings[0]}" if one.shortcomings else "one of the twelve"
+            print(
+                f"{one.folder}: {one.repo_name}, {one.files} files, {one.size / 1e6:.1f} MB, {one.license}; {official}"
+            )
+        print(f"dry run: every folder passes; not compared with the Hub ({error}); nothing was sent")
+        return
     _print_plans(plans)
     if dry_run:
         print("dry run: nothing was sent")

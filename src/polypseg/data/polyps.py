@@ -26,6 +26,7 @@ from polypseg.data.catalog import (
     MARKED_MASK_STEM,
     DatasetSpec,
     get_spec,
+    is_synthetic,
 )
 from polypseg.data.corruptions import corrupt
 from polypseg.data.sources import IMAGE_SUFFIXES, Source, inner_archives, open_source
@@ -440,7 +441,7 @@ def open_dataset(
     published one; PolypSegError for files without partner.
     """
     spec = get_spec(name)
-    if name.startswith("synthetic_"):
+    if is_synthetic(spec):
         if source is not None:
             raise UsageError(f"{spec.title} are drawn, not read: leave out the source {source}")
         options = synthetic_options or SyntheticOptions()
@@ -460,7 +461,7 @@ def open_dataset(
 
 def chosen_values(spec: DatasetSpec, text: str | None) -> images.MaskValues | None:
     """The values that are asked for, else what the table says. Raises UsageError where there are no masks to read."""
-    if text is not None and (spec.mask_folder is None or spec.name.startswith("synthetic_")):
+    if text is not None and (spec.mask_folder is None or is_synthetic(spec)):
         raise UsageError(f"mask values do not apply to {spec.title}: it has no mask files to read")
     chosen = spec.mask_values if text is None else text
     return None if chosen is None else images.MaskValues.parse(chosen)

@@ -126,6 +126,37 @@ def plan_push(
     return plan
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckedFolder:
+    """A model folder that may be published as far as this machine can tell."""
+
+    folder: Path
+    repo_name: str
+    license: str
+    shortcomings: tuple[str, ...]
+    files: int
+    size: int
+    """Bytes."""
+
+
+def check_folders(folders: Sequence[Path]) -> list[CheckedFolder]:
+    """Everything that is checked before a push and needs no Hub. Raises UsageError as ``plan_pushes``."""
+    checked: dict[str, CheckedFolder] = {}
+    for folder in folders:
+        origin, terms, digests = _check_folder(folder)
+        if origin.repo_name in checked:
+            raise _one_name_twice(checked[origin.repo_name].folder, folder, origin.repo_name)
+        checked[origin.repo_name] = CheckedFolder(
+            folder=folder,
+            repo_name=origin.repo_name,
+            license=terms.identifier,
+            shortcomings=tuple(origin.shortcomings),
+            files=len(digests),
+            size=sum((folder / name).stat().st_size for name in digests),
+        )
+    return list(checked.values())
+
+
 def plan_pushes(
     folders: Sequence[Path],
     *,
@@ -139,11 +170,13 @@ def plan_pushes(
     for folder in folders:
         plan = plan_push(folder, organisation=organisation, private=private, tag=tag, token=token)
         if plan.repo_id in plans:
-            raise UsageError(
-                f"{plans[plan.repo_id].folder} and {folder} would both become {plan.repo_id}: push one of them"
-            )
+            raise _one_name_twice(plans[plan.repo_id].folder, folder, plan.repo_id)
         plans[plan.repo_id] = plan
     return list(plans.values())
+
+
+def _one_name_twice(one: Path, other: Path, name: str) -> UsageError:
+    return UsageError(f"{one} and {other} would both become {name}: push one of them")
 
 
 def _check_folder(folder: Path) -> tuple[Origin, ModelLicense, dict[str, str]]:
