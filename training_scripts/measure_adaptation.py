@@ -28,10 +28,9 @@ from polypseg.training.adaptation import Plan, StatisticsPlan, TuningPlan, adapt
 
 CORRUPTIONS = (("under_exposure", 4), ("smoke", 3))
 CANDIDATES: tuple[Plan, ...] = (
-    StatisticsPlan(prior=64),
-    TuningPlan(part="decoder", steps=12, learning_rate=3e-3, reduction=0.75),
-    TuningPlan(part="network", steps=8, learning_rate=3e-4, reduction=0.75),
-    TuningPlan(part="network", steps=8, learning_rate=1e-3, reduction=0.75),
+    *(TuningPlan(part="network", steps=8, learning_rate=rate, reduction=0.75) for rate in (3e-5, 1e-4)),
+    *(TuningPlan(part="decoder", steps=12, learning_rate=rate, reduction=0.75) for rate in (3e-4, 1e-3)),
+    StatisticsPlan(prior=256),
 )
 Draw = tuple[str, list[Labelled], list[Labelled]]
 

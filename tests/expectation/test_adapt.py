@@ -217,7 +217,7 @@ def test_a_failure_leaves_nothing(good, pairs, few_plans, monkeypatch, tmp_path)
         adapt_files(source, str(frames), masks, output, clip="(.*)_[0-9]+")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["frames", "masks", "model"]
     with pytest.raises(UsageError, match="is no model folder"):
-        adapt_files(tmp_path, str(frames), masks, output)
+        adapt_files(frames, str(frames), masks, output)
     with pytest.raises(UsageError, match="lies in the folder of the model"):
         adapt_files(source, str(frames), masks, source / "adapted")
 
