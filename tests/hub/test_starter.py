@@ -64,8 +64,8 @@ def test_it_says_what_it_saw():
 def test_its_results_are_of_the_shipped_file():
     digest = file_sha256(STARTER_FOLDER / "model.safetensors")
     receipts = find_receipts(STARTER_FOLDER / RESULTS)
-    assert {content["model"]["sha256"] for content in receipts.values()} == {digest}
-    assert {"kvasir_seg", "cvc_clinicdb", "negatives"} <= {c["dataset"]["name"] for c in receipts.values()}
+    assert {receipt.model_sha256 for receipt in receipts.values()} == {digest}
+    assert {"kvasir_seg", "cvc_clinicdb", "negatives"} <= {receipt.dataset.name for receipt in receipts.values()}
     assert all(check_receipt(path) == [] for path in receipts)
 
 
