@@ -198,7 +198,7 @@ def script_environment() -> dict[str, str]:
 @pytest.mark.slow
 def test_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
     """SIGKILL between checkpoints, on the script itself, as a user's machine would do it."""
-    more = ("--set", "training.epochs=1", "--set", "training.checkpoint_steps=7")
+    more = ("--set", "training.max_steps=16", "--set", "training.checkpoint_steps=7")
     environment = script_environment()
     processes.run([sys.executable, *script_command(tmp_path / "whole", *more)], env=environment, check=True)
     process = processes.start(

@@ -1,12 +1,11 @@
 """Commands that score: any source of predictions by every metric convention, receipts, published pairs of numbers."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import asdict
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
@@ -25,6 +24,7 @@ from polypseg.cli.options import (
 
 if TYPE_CHECKING:
     from polypseg.evaluation.evaluate import SuiteResult
+    from polypseg.evaluation.receipt import Receipt
     from polypseg.evaluation.suite import Outcome, SuitePlan
     from polypseg.inference.predictors import PredictionSource
 
@@ -101,7 +101,7 @@ def evaluate(
     from polypseg.data.catalog import DATASETS
     from polypseg.errors import UsageError
     from polypseg.evaluation.conventions import CONVENTIONS, choose_conventions
-    from polypseg.evaluation.receipt_reading import CONVENTION
+    from polypseg.evaluation.receipt import CONVENTION, read_receipt
     from polypseg.evaluation.suite import SuitePlan, suite_datasets
     from polypseg.files import sole_writer
     from polypseg.provenance.local import local_folder
@@ -180,27 +180,24 @@ def evaluate(
     with sole_writer(output / chosen.name):
         result = score_images(chosen, plan, data, manifest, model_folder=folder)
         path = result.write(output)
-    content = result.content()
+    receipt = read_receipt(path)
     if as_json:
-        print_json({"receipt": str(path)} | {key: content[key] for key in ("name", "dataset", "n", *_SCORES)})
+        print_json({"receipt": str(path)} | receipt.summary())
         return
     if all_conventions or convention or CONVENTION not in names:
-        _print_scores(result, wide=wide)
-    _print_seen(result)
+        _print_scores(receipt, wide=wide)
+    _print_seen(result, receipt)
     if CONVENTION in names:
-        print(_headline(content))
+        print(_headline(receipt))
     print(f"{'every convention, ' if len(names) > 1 else ''}definitions, intervals and every image: {path}")
 
 
-_SCORES = ("scores", "scores_by_cluster")
-
-
-def _headline(content: Mapping[str, Any]) -> str:
+def _headline(receipt: "Receipt") -> str:
     """One line: the paper's four metrics with intervals, by clip where clips are known."""
-    from polypseg.evaluation.receipt_reading import cell_of, scores_of, size_of
+    from polypseg.evaluation.receipt_reading import cell_of, size_of
 
-    scores = "; ".join(f"m{name.capitalize()} {cell_of(value)}" for name, value in scores_of(content).items())
-    return f"{content['name']}: {scores.replace('mIou', 'mIoU')}; n = {size_of(content)}"
+    scores = "; ".join(f"m{name.capitalize()} {cell_of(value)}" for name, value in receipt.stated.items())
+    return f"{receipt.name}: {scores.replace('mIou', 'mIoU')}; n = {size_of(receipt)}"
 
 
 def _at_point(source: "PredictionSource", file: Path | None, *, folder: Path | None) -> "PredictionSource":
@@ -216,36 +213,35 @@ def _at_point(source: "PredictionSource", file: Path | None, *, folder: Path | N
 _DONE = {Seen.report: "They were tested all the same.", Seen.exclude: "They were left out."}
 
 
-def _print_scores(result: "SuiteResult", *, wide: bool) -> None:
+def _print_scores(receipt: "Receipt", *, wide: bool) -> None:
     from rich.table import Table
 
-    title = f"{result.name}: {result.title}, {result.split} {result.part}"
+    title = f"{receipt.name}: {receipt.dataset.title}, {receipt.dataset.split} {receipt.dataset.part}"
     table = Table("convention", "score", "mean", "95 % interval over images", "n", title=title)
-    for convention, scores in result.content()["scores"].items():
+    for convention, scores in receipt.scores.items():
         for score, value in scores.items():
-            table.add_row(convention, score, _mean(value["mean"]), _bounds(value), str(value["n"]))
+            table.add_row(convention, score, _mean(value.mean), _bounds(value.low, value.high), str(value.n))
     print_table(table, wide=wide, optional=("n",))
 
 
-def _print_seen(result: "SuiteResult") -> None:
+def _print_seen(result: "SuiteResult", receipt: "Receipt") -> None:
     """Whether the model saw tested images, and false alarms where frames show no polyp."""
     collisions = result.seen.collisions
     if collisions is None:
         print(f"not checked against what the model saw: {result.seen.reason}")
     elif collisions.found:
         print(f"{collisions.summary} {_DONE[Seen(result.seen.rule)]}")
-    alarms = result.false_alarms()
-    if alarms is not None:
-        rate = alarms["per_100_frames"]
-        print(f"false alarms: {rate['mean']:.1f} per 100 frames without polyp [{rate['low']:.1f}, {rate['high']:.1f}]")
+    if receipt.false_alarms is not None:
+        rate = receipt.false_alarms.per_100_frames
+        print(f"false alarms: {rate.mean:.1f} per 100 frames without polyp [{rate.low:.1f}, {rate.high:.1f}]")
 
 
 def _mean(value: float | None) -> str:
     return "not defined" if value is None else f"{value:.4f}"
 
 
-def _bounds(value: Mapping[str, Any]) -> str:
-    return "" if value["low"] is None else f"{value['low']:.4f} to {value['high']:.4f}"
+def _bounds(low: float | None, high: float | None) -> str:
+    return "" if low is None else f"{low:.4f} to {high:.4f}"
 
 
 def _evaluate_suite(
@@ -275,12 +271,12 @@ def _print_suite(name: str, outcomes: "list[Outcome]", *, wide: bool) -> None:
         if o.status != "tested":
             table.add_row(o.test, "", "", o.status, "", "", "")
             continue
-        dice, alarms = {"low": o.dice_low, "high": o.dice_high}, ""
+        alarms = ""
         if o.false_alarms_per_100 is not None:
             alarms = f"{o.false_alarms_per_100:.1f} [{o.false_alarms_low:.1f}, {o.false_alarms_high:.1f}]"
         seen = "unknown" if o.seen_images is None else str(o.seen_images)
         mean = "" if o.dice is None else f"{o.dice:.4f}"
-        table.add_row(o.test, str(o.n), str(o.clusters or ""), mean, _bounds(dice), alarms, seen)
+        table.add_row(o.test, str(o.n), str(o.clusters or ""), mean, _bounds(o.dice_low, o.dice_high), alarms, seen)
     print_table(table, wide=wide, optional=("clusters", "seen"))
     for o in outcomes:
         if o.status != "tested":

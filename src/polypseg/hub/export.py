@@ -17,7 +17,7 @@ from transformers import DPTForSemanticSegmentation
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluation.receipt import check_content, find_receipts
+from polypseg.evaluation.receipt import find_receipts
 from polypseg.evaluation.receipt_reading import no_results, read_results, write_quality
 from polypseg.files import atomic_path, write_text
 from polypseg.hub.dataset_card import TEMPLATES
@@ -181,10 +181,10 @@ def _copy_results(results: Path | None, origin: Origin, folder: Path) -> tuple[t
     if results and not found:
         raise no_results(results)
     taken, left_out = [], []
-    for path, content in found.items():
-        recorded = (content["model"] or {}).get("sha256")
+    for path, receipt in found.items():
+        recorded = receipt.model_sha256
         if recorded == origin.record[SOURCE_SHA256]:
-            wrong = check_content(content)
+            wrong = receipt.differences()
             if wrong:
                 left_out.append(f"{path.name}: is not what its images give ({wrong[0]})")
                 continue

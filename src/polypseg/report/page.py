@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from polypseg import zoo
-from polypseg.evaluation.receipt_reading import Test, seen_words
+from polypseg.evaluation.receipt import Receipt, Test
+from polypseg.evaluation.receipt_reading import seen_words
 from polypseg.provenance.licence import ModelLicense, model_license
 from polypseg.provenance.origin import RANDOM_MARK, read_origin
 from polypseg.report.analysis import Analysis
@@ -16,7 +17,7 @@ from polypseg.report.document import render_document
 from polypseg.report.figures import Picture
 from polypseg.report.gallery import Gallery
 from polypseg.report.other_results import Document
-from polypseg.report.receipts import Material, Receipt, entry_of
+from polypseg.report.receipts import Material, entry_of
 from polypseg.report.tables import METRIC_TITLES, Cell, Column, Row, Table, metric_cells, slug
 from polypseg.report.wording import no_verdict, number, rank_change_verdict
 from polypseg.zoo import RANDOM
@@ -73,7 +74,7 @@ def render_page(
             "receipts": len(material.receipts),
             "seeds": sorted({len(material.used(m, t)) for m in material.models for t in material.tests} - {0}),
         },
-        bootstrap=material.receipts[0].content["bootstrap"],
+        bootstrap=material.receipts[0].bootstrap,
         compared_seeds=analysis.seeds,
         tables=tables,
         pictures=pictures,
@@ -84,7 +85,7 @@ def render_page(
         documents=documents,
         models=[model_section(analysis, model) for model in material.models],
         missing=material.missing(),
-        definitions=material.receipts[0].content["definitions"],
+        definitions=material.receipts[0].definitions,
     )
 
 
@@ -137,9 +138,9 @@ def sample_table(analysis: Analysis) -> Table:
     for test in material.tests:
         facts = [mean for (_, t, metric), mean in analysis.means.items() if t == test and metric == "dice"]
         receipt = next(r for r in material.receipts if r.test == test)
-        clusters, worth = receipt.content["clusters"], [fact["effective_size"] for fact in facts]
-        unit = "video clips" if clusters["by"] == "clip" else "images"
-        merged = clusters["repeats_merged"]
+        clusters, worth = receipt.clusters, [fact["effective_size"] for fact in facts]
+        unit = "video clips" if clusters.by == "clip" else "images"
+        merged = clusters.repeats_merged
         spread = "–".join(dict.fromkeys(f"{value:.0f}" for value in (min(worth), max(worth)))) if worth else "–"
         role = (
             "in distribution" if test == material.inside else "out of distribution" if test == material.outside else ""
@@ -148,8 +149,8 @@ def sample_table(analysis: Analysis) -> Table:
             Row(
                 [
                     Cell(material.test_title(test), role),
-                    Cell(str(clusters["images"]), f"{merged} repeats merged" if merged else ""),
-                    Cell(f"{clusters['clusters']} {unit}"),
+                    Cell(str(clusters.images), f"{merged} repeats merged" if merged else ""),
+                    Cell(f"{clusters.clusters} {unit}"),
                     Cell(spread),
                     Cell(str(sum(bool(material.used(model, test)) for model in material.models))),
                     Cell(_seen_most(material, test)),
@@ -213,7 +214,7 @@ def _row_title(receipt: Receipt) -> str:
 
 def _seen(receipts: Sequence[Receipt]) -> str:
     """What the weights are known to have seen of a test, once for all seeds that agree."""
-    return ". ".join(dict.fromkeys(seen_words(receipt.content) for receipt in receipts))
+    return ". ".join(dict.fromkeys(seen_words(receipt) for receipt in receipts))
 
 
 def _scores_table(analysis: Analysis, model: str, tests: Sequence[Test]) -> Table:
@@ -231,6 +232,6 @@ def _scores_table(analysis: Analysis, model: str, tests: Sequence[Test]) -> Tabl
 
 
 def _worst(used: Sequence[Receipt]) -> list[tuple[str, str]]:
-    dice = np.mean([receipt.scores("dice") for receipt in used], axis=0)
+    dice = np.mean([receipt.per_image("dice") for receipt in used], axis=0)
     places = np.argsort(dice, kind="stable")[:WORST]
-    return [(str(used[0].images[place]["id"]), number(float(dice[place]), digits=2)) for place in places.tolist()]
+    return [(used[0].images[place].id, number(float(dice[place]), digits=2)) for place in places.tolist()]

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from polypseg import zoo
-from polypseg.evaluation.receipt_reading import Test
+from polypseg.evaluation.receipt import FalseAlarms, Receipt, Test
 from polypseg.report.analysis import SIDES, Analysis
-from polypseg.report.receipts import Material, Receipt, entry_of, part_words
+from polypseg.report.receipts import Material, entry_of, part_words
 from polypseg.report.wording import between, number, percent, rank, short_p
 from polypseg.statistics import Interval
 from polypseg.statistics.scores import METRICS
@@ -93,9 +93,9 @@ def slug(*words: str) -> str:
 
 def receipt_line(receipt: Receipt) -> str:
     """File, digest, revision and versions of a receipt, in a line."""
-    environment = receipt.content["environment"]
-    versions = environment["versions"]
-    revision = str(environment["git_revision"] or "no revision")[:_SHORT]
+    environment = receipt.environment
+    versions = environment.versions
+    revision = (environment.git_revision or "no revision")[:_SHORT]
     seed = "" if receipt.seed is None else f"seed {receipt.seed}, "
     tools = ", ".join(f"{name} {versions[name]}" for name in ("polypseg", "torch") if name in versions)
     return f"{receipt.path.name}: {seed}sha256 {receipt.file_sha256[:_SHORT]}, git {revision}, {tools}"
@@ -245,7 +245,7 @@ def tests_table(analysis: Analysis, tests: Iterable[Test]) -> Table:
             if used:
                 images = len(used[0].images)
                 cells = [
-                    Cell(used[0].dataset["title"], part_words(test), sort=material.test_title(test)),
+                    Cell(used[0].dataset.title, part_words(test), sort=material.test_title(test)),
                     _model_cell(material, model),
                     Cell(str(images), _units(used[0]), _seen_note(used), sort=images),
                     *metric_cells(analysis, model, test),
@@ -279,14 +279,14 @@ def alarm_table(material: Material) -> Table:
     rows, records = [], []
     for test in material.tests:
         for model in material.models:
-            used = [r for r in material.used(model, test) if r.content["false_alarms"] is not None]
+            used = [r for r in material.used(model, test) if r.false_alarms is not None]
             if not used:
                 continue
-            facts, source = _alarm_facts(used), from_receipts(used)
+            facts, source = _alarm_facts([r.false_alarms for r in used if r.false_alarms]), from_receipts(used)
             between_runs = f"{facts['least_run']:.1f}–{facts['greatest_run']:.1f}" if len(used) > 1 else ""
             bounds = f"[{facts['low']:.1f}, {facts['high']:.1f}]"
             cells = [
-                Cell(used[0].dataset["title"], part_words(test), sort=material.test_title(test)),
+                Cell(used[0].dataset.title, part_words(test), sort=material.test_title(test)),
                 _model_cell(material, model),
                 Cell(str(facts["frames"]), "", _seen_note(used), sort=facts["frames"]),
                 Cell(f"{facts['per_100_frames']:.1f}", bounds, between_runs, facts["per_100_frames"], **source),
@@ -315,26 +315,24 @@ def alarm_table(material: Material) -> Table:
     )
 
 
-def _alarm_facts(used: Sequence[Receipt]) -> dict[str, Any]:
+def _alarm_facts(facts: Sequence[FalseAlarms]) -> dict[str, Any]:
     """False alarms of one model's training runs on a test."""
-    facts = [r.content["false_alarms"] for r in used]
-    rates = [fact["per_100_frames"] for fact in facts]
-    runs = [rate["mean"] for rate in rates]
+    rates = [fact.per_100_frames for fact in facts]
+    runs = [rate.mean for rate in rates]
     return {
-        "minimal_area_pixels": facts[0]["minimal_area_pixels"],
-        "frames": facts[0]["frames"],
+        "minimal_area_pixels": facts[0].minimal_area_pixels,
+        "frames": facts[0].frames,
         "per_100_frames": sum(runs) / len(runs),
-        "low": min(rate["low"] for rate in rates),
-        "high": max(rate["high"] for rate in rates),
+        "low": min(rate.low for rate in rates),
+        "high": max(rate.high for rate in rates),
         "least_run": min(runs),
         "greatest_run": max(runs),
-        "predicted_share": sum(fact["predicted_share"]["mean"] for fact in facts) / len(facts),
+        "predicted_share": sum(fact.predicted_share.mean for fact in facts) / len(facts),
     }
 
 
 def _units(receipt: Receipt) -> str:
-    clusters = receipt.content["clusters"]
-    return f"{clusters['clusters']} clips" if clusters["by"] == "clip" else ""
+    return f"{receipt.clusters.clusters} clips" if receipt.clusters.by == "clip" else ""
 
 
 def _interval_cell(value: Interval, *, signed: bool = False, **more: Any) -> Cell:
@@ -483,8 +481,9 @@ def calibration_table(analysis: Analysis) -> Table:
         for test in tests:
             used = [r for r in material.used(model, test) if r.has_calibration]
             for output in CALIBRATION:
-                values = [r.content["scores"]["calibration"][output]["mean"] for r in used]
-                value = None if not values or None in values else sum(values) / len(values)
+                means = [r.scores["calibration"][output].mean for r in used]
+                values = [mean for mean in means if mean is not None]
+                value = sum(values) / len(values) if values and len(values) == len(means) else None
                 cells.append(Cell(number(value), sort=value, **from_receipts(used)))
                 record[f"{test[0]}.{output}"] = value
         rows.append(Row(cells))
@@ -512,9 +511,9 @@ def receipt_table(material: Material) -> Table:
     for model in material.models:
         for receipt in material.of(model):
             anchor = slug("receipt", model, *receipt.test)
-            environment = receipt.content["environment"]
-            versions = environment["versions"]
-            facts = {
+            environment = receipt.environment
+            versions = environment.versions
+            facts: dict[str, Any] = {
                 "model": material.label(model),
                 "test": material.test_title(receipt.test),
                 "seed": receipt.seed,
@@ -523,8 +522,8 @@ def receipt_table(material: Material) -> Table:
                 "folder": receipt.name,
                 "receipt_sha256": receipt.file_sha256,
                 "weights_sha256": receipt.model_sha256,
-                "content_id": receipt.dataset["content_id"],
-                "git_revision": environment["git_revision"],
+                "content_id": receipt.dataset.content_id,
+                "git_revision": environment.git_revision,
                 **versions,
             }
             cells = [
@@ -539,7 +538,7 @@ def receipt_table(material: Material) -> Table:
                 Cell(receipt.file_sha256[:_SHORT], sort=receipt.file_sha256, title=receipt.file_sha256),
                 Cell((receipt.model_sha256 or "not recorded")[:_SHORT], title=receipt.model_sha256 or ""),
                 Cell(
-                    str(environment["git_revision"] or "none")[:_SHORT],
+                    (environment.git_revision or "none")[:_SHORT],
                     f"polypseg {versions.get('polypseg', '?')}, torch {versions.get('torch', '?')}",
                     title=", ".join(f"{name} {version}" for name, version in versions.items()),
                 ),
