@@ -67,7 +67,7 @@ def export_model(source: Path, output: Path, *, results: Path | None = None, org
     _check_output(output, source=source)
     if results is not None and not results.is_dir():
         raise UsageError(f"there is no results folder {results}: give the --output of training_scripts/evaluate.py")
-    model = _our_model(source)
+    model = our_model(source)
     record = model.config.weights_origin or current_record({}, source)  # load_model keeps a record current
     model.config.weights_origin = record
     origin = read_origin(record)
@@ -99,7 +99,8 @@ def _check_output(output: Path, *, source: Path) -> None:
         raise UsageError(f"{output} holds the model that is to be exported: give another folder")
 
 
-def _our_model(source: Path) -> PolypSegForSemanticSegmentation:
+def our_model(source: Path) -> PolypSegForSemanticSegmentation:
+    """The model of a folder in float32, its checksums compared. Raises UsageError for what is no model of ours."""
     if not (source / SAFE_WEIGHTS_NAME).is_file():
         raise UsageError(f"{source} is no model folder: it has no {SAFE_WEIGHTS_NAME}. Give a run's best/ folder")
     check_folder(source)
