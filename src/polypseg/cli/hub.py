@@ -116,10 +116,9 @@ def push(
         if not dry_run:
             raise
         for one in checked:
-            official = f"not one of the twelve: {one.shortcomings[0]}" if one.shortcomings else "one of the twelve"
-            print(
-                f"{one.folder}: {one.repo_name}, {one.files} files, {one.size / 1e6:.1f} MB, {one.license}; {official}"
-            )
+            size = f"{one.files} files, {one.size / 1e6:.1f} MB"
+            place = f"not one of the twelve: {one.shortcomings[0]}" if one.shortcomings else "one of the twelve"
+            print(f"{one.folder}: {one.repo_name}, {size}, {one.license}; {place}")
         print(f"dry run: every folder passes; not compared with the Hub ({error}); nothing was sent")
         return
     _print_plans(plans)
