@@ -28,7 +28,7 @@ from polypseg.files import LOCK, UNFINISHED, explain_write_errors, file_sha256
 from polypseg.provenance.origin import read_origin
 from polypseg.provenance.passport import Passport, find_collisions, make_manifest
 from polypseg.recipe import load_recipe
-from polypseg.training.finetune import dice_of_polyps, build_model, continued_model, finetune
+from polypseg.training.finetune import build_model, continued_model, dice_of_polyps, finetune
 from polypseg.training.run_folder import check_processes, save_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
