@@ -1,7 +1,7 @@
 """Commands that score: any source of predictions by every metric convention, receipts, published pairs of numbers."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
@@ -217,14 +217,22 @@ _DONE = {Seen.report: "They were tested all the same.", Seen.exclude: "They were
 
 
 def _print_scores(result: "SuiteResult", *, wide: bool) -> None:
-    from rich.table import Table
+    from polypseg.tables import Column, Table
 
+    columns = [
+        Column("convention", "convention"),
+        Column("score", "score"),
+        Column("mean", "mean", _mean),
+        Column("95 % interval over images", "", _bounds),
+        Column("n", "n", optional=True),
+    ]
     title = f"{result.name}: {result.title}, {result.split} {result.part}"
-    table = Table("convention", "score", "mean", "95 % interval over images", "n", title=title)
-    for convention, scores in result.content()["scores"].items():
-        for score, value in scores.items():
-            table.add_row(convention, score, _mean(value["mean"]), _bounds(value), str(value["n"]))
-    print_table(table, wide=wide, optional=("n",))
+    records = [
+        {"convention": convention, "score": score, **value}
+        for convention, scores in result.content()["scores"].items()
+        for score, value in scores.items()
+    ]
+    print_table(Table(columns=columns, records=records, title=title), wide=wide)
 
 
 def _print_seen(result: "SuiteResult") -> None:
@@ -267,24 +275,40 @@ def _evaluate_suite(
 
 
 def _print_suite(name: str, outcomes: "list[Outcome]", *, wide: bool) -> None:
-    from rich.table import Table
+    from polypseg.tables import Column, Table
 
-    columns = ("test", "n", "clusters", "Dice", "95 % interval by cluster", "false alarms per 100 frames", "seen")
-    table = Table(*columns, title=f"{name}: the generalisation suite")
-    for o in outcomes:
-        if o.status != "tested":
-            table.add_row(o.test, "", "", o.status, "", "", "")
-            continue
-        dice, alarms = {"low": o.dice_low, "high": o.dice_high}, ""
-        if o.false_alarms_per_100 is not None:
-            alarms = f"{o.false_alarms_per_100:.1f} [{o.false_alarms_low:.1f}, {o.false_alarms_high:.1f}]"
-        seen = "unknown" if o.seen_images is None else str(o.seen_images)
-        mean = "" if o.dice is None else f"{o.dice:.4f}"
-        table.add_row(o.test, str(o.n), str(o.clusters or ""), mean, _bounds(dice), alarms, seen)
-    print_table(table, wide=wide, optional=("clusters", "seen"))
+    def of_tested(words: Callable[["Outcome"], str]) -> Callable[["Outcome"], str]:
+        return lambda o: words(o) if o.status == "tested" else ""
+
+    columns = [
+        Column("test", "test"),
+        Column("n", "", of_tested(lambda o: str(o.n))),
+        Column("clusters", "", of_tested(lambda o: str(o.clusters or "")), optional=True),
+        Column("Dice", "", of_tested(lambda o: "" if o.dice is None else f"{o.dice:.4f}")),
+        Column("95 % interval by cluster", "", _suite_bounds),
+        Column("false alarms per 100 frames", "", of_tested(_alarms)),
+        Column(
+            "seen", "", of_tested(lambda o: "unknown" if o.seen_images is None else str(o.seen_images)), optional=True
+        ),
+    ]
+    print_table(Table(columns=columns, records=outcomes, title=f"{name}: the generalisation suite"), wide=wide)
     for o in outcomes:
         if o.status != "tested":
             print(f"{o.test}: {o.status}: {o.reason}")
+
+
+def _suite_bounds(outcome: "Outcome") -> str:
+    """The interval of a test's mean Dice; what became of the test where it has none."""
+    if outcome.status != "tested":
+        return outcome.status
+    return _bounds({"low": outcome.dice_low, "high": outcome.dice_high})
+
+
+def _alarms(outcome: "Outcome") -> str:
+    if outcome.false_alarms_per_100 is None:
+        return ""
+    bounds = f"[{outcome.false_alarms_low:.1f}, {outcome.false_alarms_high:.1f}]"
+    return f"{outcome.false_alarms_per_100:.1f} {bounds}"
 
 
 def _files(predictions: Path, *, allow_missing: bool, name: str | None) -> "PredictionSource":
