@@ -284,8 +284,8 @@ def _print_suite(name: str, outcomes: "list[Outcome]", *, wide: bool) -> None:
         Column("test", "test"),
         Column("n", "", of_tested(lambda o: str(o.n))),
         Column("clusters", "", of_tested(lambda o: str(o.clusters or "")), optional=True),
-        Column("Dice", "", of_tested(lambda o: "" if o.dice is None else f"{o.dice:.4f}")),
-        Column("95 % interval by cluster", "", _suite_bounds),
+        Column("Dice", "", _suite_dice),
+        Column("95 % interval by cluster", "", of_tested(lambda o: _bounds({"low": o.dice_low, "high": o.dice_high}))),
         Column("false alarms per 100 frames", "", of_tested(_alarms)),
         Column(
             "seen", "", of_tested(lambda o: "unknown" if o.seen_images is None else str(o.seen_images)), optional=True
@@ -297,11 +297,11 @@ def _print_suite(name: str, outcomes: "list[Outcome]", *, wide: bool) -> None:
             print(f"{o.test}: {o.status}: {o.reason}")
 
 
-def _suite_bounds(outcome: "Outcome") -> str:
-    """The interval of a test's mean Dice; what became of the test where it has none."""
+def _suite_dice(outcome: "Outcome") -> str:
+    """Mean Dice of a test; what became of a test that was not made."""
     if outcome.status != "tested":
         return outcome.status
-    return _bounds({"low": outcome.dice_low, "high": outcome.dice_high})
+    return "" if outcome.dice is None else f"{outcome.dice:.4f}"
 
 
 def _alarms(outcome: "Outcome") -> str:
