@@ -7,8 +7,9 @@ from typing import Any
 
 from polypseg.errors import UsageError
 from polypseg.files import file_sha256, read_json
-from polypseg.report.tables import Cell, Column, Row, Table, slug
+from polypseg.report.tables import slug
 from polypseg.report.wording import between, number, short_p, with_interval
+from polypseg.tables import Cell, Column, Table
 
 MOST_ROWS = 60
 """Rows shown of a list; the file has the others."""
@@ -88,8 +89,11 @@ def _plain_table(name: str, rows: Sequence[Mapping[str, Any]], path: Path) -> Ta
     return Table(
         name=slug(path.stem, name),
         caption=name.replace("_", " ") + more,
-        columns=[Column(key.replace("_", " "), numeric=numeric[key]) for key in keys],
-        rows=[Row([_cell(row, key) for key in keys]) for row in rows[:MOST_ROWS]],
+        columns=[
+            Column(key.replace("_", " "), "", lambda row, key=key: _cell(row, key), numeric=numeric[key])
+            for key in keys
+        ],
+        records=rows[:MOST_ROWS],
     )
 
 
@@ -105,18 +109,23 @@ def _severity_table(rows: Sequence[Mapping[str, Any]], path: Path) -> Table:
     by_kind: dict[str, dict[int, Mapping[str, Any]]] = {}
     for row in rows:
         by_kind.setdefault(row["corruption"], {})[row["severity"]] = row
-    shown = [
-        Row([Cell(kind.replace("_", " "), sort=kind), *(_dice_cell(found.get(s)) for s in severities)])
-        for kind, found in by_kind.items()
-    ]
     return Table(
         name=slug(path.stem, "corruptions"),
         caption="Mean Dice with 95 % interval under each corruption.",
         columns=[
-            Column("Corruption", numeric=False, smallest_first=True),
-            *(Column(str(s), "Severity") for s in severities),
+            Column(
+                "Corruption",
+                "",
+                lambda kind: Cell(kind.replace("_", " "), sort=kind),
+                numeric=False,
+                smallest_first=True,
+            ),
+            *(
+                Column(str(s), "", lambda kind, s=s: _dice_cell(by_kind[kind].get(s)), group="Severity")
+                for s in severities
+            ),
         ],
-        rows=shown,
+        records=list(by_kind),
     )
 
 
