@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +90,12 @@ def _plain_table(name: str, rows: Sequence[Mapping[str, Any]], path: Path) -> Ta
     return Table(
         name=slug(path.stem, name),
         caption=name.replace("_", " ") + more,
-        columns=[
-            Column(key.replace("_", " "), "", lambda row, key=key: _cell(row, key), numeric=numeric[key])
-            for key in keys
-        ],
+        columns=[Column(key.replace("_", " "), "", partial(_cell, key), numeric=numeric[key]) for key in keys],
         records=rows[:MOST_ROWS],
     )
 
 
-def _cell(row: Mapping[str, Any], key: str) -> Cell:
+def _cell(key: str, row: Mapping[str, Any]) -> Cell:
     """A value, above the interval that the row has for it."""
     value = row.get(key)
     text = short_p(value) if key.startswith("p_") and isinstance(value, float) else _words(value)
@@ -109,6 +107,10 @@ def _severity_table(rows: Sequence[Mapping[str, Any]], path: Path) -> Table:
     by_kind: dict[str, dict[int, Mapping[str, Any]]] = {}
     for row in rows:
         by_kind.setdefault(row["corruption"], {})[row["severity"]] = row
+
+    def dice(severity: int, kind: str) -> Cell:
+        return _dice_cell(by_kind[kind].get(severity))
+
     return Table(
         name=slug(path.stem, "corruptions"),
         caption="Mean Dice with 95 % interval under each corruption.",
@@ -120,10 +122,7 @@ def _severity_table(rows: Sequence[Mapping[str, Any]], path: Path) -> Table:
                 numeric=False,
                 smallest_first=True,
             ),
-            *(
-                Column(str(s), "", lambda kind, s=s: _dice_cell(by_kind[kind].get(s)), group="Severity")
-                for s in severities
-            ),
+            *(Column(str(s), "", partial(dice, s), group="Severity") for s in severities),
         ],
         records=list(by_kind),
     )

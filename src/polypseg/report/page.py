@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -231,14 +232,14 @@ def _scores_table(analysis: Analysis, model: str, tests: Sequence[Test]) -> Tabl
         used = material.used(model, test)
         return Cell(material.test_title(test), f"n = {len(used[0].images)}, seeds {len(used)}")
 
+    def score(metric: str, test: Test) -> Cell:
+        return metric_cell(analysis, test, metric, model)
+
     return Table(
         name=slug("scores", model),
         columns=[
             Column("Test", "", name, numeric=False),
-            *(
-                Column(title, "", lambda test, metric=metric: metric_cell(analysis, model, test, metric))
-                for metric, title in METRIC_TITLES.items()
-            ),
+            *(Column(title, "", partial(score, metric)) for metric, title in METRIC_TITLES.items()),
         ],
         records=tests,
     )

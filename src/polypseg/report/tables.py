@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import starmap
 from typing import Any, NamedTuple
 
@@ -98,7 +99,7 @@ def comparison_table(analysis: Analysis) -> Table:
         Column(
             title,
             "",
-            lambda row, where=where: _rank_cell(row, where, ranges=analysis.claims),
+            partial(_rank_cell, where, ranges=analysis.claims),
             group="Rank by Dice",
             smallest_first=True,
         )
@@ -143,14 +144,14 @@ def _metric_columns(analysis: Analysis, test: Test, *, group: str) -> list[Colum
         Column(
             title,
             "model",
-            lambda model, metric=metric: metric_cell(analysis, model, test, metric),
+            partial(metric_cell, analysis, test, metric),
             group=group,
         )
         for metric, title in METRIC_TITLES.items()
     ]
 
 
-def metric_cell(analysis: Analysis, model: str, test: Test, metric: str) -> Cell:
+def metric_cell(analysis: Analysis, test: Test, metric: str, model: str) -> Cell:
     """A row's mean on a test with interval, for Dice the seeds' spread too; a dash where it was not tested."""
     mean = analysis.means.get((model, test, metric))
     if mean is None:
@@ -182,7 +183,7 @@ def _metric_record(analysis: Analysis, model: str, test: Test, *, prefix: str = 
     return record
 
 
-def _rank_cell(row: Mapping[str, Any], where: str, *, ranges: bool) -> Cell:
+def _rank_cell(where: str, row: Mapping[str, Any], *, ranges: bool) -> Cell:
     place = row[f"rank_{where}"]
     if place is None:
         return Cell("–")
@@ -221,6 +222,9 @@ def tests_table(analysis: Analysis, tests: Iterable[Test]) -> Table:
         if material.used(model, test)
     ]
 
+    def of_record(metric: str, record: Mapping[str, Any]) -> Cell:
+        return metric_cell(analysis, _test_of(record), metric, record["model"])
+
     def images(record: Mapping[str, Any]) -> Cell:
         used = material.used(record["model"], _test_of(record))
         count = len(used[0].images)
@@ -234,10 +238,7 @@ def tests_table(analysis: Analysis, tests: Iterable[Test]) -> Table:
             _test_column(material),
             _model_column(material),
             Column("Images", "", images),
-            *(
-                Column(title, "", lambda row, metric=metric: metric_cell(analysis, row["model"], _test_of(row), metric))
-                for metric, title in METRIC_TITLES.items()
-            ),
+            *(Column(title, "", partial(of_record, metric)) for metric, title in METRIC_TITLES.items()),
         ],
         records=records,
     )
@@ -373,7 +374,7 @@ def contrast_table(analysis: Analysis) -> Table:
             title=_sides(analysis.material, contrast.groups),
         )
 
-    def value(contrast: Any, which: str) -> Cell:
+    def value(which: str, contrast: Any) -> Cell:
         floor = analysis.floor(which, *map(len, contrast.groups))
         runs = "runs not measured" if floor is None else f"runs ± {number(floor)}"
         return _interval_cell(getattr(contrast, which), signed=True, more=runs)
@@ -387,7 +388,7 @@ def contrast_table(analysis: Analysis) -> Table:
         columns=[
             Column("Contrast", "", name, numeric=False, smallest_first=True),
             *(
-                Column(title, "", lambda contrast, which=which: value(contrast, which))
+                Column(title, "", partial(value, which))
                 for title, which in zip(("In", "Out", "Loss"), SIDES, strict=True)
             ),
         ],
