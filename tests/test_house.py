@@ -108,3 +108,16 @@ HUB_CALLERS = {
     "provenance/licence.py",  # `polypseg license NAME`
     "weights/loading.py",  # timm weights without a network
 }
+
+
+def test_only_their_owner_knows_the_keys_of_a_receipt():
+    owner = SOURCE / "evaluation" / "receipt.py"
+    keys = ("scores_by_cluster", "clips_known", "collisions", "repeats_merged", "false_alarms")
+    found = [
+        f"{file.relative_to(SOURCE)}: {key}"
+        for file in FILES
+        if file != owner
+        for key in keys
+        if f'["{key}"]' in file.read_text(encoding="utf-8")
+    ]
+    assert found == []

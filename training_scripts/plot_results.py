@@ -7,24 +7,23 @@ python training_scripts/plot_results.py \
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 from typer import Option
 
 from polypseg import plotting
 from polypseg.cli.console import run_script
-from polypseg.evaluation.receipt_reading import CONVENTION, no_results, read_results, scores_of
+from polypseg.evaluation.receipt_reading import no_results, read_results
 
 
 def main(results: Annotated[Path, Option(help="Folder with one model's receipts.")]) -> None:
     """Draw the per-image Dice distributions of one model's results."""
-    contents = read_results(results)[::-1]
-    if not contents:
+    receipts = read_results(results)[::-1]
+    if not receipts:
         raise no_results(results)
-    name = contents[0]["name"]
-    titles = [f"{c['dataset']['title']}, {c['dataset']['split']} {c['dataset']['part']}" for c in contents]
-    means = [f"{scores_of(c)['dice']['mean']:.3f}" for c in contents]
+    name = receipts[0].name
+    titles = [f"{r.dataset.title}, {r.dataset.split} {r.dataset.part}" for r in receipts]
+    means = [f"{receipt.mean_dice:.3f}" for receipt in receipts]
     plotting.plot_dice_distributions(
-        {name: [np.array([image[f"{CONVENTION}.dice"] for image in c["images"]]) for c in contents]},
+        {name: [receipt.per_image("dice") for receipt in receipts]},
         labels={name: "small model"},
         titles=titles,
         note=f"{name}: a small model, none of the twelve; one seed. Mean Dice {' and '.join(means)}.",

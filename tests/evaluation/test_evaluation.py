@@ -18,7 +18,7 @@ from polypseg.cli.evaluate import Seen
 from polypseg.data import SyntheticOptions, open_dataset
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.evaluate import score_predictions
-from polypseg.evaluation.receipt import check_receipt, read_receipt
+from polypseg.evaluation.receipt import check_receipt, read_content
 from polypseg.inference.model import build_image_processor, load_model, polyp_logits, predict_masks, predicted_mask
 from polypseg.inference.predictors import ModelPredictions
 from polypseg.provenance.passport import SeenError, attach_passport, finetuning_passport
@@ -139,7 +139,7 @@ def test_script_writes_a_receipt_that_holds_the_protocols_scores(model, tmp_path
         options = {"convention": conventions, "limit": 6, "output": tmp_path / conventions[-1]}
         run_script(model=str(tmp_path / "m"), dataset="synthetic_b", **options)
     path = tmp_path / "paper" / "m" / "synthetic_b.full.full-first6.receipt.json"
-    content, both = read_receipt(path), read_receipt(tmp_path / "ssl4gie" / "m" / path.name)
+    content, both = read_content(path), read_content(tmp_path / "ssl4gie" / "m" / path.name)
     assert check_receipt(path) == [] and content["n"] == 6 and content["dataset"]["synthetic"]
     assert list(content["scores"]) == ["paper"] and list(both["scores"]) == ["paper", "ssl4gie"]
     result = evaluate(model, data, limit=6)
@@ -175,7 +175,7 @@ def test_script_refuses_images_that_the_model_saw_unless_told_otherwise(model, t
         run_script(**options)
     assert not (tmp_path / "results").exists()
     run_script(**options, seen=Seen.report)
-    content = read_receipt(tmp_path / "results" / "m" / "folder.full.full.receipt.json")
+    content = read_content(tmp_path / "results" / "m" / "folder.full.full.receipt.json")
     assert content["n"] == 10 and content["collisions"]["colliding"] == 9
 
 

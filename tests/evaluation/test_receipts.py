@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,24 +12,30 @@ from scipy.ndimage import gaussian_filter
 
 from polypseg.cli.evaluate import check_receipts
 from polypseg.data import open_dataset
+from polypseg.data.catalog import CLIP_COLUMN, DATASETS
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.evaluate import score_predictions
 from polypseg.evaluation.receipt import (
+    Receipt,
     check_receipt,
     digest_of,
     false_alarms,
     find_receipts,
     pack,
+    read_content,
     read_receipt,
+    read_score_set,
     refuse_other_weights,
     save_receipt,
     unpack,
 )
-from polypseg.statistics import mean_intervals, read_score_set
+from polypseg.provenance.local import STARTER_FOLDER
+from polypseg.statistics import mean_intervals
 
 FRAMES = ("1", "2", "26", "27", "3", "51", "52", "53", "54")
 """Of CVC-ClinicDB's clips 1, 2 and 3, sorted as strings; 54 repeats 53."""
 CONVENTIONS = ("paper", "pooled", "pranet", "size", "lesions", "calibration")
+STARTER = STARTER_FOLDER / "results" / "kvasir_seg.reference.test.receipt.json"
 
 
 class Guesses:
@@ -72,7 +79,7 @@ def written(dataset, tmp_path_factory):
 
 @pytest.fixture
 def content(written):
-    return copy.deepcopy(read_receipt(written))
+    return copy.deepcopy(read_content(written))
 
 
 def differences(content: dict, folder: Path) -> list[str]:
@@ -162,7 +169,7 @@ def test_repeats_count_once_in_the_interval_by_cluster_and_clips_are_drawn_whole
     found = content["scores_by_cluster"]["paper"]["dice"]
     assert content["scores"]["paper"]["dice"]["mean"] == pytest.approx(dice.mean())
     assert found["mean"] == pytest.approx(dice[:8].mean()) and (found["n"], found["clusters"]) == (8, 3)
-    expected = mean_intervals(read_score_set({"m": [content]}, metric="paper.dice"))["m"]
+    expected = mean_intervals(read_score_set({"m": [Receipt.of(content, path=Path("x"))]}, metric="paper.dice"))["m"]
     assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
     assert 1 <= found["effective_size"] <= 8
 
@@ -301,11 +308,46 @@ def test_other_files_are_no_receipts(tmp_path):
             check_receipt(path)
 
 
+def break_score(content):
+    content["scores_by_cluster"]["paper"]["dice"]["low"] = "0.4"
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda content: content.pop("clusters"), "clusters: "),
+        (lambda content: content["dataset"].pop("content_id"), "dataset.content_id: "),
+        (lambda content: content.update(n="9"), "n: "),
+        (change_weights("seed", True), "model.seed: "),
+        (change_row("true", None), "images.2.true: "),
+        (change_row("paper.dice", "0.5"), "images.2.paper.dice"),
+        (break_score, "scores_by_cluster.paper.dice.low: "),
+    ],
+)
+def test_a_damaged_receipt_is_refused_when_it_is_read_by_file_and_field(content, change, field, tmp_path):
+    change(content)
+    path = save_receipt(tmp_path / "x.receipt.json", content)
+    with pytest.raises(PolypSegError, match=rf"{re.escape(str(path))} is a damaged receipt \({re.escape(field)}"):
+        read_receipt(path)
+    assert check_receipt(path)  # which goes on to name all that is wrong
+
+
+def test_a_receipt_says_what_its_file_says(content, written):
+    receipt = read_receipt(written)
+    assert receipt.test == ("cvc_clinicdb", "full", "full") and receipt.row == "vit_base_dpt.random"
+    assert receipt.per_image("iou").tolist() == [row["paper.iou"] for row in content["images"]]
+    assert receipt.stated["dice"].low == content["scores_by_cluster"]["paper"]["dice"]["low"] and receipt.is_unchanged
+    assert receipt.calibration().shape == (2, 10, 3) and receipt.differences() == []
+    assert not Receipt.of(content | {"name": "other"}, path=written).is_unchanged
+    with pytest.raises(ValueError, match="frozen"):
+        receipt.name = "other"
+
+
 def test_check_receipts_names_the_file_and_the_field(content, written, tmp_path, capsys):
     check_receipts([written.parent])
     assert "as computed again" in capsys.readouterr().out
     content["scores"]["paper"]["dice"]["mean"] += 0.01
-    save_receipt(tmp_path / "good" / "x.receipt.json", read_receipt(written))
+    save_receipt(tmp_path / "good" / "x.receipt.json", read_content(written))
     bad = save_receipt(tmp_path / "worse" / "y.receipt.json", content)
     with pytest.raises(PolypSegError, match=r"1 of 2 receipts .*y\.receipt\.json: scores\.paper\.dice\.mean") as caught:
         check_receipts([tmp_path])
@@ -350,13 +392,60 @@ def test_false_alarms_count_distinct_frames_without_polyp_from_a_minimal_area():
 
 
 def test_read_score_set_takes_a_receipts_columns_clips_and_repeats(content):
-    scores = read_score_set({"m": [content]}, metric="paper.iou")
+    read = Receipt.of(content, path=Path("x.receipt.json"))
+    scores = read_score_set({"m": [read]}, metric="paper.iou")
     assert scores.images == 9 and scores.observations == 8 and scores.cluster_sizes.tolist() == [3, 2, 3]
     assert scores.per_observation()[0] == pytest.approx([row["paper.iou"] for row in content["images"]][:8])
-    assert (
-        read_score_set({"m": [content]}).values == read_score_set({"m": [content]}, metric="paper.dice").values
-    ).all()
+    assert (read_score_set({"m": [read]}).values == read_score_set({"m": [read]}, metric="paper.dice").values).all()
     with pytest.raises(UsageError, match=r"Did you mean 'paper\.dice'"):
-        read_score_set({"m": [content]}, metric="paper.dise")
+        read_score_set({"m": [read]}, metric="paper.dise")
     with pytest.raises(UsageError, match=r"size\.dice_small is undefined on \d of 9 images"):
-        read_score_set({"m": [content]}, metric="size.dice_small")
+        read_score_set({"m": [read]}, metric="size.dice_small")
+
+
+def result(model: str, dices: dict[str, float], *, dataset: str = "cvc_clinicdb", content: str = "c") -> Receipt:
+    """A receipt of these scores."""
+    clip = DATASETS[dataset].groups.get(CLIP_COLUMN, lambda *_: None)
+    images = [
+        {"id": i, "clip": clip(i, ""), "paper.dice": d, "paper.iou": d / 2, "paper.precision": d, "paper.recall": d}
+        for i, d in dices.items()
+    ]
+    facts = {"name": dataset, "title": "T", "split": "full", "part": "full", "manifest": content}
+    rows = [{"intersection": 0, "predicted": 0, "true": 0, **image} for image in images]
+    whole = read_content(STARTER) | {"name": model, "images": rows, "manifest": {"pixels": list(dices)}}
+    return Receipt.of(whole | {"dataset": whole["dataset"] | facts}, path=Path("x.receipt.json"))
+
+
+def test_read_score_set_finds_the_clips_of_clinicdb_and_merges_the_given_repeats():
+    dices = {"1": 0.2, "25": 0.4, "26": 0.9, "50": 0.5, "51": 0.7}
+    scores = read_score_set({"a": [result("a", dices)], "b": [result("b", dices)]}, repeats=[["26", "50"]])
+    assert scores.models == ("a", "b") and scores.title == "T, full full"
+    assert scores.clusters.tolist() == [0, 0, 1, 2]
+    assert scores.per_observation()[0] == pytest.approx([0.2, 0.4, 0.7, 0.7])
+    assert read_score_set({"a": [result("a", dices)]}, metric="iou").means == pytest.approx([0.27])
+
+
+def test_read_score_set_takes_every_seed_and_every_image_of_a_set_without_clips():
+    one, two = result("a", {"x": 0.2, "y": 0.6}, dataset="folder"), result("a", {"x": 0.4, "y": 0.8}, dataset="folder")
+    scores = read_score_set({"a": [one, two]})
+    assert scores.seeds == 2 and scores.cluster_count == 2 and scores.means == pytest.approx([0.5])
+
+
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [
+        (result("b", {"1": 0.2, "3": 0.4}), "the images"),
+        (result("b", {"1": 0.2, "2": 0.4}, content="d"), "the content of the images"),
+    ],
+)
+def test_read_score_set_refuses_results_of_other_images(other, found):
+    with pytest.raises(UsageError, match=f"a on T and b on T differ in {found}"):
+        read_score_set({"a": [result("a", {"1": 0.2, "2": 0.4})], "b": [other]})
+
+
+def test_read_score_set_refuses_unequal_seeds_and_unknown_metrics():
+    one = result("a", {"1": 0.2})
+    with pytest.raises(UsageError, match="a 1, b 2"):
+        read_score_set({"a": [one], "b": [one, one]})
+    with pytest.raises(UsageError, match="Did you mean 'dice'"):
+        read_score_set({"a": [one]}, metric="dise")

@@ -8,7 +8,7 @@ import pytest
 from polypseg import zoo
 from polypseg.cli.evaluate import check_receipts, sign_receipts
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluation.receipt import read_receipt, save_receipt
+from polypseg.evaluation.receipt import read_content, save_receipt
 from polypseg.evaluation.signatures import check_signature, sign_receipt, signature_path
 from receipt_factory import DrawnDataset, write_receipt
 
@@ -54,7 +54,7 @@ def test_signature_holds_for_this_receipt_and_this_key_only(receipt, tmp_path):
     assert sign_receipt(receipt, key=private) == signature_path(receipt)
     assert check_signature(receipt, public_key=public) == []
     assert "not one of this receipt by the key" in check_signature(receipt, public_key=stranger)[0]
-    save_receipt(receipt, read_receipt(receipt) | {"name": "another"})  # under a digest that fits
+    save_receipt(receipt, read_content(receipt) | {"name": "another"})  # under a digest that fits
     assert "not one of this receipt by the key" in check_signature(receipt, public_key=public)[0]
 
 
@@ -74,7 +74,7 @@ def test_damaged_signature_is_named(receipt, tmp_path, damage):
 
 
 def test_what_does_not_recompute_is_not_signed(receipt, tmp_path):
-    content = read_receipt(receipt)
+    content = read_content(receipt)
     content["scores"]["paper"]["dice"]["mean"] += 0.1
     save_receipt(receipt, content)
     with pytest.raises(PolypSegError, match=r"is not signed: scores\.paper\.dice\.mean"):

@@ -12,7 +12,7 @@ from polypseg.data import open_dataset
 from polypseg.data.catalog import DATASETS
 from polypseg.data.splits import pinned_split
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluation.receipt import check_receipt, find_receipts, read_receipt
+from polypseg.evaluation.receipt import check_receipt, find_receipts
 from polypseg.evaluation.suite import NEGATIVES, SUITE, SuitePlan, run_suite
 from polypseg.files import read_json, write_json
 from polypseg.provenance.passport import Passport, Seen, attach_passport, make_manifest
@@ -155,7 +155,7 @@ def test_polypgen_is_tested_by_hospital_and_on_its_frames_without_polyp(tmp_path
     assert c3.status == "failed" and "no image for the test polypgen-c3" in c3.reason
     assert (without.n, without.false_alarms_per_100, without.dice) == (2, 50.0, None)
     assert without.predicted_share == pytest.approx(0.25) and len(source.asked) == 5
-    receipt = read_receipt(tmp_path / "results" / "halves" / without.receipt)
+    receipt = read_json(tmp_path / "results" / "halves" / without.receipt)
     assert receipt["false_alarms"]["minimal_area_pixels"] == 20 and receipt["dataset"]["part"].startswith(
         "without-polyp"
     )
@@ -199,7 +199,7 @@ def test_a_refused_test_does_not_end_the_run(kvasir, tmp_path):
     plan = plan_of(tmp_path, sources={"kvasir_seg": kvasir}, only=names[:1], rule="exclude")
     (left,) = run_suite(Halves(), plan, model_folder=model)
     assert (left.n, left.part) == (3, "test-partial5-unseen3")
-    receipt = read_receipt(tmp_path / "results" / "halves" / left.receipt)
+    receipt = read_json(tmp_path / "results" / "halves" / left.receipt)
     assert receipt["seen"]["excluded"] == trained and receipt["collisions"]["colliding"] == 2
     assert check_receipt(tmp_path / "results" / "halves" / left.receipt) == []
 

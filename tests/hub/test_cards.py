@@ -20,7 +20,7 @@ from polypseg.data.catalog import DATASETS, POPULATIONS, clinicdb_sequence
 from polypseg.data.splits import pinned_split
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluation.receipt import digest_of
+from polypseg.evaluation.receipt import Receipt, digest_of
 from polypseg.evaluation.receipt_reading import read_results
 from polypseg.files import write_json
 from polypseg.hub.card_facts import PICTURES, collect_facts, measured_facts, planned_facts
@@ -42,7 +42,7 @@ RESULTS = PAGES / "results"
 
 def results_of(page: Path) -> Path:
     """Results are filed under a model's id; a page's name also says what the weights are not."""
-    return RESULTS / page.stem.removesuffix("-starter")
+    return RESULTS / page.stem.removesuffix("-starter-further")
 
 
 STARTER = "tf_efficientnet_lite0_deeplabv3plus.supervised_imagenet1k"
@@ -101,14 +101,14 @@ def test_table_of_a_card_holds_the_receipts_numbers_and_no_others(path):
     rows = [line for line in section(card, "Evaluation").splitlines() if CELL.search(line)]
     assert len(rows) == len(results)
     for result in results:
-        scores = result["scores_by_cluster"]["paper"]
-        cells = [tuple(f"{value[key]:.3f}" for key in ("mean", "low", "high")) for value in scores.values()]
+        scores = result.scores_by_cluster["paper"]
+        cells = [tuple(f"{number:.3f}" for number in (s.mean, s.low, s.high)) for s in scores.values()]
         matching = [row for row in rows if CELL.findall(row) == cells]
-        assert len(matching) == 1 and result["dataset"]["title"] in matching[0]
+        assert len(matching) == 1 and result.dataset.title in matching[0]
         size = re.search(r"\| (\d+)(?: in (\d+) clips \(effective n (\d+)\))? \|", matching[0])
-        assert int(size[1]) == result["n"]
-        if result["dataset"]["name"] == "cvc_clinicdb":
-            assert size[2] == "29" and int(size[3]) == round(scores["dice"]["effective_size"]) < result["n"]
+        assert int(size[1]) == result.n
+        if result.dataset.name == "cvc_clinicdb":
+            assert size[2] == "29" and int(size[3]) == round(scores["dice"].effective_size) < result.n
     home = [row for row in rows if "Kvasir-SEG" in row]
     assert all(row.startswith("| in distribution |") for row in home)
     assert all(row.startswith("| out of distribution |") for row in rows if row not in home)
@@ -130,18 +130,18 @@ def test_model_index_holds_the_receipts_numbers_and_no_others(path):
         for metric in entry["metrics"]
     }
     assert said == {
-        (c["dataset"]["name"], c["dataset"]["part"], name, round(value["mean"], 4), c["n"])
+        (c.dataset.name, c.dataset.part, name, round(value.mean, 4), c.n)
         for c in read_results(results_of(path))
-        for name, value in c["scores_by_cluster"]["paper"].items()
+        for name, value in c.scores_by_cluster["paper"].items()
     }
 
 
 @every_card
 def test_worst_images_of_a_card_are_those_of_the_receipts(path):
     text = section(ModelCard.load(path), "Limits and failures")
-    for content in read_results(results_of(path)):
-        dice = {image["id"]: image["paper.dice"] for image in content["images"]}
-        line = next(line for line in text.splitlines() if content["dataset"]["title"] in line)
+    for receipt in read_results(results_of(path)):
+        dice = {image.id: image.scores["paper.dice"] for image in receipt.images}
+        line = next(line for line in text.splitlines() if receipt.dataset.title in line)
         named = re.findall(r"`(\w+)` \((\d\.\d{3})\)", line)
         assert len(named) == 5 and all(f"{dice[name]:.3f}" == value for name, value in named)
         assert max(dice[name] for name, _ in named) <= sorted(dice.values())[5]
@@ -282,13 +282,14 @@ def test_converted_weights_are_credited_to_their_authors():
     assert "in distribution | Kvasir-SEG, reference split, test" in section(card, "Evaluation")
 
 
-def with_results(*results: dict) -> ModelCard:
+def with_results(*contents: dict) -> ModelCard:
     facts = planned_facts(zoo.get("RN-IN-SL"), organisation="x")
+    results = tuple(Receipt.of(content, path=Path("x.receipt.json")) for content in contents)
     return render_card(dataclasses.replace(facts, stage="published", results=results))
 
 
 def result(name: str, split: str, part: str, ids: list[str], *, synthetic: bool = False) -> dict:
-    value = {"mean": 0.5, "low": 0.4, "high": 0.6, "clusters": len(ids), "effective_size": 1.5}
+    value = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": len(ids), "clusters": len(ids), "effective_size": 1.5}
     dataset = {"name": name, "title": DATASETS[name].title, "split": split, "part": part}
     image = {"paper.dice": 0.5, "intersection": 1, "predicted": 2, "true": 2}
     content = {
@@ -300,9 +301,14 @@ def result(name: str, split: str, part: str, ids: list[str], *, synthetic: bool 
         "seen": {"rule": "report", "reason": "not asked", "excluded": []},
         "collisions": None,
         "bootstrap": {"by_cluster": "95 %"},
-        "clusters": {"repeats_merged": 0},
+        "clusters": {"by": "image", "images": len(ids), "repeats_merged": 0, "clusters": len(ids)},
+        "scores": {},
         "scores_by_cluster": {"paper": dict.fromkeys(METRICS, value)},
+        "false_alarms": None,
+        "definitions": {},
         "images": [{"id": i, **image} for i in ids],
+        "manifest": {"pixels": ids},
+        "tables": {},
         "environment": {"created": "2026-01-01", "git_revision": None, "versions": {}},
     }
     return content | {"digest": digest_of(content)}
@@ -490,11 +496,11 @@ def test_lint_finds_a_receipt_that_was_changed(tmp_path):
     (tmp_path / "results").mkdir()
     content = result("kvasir_seg", "reference", "test", ["a", "b"])
     (tmp_path / "results" / "x.receipt.json").write_text(json.dumps(content))
-    facts = dataclasses.replace(planned_facts(zoo.get("RN-IN-SL"), organisation="x"), results=(content,))
-    assert lint_card(render_card(facts), folder=tmp_path) == []
+    card = with_results(content)
+    assert lint_card(card, folder=tmp_path) == []
     content["images"][0]["paper.dice"] = 0.9
     (tmp_path / "results" / "x.receipt.json").write_text(json.dumps(content))
-    assert lint_card(render_card(facts), folder=tmp_path) == [
+    assert lint_card(card, folder=tmp_path) == [
         "its receipt of kvasir_seg reference test was changed after it was written"
     ]
 

@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 import processes
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.evaluate import score_predictions
-from polypseg.evaluation.receipt import read_receipt, save_receipt
+from polypseg.evaluation.receipt import read_content, save_receipt
 from polypseg.files import file_sha256, read_json
 from polypseg.hub import export as export_module
 from polypseg.hub.export import FP16_WEIGHTS, export_model, half, write_weights
@@ -208,7 +208,7 @@ def test_only_sound_receipts_of_these_very_weights_go_along(source, tmp_path, wi
     assert "other weights (abababababab)" in done.left_out[0] and "does not say" in done.left_out[1]
     assert "scores_by_cluster.paper.dice.mean" in done.left_out[2]
     assert sorted(path.name for path in (tmp_path / "out" / "results").iterdir()) == [mine.name, elsewhere.name]
-    assert read_receipt(tmp_path / "out" / "results" / mine.name) == read_receipt(mine)
+    assert read_content(tmp_path / "out" / "results" / mine.name) == read_content(mine)
 
 
 def test_results_without_a_receipt_are_a_usage_error(source, tmp_path, without_card):

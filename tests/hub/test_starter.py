@@ -58,14 +58,14 @@ def test_it_says_what_it_saw():
     assert listed["validation", "kvasir_seg"] == set(kvasir["validation"])
     assert listed["fine-tuning", "negatives"] == set(negatives["train"])
     origin = json.loads((STARTER_FOLDER / "config.json").read_text())["weights_origin"]
-    assert origin["recipe"] == "starter" and origin["finished"] and origin["scale"] == "small"
+    assert origin["recipe"] == "starter_further" and origin["finished"] and origin["scale"] == "small"
 
 
 def test_its_results_are_of_the_shipped_file():
     digest = file_sha256(STARTER_FOLDER / "model.safetensors")
     receipts = find_receipts(STARTER_FOLDER / RESULTS)
-    assert {content["model"]["sha256"] for content in receipts.values()} == {digest}
-    assert {"kvasir_seg", "cvc_clinicdb", "negatives"} <= {c["dataset"]["name"] for c in receipts.values()}
+    assert {receipt.model_sha256 for receipt in receipts.values()} == {digest}
+    assert {"kvasir_seg", "cvc_clinicdb", "negatives"} <= {receipt.dataset.name for receipt in receipts.values()}
     assert all(check_receipt(path) == [] for path in receipts)
 
 

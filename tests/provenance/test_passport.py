@@ -19,7 +19,7 @@ from polypseg.cli.evaluate import evaluate
 from polypseg.data.corpus import open_frames
 from polypseg.data.polyps import SyntheticOptions, open_dataset
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluation.receipt import check_receipt, read_receipt
+from polypseg.evaluation.receipt import check_receipt, read_content
 from polypseg.files import write_json
 from polypseg.hub import export as export_module
 from polypseg.hub.card_facts import planned_facts
@@ -574,9 +574,9 @@ def test_evaluate_tests_the_rest_and_names_it(tmp_path):
     evaluate_with(folder, seen=EvaluateSeen.exclude, name="mine", save_masks=True, **where)
     evaluate_with(folder, seen=EvaluateSeen.report, name="mine", **where)
     results = tmp_path / "results" / "mine"
-    left = read_receipt(results / "folder.full.full-unseen2.receipt.json")
+    left = read_content(results / "folder.full.full-unseen2.receipt.json")
     assert [row["id"] for row in left["images"]] == ["a", "c"] and left["seen"]["excluded"] == ["b"]
-    whole_receipt = read_receipt(results / "folder.full.full.receipt.json")
+    whole_receipt = read_content(results / "folder.full.full.receipt.json")
     assert whole_receipt["n"] == 3 and whole_receipt["collisions"]["images"][0]["id"] == "b"
     assert whole_receipt["model"]["seed"] == 42 and len(whole_receipt["model"]["sha256"]) == 64
     assert all(check_receipt(path) == [] for path in results.glob("*.receipt.json"))

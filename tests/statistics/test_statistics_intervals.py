@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from scipy.special import ndtr
 
-from polypseg.data.catalog import CLIP_COLUMN, DATASETS, clinicdb_sequence
+from polypseg.data.catalog import clinicdb_sequence
 from polypseg.errors import UsageError
 from polypseg.statistics import (
     design_effect,
@@ -13,7 +13,6 @@ from polypseg.statistics import (
     intra_cluster_correlation,
     mean_intervals,
     mean_rows,
-    read_score_set,
     sample_weights,
     score_set,
 )
@@ -71,52 +70,6 @@ def test_an_image_given_three_times_weighs_like_one():
 def test_score_set_refuses_what_cannot_be_compared(scores, labels, found):
     with pytest.raises(ValueError, match=found):
         score_set(scores, clusters=labels)
-
-
-def result(model: str, dices: dict[str, float], *, dataset: str = "cvc_clinicdb", content: str = "c") -> dict:
-    """What is read of a receipt."""
-    clip = DATASETS[dataset].groups.get(CLIP_COLUMN, lambda *_: None)
-    images = [
-        {"id": i, "clip": clip(i, ""), "paper.dice": d, "paper.iou": d / 2, "paper.precision": d, "paper.recall": d}
-        for i, d in dices.items()
-    ]
-    facts = {"name": dataset, "title": "T", "split": "full", "part": "full", "manifest": content}
-    return {"receipt": 1, "name": model, "dataset": facts, "images": images, "manifest": {"pixels": list(dices)}}
-
-
-def test_read_score_set_finds_the_clips_of_clinicdb_and_merges_the_given_repeats():
-    dices = {"1": 0.2, "25": 0.4, "26": 0.9, "50": 0.5, "51": 0.7}
-    scores = read_score_set({"a": [result("a", dices)], "b": [result("b", dices)]}, repeats=[["26", "50"]])
-    assert scores.models == ("a", "b") and scores.title == "T, full full"
-    assert scores.clusters.tolist() == [0, 0, 1, 2]
-    assert scores.per_observation()[0] == pytest.approx([0.2, 0.4, 0.7, 0.7])
-    assert read_score_set({"a": [result("a", dices)]}, metric="iou").means == pytest.approx([0.27])
-
-
-def test_read_score_set_takes_every_seed_and_every_image_of_a_set_without_clips():
-    one, two = result("a", {"x": 0.2, "y": 0.6}, dataset="folder"), result("a", {"x": 0.4, "y": 0.8}, dataset="folder")
-    scores = read_score_set({"a": [one, two]})
-    assert scores.seeds == 2 and scores.cluster_count == 2 and scores.means == pytest.approx([0.5])
-
-
-@pytest.mark.parametrize(
-    ("other", "found"),
-    [
-        (result("b", {"1": 0.2, "3": 0.4}), "the images"),
-        (result("b", {"1": 0.2, "2": 0.4}, content="d"), "the content of the images"),
-    ],
-)
-def test_read_score_set_refuses_results_of_other_images(other, found):
-    with pytest.raises(UsageError, match=f"a on T and b on T differ in {found}"):
-        read_score_set({"a": [result("a", {"1": 0.2, "2": 0.4})], "b": [other]})
-
-
-def test_read_score_set_refuses_unequal_seeds_and_unknown_metrics():
-    one = result("a", {"1": 0.2})
-    with pytest.raises(UsageError, match="a 1, b 2"):
-        read_score_set({"a": [one], "b": [one, one]})
-    with pytest.raises(UsageError, match="Did you mean 'dice'"):
-        read_score_set({"a": [one]}, metric="dise")
 
 
 # -- resampling --------------------------------------------------------------------------------------------------------

@@ -238,10 +238,8 @@ def test_grid_trains_every_cell_and_a_second_call_trains_none(tmp_path, toys):
     assert origin["row"] == "resnet50_deeplabv3plus.supervised_imagenet1k"
     assert (origin["pretraining"]["steps"], origin["pretraining"]["corpus"]) == (3, "toys")
     receipts = find_receipts(tmp_path / "out" / "receipts")
-    assert len(receipts) == 6 and {len(content["images"]) for content in receipts.values()} == {20}
-    assert {content["model"]["row"] for content in receipts.values()} == {
-        cell.entry.model_id for cell in grid_cells(grid)
-    }
+    assert len(receipts) == 6 and {len(receipt.images) for receipt in receipts.values()} == {20}
+    assert {receipt.model.row for receipt in receipts.values()} == {cell.entry.model_id for cell in grid_cells(grid)}
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
     run_grid(grid, data, console=quiet)
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}

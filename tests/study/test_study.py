@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from polypseg import zoo
 from polypseg.data import SyntheticOptions, open_dataset
 from polypseg.errors import UsageError
-from polypseg.evaluation.receipt import check_receipt, find_receipts, read_receipt
-from polypseg.statistics import analyse_rank_change, read_score_set
+from polypseg.evaluation.receipt import check_receipt, find_receipts, read_receipt, read_score_set
+from polypseg.statistics import analyse_rank_change
 from polypseg.study import scales as study
 from polypseg.study.scales import Comparison, Scale, StudyPlan, plan_jobs, rank, run_study
 from receipt_factory import SKILLS, write_study
@@ -32,23 +32,23 @@ def test_ranks_share_ties():
 def receipts(tmp_path_factory):
     """Row -> receipts of made-up models on 10 frames and on 60 frames of three clips."""
     found: dict[str, list] = {}
-    for content in find_receipts(write_study(tmp_path_factory.mktemp("receipts"), SKILLS, seeds=1)).values():
-        found.setdefault(content["model"]["row"], []).append(content)
-    return {name: sorted(pair, key=lambda content: content["n"]) for name, pair in found.items()}
+    for receipt in find_receipts(write_study(tmp_path_factory.mktemp("receipts"), SKILLS, seeds=1)).values():
+        found.setdefault(receipt.model.row, []).append(receipt)
+    return {name: sorted(pair, key=lambda receipt: receipt.n) for name, pair in found.items()}
 
 
 def test_comparison_shows_the_receipts_scores_by_clip_their_gap_and_the_rank_change(receipts):
     rows = {row["model"]: row for row in Comparison.of(receipts).rows(dict.fromkeys(receipts, "x"))}
-    dice = {name: [np.mean([image["paper.dice"] for image in c["images"]]) for c in receipts[name]] for name in rows}
+    dice = {name: [r.per_image("dice").mean() for r in receipts[name]] for name in rows}
     order = [sorted(dice, key=lambda name, k=k: -dice[name][k]) for k in (0, 1)]
     assert order[0] != order[1]
     for name, row in rows.items():
         outside = receipts[name][1]
         assert (row["in_mdice"], row["out_mdice"]) == pytest.approx(tuple(dice[name]))
-        clips = outside["scores_by_cluster"]["paper"]["dice"]
-        assert (row["out_mdice_low"], row["out_mdice_high"]) == (clips["low"], clips["high"]) and clips["clusters"] == 3
-        assert clips["low"] != outside["scores"]["paper"]["dice"]["low"]  # which is over images
-        assert row["out_effective_n"] == clips["effective_size"] and row["in_effective_n"] == 10
+        clips = outside.scores_by_cluster["paper"]["dice"]
+        assert (row["out_mdice_low"], row["out_mdice_high"]) == (clips.low, clips.high) and clips.clusters == 3
+        assert clips.low != outside.scores["paper"]["dice"].low  # which is over images
+        assert row["out_effective_n"] == clips.effective_size and row["in_effective_n"] == 10
         assert row["gap_mdice"] == pytest.approx(dice[name][0] - dice[name][1])
         assert row["gap_mdice_low"] < row["gap_mdice"] < row["gap_mdice_high"]
         assert [row["rank_in"], row["rank_out"]] == [1 + places.index(name) for places in order]
@@ -195,10 +195,10 @@ def test_study_continues_from_rows_of_finetune_and_refuses_those_of_another_star
     study._run_job(job, plan, tests)
     assert before == (weights.stat().st_mtime_ns, [path.name for path in (run / "checkpoints").iterdir()])
     written = [read_receipt(study._receipt_path(plan, job, test)) for test in tests]
-    assert [(receipt["n"], receipt["seen"]["rule"]) for receipt in written] == [(2, "report")] * 2
+    assert [(receipt.n, receipt.seen.rule) for receipt in written] == [(2, "report")] * 2
     parts = opened.split("reference")
     used = {*parts["train"], *parts["validation"]} & set(opened.split("full")["full"][:2])
-    assert used and [receipt["collisions"]["colliding"] for receipt in written] == [0, len(used)]
+    assert used and [receipt.collisions.colliding for receipt in written] == [0, len(used)]
 
     file = tmp_path / "encoder.safetensors"
     save_file(timm.create_model("resnet18", pretrained=False).state_dict(), file)

@@ -28,7 +28,7 @@ from polypseg.files import LOCK, UNFINISHED, explain_write_errors, file_sha256
 from polypseg.provenance.origin import read_origin
 from polypseg.provenance.passport import Passport, find_collisions, make_manifest
 from polypseg.recipe import load_recipe
-from polypseg.training.finetune import _dice_of_polyps, build_model, continued_model, finetune
+from polypseg.training.finetune import dice_of_polyps, build_model, continued_model, finetune
 from polypseg.training.run_folder import check_processes, save_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -198,7 +198,7 @@ def script_environment() -> dict[str, str]:
 @pytest.mark.slow
 def test_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
     """SIGKILL between checkpoints, on the script itself, as a user's machine would do it."""
-    more = ("--set", "training.epochs=1", "--set", "training.checkpoint_steps=7")
+    more = ("--set", "training.max_steps=16", "--set", "training.checkpoint_steps=7")
     environment = script_environment()
     processes.run([sys.executable, *script_command(tmp_path / "whole", *more)], env=environment, check=True)
     process = processes.start(
@@ -420,9 +420,9 @@ def test_an_empty_mask_gives_the_dice_loss_no_gradient():
     logits = torch.zeros(2, 8, 8, requires_grad=True)
     labels = torch.zeros(2, 8, 8)
     labels[0, 2:6, 2:6] = 1
-    _dice_of_polyps(logits, labels).backward()
+    dice_of_polyps(logits, labels).backward()
     assert logits.grad[0].abs().sum() > 0 and logits.grad[1].abs().sum() == 0
-    assert float(_dice_of_polyps(logits, torch.zeros(2, 8, 8))) == 0
+    assert float(dice_of_polyps(logits, torch.zeros(2, 8, 8))) == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")

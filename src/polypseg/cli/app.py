@@ -45,6 +45,15 @@ COMMANDS: tuple[tuple[str, str, Callable[..., None], tuple[str, ...]], ...] = (
     ),
     (
         EVALUATE,
+        "adapt",
+        estimate.adapt,
+        (
+            "polypseg adapt frames/ masks/ --clip '(.*)_[0-9]+' --output adapted",
+            "polypseg adapt my-frames/ --model starter --output adapted",
+        ),
+    ),
+    (
+        EVALUATE,
         "check-receipts",
         evaluate.check_receipts,
         ("polypseg check-receipts model_cards/results", "polypseg check-receipts results --public-key key.pub"),

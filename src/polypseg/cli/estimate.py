@@ -1,4 +1,4 @@
-"""Commands about quality on a hospital's own frames: estimate it without labels, calibrate it with few."""
+"""Commands about quality on a hospital's own frames: estimate it without labels, calibrate or adapt with few."""
 
 from pathlib import Path
 from typing import Annotated
@@ -53,3 +53,35 @@ def calibrate(
     found = calibrate_files(segmenter, frames, masks, output, folder=local_folder(model), clip=clip)
     print("\n".join(found.lines()))
     print(f"{output}: for `polypseg segment` and `polypseg evaluate` with --operating-point, and for polypseg.load")
+
+
+def adapt(
+    frames: Annotated[
+        str, Argument(help="Folder or archive of frames; without masks also a video, or DATASET[.SPLIT.PART].")
+    ],
+    masks: Annotated[Path | None, Argument(help="Folder or archive of their masks, paired by name.")] = None,
+    model: ModelOption = "starter",
+    clip: Annotated[
+        str | None,
+        Option(help="With masks: which frames are of one clip: a regular expression such as '(.*)_[0-9]+'."),
+    ] = None,
+    limit: Annotated[int | None, Option(min=30, help="Without masks: most frames that are looked at.")] = None,
+    output: Annotated[Path, Option(help="The adapted model's folder: a new one.")] = Path("adapted"),
+) -> None:
+    """Adapt a model to a hospital's own frames; write it only if a gain is shown, else only what was tried."""
+    from polypseg.errors import UsageError
+
+    if masks is None and clip is not None:
+        raise UsageError("--clip says which masks are of one clip: give the folder of masks, or leave it out")
+    if masks is not None and limit is not None:
+        raise UsageError("--limit is for frames without masks: with masks all frames are used")
+    from polypseg.expectation.adapt import RECORD, adapt_files
+    from polypseg.expectation.frames import LIMIT
+    from polypseg.inference.predictors import named_folder
+
+    found = adapt_files(named_folder(model), frames, masks, output, clip=clip, limit=limit or LIMIT)
+    print("\n".join(found.lines()))
+    if found.model is None:
+        print(f"what was tried: {output / RECORD}")
+    else:
+        print(f"{output}: for --model of `polypseg segment` and `polypseg evaluate`, and for polypseg.load")

@@ -1,12 +1,12 @@
 """Commands that score: any source of predictions by every metric convention, receipts, published pairs of numbers."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
@@ -25,6 +25,7 @@ from polypseg.cli.options import (
 
 if TYPE_CHECKING:
     from polypseg.evaluation.evaluate import SuiteResult
+    from polypseg.evaluation.receipt import Receipt
     from polypseg.evaluation.suite import Outcome, SuitePlan
     from polypseg.inference.predictors import PredictionSource
 
@@ -101,7 +102,7 @@ def evaluate(
     from polypseg.data.catalog import DATASETS
     from polypseg.errors import UsageError
     from polypseg.evaluation.conventions import CONVENTIONS, choose_conventions
-    from polypseg.evaluation.receipt_reading import CONVENTION
+    from polypseg.evaluation.receipt import CONVENTION, read_receipt
     from polypseg.evaluation.suite import SuitePlan, suite_datasets
     from polypseg.files import sole_writer
     from polypseg.provenance.local import local_folder
@@ -180,27 +181,24 @@ def evaluate(
     with sole_writer(output / chosen.name):
         result = score_images(chosen, plan, data, manifest, model_folder=folder)
         path = result.write(output)
-    content = result.content()
+    receipt = read_receipt(path)
     if as_json:
-        print_json({"receipt": str(path)} | {key: content[key] for key in ("name", "dataset", "n", *_SCORES)})
+        print_json({"receipt": str(path)} | receipt.summary())
         return
     if all_conventions or convention or CONVENTION not in names:
-        _print_scores(result, wide=wide)
-    _print_seen(result)
+        _print_scores(receipt, wide=wide)
+    _print_seen(result, receipt)
     if CONVENTION in names:
-        print(_headline(content))
+        print(_headline(receipt))
     print(f"{'every convention, ' if len(names) > 1 else ''}definitions, intervals and every image: {path}")
 
 
-_SCORES = ("scores", "scores_by_cluster")
-
-
-def _headline(content: Mapping[str, Any]) -> str:
+def _headline(receipt: "Receipt") -> str:
     """One line: the paper's four metrics with intervals, by clip where clips are known."""
-    from polypseg.evaluation.receipt_reading import cell_of, scores_of, size_of
+    from polypseg.evaluation.receipt_reading import cell_of, size_of
 
-    scores = "; ".join(f"m{name.capitalize()} {cell_of(value)}" for name, value in scores_of(content).items())
-    return f"{content['name']}: {scores.replace('mIou', 'mIoU')}; n = {size_of(content)}"
+    scores = "; ".join(f"m{name.capitalize()} {cell_of(value)}" for name, value in receipt.stated.items())
+    return f"{receipt.name}: {scores.replace('mIou', 'mIoU')}; n = {size_of(receipt)}"
 
 
 def _at_point(source: "PredictionSource", file: Path | None, *, folder: Path | None) -> "PredictionSource":
@@ -216,44 +214,50 @@ def _at_point(source: "PredictionSource", file: Path | None, *, folder: Path | N
 _DONE = {Seen.report: "They were tested all the same.", Seen.exclude: "They were left out."}
 
 
-def _print_scores(result: "SuiteResult", *, wide: bool) -> None:
+def _print_scores(receipt: "Receipt", *, wide: bool) -> None:
     from polypseg.tables import Column, Table
 
     columns = [
         Column("convention", "convention"),
         Column("score", "score"),
         Column("mean", "mean", _mean),
-        Column("95 % interval over images", "", _bounds),
+        Column("95 % interval over images", "", lambda row: _bounds(row["low"], row["high"])),
         Column("n", "n", optional=True),
     ]
-    title = f"{result.name}: {result.title}, {result.split} {result.part}"
+    title = f"{receipt.name}: {receipt.dataset.title}, {receipt.dataset.split} {receipt.dataset.part}"
     records = [
-        {"convention": convention, "score": score, **value}
-        for convention, scores in result.content()["scores"].items()
+        {
+            "convention": convention,
+            "score": score,
+            "mean": value.mean,
+            "low": value.low,
+            "high": value.high,
+            "n": value.n,
+        }
+        for convention, scores in receipt.scores.items()
         for score, value in scores.items()
     ]
     print_table(Table(columns=columns, records=records, title=title), wide=wide)
 
 
-def _print_seen(result: "SuiteResult") -> None:
+def _print_seen(result: "SuiteResult", receipt: "Receipt") -> None:
     """Whether the model saw tested images, and false alarms where frames show no polyp."""
     collisions = result.seen.collisions
     if collisions is None:
         print(f"not checked against what the model saw: {result.seen.reason}")
     elif collisions.found:
         print(f"{collisions.summary} {_DONE[Seen(result.seen.rule)]}")
-    alarms = result.false_alarms()
-    if alarms is not None:
-        rate = alarms["per_100_frames"]
-        print(f"false alarms: {rate['mean']:.1f} per 100 frames without polyp [{rate['low']:.1f}, {rate['high']:.1f}]")
+    if receipt.false_alarms is not None:
+        rate = receipt.false_alarms.per_100_frames
+        print(f"false alarms: {rate.mean:.1f} per 100 frames without polyp [{rate.low:.1f}, {rate.high:.1f}]")
 
 
 def _mean(value: float | None) -> str:
     return "not defined" if value is None else f"{value:.4f}"
 
 
-def _bounds(value: Mapping[str, Any]) -> str:
-    return "" if value["low"] is None else f"{value['low']:.4f} to {value['high']:.4f}"
+def _bounds(low: float | None, high: float | None) -> str:
+    return "" if low is None else f"{low:.4f} to {high:.4f}"
 
 
 def _evaluate_suite(
@@ -285,7 +289,7 @@ def _print_suite(name: str, outcomes: "list[Outcome]", *, wide: bool) -> None:
         Column("n", "", of_tested(lambda o: str(o.n))),
         Column("clusters", "", of_tested(lambda o: str(o.clusters or "")), optional=True),
         Column("Dice", "", _suite_dice),
-        Column("95 % interval by cluster", "", of_tested(lambda o: _bounds({"low": o.dice_low, "high": o.dice_high}))),
+        Column("95 % interval by cluster", "", of_tested(lambda o: _bounds(o.dice_low, o.dice_high))),
         Column("false alarms per 100 frames", "", of_tested(_alarms)),
         Column(
             "seen", "", of_tested(lambda o: "unknown" if o.seen_images is None else str(o.seen_images)), optional=True

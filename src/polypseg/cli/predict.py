@@ -9,7 +9,7 @@ from polypseg.cli.console import print_json, print_table
 from polypseg.cli.options import JsonOption, MaskValuesOption, SourceOption, WideOption, places
 
 if TYPE_CHECKING:
-    from polypseg.evaluation.receipt_reading import Test
+    from polypseg.evaluation.receipt import Test
     from polypseg.zoo import ZooEntry
 
 NOT_EVALUATED = "not evaluated"
@@ -116,14 +116,14 @@ def _dice_by_model(results: Path) -> "dict[tuple[str, Test], str]":
     if not results.is_dir():
         return {}
     from polypseg import zoo
-    from polypseg.evaluation.receipt_reading import cell_of, read_results, scores_of, size_of, test_of
+    from polypseg.evaluation.receipt_reading import cell_of, read_results, size_of
     from polypseg.provenance.origin import read_origin
 
     ids = {row.model_id for row in zoo.rows()}
     return {
-        (content["name"], test_of(content)): f"{cell_of(scores_of(content)['dice'])}, n = {size_of(content)}"
-        for content in read_results(results)
-        if content["name"] not in ids or read_origin(content["model"]["weights_origin"]).official
+        (receipt.name, receipt.test): f"{cell_of(receipt.stated['dice'])}, n = {size_of(receipt)}"
+        for receipt in read_results(results)
+        if receipt.name not in ids or read_origin(receipt.weights_origin).official
     }
 
 

@@ -83,11 +83,6 @@ class SuiteResult:
         """One row an image; see ``receipts.image_rows``."""
         return image_rows(self.images, self.manifest, choose_conventions(self.conventions), largest=self.largest)
 
-    def false_alarms(self) -> dict[str, Any] | None:
-        """What is predicted on frames without polyp; see ``receipts.false_alarms``."""
-        found: dict[str, Any] | None = self.content()["false_alarms"]
-        return found
-
     def content(self) -> dict[str, Any]:
         """The receipt: docs/receipts.md describes its fields. Computed once, so that nothing is drawn twice."""
         return self._content
@@ -132,10 +127,9 @@ class SuiteResult:
 
     def write(self, folder: Path) -> Path:
         """Write ``<folder>/<name>/<dataset>.<split>.<part>.receipt.json`` and a CSV of its rows; return the path."""
-        content = self.content()
         path = receipt_path(folder, self.name, self.manifest)
-        write_csv(path.with_suffix(".csv"), content["images"])
-        return save_receipt(path, content)
+        write_csv(path.with_suffix(".csv"), self.rows())
+        return save_receipt(path, self.content())
 
 
 @dataclass(frozen=True, kw_only=True)

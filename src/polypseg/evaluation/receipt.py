@@ -1,7 +1,8 @@
 """Evaluation receipts: one file a test that holds enough to compute every score and interval in it again.
 
 A receipt has each image's measures, the counts behind the curves over 256 thresholds and the calibration bins, packed,
-and what identifies the images. docs/receipts.md describes its fields.
+and what identifies the images. docs/receipts.md describes its fields. No other file knows their names: the rest of the
+package reads a ``Receipt``.
 """
 
 import base64
@@ -11,23 +12,29 @@ import re
 import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scipy.stats import binomtest
 
-from polypseg.errors import PolypSegError, UsageError
+from polypseg.errors import PolypSegError, UsageError, unknown_name
 from polypseg.evaluation.conventions import CONVENTIONS, Convention
 from polypseg.evaluation.image_metrics import MEASURES, Floats, ImageMeasures
 from polypseg.evaluation.metrics import mean_with_interval
-from polypseg.files import read_json, write_text
+from polypseg.files import file_sha256, read_json, write_text
 from polypseg.provenance.passport import KINDS, SplitManifest
 from polypseg.statistics import RESAMPLES, Interval, draw_means, sample_weights, score_set
 from polypseg.statistics.intervals import interval_of, intervals_of
-from polypseg.statistics.scores import ScoreSet
+from polypseg.statistics.scores import METRICS, ScoreSet
 
+Test = tuple[str, str, str]
+"""Dataset, split and part."""
+CONVENTION = "paper"
+"""Whose scores cards, tables, the model-index and pages show."""
 RECEIPT = 1
 """Version of the format, under the key ``receipt``."""
 SUFFIX = ".receipt.json"
@@ -291,7 +298,7 @@ def refuse_other_weights(path: Path, *, sha256: str | None) -> None:
     """Raise UsageError where the receipt at ``path`` is of other weights, which a new one would replace."""
     if not path.is_file():
         return
-    theirs = (read_receipt(path)["model"] or {}).get("sha256")
+    theirs = read_receipt(path).model_sha256
     if sha256 and theirs and sha256 != theirs:
         raise UsageError(f"{path} is of other weights (sha256 {theirs[:12]}): give another --name or --output")
 
@@ -301,8 +308,8 @@ def is_receipt(content: Any) -> bool:
     return isinstance(content, dict) and content.get("receipt") == RECEIPT
 
 
-def read_receipt(path: Path) -> dict[str, Any]:
-    """The content of a receipt. Raises PolypSegError for a file that is missing, damaged or something else."""
+def read_content(path: Path) -> dict[str, Any]:
+    """A receipt's JSON as it is. Raises PolypSegError for a file that is missing, no JSON or something else."""
     content = read_json(path)
     if not is_receipt(content):
         version = content.get("receipt") if isinstance(content, dict) else None
@@ -311,9 +318,326 @@ def read_receipt(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def find_receipts(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Path -> content of every receipt in a folder and below it, sorted by path."""
+# -- what is read of it ------------------------------------------------------------------------------------------------
+
+
+class _Record(BaseModel):
+    """What is read of an object of a receipt; its other fields are for the check only."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Score(_Record):
+    """A mean with its 95 % interval; None where no image defines it."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+    clusters: int | None = None
+    effective_size: float | None = None
+    """Independent images that are worth as much; None where single images have no such score."""
+
+
+class Rate(_Record):
+    """A rate with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Share(_Record):
+    """A mean over frames."""
+
+    mean: float
+
+
+class ModelRecord(_Record):
+    """The weights that were tested."""
+
+    sha256: str | None = None
+    row: str | None = None
+    """Id of the table's row."""
+    seed: int | None = None
+    """Of the recipe."""
+    weights_origin: Mapping[str, Any] | None = None
+
+
+class DatasetRecord(_Record):
+    """What the weights were tested on."""
+
+    name: str
+    title: str
+    split: str
+    part: str
+    content_id: str
+    synthetic: bool
+    manifest: str
+    """Digest of the images' prints."""
+    clips_known: bool
+
+
+class SeenRecord(_Record):
+    """What was done about images that the model saw."""
+
+    rule: str
+    reason: str | None
+    """Why nothing is known."""
+    excluded: Sequence[str]
+
+
+class CollisionCounts(_Record):
+    """How many images the model saw."""
+
+    tested: int
+    colliding: int
+    kinds: Mapping[str, int]
+    unchecked: Sequence[str]
+    """Stages whose images are not listed."""
+
+
+class Bootstrap(_Record):
+    """How the intervals were drawn, in words."""
+
+    by_cluster: str
+
+
+class ClusterCounts(_Record):
+    """Which images belong together; see ``Layout.record``."""
+
+    by: str
+    images: int
+    repeats_merged: int
+    clusters: int
+
+
+class FalseAlarms(_Record):
+    """What is predicted on frames without polyp; see ``false_alarms``."""
+
+    minimal_area_pixels: int
+    frames: int
+    per_100_frames: Rate
+    predicted_share: Share
+
+
+class Definition(_Record):
+    """What a convention means."""
+
+    formula: str
+    empty: str
+
+
+class ImageRow(_Record):
+    """One image: its counts, and as extra fields its other measures and ``convention.output``."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | None] = Field(init=False)
+
+    id: str
+    clip: str | None = None
+    centre: str | None = None
+    intersection: int
+    predicted: int
+    true: int
+
+    @property
+    def scores(self) -> dict[str, float | None]:
+        """``convention.output`` -> score of this image."""
+        return {name: value for name, value in self.__pydantic_extra__.items() if "." in name}
+
+
+class Prints(_Record):
+    """What identifies the images."""
+
+    pixels: Sequence[str]
+
+
+class Environment(_Record):
+    """What computed it, and when."""
+
+    created: str
+    git_revision: str | None
+    versions: Mapping[str, str]
+
+
+class Receipt(_Record):
+    """One receipt file: one source of predictions on one part of one dataset. ``differences`` says whether it holds."""
+
+    path: Path
+    content: Mapping[str, Any] = Field(repr=False)
+    """The JSON that it was read from."""
+    name: str
+    model: ModelRecord | None
+    """None for predictions of unknown weights."""
+    dataset: DatasetRecord
+    n: int
+    seen: SeenRecord
+    collisions: CollisionCounts | None
+    bootstrap: Bootstrap
+    clusters: ClusterCounts
+    scores: Mapping[str, Mapping[str, Score]]
+    """convention -> output -> score, images drawn one by one."""
+    scores_by_cluster: Mapping[str, Mapping[str, Score]]
+    false_alarms: FalseAlarms | None
+    definitions: Mapping[str, Definition]
+    images: Sequence[ImageRow]
+    manifest: Prints
+    tables: Mapping[str, Mapping[str, Any]]
+    environment: Environment
+    digest: str
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], *, path: Path) -> "Receipt":
+        """From the JSON of a file. Raises PolypSegError that names the first field which is missing or not as it was
+        written."""
+        try:
+            return cls.model_validate({**content, "path": path, "content": content})
+        except ValidationError as error:
+            first = error.errors()[0]
+            field, what = ".".join(map(str, first["loc"])), first["msg"]
+            raise PolypSegError(f"{path} is a damaged receipt ({field}: {what}): evaluate again") from error
+
+    @property
+    def test(self) -> Test:
+        """Dataset, split and part."""
+        return self.dataset.name, self.dataset.split, self.dataset.part
+
+    @property
+    def stated(self) -> Mapping[str, Score]:
+        """metric -> mean with its interval by cluster, by CONVENTION: what tables and cards state."""
+        return self.scores_by_cluster[CONVENTION]
+
+    @property
+    def mean_dice(self) -> float:
+        """By CONVENTION, over observations: images of equal pixels count once."""
+        mean = self.stated["dice"].mean
+        assert mean is not None, "of a test with polyps"
+        return mean
+
+    def per_image(self, metric: str) -> Floats:
+        """(N,) of one metric under CONVENTION, in the order of ``images``; NaN where an image has no such score."""
+        return np.array([row.scores[f"{CONVENTION}.{metric}"] for row in self.images], dtype=np.float64)
+
+    @property
+    def row(self) -> str:
+        """Id of the table's row, or the receipt's name where it belongs to none."""
+        return (self.model.row if self.model else None) or self.name
+
+    @property
+    def seed(self) -> int | None:
+        """Of the recipe; None where it is not known."""
+        return self.model.seed if self.model else None
+
+    @property
+    def model_sha256(self) -> str | None:
+        """Of the weights; None where it is not recorded."""
+        return self.model.sha256 if self.model else None
+
+    @property
+    def weights_origin(self) -> Mapping[str, Any]:
+        """The record of the weights; empty where they are unknown."""
+        return (self.model.weights_origin if self.model else None) or {}
+
+    @property
+    def shows_polyps(self) -> bool:
+        """Whether any image of the test has a polyp; without one, only false alarms can be counted."""
+        return any(row.true for row in self.images)
+
+    @property
+    def seen_images(self) -> int | None:
+        """Images that collide with what the model saw; None where that was not checked."""
+        return None if self.collisions is None else self.collisions.colliding
+
+    @property
+    def has_calibration(self) -> bool:
+        """Whether it was made with the convention ``calibration``."""
+        return "calibration" in self.tables
+
+    def calibration(self) -> Floats:
+        """(2, bins, 3) sums over images: outside and inside the polyp, by bin: pixels, confidence, correct pixels."""
+        return unpack(self.tables["calibration"]).sum(axis=0)
+
+    @cached_property
+    def file_sha256(self) -> str:
+        """Of the receipt file."""
+        return file_sha256(self.path)
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether its digest is that of its content."""
+        return digest_of(self.content) == self.digest
+
+    def differences(self) -> list[str]:
+        """What is not as computed again; see ``check_receipt``."""
+        return check_content(self.content)
+
+    def summary(self) -> dict[str, Any]:
+        """For JSON: what was tested, and the scores."""
+        return {key: self.content[key] for key in ("name", "dataset", "n", "scores", "scores_by_cluster")}
+
+
+def read_receipt(path: Path) -> Receipt:
+    """A receipt. Raises PolypSegError for a file that is missing, damaged or something else."""
+    return Receipt.of(read_content(path), path=path)
+
+
+def find_receipts(folder: Path) -> dict[Path, Receipt]:
+    """Path -> receipt, of all in a folder and below it, sorted by path."""
     return {path: read_receipt(path) for path in sorted(folder.rglob(f"*{SUFFIX}"))}
+
+
+def read_score_set(
+    receipts: Mapping[str, Sequence[Receipt]], *, metric: str = "dice", repeats: Sequence[Sequence[str]] = ()
+) -> ScoreSet:
+    """Scores from receipts: model id -> one receipt a seed.
+
+    metric: a column of the images' rows, ``convention.output``, such as ``paper.dice``; without a convention CONVENTION
+    is meant. Frames of known clips are clustered by clip. repeats: groups of ids that show the same frame, beside
+    images of equal pixels, which receipts tell by themselves. Raises UsageError when the receipts are not of the same
+    images, and for a column that they do not have or that some images leave undefined.
+    """
+    everything = [receipt for seeds in receipts.values() for receipt in seeds]
+    if not everything or not all(receipts.values()):
+        raise UsageError("models can be compared only by results: each needs at least one receipt")
+    if len({len(seeds) for seeds in receipts.values()}) > 1:
+        counts = ", ".join(f"{name} {len(seeds)}" for name, seeds in receipts.items())
+        raise UsageError(f"models are compared with as many seeds each, not {counts}: leave the surplus out")
+    first = everything[0]
+    for other in everything[1:]:
+        _check_same_images(first, other)
+    ids, clips = [row.id for row in first.images], [row.clip for row in first.images]
+    labels = dict(zip(ids, first.manifest.pixels, strict=True))
+    labels |= {record_id: f"group {number}" for number, group in enumerate(repeats) for record_id in group}
+    return score_set(
+        {name: np.array([_column(receipt, metric) for receipt in seeds]) for name, seeds in receipts.items()},
+        title=f"{first.dataset.title}, {first.dataset.split} {first.dataset.part}",
+        clusters=None if None in clips else [str(clip) for clip in clips],
+        repeats=[labels[record_id] for record_id in ids],
+    )
+
+
+def _column(receipt: Receipt, metric: str) -> list[float]:
+    """One score an image."""
+    wanted, columns = metric if "." in metric else f"{CONVENTION}.{metric}", receipt.images[0].scores
+    if wanted not in columns:
+        raise unknown_name("metric", metric, [*METRICS, *columns])
+    values = [row.scores[wanted] for row in receipt.images]
+    defined = [value for value in values if value is not None]
+    if len(defined) < len(values):
+        undefined = len(values) - len(defined)
+        raise UsageError(f"{wanted} is undefined on {undefined} of {len(values)} images: choose another metric")
+    return defined
+
+
+def _check_same_images(first: Receipt, other: Receipt) -> None:
+    names = [f"{receipt.name} on {receipt.dataset.title}" for receipt in (first, other)]
+    for what, a, b in (
+        ("the images", [row.id for row in first.images], [row.id for row in other.images]),
+        ("the content of the images", first.dataset.manifest, other.dataset.manifest),
+    ):
+        if a != b:
+            raise UsageError(f"{names[0]} and {names[1]} differ in {what}: evaluate both again on the same images")
 
 
 # -- checking ----------------------------------------------------------------------------------------------------------
@@ -325,11 +649,11 @@ def check_receipt(path: Path) -> list[str]:
     The bootstraps are drawn anew with the stated seed. Nothing is passed over: what cannot be computed is a difference
     too. Raises PolypSegError for a file that is no receipt.
     """
-    return check_content(read_receipt(path))
+    return check_content(read_content(path))
 
 
 def check_content(content: Mapping[str, Any]) -> list[str]:
-    """As ``check_receipt``, of the content of a receipt that was read already."""
+    """As ``check_receipt``, of a receipt's JSON."""
     try:
         return list(_differences(content))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

@@ -15,7 +15,7 @@ from polypseg.data.polyps import PolypDataset, corrupt_dataset
 from polypseg.errors import unknown_name
 from polypseg.evaluation.evaluate import SuiteResult, score_predictions
 from polypseg.evaluation.metrics import mean_with_interval
-from polypseg.evaluation.receipt_reading import CONVENTION
+from polypseg.evaluation.receipt import CONVENTION
 from polypseg.files import environment_record, write_csv, write_json
 from polypseg.inference.predictors import PredictionSource
 from polypseg.plotting import add_note, save_figure

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polypseg.errors import PolypSegError, UsageError, first_line
-from polypseg.evaluation.receipt import check_content, digest_of, read_receipt
+from polypseg.evaluation.receipt import check_receipt, digest_of, read_content
 from polypseg.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -35,11 +35,10 @@ def sign_receipt(receipt: Path, *, key: Path) -> Path:
     receipt that is not what its images give, which nobody should stand by.
     """
     private = _private_key(key)
-    content = read_receipt(receipt)
-    problems = check_content(content)
+    problems = check_receipt(receipt)
     if problems:
         raise PolypSegError(f"{receipt} is not signed: {problems[0]}: evaluate again")
-    digest = digest_of(content)
+    digest = digest_of(read_content(receipt))
     value = private.sign(_PURPOSE + digest.encode())
     record = {
         "signature": SIGNATURE,
@@ -56,7 +55,7 @@ def check_signature(receipt: Path, *, public_key: Path) -> list[str]:
     Raises UsageError for a file without an ed25519 public key, PolypSegError for a receipt that cannot be read.
     """
     public = _public_key(public_key)
-    path, digest = signature_path(receipt), digest_of(read_receipt(receipt))
+    path, digest = signature_path(receipt), digest_of(read_content(receipt))
     if not path.is_file():
         return [f"signature: there is no {path.name}"]
     try:

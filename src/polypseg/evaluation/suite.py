@@ -16,8 +16,7 @@ from polypseg.data.sources import open_source
 from polypseg.errors import PolypSegError, UsageError, first_line, unknown_name
 from polypseg.evaluation.conventions import CONVENTIONS
 from polypseg.evaluation.evaluate import Measured, SuiteResult, score_predictions
-from polypseg.evaluation.receipt import receipt_path, refuse_other_weights
-from polypseg.evaluation.receipt_reading import CONVENTION
+from polypseg.evaluation.receipt import CONVENTION, read_receipt, receipt_path, refuse_other_weights
 from polypseg.files import sole_writer, write_csv, write_json
 from polypseg.inference.model import SOURCE_SHA256
 from polypseg.inference.predictors import PredictionSource, model_folder, open_model
@@ -271,7 +270,7 @@ def _run_test(
 ) -> Outcome:
     manifest = tested_images(dataset, test)
     result = score_images(source, plan, dataset, manifest, model_folder=model_folder, measured=measured)
-    return _outcome(test, result, result.write(plan.output))
+    return _outcome(test, result.write(plan.output))
 
 
 def evaluate(
@@ -350,32 +349,31 @@ def tested_images(dataset: PolypDataset, test: SuiteTest) -> SplitManifest:
     return name_partial(manifest, dataset)
 
 
-def _outcome(test: SuiteTest, result: SuiteResult, path: Path) -> Outcome:
-    alarms = result.false_alarms()
-    dice: dict[str, Any] = {"mean": None, "low": None, "high": None, "effective_size": None, "clusters": None}
-    iou = None
-    if test.frames != "without polyp":
-        paper = result.content()["scores_by_cluster"]["paper"]
-        dice, iou = paper["dice"], paper["iou"]["mean"]
-    per_100 = alarms["per_100_frames"] if alarms else {"mean": None, "low": None, "high": None}
-    collisions = result.seen.collisions
+def _outcome(test: SuiteTest, path: Path) -> Outcome:
+    """What a receipt says, for the summary."""
+    receipt = read_receipt(path)
+    alarms, stated = (
+        receipt.false_alarms,
+        None if test.frames == "without polyp" else receipt.scores_by_cluster["paper"],
+    )
+    dice, per_100 = stated["dice"] if stated else None, alarms.per_100_frames if alarms else None
     return Outcome(
         test=test.name,
         status="tested",
-        dataset=result.dataset,
-        split=result.split,
-        part=result.part,
-        n=len(result.images),
-        clusters=dice["clusters"],
-        effective_size=dice["effective_size"],
-        dice=dice["mean"],
-        dice_low=dice["low"],
-        dice_high=dice["high"],
-        iou=iou,
-        false_alarms_per_100=per_100["mean"],
-        false_alarms_low=per_100["low"],
-        false_alarms_high=per_100["high"],
-        predicted_share=alarms["predicted_share"]["mean"] if alarms else None,
-        seen_images=None if collisions is None else len(collisions.images()),
+        dataset=receipt.dataset.name,
+        split=receipt.dataset.split,
+        part=receipt.dataset.part,
+        n=receipt.n,
+        clusters=dice.clusters if dice else None,
+        effective_size=dice.effective_size if dice else None,
+        dice=dice.mean if dice else None,
+        dice_low=dice.low if dice else None,
+        dice_high=dice.high if dice else None,
+        iou=stated["iou"].mean if stated else None,
+        false_alarms_per_100=per_100.mean if per_100 else None,
+        false_alarms_low=per_100.low if per_100 else None,
+        false_alarms_high=per_100.high if per_100 else None,
+        predicted_share=alarms.predicted_share.mean if alarms else None,
+        seen_images=receipt.seen_images,
         receipt=path.name,
     )

@@ -201,8 +201,7 @@ def choose_point(
     best = _best(total)
     unseen = np.array([by_group[g, _best(total - by_group[g])] for g in range(len(by_group))])
     gains = unseen - by_group[:, default]
-    error = float(gains.std(ddof=1) / np.sqrt(len(gains)))
-    bound = float(gains.mean() - student.ppf(_SURE, len(gains) - 1) * error)
+    gain, bound = sure_gain(gains)
     better = bound > 0 and best != default
     threshold, share = THRESHOLDS[best // len(SHARES)], SHARES[best % len(SHARES)]
     temperature = _temperature(samples)
@@ -217,13 +216,19 @@ def choose_point(
         point=point,
         better=better,
         chosen=(threshold, share),
-        gain=float(gains.mean()),
+        gain=gain,
         bound=bound,
         default_score=float(by_group[:, default].mean()),
         frames=len(scores),
         groups=len(by_group),
         polyp_free=polyp_free,
     )
+
+
+def sure_gain(gains: Floats) -> tuple[float, float]:
+    """Gains of independent groups (G,) -> their mean and its lower one-sided 95 % bound, by Student's t."""
+    error = float(gains.std(ddof=1) / np.sqrt(len(gains)))
+    return float(gains.mean()), float(gains.mean() - student.ppf(_SURE, len(gains) - 1) * error)
 
 
 def _best(total: Floats) -> int:

@@ -9,8 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from polypseg.errors import UsageError, first_line
-from polypseg.evaluation.receipt import digest_of
-from polypseg.evaluation.receipt_reading import read_results, scores_of, test_of
+from polypseg.evaluation.receipt_reading import read_results
 from polypseg.provenance.licence import DISCLAIMER
 
 LICENSE_IDS = frozenset(
@@ -118,11 +117,12 @@ def _picture_findings(pictures: Iterable[str], *, folder: Path | None) -> Iterab
 def _number_findings(metadata: Mapping[str, Any], *, folder: Path) -> Iterable[str]:
     """Every number of the model-index must be found in the folder's receipts, and these must bear their digests."""
     measured: dict[tuple[str, ...], set[float]] = {}
-    for result in read_results(folder / "results"):
-        if digest_of(result) != result["digest"]:
-            yield f"its receipt of {' '.join(test_of(result))} was changed after it was written"
-        for metric, value in scores_of(result).items():
-            measured.setdefault((*test_of(result), metric), set()).add(round(value["mean"], 4))
+    for receipt in read_results(folder / "results"):
+        if not receipt.is_unchanged:
+            yield f"its receipt of {' '.join(receipt.test)} was changed after it was written"
+        for metric, value in receipt.stated.items():
+            if value.mean is not None:
+                measured.setdefault((*receipt.test, metric), set()).add(round(value.mean, 4))
     for model in metadata.get("model-index") or []:
         for entry in model["results"]:
             dataset = entry["dataset"]

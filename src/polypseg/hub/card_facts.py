@@ -4,10 +4,11 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from polypseg import __version__, zoo
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.evaluation.receipt import Receipt
 from polypseg.evaluation.receipt_reading import no_results, read_results
 from polypseg.files import read_json
 from polypseg.provenance.origin import (
@@ -71,8 +72,8 @@ class CardFacts:
     revision: str = f"v{__version__}"
     """Tag that the usage examples pin."""
     recipe: Recipe | None = None
-    results: tuple[Mapping[str, Any], ...] = ()
-    """Contents of receipts that score by CONVENTION."""
+    results: tuple[Receipt, ...] = ()
+    """Those that score by CONVENTION."""
     compute: ComputeFacts = field(default_factory=ComputeFacts)
     passport: Passport | None = None
     """What the model saw; None where it is not recorded."""
@@ -158,10 +159,10 @@ def measured_facts(folder: Path, *, organisation: str) -> CardFacts:
     from polypseg.modeling import PolypSegConfig
     from polypseg.modeling.encoders_polypseg import is_plain_vit
 
-    contents = read_results(folder)
-    if not contents:
+    results = read_results(folder)
+    if not results:
         raise no_results(folder)
-    record = {**contents[0]["model"]["weights_origin"], "model_id": folder.name}
+    record = {**results[0].weights_origin, "model_id": folder.name}
     recipe = load_recipe(record["recipe"])
     epochs = read_epochs(folder / "epochs.csv")
     record.setdefault("finished", len(epochs) == recipe.training.epochs)
@@ -181,7 +182,7 @@ def measured_facts(folder: Path, *, organisation: str) -> CardFacts:
         stage="unpublished",
         organisation=organisation,
         recipe=recipe,
-        results=contents,
+        results=results,
         compute=ComputeFacts(hours=training_hours(epochs, recipe)),
         dice_distributions=f"results/{folder.name}/{figure.name}" if figure.is_file() else None,
     )
@@ -193,14 +194,14 @@ def _encoder_of(model_id: str, decoder: str) -> str:
     return zoo.ENCODERS.get(name, name)
 
 
-def _read_results(folder: Path, origin: Origin) -> tuple[Mapping[str, Any], ...]:
-    contents = read_results(folder)
+def _read_results(folder: Path, origin: Origin) -> tuple[Receipt, ...]:
+    results = read_results(folder)
     ours = origin.record.get("sha256")
-    for content in contents:
-        theirs = content["model"]["sha256"]
+    for receipt in results:
+        theirs = receipt.model_sha256
         if ours and theirs and ours != theirs:
             raise UsageError(f"{folder} holds results of other weights ({theirs[:12]}, not {ours[:12]}): export again")
-    return contents
+    return results
 
 
 def _run_recipe(run_dir: Path) -> Recipe:

@@ -15,7 +15,7 @@ from PIL import Image
 from polypseg import plotting
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.evaluation.metrics import pixel_counts, score
-from polypseg.evaluation.receipt_reading import CONVENTION
+from polypseg.evaluation.receipt import Receipt
 from polypseg.files import atomic_path
 from polypseg.hub.card_facts import DICE_DISTRIBUTIONS, EXAMPLES, PICTURES
 from polypseg.inference.model import predict_masks
@@ -50,12 +50,11 @@ class Example:
 
 
 def write_card_pictures(
-    model: Any, processor: Any, folder: Path, *, name: str, results: Sequence[Mapping[str, Any]] = ()
+    model: Any, processor: Any, folder: Path, *, name: str, results: Sequence[Receipt] = ()
 ) -> CardPictures:
     """Draw the pictures of a model's card into its folder.
 
-    ``name``: what the model is called in them; ``results``: contents of its receipts. Takes two times FRAMES
-    forward passes.
+    ``name``: what the model is called in them; ``results``: its receipts. Takes two times FRAMES forward passes.
     """
     examples = {camera: draw_examples(model, processor, camera=camera) for camera in CAMERAS}
     for (source, (mask, _)), shown in zip(PICTURES.items(), examples.values(), strict=True):
@@ -115,15 +114,15 @@ def _write_examples(examples: Mapping[str, Sequence[Example]], path: Path, *, na
     plotting.save_figure(figure, path, dpi=100)
 
 
-def _write_distributions(results: Sequence[Mapping[str, Any]], folder: Path, *, name: str) -> str | None:
+def _write_distributions(results: Sequence[Receipt], folder: Path, *, name: str) -> str | None:
     """Dice of every image of the results that have more than one; None without such a result."""
-    shown = [result for result in results if result["n"] > 1]
+    shown = [result for result in results if result.n > 1]
     if not shown:
         return None
     plotting.plot_dice_distributions(
-        {name: [np.array([image[f"{CONVENTION}.dice"] for image in result["images"]]) for result in shown]},
+        {name: [result.per_image("dice") for result in shown]},
         labels={name: "this model"},
-        titles=[str(result["dataset"]["title"]) for result in shown],
+        titles=[result.dataset.title for result in shown],
         note=f"{name}; one training run.",
         path=folder / DICE_DISTRIBUTIONS,
     )

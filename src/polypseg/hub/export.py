@@ -17,7 +17,7 @@ from transformers import DPTForSemanticSegmentation
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluation.receipt import check_content, find_receipts
+from polypseg.evaluation.receipt import find_receipts
 from polypseg.evaluation.receipt_reading import no_results, read_results, write_quality
 from polypseg.files import atomic_path, write_text
 from polypseg.hub.dataset_card import TEMPLATES
@@ -67,7 +67,7 @@ def export_model(source: Path, output: Path, *, results: Path | None = None, org
     _check_output(output, source=source)
     if results is not None and not results.is_dir():
         raise UsageError(f"there is no results folder {results}: give the --output of training_scripts/evaluate.py")
-    model = _our_model(source)
+    model = our_model(source)
     record = model.config.weights_origin or current_record({}, source)  # load_model keeps a record current
     model.config.weights_origin = record
     origin = read_origin(record)
@@ -99,7 +99,8 @@ def _check_output(output: Path, *, source: Path) -> None:
         raise UsageError(f"{output} holds the model that is to be exported: give another folder")
 
 
-def _our_model(source: Path) -> PolypSegForSemanticSegmentation:
+def our_model(source: Path) -> PolypSegForSemanticSegmentation:
+    """The model of a folder in float32, its checksums compared. Raises UsageError for what is no model of ours."""
     if not (source / SAFE_WEIGHTS_NAME).is_file():
         raise UsageError(f"{source} is no model folder: it has no {SAFE_WEIGHTS_NAME}. Give a run's best/ folder")
     check_folder(source)
@@ -180,10 +181,10 @@ def _copy_results(results: Path | None, origin: Origin, folder: Path) -> tuple[t
     if results and not found:
         raise no_results(results)
     taken, left_out = [], []
-    for path, content in found.items():
-        recorded = (content["model"] or {}).get("sha256")
+    for path, receipt in found.items():
+        recorded = receipt.model_sha256
         if recorded == origin.record[SOURCE_SHA256]:
-            wrong = check_content(content)
+            wrong = receipt.differences()
             if wrong:
                 left_out.append(f"{path.name}: is not what its images give ({wrong[0]})")
                 continue

@@ -4,7 +4,6 @@ The template, templates/model_card.md.jinja, knows no model by name.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from polypseg import __version__, zoo
 from polypseg.data.catalog import DATASETS, POPULATIONS, DatasetSpec, is_synthetic, may_be_public, population_of
 from polypseg.data.splits import DESCRIPTIONS, pinned_split
-from polypseg.evaluation.receipt import find_receipts
-from polypseg.evaluation.receipt_reading import (
-    CONVENTION,
-    LIMITS,
-    Test,
-    cell_of,
-    scores_of,
-    seen_words,
-    size_of,
-    test_of,
-)
+from polypseg.evaluation.receipt import CONVENTION, Receipt, Test, find_receipts
+from polypseg.evaluation.receipt_reading import LIMITS, cell_of, seen_words, size_of
 from polypseg.evaluation.suite import NEGATIVES
 from polypseg.files import write_text
 from polypseg.hub.card_checks import lint_card, load_card
@@ -98,7 +88,7 @@ def render_card(facts: CardFacts) -> ModelCard:
         tests=[_test_row(facts, test) for test in _tests(facts)],
         result_notes=[_result_notes(result) for result in facts.results],
         convention=CONVENTION,
-        intervals=list(dict.fromkeys(result["bootstrap"]["by_cluster"] for result in facts.results)),
+        intervals=list(dict.fromkeys(result.bootstrap.by_cluster for result in facts.results)),
         saw=_saw_lines(facts),
         collision=_split_collision(finetuning_dataset(facts.origin)),
         test_caveats=_test_caveats(facts),
@@ -132,7 +122,7 @@ def _plain_facts(facts: CardFacts) -> CardFacts:
         decoder=plain(facts.decoder),
         organisation=plain(facts.organisation),
         revision=plain(facts.revision),
-        results=all_plain(facts.results),
+        results=tuple(Receipt.of(all_plain(result.content), path=result.path) for result in facts.results),
         passport=replace(facts.passport, seen=seen) if facts.passport else None,
     )
 
@@ -178,7 +168,7 @@ def _corpus_is_published(origin: Origin) -> bool:
 
 def _tags(facts: CardFacts, entry: ZooEntry | None) -> list[str]:
     trained_on = finetuning_dataset(facts.origin)
-    tested = [result["dataset"]["name"] for result in facts.results]
+    tested = [result.dataset.name for result in facts.results]
     tags = ["polyp-segmentation", "colonoscopy", "endoscopy", "medical", "research-only", "semantic-segmentation"]
     tags += [facts.encoder, facts.decoder]
     tags += [entry.method, entry.corpus] if entry else ["random-initialisation"]
@@ -204,22 +194,23 @@ def _indexed_results(facts: CardFacts) -> list[EvalResult]:
         EvalResult(
             task_type="image-segmentation",
             task_name="Polyp segmentation",
-            dataset_type=result["dataset"]["name"],
-            dataset_name=_title(test_of(result), dataset=result["dataset"]["title"]),
-            dataset_config=result["dataset"]["split"],
-            dataset_split=result["dataset"]["part"],
+            dataset_type=result.dataset.name,
+            dataset_name=_title(result.test, dataset=result.dataset.title),
+            dataset_config=result.dataset.split,
+            dataset_split=result.dataset.part,
             dataset_args={
-                "n": result["n"],
-                "content_id": result["dataset"]["content_id"],
-                "manifest": result["dataset"]["manifest"],
+                "n": result.n,
+                "content_id": result.dataset.content_id,
+                "manifest": result.dataset.manifest,
             },
             metric_type=name,
             metric_name=f"{_METRIC_TITLES[name]} (mean over images, convention {CONVENTION})",
-            metric_value=round(scores_of(result)[name]["mean"], 4),
+            metric_value=round(mean, 4),
         )
         for result in facts.results
         if is_quotable(result)
         for name in METRICS
+        if (mean := result.stated[name].mean) is not None
     ]
 
 
@@ -230,11 +221,11 @@ def _title(test: Test, *, dataset: str | None = None) -> str:
     return f"{title}, all images" if (split, part) == ("full", "full") else f"{title}, {split} split, {part}"
 
 
-def is_quotable(result: Mapping[str, Any]) -> bool:
+def is_quotable(result: Receipt) -> bool:
     """Whether a result may stand where leaderboards read: real images, a whole part, not the training images."""
-    part = result["dataset"]["part"]
+    part = result.dataset.part
     is_whole = not any(f"-{word}" in part for word in LIMITS)
-    return not result["dataset"]["synthetic"] and is_whole and part not in ("train", "validation")
+    return not result.dataset.synthetic and is_whole and part not in ("train", "validation")
 
 
 def _pretraining_lines(facts: CardFacts) -> list[str]:
@@ -318,22 +309,22 @@ def _tests(facts: CardFacts) -> list[Test]:
     """The tests of the card's table: those that the study has, then the others that there are results of."""
     trained_on = finetuning_dataset(facts.origin)
     expected = [] if trained_on and is_synthetic(trained_on) else list(EXPECTED_TESTS)
-    found = [test_of(result) for result in facts.results]
+    found = [result.test for result in facts.results]
     return list(dict.fromkeys([*expected, *found]))
 
 
 def _test_row(facts: CardFacts, test: Test) -> dict[str, Any]:
     """One test for the table: its results, or none."""
     where = "in distribution" if _is_at_home(facts.origin, test[0]) else "out of distribution"
-    matching = [result for result in facts.results if test_of(result) == test]
+    matching = [result for result in facts.results if result.test == test]
     return {
-        "title": _title(test, dataset=matching[0]["dataset"]["title"] if matching else None),
+        "title": _title(test, dataset=matching[0].dataset.title if matching else None),
         "where": where if finetuning_dataset(facts.origin) else "not fine-tuned",
         "results": [
             {
-                "n": result["n"],
+                "n": result.n,
                 "size": size_of(result),
-                "cells": [cell_of(scores_of(result)[metric]) for metric in METRICS],
+                "cells": [cell_of(result.stated[metric]) for metric in METRICS],
                 "seen": _seen_images(facts.origin, result),
             }
             for result in matching
@@ -341,15 +332,15 @@ def _test_row(facts: CardFacts, test: Test) -> dict[str, Any]:
     }
 
 
-def _seen_images(origin: Origin, result: Mapping[str, Any]) -> int:
+def _seen_images(origin: Origin, result: Receipt) -> int:
     """How many images of a result were training images, by the committed split lists."""
-    if not _is_at_home(origin, result["dataset"]["name"]):
+    if not _is_at_home(origin, result.dataset.name):
         return 0
     spec, stated = finetuning_dataset(origin), str(origin.record.get("finetuned_on"))
     split = next((name for name in DESCRIPTIONS if name in re.split(r"[ /]", stated)), "")
     lists = pinned_split(spec.name, split) if spec else None
     training = set((lists or {}).get("train", []))
-    return sum(image["id"] in training for image in result.get("images", []))
+    return sum(image.id in training for image in result.images)
 
 
 def _test_caveats(facts: CardFacts) -> list[tuple[str, str]]:
@@ -358,28 +349,29 @@ def _test_caveats(facts: CardFacts) -> list[tuple[str, str]]:
     return [(DATASETS[n].title, caveat) for n in names if n in POPULATIONS for caveat in POPULATIONS[n].caveats]
 
 
-def _result_notes(result: Mapping[str, Any]) -> dict[str, Any]:
+def _result_notes(result: Receipt) -> dict[str, Any]:
     """What the per-image scores of one receipt say about failures, and how the receipt was made."""
-    dice = {image["id"]: image[f"{CONVENTION}.dice"] for image in result["images"]}
-    versions = result["environment"]["versions"]
-    dataset, repeats = result["dataset"], result["clusters"]["repeats_merged"]
+    dice = dict(zip((image.id for image in result.images), result.per_image("dice").tolist(), strict=True))
+    dataset, environment, repeats = result.dataset, result.environment, result.clusters.repeats_merged
     return {
-        "title": _title(test_of(result), dataset=dataset["title"]),
-        "n": result["n"],
+        "title": _title(result.test, dataset=dataset.title),
+        "n": result.n,
         "repeats": f"; {repeats} of the images repeat another pixel by pixel and count once" if repeats else "",
         "worst": [(name, f"{dice[name]:.3f}") for name in sorted(dice, key=lambda name: (dice[name], name))[:WORST]],
-        "missed": sum(image["true"] > 0 and image["intersection"] == 0 for image in result["images"]),
+        "missed": sum(image.true > 0 and image.intersection == 0 for image in result.images),
         "below_half": sum(value < 0.5 for value in dice.values()),
-        "closed": dataset["name"] not in DATASETS or not may_be_public(DATASETS[dataset["name"]]),
+        "closed": dataset.name not in DATASETS or not may_be_public(DATASETS[dataset.name]),
         "saw": seen_words(result),
-        "date": str(result["environment"]["created"])[:10],
-        "revision": str(result["environment"]["git_revision"] or NOT_RECORDED)[:12],
+        "date": environment.created[:10],
+        "revision": (environment.git_revision or NOT_RECORDED)[:12],
         "versions": ", ".join(
-            f"{name} {versions[name]}" for name in ("polypseg", "torch", "transformers") if name in versions
+            f"{name} {environment.versions[name]}"
+            for name in ("polypseg", "torch", "transformers")
+            if name in environment.versions
         ),
-        "weights": str(result["model"]["sha256"] or NOT_RECORDED)[:12],
-        "images": dataset["manifest"][:12],
-        "receipt": result["digest"][:12],
+        "weights": (result.model_sha256 or NOT_RECORDED)[:12],
+        "images": dataset.manifest[:12],
+        "receipt": result.digest[:12],
     }
 
 
@@ -450,7 +442,7 @@ def render_pages(results: Path, *, organisation: str) -> dict[str, str]:
 
 def _index_row(facts: CardFacts) -> dict[str, Any]:
     entry = facts.origin.entry
-    results = {test_of(result): result for result in facts.results}
+    results = {result.test: result for result in facts.results}
     return {
         "name": facts.origin.repo_name,
         "short": entry.short_name if entry else "",
@@ -458,7 +450,7 @@ def _index_row(facts: CardFacts) -> dict[str, Any]:
         "title": _architecture_title(facts),
         "start": _pretraining_lines(facts)[0].removeprefix("Pretraining: ").rstrip("."),
         "cells": [
-            f"{cell_of(scores_of(results[test])['dice'])}, n = {size_of(results[test])}"
+            f"{cell_of(results[test].stated['dice'])}, n = {size_of(results[test])}"
             if test in results
             else NOT_EVALUATED
             for test in EXPECTED_TESTS
@@ -484,18 +476,18 @@ def starter_table(results: Path) -> str:
     """The shipped model's scores as Markdown, from its receipts in ``results``: a row per test, then false alarms."""
     records, alarms = [], []
     receipts = find_receipts(results).values()
-    for content in sorted(receipts, key=lambda c: (c["dataset"]["name"] != "kvasir_seg", c["n"])):
-        dataset, alarm = content["dataset"], content["false_alarms"]
-        part = "" if dataset["split"] == "full" else f", {dataset['split']} {dataset['part']} part"
-        if dataset["name"] == NEGATIVES:
-            rate = alarm["per_100_frames"]
+    for receipt in sorted(receipts, key=lambda receipt: (receipt.dataset.name != "kvasir_seg", receipt.n)):
+        dataset, alarm = receipt.dataset, receipt.false_alarms
+        part = "" if dataset.split == "full" else f", {dataset.split} {dataset.part} part"
+        if dataset.name == NEGATIVES and alarm is not None:
+            rate = alarm.per_100_frames
             alarms.append(
-                f"False alarms on {alarm['frames']} polyp-free HyperKvasir frames that it has not seen: "
-                f"{rate['mean']:.1f} per 100 frames [{rate['low']:.1f}, {rate['high']:.1f}], counting every region "
-                f"of at least {alarm['minimal_area_pixels']} pixel(s)."
+                f"False alarms on {alarm.frames} polyp-free HyperKvasir frames that it has not seen: "
+                f"{rate.mean:.1f} per 100 frames [{rate.low:.1f}, {rate.high:.1f}], counting every region "
+                f"of at least {alarm.minimal_area_pixels} pixel(s)."
             )
             continue
-        records.append({"test": f"{dataset['title']}{part}", "size": size_of(content), **scores_of(content)})
+        records.append({"test": f"{dataset.title}{part}", "size": size_of(receipt), **receipt.stated})
     columns = [
         Column("tested on", "test"),
         Column("n", "size"),

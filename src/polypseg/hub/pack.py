@@ -8,7 +8,7 @@ import safetensors.torch
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluation.receipt import check_content, find_receipts
+from polypseg.evaluation.receipt import find_receipts
 from polypseg.evaluation.receipt_reading import write_quality
 from polypseg.files import atomic_path, file_sha256, read_json, write_json
 from polypseg.hub.export import RESULTS, half
@@ -79,11 +79,11 @@ def add_results(folder: Path, results: Path) -> tuple[str, ...]:
     Raises UsageError where there is none, PolypSegError for one that its images do not give.
     """
     digest = file_sha256(folder / SAFE_WEIGHTS_NAME)
-    ours = {p: c for p, c in find_receipts(results).items() if (c["model"] or {}).get("sha256") == digest}
+    ours = {p: r for p, r in find_receipts(results).items() if r.model_sha256 == digest}
     if not ours:
         raise UsageError(f"{results} has no receipt of the weights in {folder}: run `polypseg evaluate` first")
-    for path, content in ours.items():
-        wrong = check_content(content)
+    for path, receipt in ours.items():
+        wrong = receipt.differences()
         if wrong:
             raise PolypSegError(f"{path} is not what its images give: {wrong[0]}")
     with atomic_path(folder / RESULTS) as temporary:

@@ -22,14 +22,13 @@ from urllib.parse import urlsplit
 import yaml
 
 from polypseg.errors import UsageError, unknown_name
+from polypseg.evaluation.receipt import CONVENTION, find_receipts
 from polypseg.files import atomic_path, explain_write_errors, read_json
 from polypseg.inference.runtimes import ONNX_FILES
 from polypseg.provenance.licence import model_license
 from polypseg.provenance.origin import read_origin
 
 BUILT = Path(__file__).resolve().parents[1] / "_web"
-CONVENTION = "paper"
-"""Whose mean Dice the page states, as cards and tables do."""
 PAGE, BUILD, SERVICE_WORKER = "page.json", "build.json", "service_worker.js"
 _BICUBIC = 3
 _TYPES = {
@@ -78,23 +77,17 @@ def stated_scores(folder: Path) -> list[Score]:
     """
     ours = (read_json(folder / "config.json").get("weights_origin") or {}).get("sha256")
     scores = []
-    for path in sorted(folder.rglob("*.receipt.json")):
-        content = read_json(path)
-        model, dataset = content["model"] or {}, content["dataset"]
-        if ours and model.get("sha256") and model["sha256"] != ours:
-            raise UsageError(f"{path} is of other weights ({model['sha256'][:12]}, not {ours[:12]}): evaluate again")
-        dice = content["scores_by_cluster"].get(CONVENTION, {}).get("dice") or {}
-        if dice.get("mean") is None:  # a test of frames without polyps
+    for path, receipt in find_receipts(folder).items():
+        theirs = receipt.model_sha256
+        if ours and theirs and theirs != ours:
+            raise UsageError(f"{path} is of other weights ({theirs[:12]}, not {ours[:12]}): evaluate again")
+        dice = receipt.stated["dice"] if CONVENTION in receipt.scores_by_cluster else None
+        if dice is None or dice.mean is None:  # a test of frames without polyps
             continue
-        part = "" if (dataset["split"], dataset["part"]) == ("full", "full") else f" {dataset['part']}"
+        dataset = receipt.dataset
+        part = "" if (dataset.split, dataset.part) == ("full", "full") else f" {dataset.part}"
         scores.append(
-            Score(
-                dataset=f"{dataset['title']}{part}",
-                images=content["n"],
-                dice=dice["mean"],
-                low=dice["low"],
-                high=dice["high"],
-            )
+            Score(dataset=f"{dataset.title}{part}", images=receipt.n, dice=dice.mean, low=dice.low, high=dice.high)
         )
     return scores
 

@@ -146,6 +146,9 @@ def model_license(origin: Origin) -> ModelLicense:
     corpus, data = _own_corpus(origin), _finetuning_set(origin)
     chain += [f"Pretraining images: {corpus.title}, {corpus.license}."] if corpus else []
     chain += [f"Training images: {data.title}, {data.license}."] if data else []
+    chain += (
+        ["Adapted to frames of the publisher, whose terms are not recorded."] if origin.record.get("adapted") else []
+    )
     images = tuple({spec.name: spec for spec in (data, corpus) if spec}.values())
     bound = [spec for spec in images if not _is_open(spec)]
     if weights == UNKNOWN:

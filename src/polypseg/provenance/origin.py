@@ -92,6 +92,19 @@ class Origin:
         )
 
     @property
+    def adaptation(self) -> str:
+        """One sentence on the frames that the weights were adapted to; empty where they were not."""
+        adapted = self.record.get("adapted")
+        if not adapted:
+            return ""
+        labels = "with their masks" if adapted["labelled"] else "without masks"
+        return (
+            f"Then adapted to {adapted['frames']} frames of {adapted['groups']} clips, {labels}, from weights with the "
+            f"SHA-256 {adapted['from'][:12]}: {adapted['method']}; on frames that it did not see this gained "
+            f"{adapted['gain']:+.3f} of Dice (at least {adapted['bound']:+.3f}, one-sided 95 %). Their terms bind it."
+        )
+
+    @property
     def summary(self) -> str:
         """One sentence on where the weights come from."""
         if self.kind == "converted":
@@ -153,6 +166,8 @@ def _reasons(record: Mapping[str, Any], kind: Kind, entry: ZooEntry | None) -> I
         yield "changed", "its weights were changed after their origin was recorded"
     if kind == "converted" and "recipe" in record:
         yield "finetuned", f"it was trained further with recipe {record['recipe']}"
+    if record.get("adapted"):
+        yield "adapted", "it was adapted to further frames"
     if kind == "untrained":
         yield "untrained", "it has not been trained for segmentation"
     if record.get("scale") != "full":

@@ -58,6 +58,8 @@ class ImagePrint:
     """Video clip, where the dataset tells."""
     centre: str | None = None
     """Hospital, where the dataset tells."""
+    mask: str | None = None
+    """First 32 hex digits of the SHA-256 of the mask, a byte a pixel, where a model was adapted to just this mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +82,7 @@ class SplitManifest:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the sorted prints: the same for the same images in any order, whatever the part's name."""
-        lines = sorted(
-            "\0".join((i.id, i.pixels, i.hash, i.clip or "", *([i.centre] if i.centre else []))) + "\n"
-            for i in self.images
-        )
+        lines = sorted("\0".join((i.id, i.pixels, i.hash, i.clip or "", *_more(i))) + "\n" for i in self.images)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @cached_property
@@ -114,6 +113,7 @@ class SplitManifest:
             "hashes": [image.hash for image in self.images],
             "clips": [image.clip for image in self.images] if any(i.clip is not None for i in self.images) else None,
             **({"centres": [i.centre for i in self.images]} if any(i.centre for i in self.images) else {}),
+            **({"masks": [i.mask for i in self.images]} if any(i.mask for i in self.images) else {}),
         }
 
     def save(self, path: Path) -> Path:
@@ -129,9 +129,9 @@ class SplitManifest:
     def from_content(cls, content: Mapping[str, Any]) -> "SplitManifest":
         """The manifest of ``content``. Raises ValueError when its columns are not of the images of its digest."""
         clips = content["clips"] or [None] * len(content["ids"])
-        centres = content.get("centres") or [None] * len(content["ids"])
-        columns = zip(content["ids"], content["pixels"], content["hashes"], clips, centres, strict=True)
-        images = tuple(ImagePrint(id=i, pixels=p, hash=h, clip=c, centre=of) for i, p, h, c, of in columns)
+        centres, masks = (content.get(key) or [None] * len(content["ids"]) for key in ("centres", "masks"))
+        columns = zip(content["ids"], content["pixels"], content["hashes"], clips, centres, masks, strict=True)
+        images = tuple(ImagePrint(id=i, pixels=p, hash=h, clip=c, centre=of, mask=m) for i, p, h, c, of, m in columns)
         names = ("dataset", "split", "part", "content_id")
         manifest = cls(**{name: content[name] for name in names}, images=images)
         if manifest.digest != content["digest"] or len(manifest.packed_hashes) != len(images):
@@ -197,10 +197,23 @@ def make_manifest(
     )
 
 
-def image_print(name: str, frame: Image.Image, *, clip: str | None = None) -> ImagePrint:
-    """What is kept of an RGB frame."""
+def _more(image: ImagePrint) -> list[str]:
+    """What most images lack, so that the digests of lists without it stay."""
+    return [*([image.centre] if image.centre else []), *([f"mask {image.mask}"] if image.mask else [])]
+
+
+def image_print(
+    name: str, frame: Image.Image, *, clip: str | None = None, mask: NDArray[np.bool_] | None = None
+) -> ImagePrint:
+    """What is kept of an RGB frame, and of its mask (H, W) where the model learns from just this one."""
     found = fingerprint(frame)
-    return ImagePrint(id=name, pixels=found.digest[:_DIGITS], hash=np.packbits(found.bits).tobytes().hex(), clip=clip)
+    return ImagePrint(
+        id=name,
+        pixels=found.digest[:_DIGITS],
+        hash=np.packbits(found.bits).tobytes().hex(),
+        clip=clip,
+        mask=None if mask is None else hashlib.sha256(mask.astype(np.uint8).tobytes()).hexdigest()[:_DIGITS],
+    )
 
 
 def kept_manifest(

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from polypseg.evaluation.receipt_reading import CONVENTION, Test
-from polypseg.report.receipts import Material, Receipt
+from polypseg.evaluation.receipt import CONVENTION, Receipt, Test, read_score_set
+from polypseg.report.receipts import Material
 from polypseg.report.wording import ALPHA
 from polypseg.statistics import (
     RESAMPLES,
@@ -22,7 +22,6 @@ from polypseg.statistics import (
     generalisation_gaps,
     group_contrasts,
     mean_rows,
-    read_score_set,
     run_variation,
     study_groups,
     widened,
@@ -90,8 +89,7 @@ class Analysis:
 
 def score_set_of(receipts: Mapping[str, Sequence[Receipt]], *, metric: str = "dice") -> ScoreSet:
     """Scores of rows, one receipt a seed, on one test; images of equal pixels count once."""
-    contents = {model: [receipt.content for receipt in seeds] for model, seeds in receipts.items()}
-    return read_score_set(contents, metric=f"{CONVENTION}.{metric}")
+    return read_score_set(receipts, metric=f"{CONVENTION}.{metric}")
 
 
 def analyse(material: Material, *, resamples: int = RESAMPLES) -> Analysis:

@@ -9,7 +9,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from markdown_it import MarkdownIt
 
 from polypseg.errors import UsageError, first_line, unknown_name
-from polypseg.evaluation.receipt_reading import Test
+from polypseg.evaluation.receipt import Test
 from polypseg.report.analysis import SIDES, Analysis
 from polypseg.report.receipts import parse_test, table_name
 from polypseg.report.wording import number, p_value, percent, rank, span, with_interval

@@ -143,7 +143,7 @@ def _distributions(analysis: Analysis) -> Picture | None:
             used = material.used(model, test)
             if not used:
                 continue
-            dice = np.stack([r.scores("dice") for r in used])
+            dice = np.stack([r.per_image("dice") for r in used])
             shares = np.histogram(dice, edges)[0] / dice.size
             axis.stairs(
                 row + 0.38 - 0.8 * shares / max(shares),

@@ -15,8 +15,8 @@ from polypseg.data.catalog import DATASETS, may_be_public
 from polypseg.data.polyps import PolypDataset, open_dataset
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.metrics import pixel_counts, standard_scores
-from polypseg.evaluation.receipt_reading import Test
-from polypseg.report.receipts import Material, Receipt, entry_of
+from polypseg.evaluation.receipt import Receipt, Test
+from polypseg.report.receipts import Material, entry_of
 from polypseg.report.wording import number
 
 SIDE = 360
@@ -105,8 +105,8 @@ def _gallery(material: Material, test: Test, *, masks: Path | None, dataset: Pol
     attribution = permission(test[0])
     chosen = [material.label(model) for model in chosen_models(material, test)]
     seeds = {material.label(m): material.used(m, test) for m in material.models if material.used(m, test)}
-    dice = np.stack([np.mean([r.scores("dice") for r in used], axis=0) for used in seeds.values()])  # (M, N)
-    ids = [row["id"] for row in next(iter(seeds.values()))[0].images]
+    dice = np.stack([np.mean([r.per_image("dice") for r in used], axis=0) for used in seeds.values()])  # (M, N)
+    ids = [row.id for row in next(iter(seeds.values()))[0].images]
     drawn = attribution is not None and masks is not None and dataset is not None
     cases = []
     for why, place in telling_images(dice):
@@ -125,7 +125,7 @@ def _gallery(material: Material, test: Test, *, masks: Path | None, dataset: Pol
 def chosen_models(material: Material, test: Test) -> tuple[str, ...]:
     """The best model of each kind of encoder by mean Dice on the test: those whose outlines are drawn."""
     means = {
-        model: float(np.mean([r.scores("dice").mean() for r in material.used(model, test)]))
+        model: float(np.mean([r.per_image("dice").mean() for r in material.used(model, test)]))
         for model in material.models
         if material.used(model, test)
     }
@@ -194,7 +194,7 @@ def _read_mask(path: Path, truth: NDArray[np.uint8], record_id: str, receipt: Re
             mask = np.asarray(image.convert("1"), dtype=np.uint8)
     except OSError as error:
         raise PolypSegError(f"cannot read {path}: evaluate again with --save-masks") from error
-    stated = next(row["paper.dice"] for row in receipt.images if row["id"] == record_id)
+    stated = dict(zip((row.id for row in receipt.images), receipt.per_image("dice"), strict=True))[record_id]
     counts = pixel_counts(mask.astype(bool), truth.astype(bool)) if mask.shape == truth.shape else None
     if counts is None or abs(float(standard_scores(*counts)["dice"]) - stated) > 1e-6:
         raise UsageError(f"{path} is not the mask that {receipt.path} scored: give the masks of the same evaluation")

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from polypseg import zoo
-from polypseg.evaluation.receipt_reading import Test, seen_words
+from polypseg.evaluation.receipt import ClusterCounts, Receipt, Test
+from polypseg.evaluation.receipt_reading import seen_words
 from polypseg.provenance.licence import ModelLicense, model_license
 from polypseg.provenance.origin import RANDOM_MARK, read_origin
 from polypseg.report.analysis import Analysis
@@ -17,7 +18,7 @@ from polypseg.report.document import render_document
 from polypseg.report.figures import Picture
 from polypseg.report.gallery import Gallery
 from polypseg.report.other_results import Document
-from polypseg.report.receipts import Material, Receipt, entry_of
+from polypseg.report.receipts import Material, entry_of
 from polypseg.report.tables import METRIC_TITLES, metric_cell, slug
 from polypseg.report.wording import no_verdict, number, rank_change_verdict
 from polypseg.tables import Cell, Column, Table
@@ -75,7 +76,7 @@ def render_page(
             "receipts": len(material.receipts),
             "seeds": sorted({len(material.used(m, t)) for m in material.models for t in material.tests} - {0}),
         },
-        bootstrap=material.receipts[0].content["bootstrap"],
+        bootstrap=material.receipts[0].bootstrap,
         compared_seeds=analysis.seeds,
         tables=tables,
         pictures=pictures,
@@ -86,7 +87,7 @@ def render_page(
         documents=documents,
         models=[model_section(analysis, model) for model in material.models],
         missing=material.missing(),
-        definitions=material.receipts[0].content["definitions"],
+        definitions=material.receipts[0].definitions,
     )
 
 
@@ -141,17 +142,16 @@ def sample_table(analysis: Analysis) -> Table:
         role = "in distribution" if inside else "out of distribution" if outside else ""
         return Cell(material.test_title(test), role)
 
-    def clusters(test: Test) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = next(r for r in material.receipts if r.test == test).content["clusters"]
-        return found
+    def clusters(test: Test) -> ClusterCounts:
+        return next(receipt for receipt in material.receipts if receipt.test == test).clusters
 
     def images(test: Test) -> Cell:
-        merged = clusters(test)["repeats_merged"]
-        return Cell(str(clusters(test)["images"]), f"{merged} repeats merged" if merged else "")
+        merged = clusters(test).repeats_merged
+        return Cell(str(clusters(test).images), f"{merged} repeats merged" if merged else "")
 
     def drawn_as(test: Test) -> str:
-        unit = "video clips" if clusters(test)["by"] == "clip" else "images"
-        return f"{clusters(test)['clusters']} {unit}"
+        unit = "video clips" if clusters(test).by == "clip" else "images"
+        return f"{clusters(test).clusters} {unit}"
 
     def worth(test: Test) -> str:
         means = [mean for (_, t, metric), mean in analysis.means.items() if t == test and metric == "dice"]
@@ -222,7 +222,7 @@ def _row_title(receipt: Receipt) -> str:
 
 def _seen(receipts: Sequence[Receipt]) -> str:
     """What the weights are known to have seen of a test, once for all seeds that agree."""
-    return ". ".join(dict.fromkeys(seen_words(receipt.content) for receipt in receipts))
+    return ". ".join(dict.fromkeys(seen_words(receipt) for receipt in receipts))
 
 
 def _scores_table(analysis: Analysis, model: str, tests: Sequence[Test]) -> Table:
@@ -246,6 +246,6 @@ def _scores_table(analysis: Analysis, model: str, tests: Sequence[Test]) -> Tabl
 
 
 def _worst(used: Sequence[Receipt]) -> list[tuple[str, str]]:
-    dice = np.mean([receipt.scores("dice") for receipt in used], axis=0)
+    dice = np.mean([receipt.per_image("dice") for receipt in used], axis=0)
     places = np.argsort(dice, kind="stable")[:WORST]
-    return [(str(used[0].images[place]["id"]), number(float(dice[place]), digits=2)) for place in places.tolist()]
+    return [(used[0].images[place].id, number(float(dice[place]), digits=2)) for place in places.tolist()]

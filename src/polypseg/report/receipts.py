@@ -3,112 +3,31 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from polypseg import zoo
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.evaluation.receipt import check_content, find_receipts, unpack
-from polypseg.evaluation.receipt_reading import CONVENTION, LIMITS, Test, test_of
-from polypseg.files import file_sha256
+from polypseg.evaluation.receipt import CONVENTION, Receipt, Test, find_receipts
+from polypseg.evaluation.receipt_reading import LIMITS
 from polypseg.provenance.origin import read_origin
 
 _OF_ONE_RUN = ("row", "seed", "sha256", "passport")
 """Fields of ``weights_origin`` that differ between runs of the same training."""
 
 
-@dataclass(frozen=True)
-class Receipt:
-    """One receipt file: one trained model on one part of one dataset."""
+def training_of(receipt: Receipt) -> str:
+    """How the weights were trained, without the seed and without the row that they stand for, as one line.
 
-    path: Path
-    content: Mapping[str, Any]
-    file_sha256: str
-    """Of the receipt file."""
-
-    @property
-    def name(self) -> str:
-        return str(self.content["name"])
-
-    @property
-    def model(self) -> Mapping[str, Any]:
-        """What the receipt says of the model; empty for predictions of unknown weights."""
-        return self.content["model"] or {}
-
-    @property
-    def weights_origin(self) -> Mapping[str, Any]:
-        return self.model.get("weights_origin") or {}
-
-    @property
-    def row(self) -> str:
-        """Id of the table's row, or the receipt's name where it belongs to none."""
-        return str(self.model.get("row") or self.name)
-
-    @property
-    def seed(self) -> int | None:
-        """Of the recipe; None where it is not known."""
-        return self.model.get("seed")
-
-    @property
-    def training(self) -> str:
-        """How the weights were trained, without the seed and without the row that they stand for, as one line.
-
-        Equal lines are repeated runs: rows that start at random with one recipe are runs of one model.
-        """
-        origin = {key: value for key, value in self.weights_origin.items() if key not in _OF_ONE_RUN}
-        changes = [change for change in origin.get("recipe_changes") or [] if not change.startswith("seed=")]
-        return json.dumps(origin | {"recipe_changes": changes}, sort_keys=True)
-
-    @property
-    def mean_dice(self) -> float:
-        """Over observations: images of equal pixels count once."""
-        return float(self.content["scores_by_cluster"][CONVENTION]["dice"]["mean"])
-
-    @property
-    def model_sha256(self) -> str | None:
-        return self.model.get("sha256")
-
-    @property
-    def test(self) -> Test:
-        return test_of(self.content)
-
-    @property
-    def dataset(self) -> Mapping[str, Any]:
-        return self.content["dataset"]  # type: ignore[no-any-return]
-
-    @property
-    def images(self) -> Sequence[Mapping[str, Any]]:
-        return self.content["images"]  # type: ignore[no-any-return]
-
-    def scores(self, metric: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """(N,) of one metric under CONVENTION, in the order of the receipt."""
-        return np.array([row[f"{CONVENTION}.{metric}"] for row in self.images], dtype=np.float64)
-
-    @property
-    def shows_polyps(self) -> bool:
-        """Whether any image of the test has a polyp; without one, only false alarms can be counted."""
-        return any(row["true"] for row in self.images)
-
-    @property
-    def seen_images(self) -> int | None:
-        """Images that collide with what the model saw; None where that was not checked."""
-        collisions = self.content["collisions"]
-        return None if collisions is None else int(collisions["colliding"])
-
-    @property
-    def has_calibration(self) -> bool:
-        """Whether it was made with the convention ``calibration``."""
-        return "calibration" in self.content["tables"]
-
-    def calibration(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """(2, bins, 3) sums over images: outside and inside the polyp, by bin: pixels, confidence, correct pixels."""
-        return unpack(self.content["tables"]["calibration"]).sum(axis=0)
+    Equal lines are repeated runs: rows that start at random with one recipe are runs of one model.
+    """
+    origin = {key: value for key, value in receipt.weights_origin.items() if key not in _OF_ONE_RUN}
+    changes = [change for change in origin.get("recipe_changes") or [] if not change.startswith("seed=")]
+    return json.dumps(origin | {"recipe_changes": changes}, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -203,7 +122,7 @@ class Material:
         groups: dict[str, list[Receipt]] = {}
         for receipt in self.receipts:
             if receipt.test == test and receipt.model_sha256:
-                groups.setdefault(receipt.training, []).append(receipt)
+                groups.setdefault(training_of(receipt), []).append(receipt)
         return [group for group in groups.values() if len(group) > 1]
 
     @cached_property
@@ -223,7 +142,7 @@ class Material:
 
     def test_title(self, test: Test) -> str:
         """``Kvasir-SEG, reference test part``."""
-        titles = (r.dataset["title"] for r in self.receipts if r.test == test)
+        titles = (r.dataset.title for r in self.receipts if r.test == test)
         return f"{next(titles, test[0])}, {part_words(test)}"
 
     def missing(self) -> list[str]:
@@ -298,20 +217,22 @@ def read_material(folder: Path, *, inside: Test, outside: Test) -> Material:
     Raises UsageError for a folder without receipts and for receipts of different images, models or scales under one
     name; PolypSegError for a receipt whose aggregates do not follow from its rows.
     """
-    receipts = [_checked(path, content) for path, content in find_receipts(folder).items()]
+    receipts = [_checked(receipt) for receipt in find_receipts(folder).values()]
     if not receipts:
         raise UsageError(f"{folder} holds no receipts: write some with `polypseg evaluate --suite`")
     _refuse_mixtures(receipts)
     return Material(tuple(receipts), inside=inside, outside=outside)
 
 
-def _checked(path: Path, content: Mapping[str, Any]) -> Receipt:
-    problems = check_content(content)
+def _checked(receipt: Receipt) -> Receipt:
+    problems = receipt.differences()
     if problems:
-        raise PolypSegError(f"{path} is refused: {problems[0]}: evaluate again")
-    if CONVENTION not in content["definitions"]:
-        raise UsageError(f"{path} lacks the convention {CONVENTION!r}, which the report states: evaluate again with it")
-    return Receipt(path, content, file_sha256(path))
+        raise PolypSegError(f"{receipt.path} is refused: {problems[0]}: evaluate again")
+    if CONVENTION not in receipt.definitions:
+        raise UsageError(
+            f"{receipt.path} lacks the convention {CONVENTION!r}, which the report states: evaluate again with it"
+        )
+    return receipt
 
 
 def _refuse_mixtures(receipts: Iterable[Receipt]) -> None:
@@ -330,9 +251,9 @@ def _must_agree(a: Receipt, b: Receipt) -> list[tuple[bool, str, tuple[Any, Any]
     same_model = a.row == b.row
     same_run = same_model and a.seed == b.seed and bool(a.model_sha256 and b.model_sha256)
     return [
-        (a.test[0] == b.test[0], "the dataset’s content", (a.dataset["content_id"], b.dataset["content_id"])),
+        (a.test[0] == b.test[0], "the dataset’s content", (a.dataset.content_id, b.dataset.content_id)),
         (a.test == b.test, "the number of images", (len(a.images), len(b.images))),
-        (a.test == b.test, "the images", (a.dataset["manifest"], b.dataset["manifest"])),
+        (a.test == b.test, "the images", (a.dataset.manifest, b.dataset.manifest)),
         (same_model, "the model", (a.weights_origin.get("model_id"), b.weights_origin.get("model_id"))),
         (
             bool(a.weights_origin and b.weights_origin),

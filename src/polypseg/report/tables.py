@@ -7,9 +7,9 @@ from itertools import starmap
 from typing import Any, NamedTuple
 
 from polypseg import zoo
-from polypseg.evaluation.receipt_reading import Test
+from polypseg.evaluation.receipt import FalseAlarms, Receipt, Test
 from polypseg.report.analysis import SIDES, Analysis
-from polypseg.report.receipts import Material, Receipt, entry_of, part_words
+from polypseg.report.receipts import Material, entry_of, part_words
 from polypseg.report.wording import between, number, percent, rank, short_p
 from polypseg.statistics import Comparison, Interval
 from polypseg.statistics.scores import METRICS
@@ -38,9 +38,9 @@ def slug(*words: str) -> str:
 
 def receipt_line(receipt: Receipt) -> str:
     """File, digest, revision and versions of a receipt, in a line."""
-    environment = receipt.content["environment"]
-    versions = environment["versions"]
-    revision = str(environment["git_revision"] or "no revision")[:_SHORT]
+    environment = receipt.environment
+    versions = environment.versions
+    revision = (environment.git_revision or "no revision")[:_SHORT]
     seed = "" if receipt.seed is None else f"seed {receipt.seed}, "
     tools = ", ".join(f"{name} {versions[name]}" for name in ("polypseg", "torch") if name in versions)
     return f"{receipt.path.name}: {seed}sha256 {receipt.file_sha256[:_SHORT]}, git {revision}, {tools}"
@@ -205,7 +205,7 @@ def _test_of(record: Mapping[str, Any]) -> Test:
 def _test_column(material: Material) -> Column:
     def cell(record: Mapping[str, Any]) -> Cell:
         test = _test_of(record)
-        title = material.used(record["model"], test)[0].dataset["title"]
+        title = material.used(record["model"], test)[0].dataset.title
         return Cell(title, part_words(test), sort=material.test_title(test))
 
     return Column("Test", "", cell, numeric=False, smallest_first=True)
@@ -258,7 +258,15 @@ def alarm_table(material: Material) -> Table:
             if used := _with_alarms(material, model, test):
                 names = dict(zip(("dataset", "split", "part"), test, strict=True))
                 digests = " ".join(r.file_sha256 for r in used)
-                records.append({**names, "model": model, "seeds": len(used), **_alarm_facts(used), "receipts": digests})
+                records.append(
+                    {
+                        **names,
+                        "model": model,
+                        "seeds": len(used),
+                        **_alarm_facts([r.false_alarms for r in used if r.false_alarms]),
+                        "receipts": digests,
+                    }
+                )
     areas = sorted({record["minimal_area_pixels"] for record in records})
 
     def frames(record: Mapping[str, Any]) -> Cell:
@@ -293,29 +301,27 @@ def alarm_table(material: Material) -> Table:
 
 
 def _with_alarms(material: Material, model: str, test: Test) -> list[Receipt]:
-    return [r for r in material.used(model, test) if r.content["false_alarms"] is not None]
+    return [r for r in material.used(model, test) if r.false_alarms is not None]
 
 
-def _alarm_facts(used: Sequence[Receipt]) -> dict[str, Any]:
+def _alarm_facts(facts: Sequence[FalseAlarms]) -> dict[str, Any]:
     """False alarms of one model's training runs on a test."""
-    facts = [r.content["false_alarms"] for r in used]
-    rates = [fact["per_100_frames"] for fact in facts]
-    runs = [rate["mean"] for rate in rates]
+    rates = [fact.per_100_frames for fact in facts]
+    runs = [rate.mean for rate in rates]
     return {
-        "minimal_area_pixels": facts[0]["minimal_area_pixels"],
-        "frames": facts[0]["frames"],
+        "minimal_area_pixels": facts[0].minimal_area_pixels,
+        "frames": facts[0].frames,
         "per_100_frames": sum(runs) / len(runs),
-        "low": min(rate["low"] for rate in rates),
-        "high": max(rate["high"] for rate in rates),
+        "low": min(rate.low for rate in rates),
+        "high": max(rate.high for rate in rates),
         "least_run": min(runs),
         "greatest_run": max(runs),
-        "predicted_share": sum(fact["predicted_share"]["mean"] for fact in facts) / len(facts),
+        "predicted_share": sum(fact.predicted_share.mean for fact in facts) / len(facts),
     }
 
 
 def _units(receipt: Receipt) -> str:
-    clusters = receipt.content["clusters"]
-    return f"{clusters['clusters']} clips" if clusters["by"] == "clip" else ""
+    return f"{receipt.clusters.clusters} clips" if receipt.clusters.by == "clip" else ""
 
 
 def _interval_cell(value: Interval, *, signed: bool = False, **more: Any) -> Cell:
@@ -477,8 +483,9 @@ def calibration_table(analysis: Analysis) -> Table:
         return [r for r in material.used(model, test) if r.has_calibration]
 
     def mean(model: str, test: Test, output: str) -> float | None:
-        values = [r.content["scores"]["calibration"][output]["mean"] for r in used(model, test)]
-        return None if not values or None in values else sum(values) / len(values)
+        means = [r.scores["calibration"][output].mean for r in used(model, test)]
+        values = [mean for mean in means if mean is not None]
+        return sum(values) / len(values) if values and len(values) == len(means) else None
 
     def column(test: Test, output: str) -> Column:
         def cell(record: Mapping[str, Any]) -> Cell:
@@ -509,7 +516,7 @@ def receipt_table(material: Material) -> Table:
             first.setdefault(_receipt_anchor(receipt), receipt)
 
     def fields(receipt: Receipt) -> dict[str, Any]:
-        environment = receipt.content["environment"]
+        environment = receipt.environment
         return {
             "model": material.label(receipt.row),
             "test": material.test_title(receipt.test),
@@ -519,9 +526,9 @@ def receipt_table(material: Material) -> Table:
             "folder": receipt.name,
             "receipt_sha256": receipt.file_sha256,
             "weights_sha256": receipt.model_sha256,
-            "content_id": receipt.dataset["content_id"],
-            "git_revision": environment["git_revision"],
-            **environment["versions"],
+            "content_id": receipt.dataset.content_id,
+            "git_revision": environment.git_revision,
+            **environment.versions,
         }
 
     def model_cell(receipt: Receipt) -> Cell:
@@ -531,13 +538,13 @@ def receipt_table(material: Material) -> Table:
 
     def test_cell(receipt: Receipt) -> Cell:
         title = material.test_title(receipt.test)
-        return Cell(title, f"n = {len(receipt.images)}, content {receipt.dataset['content_id']}", sort=title)
+        return Cell(title, f"n = {len(receipt.images)}, content {receipt.dataset.content_id}", sort=title)
 
     def computed_with(receipt: Receipt) -> Cell:
-        environment = receipt.content["environment"]
-        versions = environment["versions"]
+        environment = receipt.environment
+        versions = environment.versions
         return Cell(
-            str(environment["git_revision"] or "none")[:_SHORT],
+            str(environment.git_revision or "none")[:_SHORT],
             f"polypseg {versions.get('polypseg', '?')}, torch {versions.get('torch', '?')}",
             title=", ".join(f"{name} {version}" for name, version in versions.items()),
         )

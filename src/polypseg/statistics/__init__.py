@@ -14,7 +14,7 @@ from polypseg.statistics.intervals import (
 from polypseg.statistics.rankings import Agreement, RankChange, Ranking, agreement_row, analyse_rank_change
 from polypseg.statistics.resampling import RESAMPLES, Draws, draw_both, draw_means
 from polypseg.statistics.runs import RunVariation, run_variation, widened
-from polypseg.statistics.scores import ScoreSet, read_score_set, score_set
+from polypseg.statistics.scores import ScoreSet, score_set
 
 __all__ = [
     "RESAMPLES",
@@ -42,7 +42,6 @@ __all__ = [
     "intra_cluster_correlation",
     "mean_intervals",
     "mean_rows",
-    "read_score_set",
     "run_variation",
     "sample_weights",
     "score_set",

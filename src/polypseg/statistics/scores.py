@@ -2,19 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from polypseg.errors import UsageError, unknown_name
-
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
-_CONVENTION = "paper"
-"""Of a metric that names none."""
+METRICS = ("dice", "iou", "precision", "recall")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,73 +124,3 @@ def _numbers(labels: Sequence[str | int]) -> Ints:
     """Labels as numbers 0, 1, ... in order of first appearance."""
     known: dict[str | int, int] = {}
     return np.array([known.setdefault(label, len(known)) for label in labels], dtype=np.int64)
-
-
-def read_score_set(
-    results: Mapping[str, Sequence[Mapping[str, Any]]],
-    *,
-    metric: str = "dice",
-    repeats: Sequence[Sequence[str]] = (),
-) -> ScoreSet:
-    """Scores from the contents of receipts: model id -> one content a seed.
-
-    metric: a column of the images' rows, ``convention.output``, such as ``paper.dice``;
-    without a convention ``paper`` is meant. Frames of known clips are clustered by clip. repeats: groups of ids that
-    show the same frame, beside images of equal pixels, which receipts tell by themselves. Raises UsageError when the
-    receipts are not of the same images, and for a column that they do not have or that some images leave undefined.
-    """
-    contents = [content for seeds in results.values() for content in seeds]
-    if not contents or not all(results.values()):
-        raise UsageError("models can be compared only by results: each needs at least one receipt")
-    if len({len(seeds) for seeds in results.values()}) > 1:
-        counts = ", ".join(f"{name} {len(seeds)}" for name, seeds in results.items())
-        raise UsageError(f"models are compared with as many seeds each, not {counts}: leave the surplus out")
-    first = contents[0]
-    ids = [row["id"] for row in first["images"]]
-    for content in contents[1:]:
-        _check_same_images(first, content, ids)
-    return score_set(
-        {name: np.array([_column(content, metric) for content in seeds]) for name, seeds in results.items()},
-        title=f"{first['dataset']['title']}, {first['dataset']['split']} {first['dataset']['part']}",
-        clusters=_clips(first),
-        repeats=_repeats(first, ids, repeats),
-    )
-
-
-def _column(content: Mapping[str, Any], metric: str) -> list[float]:
-    """One score an image."""
-    wanted, rows = metric if "." in metric else f"{_CONVENTION}.{metric}", content["images"]
-    columns = [key for key in rows[0] if "." in key]
-    if wanted not in columns:
-        raise unknown_name("metric", metric, [*METRICS, *columns])
-    values = [row[wanted] for row in rows]
-    undefined = sum(value is None for value in values)
-    if undefined:
-        raise UsageError(f"{wanted} is undefined on {undefined} of {len(rows)} images: choose another metric")
-    return values
-
-
-def _clips(content: Mapping[str, Any]) -> list[str] | None:
-    """The clip of each image; None where the receipt does not know all of them."""
-    clips = [row["clip"] for row in content["images"]]
-    return None if None in clips else clips
-
-
-def _repeats(content: Mapping[str, Any], ids: Sequence[str], groups: Sequence[Sequence[str]]) -> list[str]:
-    """A label an image, shared by repeats: by the given groups, else by equal pixels."""
-    labels = dict(zip(ids, content["manifest"]["pixels"], strict=True))
-    labels |= {record_id: f"group {number}" for number, group in enumerate(groups) for record_id in group}
-    return [labels[record_id] for record_id in ids]
-
-
-def _check_same_images(first: Mapping[str, Any], other: Mapping[str, Any], ids: list[str]) -> None:
-    names = [f"{content['name']} on {content['dataset']['title']}" for content in (first, other)]
-    for what, a, b in (
-        ("the images", ids, [row["id"] for row in other["images"]]),
-        ("the content of the images", first["dataset"]["manifest"], other["dataset"]["manifest"]),
-    ):
-        if a != b:
-            raise UsageError(f"{names[0]} and {names[1]} differ in {what}: evaluate both again on the same images")
-
-
-METRICS = ("dice", "iou", "precision", "recall")

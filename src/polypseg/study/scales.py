@@ -20,8 +20,7 @@ from polypseg import plotting, zoo
 from polypseg.data.polyps import PolypDataset, SyntheticOptions, open_dataset
 from polypseg.errors import UsageError, unknown_name
 from polypseg.evaluation.evaluate import score_predictions
-from polypseg.evaluation.receipt import BY_CLUSTER, read_receipt, receipt_path
-from polypseg.evaluation.receipt_reading import CONVENTION, scores_of
+from polypseg.evaluation.receipt import BY_CLUSTER, CONVENTION, Receipt, read_receipt, read_score_set, receipt_path
 from polypseg.files import environment_record, file_sha256, sole_writer, write_csv, write_json
 from polypseg.inference.model import load_model, predict_masks
 from polypseg.inference.predictors import ModelPredictions
@@ -35,7 +34,6 @@ from polypseg.statistics import (
     agreement_row,
     analyse_rank_change,
     generalisation_gaps,
-    read_score_set,
 )
 from polypseg.statistics.scores import METRICS
 from polypseg.tables import Column, Table
@@ -282,8 +280,8 @@ def _is_current(plan: StudyPlan, job: Job, test: Test) -> bool:
     if not path.is_file():
         return False
     receipt = read_receipt(path)
-    same_weights = receipt["model"]["sha256"] == _weights_digest(plan, job)
-    return bool(same_weights and receipt["dataset"]["manifest"] == _manifest(plan, test).digest)
+    same_weights = receipt.model_sha256 == _weights_digest(plan, job)
+    return same_weights and receipt.dataset.manifest == _manifest(plan, test).digest
 
 
 # -- the report -------------------------------------------------------------------------------------------------------
@@ -298,15 +296,15 @@ def rank(values: dict[str, float]) -> dict[str, int]:
 class Comparison:
     """What the receipts of several models on both sets say."""
 
-    results: Mapping[str, Sequence[dict[str, Any]]]
-    """Model id -> contents of its (in-distribution, out-of-distribution) receipts."""
+    results: Mapping[str, Sequence[Receipt]]
+    """Model id -> its (in-distribution, out-of-distribution) receipts."""
     gaps: tuple[Gap, ...]
     """Of the Dice, one a model, in the order of ``results``."""
     change: RankChange | None
     """Of the ranking by Dice; None for fewer than RANKED models."""
 
     @classmethod
-    def of(cls, results: Mapping[str, Sequence[dict[str, Any]]]) -> "Comparison":
+    def of(cls, results: Mapping[str, Sequence[Receipt]]) -> "Comparison":
         """Compare receipts of the same images. Raises UsageError where they are of different ones."""
         inside, outside = (_dice(results, where) for where in (0, 1))
         change = analyse_rank_change(inside, outside) if len(results) >= RANKED else None
@@ -317,24 +315,24 @@ class Comparison:
 
         Every mean and gap has its interval by cluster. A positive change of rank is a rise.
         """
-        dice = {name: [scores_of(result)["dice"] for result in pair] for name, pair in self.results.items()}
-        inside, outside = (rank({name: pair[k]["mean"] for name, pair in dice.items()}) for k in (0, 1))
+        dice = {name: [result.mean_dice for result in pair] for name, pair in self.results.items()}
+        inside, outside = (rank({name: pair[k] for name, pair in dice.items()}) for k in (0, 1))
         rows = []
         for (name, pair), gap in zip(self.results.items(), self.gaps, strict=True):
             row: dict[str, Any] = {"model": name, "start": starts[name]}
             for where, result in zip(("in", "out"), pair, strict=True):
                 for metric in METRICS:
-                    value = scores_of(result)[metric]
-                    row |= {f"{where}_m{metric}": value["mean"]}
-                    row |= {f"{where}_m{metric}_low": value["low"], f"{where}_m{metric}_high": value["high"]}
-                row[f"{where}_effective_n"] = scores_of(result)["dice"]["effective_size"]
+                    value = result.stated[metric]
+                    row |= {f"{where}_m{metric}": value.mean}
+                    row |= {f"{where}_m{metric}_low": value.low, f"{where}_m{metric}_high": value.high}
+                row[f"{where}_effective_n"] = result.stated["dice"].effective_size
             row |= gap.gap.cells("gap_mdice")
             row |= {"rank_in": inside[name], "rank_out": outside[name], "rank_change": inside[name] - outside[name]}
             rows.append(row)
         return rows
 
 
-def _dice(results: Mapping[str, Sequence[dict[str, Any]]], where: int) -> ScoreSet:
+def _dice(results: Mapping[str, Sequence[Receipt]], where: int) -> ScoreSet:
     return read_score_set({name: [pair[where]] for name, pair in results.items()}, metric=f"{CONVENTION}.dice")
 
 
@@ -348,7 +346,7 @@ def write_report(plan: StudyPlan, jobs: Sequence[Job], tests: Sequence[Test], *,
     titles = [f"{dataset.spec.title}, {split} {part}" for dataset, split, part in tests]
     note = _caveat(plan, jobs, tests)
     figures = plan.output / "figures"
-    dice = {name: [_per_image_dice(result) for result in pair] for name, pair in results.items()}
+    dice = {name: [result.per_image("dice") for result in pair] for name, pair in results.items()}
     short = [dataset.spec.title for dataset, _, _ in tests]
     plotting.plot_dice_distributions(
         dice, labels=labels, titles=short, note=note, path=figures / "dice_distributions.png"
@@ -404,10 +402,6 @@ def _caveat(plan: StudyPlan, jobs: Sequence[Job], tests: Sequence[Test]) -> str:
             f"{substituted} of {len(jobs)} rows start at random for want of weights: pretraining is not compared"
         )
     return "; ".join(parts) + "."
-
-
-def _per_image_dice(result: dict[str, Any]) -> NDArray[np.float64]:
-    return np.array([row[f"{CONVENTION}.dice"] for row in result["images"]])
 
 
 def _draw_overlays(

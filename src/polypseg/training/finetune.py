@@ -371,7 +371,7 @@ class _Run:
         """One optimiser step; returns the loss over the global batch. Raises PolypSegError if it is not finite."""
         recipe = self.recipe.training
         output = self.model(**batch)
-        dice = output.loss if self.negatives is None else _dice_of_polyps(output.logits[:, 1], batch["labels"])
+        dice = output.loss if self.negatives is None else dice_of_polyps(output.logits[:, 1], batch["labels"])
         loss = recipe.dice_weight * dice
         if recipe.bce_weight:
             loss = loss + recipe.bce_weight * F.binary_cross_entropy_with_logits(
@@ -459,7 +459,7 @@ def _leading_stages(model: nn.Module, count: int) -> list[nn.Module]:
     return [encoder.conv_stem, encoder.bn1, *list(encoder.blocks)[: count - 1]]
 
 
-def _dice_of_polyps(logits: Tensor, labels: Tensor) -> Tensor:
+def dice_of_polyps(logits: Tensor, labels: Tensor) -> Tensor:
     """The soft Dice loss of the images that show a polyp, averaged over all: an empty mask gives it no gradient."""
     shown = labels.amax((1, 2)) > 0.5
     if not shown.any():
