@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 from typer import Option
 
 from local_hub.process import HubProcess, running_hub
@@ -30,6 +29,7 @@ from polypseg.cli.console import print_table, run_script
 from polypseg.data.synthetic import CAMERAS, synthesise_frame
 from polypseg.files import environment_record, write_json
 from polypseg.inference.model import build_image_processor, predicted_mask
+from polypseg.tables import Column, Table
 from reference_files import write_reference_file
 
 TESTS = Path(__file__).resolve().parent
@@ -122,10 +122,10 @@ def main(
         shutil.rmtree(work)
         Console(stderr=True).print(rows[-1])
     write_json(output / "hub_round_trip.json", {"rows": rows, "environment": environment_record()})
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{v:.1e}" if isinstance(v, float) and 0 < v < 1e-2 else str(v) for v in row.values()))
-    print_table(table)
+    columns = [
+        Column(key, key, lambda v: f"{v:.1e}" if isinstance(v, float) and 0 < v < 1e-2 else str(v)) for key in rows[0]
+    ]
+    print_table(Table(columns=columns, records=rows))
     if not all(row["ok"] for row in rows):
         raise SystemExit("at least one row did not come back as it was")
 

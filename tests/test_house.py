@@ -8,7 +8,7 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "polypseg"
 FLOORS = (
     ("modeling",),
-    ("errors", "files", "zoo", "recipe", "plotting", "auto_classes"),
+    ("errors", "files", "zoo", "recipe", "plotting", "tables", "auto_classes"),
     ("data", "statistics"),
     ("provenance",),
     ("inference",),

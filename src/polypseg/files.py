@@ -264,12 +264,17 @@ def write_json(path: Path, content: Any) -> Path:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write rows that share their keys as a CSV table with a header, in one step; texts as ``to_cell`` gives them."""
+    """Write ``csv_text`` of rows in one step and return the path."""
+    return write_text(path, csv_text(rows))
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows that share their keys as CSV with a header; texts as ``to_cell`` gives them."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: to_cell(value) for key, value in row.items()} for row in rows)
-    return write_text(path, text.getvalue())
+    return text.getvalue()
 
 
 def to_cell(value: Any) -> Any:

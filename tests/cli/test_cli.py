@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import typer
 from PIL import Image
-from rich.table import Table
 
 from polypseg import __version__, zoo
 from polypseg.cli.app import COMMANDS, app
 from polypseg.cli.console import print_table, run_app, run_script
 from polypseg.data.catalog import DATASETS
 from polypseg.errors import PolypSegError
+from polypseg.tables import Column, Table
 from polypseg.zoo import ZOO
 
 BODY = np.random.default_rng(0).bytes(100_000)
@@ -401,9 +401,9 @@ def test_json_is_all_that_is_printed(polypseg):
 def test_a_narrow_terminal_drops_optional_columns_and_says_so(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    table = Table("name", "what it is", "where")
-    table.add_row("a", "x" * 20, "https://example.org/a/long/address")
-    print_table(table, wide=False, optional=("what it is", "where"))
+    columns = [Column("name", "name"), *(Column(key, key, optional=True) for key in ("what it is", "where"))]
+    row = {"name": "a", "what it is": "x" * 20, "where": "https://example.org/a/long/address"}
+    print_table(Table(columns=columns, records=[row]), wide=False)
     shown = capsys.readouterr().out
     assert "example.org" not in shown and "xxxx" in shown and "left out on this narrow screen: where" in shown
-    print_table(Table("name", "where"), wide=True)
+    print_table(Table(columns=[columns[0], columns[2]], records=[]), wide=True)

@@ -3,7 +3,7 @@
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,9 @@ from polypseg.errors import PolypSegError, missing_package
 
 if TYPE_CHECKING:
     import typer
-    from rich.table import Table
+    from rich.table import Table as RichTable
+
+    from polypseg.tables import Table
 
 
 @contextmanager
@@ -56,41 +58,39 @@ def run_script(function: Callable[..., Any]) -> None:
     run_app(script)
 
 
-def print_table(table: "Table", *, wide: bool = True, optional: Sequence[str] = ()) -> None:
+def print_table(table: "Table", *, wide: bool = True) -> None:
     """Print a table without cutting any cell: names and addresses are there to be copied.
 
-    Unless ``wide``, on a terminal that is too narrow the ``optional`` columns are dropped, the last first, which the
+    Unless ``wide``, on a terminal that is too narrow the optional columns are dropped, the last first, which the
     line below the table says; what is still too wide is folded.
     """
     from rich.console import Console
 
     console = Console()
     whole = wide or not console.is_terminal
-    dropped = [] if whole else _drop_columns(table, console, optional)
+    dropped = [] if whole else _columns_to_drop(table, console)
+    shown = table.without(dropped).rich(no_wrap=whole)
     if whole:
-        for column in table.columns:
-            column.no_wrap = True
-        console.width = max(console.width, _width(table, console))
+        console.width = max(console.width, _width(shown, console))
     else:
-        for column in table.columns:
+        for column in shown.columns:
             column.overflow = "fold"
-    console.print(table, soft_wrap=whole)
+    console.print(shown, soft_wrap=whole)
     if dropped:
         print(f"columns left out on this narrow screen: {', '.join(dropped)}; --wide shows them")
 
 
-def _width(table: "Table", console: Any) -> int:
+def _width(table: "RichTable", console: Any) -> int:
     return int(console.measure(table, options=console.options.update(width=1000)).maximum)
 
 
-def _drop_columns(table: "Table", console: Any, optional: Sequence[str]) -> list[str]:
-    """Take optional columns out of a table until it fits; their headings."""
+def _columns_to_drop(table: "Table", console: Any) -> list[str]:
+    """Headings of the optional columns without which a table fits, as few as do."""
     dropped: list[str] = []
-    for heading in reversed(optional):
-        if _width(table, console) <= console.width:
+    for column in reversed([column for column in table.columns if column.optional]):
+        if _width(table.without(dropped).rich(), console) <= console.width:
             break
-        table.columns = [column for column in table.columns if column.header != heading]
-        dropped.insert(0, heading)
+        dropped.insert(0, column.title)
     return dropped
 
 

@@ -31,12 +31,16 @@ def list_datasets(wide: WideOption = False, as_json: JsonOption = False) -> None
     if as_json:
         print_json(rows)
         return
-    from rich.table import Table
+    from polypseg.tables import Column, Table
 
-    table = Table(*rows[0], title="Datasets")
-    for row in rows:
-        table.add_row(*("any" if value is None else str(value) for value in row.values()))
-    print_table(table, wide=wide, optional=("terms", "how to get it"))
+    columns = [
+        Column("name", "name"),
+        Column("dataset", "dataset"),
+        Column("images", "images", lambda count: "any" if count is None else str(count)),
+        Column("terms", "terms", optional=True),
+        Column("how to get it", "how to get it", optional=True),
+    ]
+    print_table(Table(columns=columns, records=rows, title="Datasets"), wide=wide)
 
 
 @data_app.command("get")

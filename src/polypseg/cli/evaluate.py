@@ -1,6 +1,7 @@
 """Commands that score: any source of predictions by every metric convention, receipts, published pairs of numbers."""
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
@@ -214,14 +215,29 @@ _DONE = {Seen.report: "They were tested all the same.", Seen.exclude: "They were
 
 
 def _print_scores(receipt: "Receipt", *, wide: bool) -> None:
-    from rich.table import Table
+    from polypseg.tables import Column, Table
 
+    columns = [
+        Column("convention", "convention"),
+        Column("score", "score"),
+        Column("mean", "mean", _mean),
+        Column("95 % interval over images", "", lambda row: _bounds(row["low"], row["high"])),
+        Column("n", "n", optional=True),
+    ]
     title = f"{receipt.name}: {receipt.dataset.title}, {receipt.dataset.split} {receipt.dataset.part}"
-    table = Table("convention", "score", "mean", "95 % interval over images", "n", title=title)
-    for convention, scores in receipt.scores.items():
-        for score, value in scores.items():
-            table.add_row(convention, score, _mean(value.mean), _bounds(value.low, value.high), str(value.n))
-    print_table(table, wide=wide, optional=("n",))
+    records = [
+        {
+            "convention": convention,
+            "score": score,
+            "mean": value.mean,
+            "low": value.low,
+            "high": value.high,
+            "n": value.n,
+        }
+        for convention, scores in receipt.scores.items()
+        for score, value in scores.items()
+    ]
+    print_table(Table(columns=columns, records=records, title=title), wide=wide)
 
 
 def _print_seen(result: "SuiteResult", receipt: "Receipt") -> None:
@@ -263,24 +279,40 @@ def _evaluate_suite(
 
 
 def _print_suite(name: str, outcomes: "list[Outcome]", *, wide: bool) -> None:
-    from rich.table import Table
+    from polypseg.tables import Column, Table
 
-    columns = ("test", "n", "clusters", "Dice", "95 % interval by cluster", "false alarms per 100 frames", "seen")
-    table = Table(*columns, title=f"{name}: the generalisation suite")
-    for o in outcomes:
-        if o.status != "tested":
-            table.add_row(o.test, "", "", o.status, "", "", "")
-            continue
-        alarms = ""
-        if o.false_alarms_per_100 is not None:
-            alarms = f"{o.false_alarms_per_100:.1f} [{o.false_alarms_low:.1f}, {o.false_alarms_high:.1f}]"
-        seen = "unknown" if o.seen_images is None else str(o.seen_images)
-        mean = "" if o.dice is None else f"{o.dice:.4f}"
-        table.add_row(o.test, str(o.n), str(o.clusters or ""), mean, _bounds(o.dice_low, o.dice_high), alarms, seen)
-    print_table(table, wide=wide, optional=("clusters", "seen"))
+    def of_tested(words: Callable[["Outcome"], str]) -> Callable[["Outcome"], str]:
+        return lambda o: words(o) if o.status == "tested" else ""
+
+    columns = [
+        Column("test", "test"),
+        Column("n", "", of_tested(lambda o: str(o.n))),
+        Column("clusters", "", of_tested(lambda o: str(o.clusters or "")), optional=True),
+        Column("Dice", "", _suite_dice),
+        Column("95 % interval by cluster", "", of_tested(lambda o: _bounds(o.dice_low, o.dice_high))),
+        Column("false alarms per 100 frames", "", of_tested(_alarms)),
+        Column(
+            "seen", "", of_tested(lambda o: "unknown" if o.seen_images is None else str(o.seen_images)), optional=True
+        ),
+    ]
+    print_table(Table(columns=columns, records=outcomes, title=f"{name}: the generalisation suite"), wide=wide)
     for o in outcomes:
         if o.status != "tested":
             print(f"{o.test}: {o.status}: {o.reason}")
+
+
+def _suite_dice(outcome: "Outcome") -> str:
+    """Mean Dice of a test; what became of a test that was not made."""
+    if outcome.status != "tested":
+        return outcome.status
+    return "" if outcome.dice is None else f"{outcome.dice:.4f}"
+
+
+def _alarms(outcome: "Outcome") -> str:
+    if outcome.false_alarms_per_100 is None:
+        return ""
+    bounds = f"[{outcome.false_alarms_low:.1f}, {outcome.false_alarms_high:.1f}]"
+    return f"{outcome.false_alarms_per_100:.1f} {bounds}"
 
 
 def _files(predictions: Path, *, allow_missing: bool, name: str | None) -> "PredictionSource":

@@ -138,23 +138,20 @@ def push(
 
 
 def _print_plans(plans: "list[PublishPlan]") -> None:
-    from rich.table import Table
+    from polypseg.tables import Column, Table
 
-    table = Table("repository", "state", "licence", "tag", "to upload", "to delete", "official", title="Publish plan")
-    for plan in plans:
-        state = ("changes" if plan.changes_anything else "unchanged") if plan.exists else "new"
-        upload = f"{len(plan.uploads)} files, {plan.upload_bytes / 1e6:.1f} MB"
-        official = "yes" if plan.origin.official else f"no: {plan.origin.shortcomings[0]}"
-        table.add_row(
-            plan.repo_id + (" (private)" if plan.private else ""),
-            state,
-            plan.license,
-            plan.tag,
-            upload,
-            ", ".join(plan.deletions) or "-",
-            official,
-        )
-    print_table(table)
+    columns = [
+        Column("repository", "", lambda plan: plan.repo_id + (" (private)" if plan.private else "")),
+        Column(
+            "state", "", lambda plan: ("changes" if plan.changes_anything else "unchanged") if plan.exists else "new"
+        ),
+        Column("licence", "license"),
+        Column("tag", "tag"),
+        Column("to upload", "", lambda plan: f"{len(plan.uploads)} files, {plan.upload_bytes / 1e6:.1f} MB"),
+        Column("to delete", "deletions", lambda names: ", ".join(names) or "-"),
+        Column("official", "origin", lambda origin: "yes" if origin.official else f"no: {origin.shortcomings[0]}"),
+    ]
+    print_table(Table(columns=columns, records=plans, title="Publish plan"))
 
 
 def verify(

@@ -33,24 +33,28 @@ def models(
     as_json: JsonOption = False,
 ) -> None:
     """List the models: id, licence, results where there are any, where the pretraining weights come from."""
-    from rich.table import Table
-
     from polypseg import zoo
+    from polypseg.tables import Column, Table
 
     scores = _dice_by_model(results)
     columns = TESTS if scores else {}
     if as_json:
         print_json([_row_of(entry, scores) for entry in zoo.rows()])
         return
-    headings = ("short", "model id", "pretraining", "corpus", "licence", *columns, "weights", "licence stated at")
+    results_of = [Column(title, title, lambda shown: shown or NOT_EVALUATED) for title in columns]
+    headings = [
+        Column("short", "short_name", optional=True),
+        Column("model id", "model_id"),
+        Column("pretraining", "pretraining"),
+        Column("corpus", "corpus"),
+        Column("licence", "licence", optional=True),
+        *results_of,
+        Column("weights", "weights", optional=True),
+        Column("licence stated at", "licence_stated_at", optional=True),
+    ]
     for title, rows in (("The twelve models", zoo.ZOO), ("Extra models, not of the study", zoo.EXTRA)):
-        table = Table(*headings, title=title)
-        for entry in rows:
-            upstream = entry.upstream
-            cells = [scores.get((entry.model_id, test), NOT_EVALUATED) for test in columns.values()]
-            names = (entry.short_name, entry.model_id, zoo.METHODS[entry.method], zoo.CORPORA[entry.corpus])
-            table.add_row(*names, upstream.license, *cells, upstream.location, upstream.license_source)
-        print_table(table, wide=wide, optional=("short", "licence", "weights", "licence stated at"))
+        records = [row | row["results"] for row in (_row_of(entry, scores) for entry in rows)]
+        print_table(Table(columns=headings, records=records, title=title), wide=wide)
     for entry in zoo.EXTRA:
         print(f"{entry.short_name}: {entry.notes}")
     print("\n".join(_shipped_model(scores)))
@@ -58,10 +62,11 @@ def models(
         print(f"no receipts in {results}: name a folder of them with --results")
     others = sorted({name for name, _ in scores} - {row.model_id for row in zoo.rows()})
     if others:
-        more = Table("model id", *columns, title="Other models with results")
-        for name in others:
-            more.add_row(name, *(scores.get((name, test), NOT_EVALUATED) for test in columns.values()))
-        print_table(more, wide=wide)
+        records = [
+            {"model_id": name} | {title: scores.get((name, test)) for title, test in columns.items()} for name in others
+        ]
+        more = [Column("model id", "model_id"), *results_of]
+        print_table(Table(columns=more, records=records, title="Other models with results"), wide=wide)
 
 
 def _row_of(entry: "ZooEntry", scores: "dict[tuple[str, Test], str]") -> dict[str, Any]:

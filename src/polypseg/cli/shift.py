@@ -1,6 +1,6 @@
 """``polypseg shift``: how two datasets differ, and what each difference costs a model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,8 +44,6 @@ def measure(
     output: Output = Path("results/shift"),
 ) -> None:
     """Measure how two sets differ: colour, light, sharpness, border, polyps, compression, embedding, separability."""
-    from rich.table import Table
-
     from polypseg.files import sole_writer
     from polypseg.shift import compare_sets
     from polypseg.shift.embedding import open_embedding
@@ -59,12 +57,7 @@ def measure(
         )
         found = compare_sets(first.measured, second.measured)
         path = _write(output, f"{a}.{b}.measures", found.content(), list(found.measures))
-    table = Table("measure", "a", "b", "b - a", "95 % interval", "effect (d)", title=_title(found))
-    for row in found.measures:
-        bounds = "" if row["difference_low"] is None else f"{row['difference_low']:.4g} to {row['difference_high']:.4g}"
-        numbers = (f"{row[key]:.4g}" for key in ("mean_a", "mean_b", "difference"))
-        table.add_row(row["measure"], *numbers, bounds, f"{row['effect']:+.2f}")
-    print_table(table)
+    _print_comparison(found)
     print(_separability(found))
     print(f"numbers: {path}")
 
@@ -154,21 +147,48 @@ def _separability(found: "Comparison") -> str:
     return "; ".join(parts)
 
 
+def _print_comparison(found: "Comparison") -> None:
+    from polypseg.tables import Column, Table
+
+    columns = [
+        Column("measure", "measure"),
+        *(
+            Column(title, key, "{:.4g}".format)
+            for title, key in (("a", "mean_a"), ("b", "mean_b"), ("b - a", "difference"))
+        ),
+        Column("95 % interval", "", lambda row: _bounds(row, "difference", ".4g")),
+        Column("effect (d)", "effect", "{:+.2f}".format),
+    ]
+    print_table(Table(columns=columns, records=found.measures, title=_title(found)))
+
+
+def _bounds(row: Mapping[str, Any], key: str, how: str) -> str:
+    """An interval in words; empty where there is none."""
+    low, high = row[f"{key}_low"], row[f"{key}_high"]
+    return "" if low is None else f"{low:{how}} to {high:{how}}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
 def _print_attribution(found: "Attribution") -> None:
-    from rich.table import Table
+    from polypseg.tables import Column, Table
 
     (inside, outside), drop = found.titles, found.drop
     title = (
         f"{found.model}: {inside} (n = {found.sizes[0]}) toward {outside} (n = {found.sizes[1]}); mean Dice "
         f"{found.inside.estimate:.3f} and {found.outside.estimate:.3f}, drop {drop.estimate:+.3f}"
     )
-    columns = ("factor", "costs in mean Dice", "95 % interval", "p (Holm)", "share of the drop", "of its shift covered")
-    table = Table(*columns, title=title)
-    for row in found.rows():
-        bounds = "" if row["cost_low"] is None else f"{row['cost_low']:+.3f} to {row['cost_high']:+.3f}"
-        shares = ("-" if row[key] is None else f"{row[key]:.0%}" for key in ("share_of_drop", "covered"))
-        table.add_row(row["factor"], f"{row['cost']:+.3f}", bounds, f"{row['p_holm']:.3f}", *shares)
-    print_table(table)
+    columns = [
+        Column("factor", "factor"),
+        Column("costs in mean Dice", "cost", "{:+.3f}".format),
+        Column("95 % interval", "", lambda row: _bounds(row, "cost", "+.3f")),
+        Column("p (Holm)", "p_holm", "{:.3f}".format),
+        Column("share of the drop", "share_of_drop", _share),
+        Column("of its shift covered", "covered", _share),
+    ]
+    print_table(Table(columns=columns, records=found.rows(), title=title))
 
 
 def _write(folder: Path, name: str, content: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Path:

@@ -149,7 +149,7 @@ def _fill_grid(
     console = Console()
     waiting = [task for task in grid_tasks(grid, data) if not task.is_done()]
     if waiting:
-        console.print(cost_table(plan_cost(waiting)))
+        console.print(cost_table(plan_cost(waiting)).rich())
     if not only_plan:
         run_grid(grid, data, console=console)
 

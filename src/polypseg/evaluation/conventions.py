@@ -33,6 +33,7 @@ from polypseg.evaluation.aggregation import (
 from polypseg.evaluation.image_metrics import CALIBRATION_BINS, Floats
 from polypseg.evaluation.metrics import mean_with_interval
 from polypseg.statistics.scores import METRICS
+from polypseg.tables import Column, Table
 
 _RESAMPLES = 5000
 
@@ -308,8 +309,11 @@ def needed_measures(names: Iterable[str]) -> frozenset[str]:
 
 def conventions_markdown() -> str:
     """The table of definitions for the documentation: one row a convention."""
-    lines = ["| name | outputs | definition | empty masks | source |", "|---|---|---|---|---|"]
-    for c in CONVENTIONS.values():
-        cells = (f"`{c.name}`", ", ".join(c.outputs), c.formula, c.empty, c.source)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    columns = [
+        Column("name", "name", "`{}`".format),
+        Column("outputs", "outputs", ", ".join),
+        Column("definition", "formula"),
+        Column("empty masks", "empty"),
+        Column("source", "source"),
+    ]
+    return Table(columns=columns, records=list(CONVENTIONS.values())).markdown() + "\n"

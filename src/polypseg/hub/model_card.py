@@ -34,6 +34,7 @@ from polypseg.provenance.licence import DISCLAIMER, ModelLicense, model_license
 from polypseg.provenance.origin import Origin, finetuning_dataset, pretrained_entry
 from polypseg.recipe import Recipe, load_recipe
 from polypseg.statistics.scores import METRICS
+from polypseg.tables import Column, Table
 from polypseg.zoo import ZooEntry
 
 __all__ = ["CardFacts", "collect_facts", "lint_card", "load_card", "render_card", "render_pages", "write_pages"]
@@ -473,8 +474,7 @@ RUNS_MARKS = ("<!-- runs -->", "<!-- /runs -->")
 
 def starter_table(results: Path) -> str:
     """The shipped model's scores as Markdown, from its receipts in ``results``: a row per test, then false alarms."""
-    lines = ["| tested on | n | mDice | mIoU | mPrecision | mRecall |", "|---|---|---|---|---|---|"]
-    alarms = []
+    records, alarms = [], []
     receipts = find_receipts(results).values()
     for receipt in sorted(receipts, key=lambda receipt: (receipt.dataset.name != "kvasir_seg", receipt.n)):
         dataset, alarm = receipt.dataset, receipt.false_alarms
@@ -487,9 +487,16 @@ def starter_table(results: Path) -> str:
                 f"of at least {alarm.minimal_area_pixels} pixel(s)."
             )
             continue
-        cells = [cell_of(value) for value in receipt.stated.values()]
-        lines.append(f"| {dataset.title}{part} | {size_of(receipt)} | {' | '.join(cells)} |")
-    return "\n".join([*lines, *(["", *alarms] if alarms else [])])
+        records.append({"test": f"{dataset.title}{part}", "size": size_of(receipt), **receipt.stated})
+    columns = [
+        Column("tested on", "test"),
+        Column("n", "size"),
+        *(
+            Column(title, key, cell_of)
+            for title, key in (("mDice", "dice"), ("mIoU", "iou"), ("mPrecision", "precision"), ("mRecall", "recall"))
+        ),
+    ]
+    return "\n".join([Table(columns=columns, records=records).markdown(), *(["", *alarms] if alarms else [])])
 
 
 def runs_table(folder: Path) -> str:
@@ -497,14 +504,20 @@ def runs_table(folder: Path) -> str:
 
     Hours are of training without validation.
     """
-    lines = ["| recipe | epochs | hours of training | validation Dice after each epoch |", "|---|---|---|---|"]
+    records = []
     for file in sorted(folder.glob("*.epochs.csv")):
         name = file.name.split(".", maxsplit=1)[0]
         epochs = read_epochs(file)
-        hours = training_hours(epochs, load_recipe(name))
         dice = " ".join(f"{float(row['validation_dice']):.3f}".removeprefix("0") for row in epochs)
-        lines.append(f"| `{name}` | {len(epochs)} | {hours or 0:.1f} | {dice} |")
-    return "\n".join(lines)
+        hours = training_hours(epochs, load_recipe(name)) or 0
+        records.append({"recipe": name, "epochs": len(epochs), "hours": hours, "dice": dice})
+    columns = [
+        Column("recipe", "recipe", "`{}`".format),
+        Column("epochs", "epochs"),
+        Column("hours of training", "hours", "{:.1f}".format),
+        Column("validation Dice after each epoch", "dice"),
+    ]
+    return Table(columns=columns, records=records).markdown()
 
 
 def put_between(page: Path, marks: tuple[str, str], text: str) -> Path:

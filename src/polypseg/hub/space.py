@@ -28,6 +28,7 @@ from polypseg.hub.dataset_card import TEMPLATES
 from polypseg.hub.markdown import plain
 from polypseg.inference.quality import read_quality
 from polypseg.provenance.local import local_folder
+from polypseg.tables import Column, Table
 
 GRADIO = "6.31.0"
 """The version that the app was tested with; a Space installs exactly this one."""
@@ -187,10 +188,15 @@ def _write_readme(folder: Path, models: Sequence[SpaceModel], *, title: str) -> 
         "pinned": False,
         "short_description": "Polyp segmentation for research; no medical device",
     }
-    rows = "\n".join(f"| {plain(model.title)} | {plain(model.licence)} | {plain(model.note)} |" for model in models)
+    columns = [
+        Column("model", "title", plain),
+        Column("licence", "licence", plain),
+        Column("origin", "note", plain),
+    ]
+    table = Table(columns=columns, records=models).markdown()
     text = Template((TEMPLATES / "space" / "README.md").read_text(encoding="utf-8"))
     head = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
-    write_text(folder / "README.md", f"---\n{head}---\n\n{text.substitute(title=plain(title), rows=rows)}")
+    write_text(folder / "README.md", f"---\n{head}---\n\n{text.substitute(title=plain(title), table=table)}")
 
 
 # On this machine ---------------------------------------------------------------------------------------

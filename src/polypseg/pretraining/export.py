@@ -20,11 +20,13 @@ from polypseg.pretraining.probes.report import (
     embed,
     normalise,
     normalised_batches,
+    score_cell,
     write_report,
 )
 from polypseg.pretraining.recipe import PretrainingRecipe
 from polypseg.provenance.passport import KEY, PASSPORT
 from polypseg.recipe import changes_from_bundled
+from polypseg.tables import Column, Table
 from polypseg.weights.loading import PRETRAINING_KEY, write_timm_encoder
 from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD
 
@@ -163,33 +165,35 @@ What the three methods learn from a thousand frames on two CPU cores: one run ea
 the same encoder at random initialisation. These are small encoders at a small scale: none is one of the twelve models,
 and nothing here says which method is better at full size.
 
-| run | encoder | epochs | k-NN balanced accuracy | random start | difference | linear probe | difference |
-|---|---|---|---|---|---|---|---|
 """
+_INDEX_SCORES = (
+    ("k-NN balanced accuracy", "knn", "trained"),
+    ("random start", "knn", "untrained"),
+    ("difference", "knn", "difference"),
+    ("linear probe", "probe", "trained"),
+    ("difference", "probe", "difference"),
+)
+"""Heading, measure and side of the index's scores."""
 
 
 def render_index(folder: Path) -> str:
     """One table of the reports under ``folder``, from their JSON files alone."""
-    lines = []
+    records = []
     for path in sorted(folder.glob("*/representation.json")):
         numbers, run = read_json(path), read_json(path.parent / "run.json")
-        scores = [
-            numbers[kind][side]["balanced_accuracy"]
-            for kind, side in (
-                ("knn", "trained"),
-                ("knn", "untrained"),
-                ("knn", "difference"),
-                ("probe", "trained"),
-                ("probe", "difference"),
-            )
-        ]
-        cells = [f"{x['mean']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" for x in scores]
-        recipe = run["recipe"]
-        lines.append(
-            f"| [{recipe['name']}]({recipe['name']}/representation.md) | {recipe['encoder']}, "
-            f"{recipe['data']['image_size']} px | {numbers['facts']['epochs']} | {' | '.join(cells)} |"
+        recipe, source = run["recipe"], run["data"]
+        records.append(
+            {
+                "run": f"[{recipe['name']}]({recipe['name']}/representation.md)",
+                "encoder": f"{recipe['encoder']}, {recipe['data']['image_size']} px",
+                "epochs": numbers["facts"]["epochs"],
+                **{f"{kind} {side}": numbers[kind][side]["balanced_accuracy"] for _, kind, side in _INDEX_SCORES},
+            }
         )
-        source = run["data"]
+    columns = [
+        *(Column(key, key) for key in ("run", "encoder", "epochs")),
+        *(Column(title, f"{kind} {side}", score_cell) for title, kind, side in _INDEX_SCORES),
+    ]
     notes = [
         "",
         f"n = {numbers['n']} frames of {len(numbers['classes'])} classes ({numbers['groups']} groups that look alike, "
@@ -201,4 +205,4 @@ def render_index(folder: Path) -> str:
         "Frames in the pictures are from HyperKvasir (Borgli et al., Scientific Data 7:283, 2020; CC BY 4.0).",
         "",
     ]
-    return INDEX_HEAD + "\n".join([*lines, *notes])
+    return INDEX_HEAD + "\n".join([Table(columns=columns, records=records).markdown(), *notes])

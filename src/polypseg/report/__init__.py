@@ -5,7 +5,7 @@ from pathlib import Path
 
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError
-from polypseg.files import atomic_path, sole_writer, write_csv, write_json, write_text
+from polypseg.files import atomic_path, sole_writer, write_json, write_text
 from polypseg.report.analysis import analyse
 from polypseg.report.author_text import render_reading
 from polypseg.report.figures import Picture, draw_all
@@ -14,7 +14,6 @@ from polypseg.report.other_results import read_document
 from polypseg.report.page import render_page
 from polypseg.report.receipts import parse_test, read_material
 from polypseg.report.tables import (
-    Table,
     alarm_table,
     calibration_table,
     comparison_table,
@@ -25,6 +24,7 @@ from polypseg.report.tables import (
     tests_table,
 )
 from polypseg.statistics import RESAMPLES
+from polypseg.tables import Table
 
 __all__ = ["LARGEST", "write_report"]
 
@@ -75,7 +75,7 @@ def write_report(
             alarm_table(material),
             receipt_table(material),
         )
-        tables, pictures = {table.name: table for table in made if table.rows}, draw_all(analysis)
+        tables, pictures = {table.name: table for table in made if table.records}, draw_all(analysis)
         page = render_page(
             analysis,
             title=title,
@@ -96,8 +96,8 @@ def write_report(
 
 def _write_files(folder: Path, tables: Mapping[str, Table], pictures: Mapping[str, Picture]) -> None:
     for table in tables.values():
-        write_csv(folder / f"{table.name}.csv", table.records)
-        write_json(folder / f"{table.name}.json", list(table.records))
+        write_text(folder / f"{table.name}.csv", table.csv())
+        write_json(folder / f"{table.name}.json", table.plain_records())
     for picture in pictures.values():
         write_text(folder / f"{picture.name}.svg", picture.svg)
         with atomic_path(folder / f"{picture.name}.pdf") as temporary:

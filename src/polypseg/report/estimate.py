@@ -11,7 +11,7 @@ from polypseg.inference.expected import FLAGS
 from polypseg.report.document import render_document
 from polypseg.report.figures import draw_differences
 from polypseg.report.gallery import QUALITY, SIDE
-from polypseg.report.tables import Cell, Column, Row, Table
+from polypseg.tables import Column, Table
 
 
 def render_estimate(
@@ -41,24 +41,13 @@ def render_estimate(
 
 def _table(frames: Sequence[Mapping[str, str]]) -> Table:
     ordered = sorted(frames, key=lambda row: (row["expected_dice"] == "", row["expected_dice"], row["name"]))
-    rows = [
-        Row(
-            [
-                Cell(row["name"]),
-                Cell(row["expected_dice"] or "–"),
-                Cell(row["flag"]),
-                Cell(f"{100 * float(row['polyp_share']):.1f} %"),
-            ]
-        )
-        for row in ordered
-    ]
     columns = [
-        Column("Frame", numeric=False),
-        Column("Expected Dice"),
-        Column("Flag", numeric=False),
-        Column("Mask's share"),
+        Column("Frame", "name", numeric=False),
+        Column("Expected Dice", "expected_dice", lambda dice: dice or "–"),
+        Column("Flag", "flag", numeric=False),
+        Column("Mask's share", "polyp_share", lambda share: f"{100 * float(share):.1f} %"),
     ]
-    return Table(name="frames", caption="", columns=columns, rows=rows)
+    return Table(name="frames", columns=columns, records=ordered)
 
 
 def _jpeg(image: Image.Image) -> str:

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from polypseg.errors import UsageError
 from polypseg.files import file_sha256, read_json
-from polypseg.report.tables import Cell, Column, Row, Table, slug
+from polypseg.report.tables import slug
 from polypseg.report.wording import between, number, short_p, with_interval
+from polypseg.tables import Cell, Column, Table
 
 MOST_ROWS = 60
 """Rows shown of a list; the file has the others."""
@@ -88,12 +90,12 @@ def _plain_table(name: str, rows: Sequence[Mapping[str, Any]], path: Path) -> Ta
     return Table(
         name=slug(path.stem, name),
         caption=name.replace("_", " ") + more,
-        columns=[Column(key.replace("_", " "), numeric=numeric[key]) for key in keys],
-        rows=[Row([_cell(row, key) for key in keys]) for row in rows[:MOST_ROWS]],
+        columns=[Column(key.replace("_", " "), "", partial(_cell, key), numeric=numeric[key]) for key in keys],
+        records=rows[:MOST_ROWS],
     )
 
 
-def _cell(row: Mapping[str, Any], key: str) -> Cell:
+def _cell(key: str, row: Mapping[str, Any]) -> Cell:
     """A value, above the interval that the row has for it."""
     value = row.get(key)
     text = short_p(value) if key.startswith("p_") and isinstance(value, float) else _words(value)
@@ -105,18 +107,24 @@ def _severity_table(rows: Sequence[Mapping[str, Any]], path: Path) -> Table:
     by_kind: dict[str, dict[int, Mapping[str, Any]]] = {}
     for row in rows:
         by_kind.setdefault(row["corruption"], {})[row["severity"]] = row
-    shown = [
-        Row([Cell(kind.replace("_", " "), sort=kind), *(_dice_cell(found.get(s)) for s in severities)])
-        for kind, found in by_kind.items()
-    ]
+
+    def dice(severity: int, kind: str) -> Cell:
+        return _dice_cell(by_kind[kind].get(severity))
+
     return Table(
         name=slug(path.stem, "corruptions"),
         caption="Mean Dice with 95 % interval under each corruption.",
         columns=[
-            Column("Corruption", numeric=False, smallest_first=True),
-            *(Column(str(s), "Severity") for s in severities),
+            Column(
+                "Corruption",
+                "",
+                lambda kind: Cell(kind.replace("_", " "), sort=kind),
+                numeric=False,
+                smallest_first=True,
+            ),
+            *(Column(str(s), "", partial(dice, s), group="Severity") for s in severities),
         ],
-        rows=shown,
+        records=list(by_kind),
     )
 
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from polypseg import zoo
-from polypseg.evaluation.receipt import Receipt, Test
+from polypseg.evaluation.receipt import ClusterCounts, Receipt, Test
 from polypseg.evaluation.receipt_reading import seen_words
 from polypseg.provenance.licence import ModelLicense, model_license
 from polypseg.provenance.origin import RANDOM_MARK, read_origin
@@ -18,8 +19,9 @@ from polypseg.report.figures import Picture
 from polypseg.report.gallery import Gallery
 from polypseg.report.other_results import Document
 from polypseg.report.receipts import Material, entry_of
-from polypseg.report.tables import METRIC_TITLES, Cell, Column, Row, Table, metric_cells, slug
+from polypseg.report.tables import METRIC_TITLES, metric_cell, slug
 from polypseg.report.wording import no_verdict, number, rank_change_verdict
+from polypseg.tables import Cell, Column, Table
 from polypseg.zoo import RANDOM
 
 WORST = 5
@@ -134,38 +136,44 @@ def _corpus(origin: Mapping[str, Any]) -> str:
 def sample_table(analysis: Analysis) -> Table:
     """What was tested on: images, independent units, what they are worth."""
     material = analysis.material
-    rows = []
-    for test in material.tests:
-        facts = [mean for (_, t, metric), mean in analysis.means.items() if t == test and metric == "dice"]
-        receipt = next(r for r in material.receipts if r.test == test)
-        clusters, worth = receipt.clusters, [fact["effective_size"] for fact in facts]
-        unit = "video clips" if clusters.by == "clip" else "images"
-        merged = clusters.repeats_merged
-        spread = "–".join(dict.fromkeys(f"{value:.0f}" for value in (min(worth), max(worth)))) if worth else "–"
-        role = (
-            "in distribution" if test == material.inside else "out of distribution" if test == material.outside else ""
-        )
-        rows.append(
-            Row(
-                [
-                    Cell(material.test_title(test), role),
-                    Cell(str(clusters.images), f"{merged} repeats merged" if merged else ""),
-                    Cell(f"{clusters.clusters} {unit}"),
-                    Cell(spread),
-                    Cell(str(sum(bool(material.used(model, test)) for model in material.models))),
-                    Cell(_seen_most(material, test)),
-                ]
-            )
-        )
+
+    def name(test: Test) -> Cell:
+        inside, outside = test == material.inside, test == material.outside
+        role = "in distribution" if inside else "out of distribution" if outside else ""
+        return Cell(material.test_title(test), role)
+
+    def clusters(test: Test) -> ClusterCounts:
+        return next(receipt for receipt in material.receipts if receipt.test == test).clusters
+
+    def images(test: Test) -> Cell:
+        merged = clusters(test).repeats_merged
+        return Cell(str(clusters(test).images), f"{merged} repeats merged" if merged else "")
+
+    def drawn_as(test: Test) -> str:
+        unit = "video clips" if clusters(test).by == "clip" else "images"
+        return f"{clusters(test).clusters} {unit}"
+
+    def worth(test: Test) -> str:
+        means = [mean for (_, t, metric), mean in analysis.means.items() if t == test and metric == "dice"]
+        sizes = [mean["effective_size"] for mean in means]
+        return "–".join(dict.fromkeys(f"{value:.0f}" for value in (min(sizes), max(sizes)))) if sizes else "–"
+
+    def models(test: Test) -> str:
+        return str(sum(bool(material.used(model, test)) for model in material.models))
+
     return Table(
         name="samples",
         caption="What was tested on. Worth: effective sample size for mean Dice, least to greatest over models. "
         "Seen: images that a model saw in training or whose near-duplicate or clip it saw, at most.",
         columns=[
-            Column("Test", numeric=False),
-            *(Column(t) for t in ("Images", "Drawn as", "Worth", "Models", "Seen")),
+            Column("Test", "", name, numeric=False),
+            Column("Images", "", images),
+            Column("Drawn as", "", drawn_as),
+            Column("Worth", "", worth),
+            Column("Models", "", models),
+            Column("Seen", "", lambda test: _seen_most(material, test)),
         ],
-        rows=rows,
+        records=material.tests,
     )
 
 
@@ -218,16 +226,22 @@ def _seen(receipts: Sequence[Receipt]) -> str:
 
 
 def _scores_table(analysis: Analysis, model: str, tests: Sequence[Test]) -> Table:
-    material, rows = analysis.material, []
-    for test in tests:
+    material = analysis.material
+
+    def name(test: Test) -> Cell:
         used = material.used(model, test)
-        facts = Cell(material.test_title(test), f"n = {len(used[0].images)}, seeds {len(used)}")
-        rows.append(Row([facts, *metric_cells(analysis, model, test)]))
+        return Cell(material.test_title(test), f"n = {len(used[0].images)}, seeds {len(used)}")
+
+    def score(metric: str, test: Test) -> Cell:
+        return metric_cell(analysis, test, metric, model)
+
     return Table(
         name=slug("scores", model),
-        caption="",
-        columns=[Column("Test", numeric=False), *(Column(title) for title in METRIC_TITLES.values())],
-        rows=rows,
+        columns=[
+            Column("Test", "", name, numeric=False),
+            *(Column(title, "", partial(score, metric)) for metric, title in METRIC_TITLES.items()),
+        ],
+        records=tests,
     )
 
 

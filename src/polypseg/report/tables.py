@@ -1,17 +1,19 @@
-"""The report's tables, each as cells for the page and as plain records for CSV and JSON."""
+"""The report's tables: what each shows on the page, and what of it goes into CSV and JSON."""
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import starmap
+from typing import Any, NamedTuple
 
 from polypseg import zoo
 from polypseg.evaluation.receipt import FalseAlarms, Receipt, Test
 from polypseg.report.analysis import SIDES, Analysis
 from polypseg.report.receipts import Material, entry_of, part_words
 from polypseg.report.wording import between, number, percent, rank, short_p
-from polypseg.statistics import Interval
+from polypseg.statistics import Comparison, Interval
 from polypseg.statistics.scores import METRICS
+from polypseg.tables import Cell, Column, Table
 from polypseg.zoo import RANDOM
 
 METRIC_TITLES = {"dice": "Dice", "iou": "IoU", "precision": "Precision", "recall": "Recall"}
@@ -24,63 +26,6 @@ CALIBRATION = {
 SEEDS_NOTE = ", below Dice also the least and the greatest mean of the training runs"
 _SHORT = 12
 """Hex digits shown of a digest."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column's heading."""
-
-    title: str
-    group: str = ""
-    """Heading above neighbouring columns of the same group."""
-    numeric: bool = True
-    smallest_first: bool = False
-    """Whether the first click sorts upwards."""
-    hint: str = ""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell: what is shown, what it is sorted by, and where it comes from."""
-
-    text: str
-    note: str = ""
-    """Second line: an interval."""
-    more: str = ""
-    """Third line."""
-    sort: float | str | None = None
-    href: str = ""
-    title: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row; ``id`` is its anchor."""
-
-    cells: Sequence[Cell]
-    id: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table of the page and, by its records, a file."""
-
-    name: str
-    caption: str
-    columns: Sequence[Column]
-    rows: Sequence[Row]
-    records: Sequence[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def groups(self) -> list[tuple[str, int]]:
-        """Headings above the columns with the columns each spans; [] where there are none."""
-        spans: list[tuple[str, int]] = []
-        for column in self.columns:
-            if spans and spans[-1][0] == column.group:
-                spans[-1] = (column.group, spans[-1][1] + 1)
-            else:
-                spans.append((column.group, 1))
-        return spans if any(name for name, _ in spans) else []
 
 
 def slug(*words: str) -> str:
@@ -121,6 +66,10 @@ def _model_cell(material: Material, model: str) -> Cell:
     )
 
 
+def _model_column(material: Material, key: str = "model") -> Column:
+    return Column("Model", key, lambda model: _model_cell(material, model), numeric=False, smallest_first=True)
+
+
 def start_words(material: Material, model: str) -> str:
     """What the encoder of a row's weights started from, in a few words."""
     origin, entry = material.of(model)[0].weights_origin, entry_of(model)
@@ -142,27 +91,36 @@ def comparison_table(analysis: Analysis) -> Table:
     """The paper's table: both tests' four metrics, the seeds' spread of Dice, ranks and their change."""
     material = analysis.material
     sides = [("in", material.inside), ("out", material.outside)]
-    columns = [Column("Model", numeric=False, smallest_first=True)]
+    columns = [_model_column(material)]
     for where, test in sides:
         group = f"{'In' if where == 'in' else 'Out of'} distribution: {material.test_title(test)}"
-        columns += [Column(title, group) for title in METRIC_TITLES.values()]
+        columns += _metric_columns(analysis, test, group=group)
     columns += [
-        Column("In", "Rank by Dice", smallest_first=True),
-        Column("Out", "Rank by Dice", smallest_first=True),
-        Column("Change", "Rank by Dice", hint="Positive: the model rises out of distribution"),
+        Column(
+            title,
+            "",
+            partial(_rank_cell, where, ranges=analysis.claims),
+            group="Rank by Dice",
+            smallest_first=True,
+        )
+        for title, where in (("In", "inside"), ("Out", "outside"))
     ]
+    columns.append(
+        Column(
+            "Change",
+            "rank_change",
+            _change_cell,
+            group="Rank by Dice",
+            hint="Positive: the model rises out of distribution",
+        )
+    )
     ranks = {row["model"]: row for row in analysis.change.rows()} if analysis.change else {}
-    rows, records = [], []
+    records = []
     for model in material.models:
-        cells = [_model_cell(material, model)]
         record: dict[str, Any] = {"model": model, "start": start_words(material, model)}
         for where, test in sides:
-            cells += metric_cells(analysis, model, test)
             record |= _metric_record(analysis, model, test, prefix=f"{where}_")
-        cells += _rank_cells(ranks.get(model), ranges=analysis.claims)
-        record |= {key: ranks[model][key] if model in ranks else None for key in _RANKS}
-        rows.append(Row(cells))
-        records.append(record)
+        records.append(record | {key: ranks[model][key] if model in ranks else None for key in _RANKS})
     return Table(
         name="comparison",
         caption=f"Mean over images, 95 % interval{SEEDS_NOTE}. Rank: 1 is best; below it its 95 % range over draws."
@@ -170,7 +128,6 @@ def comparison_table(analysis: Analysis) -> Table:
         else "Mean over images, 95 % interval over images for this one trained network. Rank: 1 is best; with one "
         "training run a row its range is not known.",
         columns=columns,
-        rows=rows,
         records=records,
     )
 
@@ -181,19 +138,29 @@ _RANKS = (
 )  # fmt: skip
 
 
-def metric_cells(analysis: Analysis, model: str, test: Test) -> list[Cell]:
-    """A row's four means on a test with interval, for Dice the seeds' spread too; dashes where it was not tested."""
-    source = from_receipts(analysis.material.used(model, test))
-    cells = []
-    for metric in METRICS:
-        mean = analysis.means.get((model, test, metric))
-        if mean is None:
-            cells.append(Cell("–"))
-            continue
-        interval = between(mean["mean_low"], mean["mean_high"])
-        spread = seeds_spread(analysis.seed_means[model, test, metric]) if metric == "dice" else ""
-        cells.append(Cell(number(mean["mean"]), interval, spread, mean["mean"], **source))
-    return cells
+def _metric_columns(analysis: Analysis, test: Test, *, group: str) -> list[Column]:
+    """The four means on a test, of records that name a model."""
+    return [
+        Column(
+            title,
+            "model",
+            partial(metric_cell, analysis, test, metric),
+            group=group,
+        )
+        for metric, title in METRIC_TITLES.items()
+    ]
+
+
+def metric_cell(analysis: Analysis, test: Test, metric: str, model: str) -> Cell:
+    """A row's mean on a test with interval, for Dice the seeds' spread too; a dash where it was not tested."""
+    mean = analysis.means.get((model, test, metric))
+    if mean is None:
+        return Cell("–")
+    interval = between(mean["mean_low"], mean["mean_high"])
+    spread = seeds_spread(analysis.seed_means[model, test, metric]) if metric == "dice" else ""
+    return Cell(
+        number(mean["mean"]), interval, spread, mean["mean"], **from_receipts(analysis.material.used(model, test))
+    )
 
 
 def seeds_spread(means: Sequence[float]) -> str:
@@ -216,54 +183,63 @@ def _metric_record(analysis: Analysis, model: str, test: Test, *, prefix: str = 
     return record
 
 
-def _rank_cells(row: dict[str, Any] | None, *, ranges: bool) -> list[Cell]:
-    if row is None:
-        return [Cell("–")] * 3
-    cells = [
-        Cell(
-            rank(row[f"rank_{where}"]),
-            f"{row[f'rank_{where}_low']}–{row[f'rank_{where}_high']}" if ranges else "",
-            sort=row[f"rank_{where}"],
-        )
-        for where in ("inside", "outside")
-    ]
-    change = row["rank_change"]
+def _rank_cell(where: str, row: Mapping[str, Any], *, ranges: bool) -> Cell:
+    place = row[f"rank_{where}"]
+    if place is None:
+        return Cell("–")
+    return Cell(rank(place), f"{row[f'rank_{where}_low']}–{row[f'rank_{where}_high']}" if ranges else "", sort=place)
+
+
+def _change_cell(change: float | None) -> Cell:
+    if change is None:
+        return Cell("–")
     arrow = "▲" if change > 0 else "▼" if change < 0 else ""
-    return [
-        *cells,
-        Cell(f"{arrow} {number(change, digits=0 if change % 1 == 0 else 1, signed=True)}".strip(), sort=change),
-    ]
+    return Cell(f"{arrow} {number(change, digits=0 if change % 1 == 0 else 1, signed=True)}".strip(), sort=change)
+
+
+def _test_of(record: Mapping[str, Any]) -> Test:
+    """The test that a record of a table names."""
+    return record["dataset"], record["split"], record["part"]
+
+
+def _test_column(material: Material) -> Column:
+    def cell(record: Mapping[str, Any]) -> Cell:
+        test = _test_of(record)
+        title = material.used(record["model"], test)[0].dataset.title
+        return Cell(title, part_words(test), sort=material.test_title(test))
+
+    return Column("Test", "", cell, numeric=False, smallest_first=True)
 
 
 def tests_table(analysis: Analysis, tests: Iterable[Test]) -> Table:
     """Every test of ``tests``, one row a model."""
     material = analysis.material
-    rows, records = [], []
-    for test in tests:
-        for model in material.models:
-            used = material.used(model, test)
-            if used:
-                images = len(used[0].images)
-                cells = [
-                    Cell(used[0].dataset.title, part_words(test), sort=material.test_title(test)),
-                    _model_cell(material, model),
-                    Cell(str(images), _units(used[0]), _seen_note(used), sort=images),
-                    *metric_cells(analysis, model, test),
-                ]
-                rows.append(Row(cells))
-                names = dict(zip(("dataset", "split", "part"), test, strict=True))
-                records.append({**names, "model": model, **_metric_record(analysis, model, test)})
+    records = [
+        {**dict(zip(("dataset", "split", "part"), test, strict=True)), "model": model}
+        | _metric_record(analysis, model, test)
+        for test in tests
+        for model in material.models
+        if material.used(model, test)
+    ]
+
+    def of_record(metric: str, record: Mapping[str, Any]) -> Cell:
+        return metric_cell(analysis, _test_of(record), metric, record["model"])
+
+    def images(record: Mapping[str, Any]) -> Cell:
+        used = material.used(record["model"], _test_of(record))
+        count = len(used[0].images)
+        return Cell(str(count), _units(used[0]), _seen_note(used), sort=count)
+
     return Table(
         name="tests",
         caption=f"Mean over images, 95 % interval{SEEDS_NOTE}. Seen: images that the model saw in training, or whose "
         "near-duplicate or clip it saw; such a score is not one of generalisation.",
         columns=[
-            Column("Test", numeric=False, smallest_first=True),
-            Column("Model", numeric=False, smallest_first=True),
-            Column("Images"),
-            *(Column(title) for title in METRIC_TITLES.values()),
+            _test_column(material),
+            _model_column(material),
+            Column("Images", "", images),
+            *(Column(title, "", partial(of_record, metric)) for metric, title in METRIC_TITLES.items()),
         ],
-        rows=rows,
         records=records,
     )
 
@@ -276,27 +252,37 @@ def _seen_note(used: Sequence[Receipt]) -> str:
 
 def alarm_table(material: Material) -> Table:
     """What is predicted on frames without polyp, of every test that has some."""
-    rows, records = [], []
+    records = []
     for test in material.tests:
         for model in material.models:
-            used = [r for r in material.used(model, test) if r.false_alarms is not None]
-            if not used:
-                continue
-            facts, source = _alarm_facts([r.false_alarms for r in used if r.false_alarms]), from_receipts(used)
-            between_runs = f"{facts['least_run']:.1f}–{facts['greatest_run']:.1f}" if len(used) > 1 else ""
-            bounds = f"[{facts['low']:.1f}, {facts['high']:.1f}]"
-            cells = [
-                Cell(used[0].dataset.title, part_words(test), sort=material.test_title(test)),
-                _model_cell(material, model),
-                Cell(str(facts["frames"]), "", _seen_note(used), sort=facts["frames"]),
-                Cell(f"{facts['per_100_frames']:.1f}", bounds, between_runs, facts["per_100_frames"], **source),
-                Cell(f"{100 * facts['predicted_share']:.1f} %", sort=facts["predicted_share"], **source),
-            ]
-            rows.append(Row(cells))
-            names = dict(zip(("dataset", "split", "part"), test, strict=True))
-            digests = " ".join(r.file_sha256 for r in used)
-            records.append({**names, "model": model, "seeds": len(used), **facts, "receipts": digests})
+            if used := _with_alarms(material, model, test):
+                names = dict(zip(("dataset", "split", "part"), test, strict=True))
+                digests = " ".join(r.file_sha256 for r in used)
+                records.append(
+                    {
+                        **names,
+                        "model": model,
+                        "seeds": len(used),
+                        **_alarm_facts([r.false_alarms for r in used if r.false_alarms]),
+                        "receipts": digests,
+                    }
+                )
     areas = sorted({record["minimal_area_pixels"] for record in records})
+
+    def frames(record: Mapping[str, Any]) -> Cell:
+        seen = _seen_note(_with_alarms(material, record["model"], _test_of(record)))
+        return Cell(str(record["frames"]), "", seen, sort=record["frames"])
+
+    def alarms(record: Mapping[str, Any]) -> Cell:
+        source = from_receipts(_with_alarms(material, record["model"], _test_of(record)))
+        between_runs = f"{record['least_run']:.1f}–{record['greatest_run']:.1f}" if record["seeds"] > 1 else ""
+        bounds = f"[{record['low']:.1f}, {record['high']:.1f}]"
+        return Cell(f"{record['per_100_frames']:.1f}", bounds, between_runs, record["per_100_frames"], **source)
+
+    def area(record: Mapping[str, Any]) -> Cell:
+        source = from_receipts(_with_alarms(material, record["model"], _test_of(record)))
+        return Cell(f"{100 * record['predicted_share']:.1f} %", sort=record["predicted_share"], **source)
+
     return Table(
         name="alarms",
         caption="Of 100 frames without polyp, those in which a connected region of at least "
@@ -304,15 +290,18 @@ def alarm_table(material: Material) -> Table:
         "the lowest and the highest bound of their 95 % Wilson intervals, the least and the greatest run. Area: "
         "predicted share of a frame.",
         columns=[
-            Column("Test", numeric=False, smallest_first=True),
-            Column("Model", numeric=False, smallest_first=True),
-            Column("Frames"),
-            Column("False alarms", smallest_first=True),
-            Column("Area", smallest_first=True),
+            _test_column(material),
+            _model_column(material),
+            Column("Frames", "", frames),
+            Column("False alarms", "", alarms, smallest_first=True),
+            Column("Area", "", area, smallest_first=True),
         ],
-        rows=rows,
         records=records,
     )
+
+
+def _with_alarms(material: Material, model: str, test: Test) -> list[Receipt]:
+    return [r for r in material.used(model, test) if r.false_alarms is not None]
 
 
 def _alarm_facts(facts: Sequence[FalseAlarms]) -> dict[str, Any]:
@@ -351,65 +340,79 @@ def _p_cell(p: float, reading: str = "") -> Cell:
 def gap_table(analysis: Analysis) -> Table:
     """What each model loses out of distribution."""
     material = analysis.material
-    rows = []
-    for gap in analysis.gaps:
-        source = from_receipts(
-            [*material.used(gap.model, material.inside), *material.used(gap.model, material.outside)]
-        )
-        relative = Cell("–") if gap.relative is None else _interval_cell(gap.relative, **source)
-        values = [_interval_cell(value, **source) for value in (gap.inside, gap.outside, gap.gap)]
-        rows.append(Row([_model_cell(material, gap.model), *values, relative]))
+
+    def cell(gap: Any, value: Interval | None) -> Cell:
+        used = [*material.used(gap.model, material.inside), *material.used(gap.model, material.outside)]
+        return Cell("–") if value is None else _interval_cell(value, **from_receipts(used))
+
     return Table(
         name="gaps",
         caption="Mean Dice, 95 % interval. Loss: in − out of distribution, the tests’ images drawn independently; "
         "relative: as a share of the mean in distribution.",
         columns=[
-            Column("Model", numeric=False, smallest_first=True),
-            Column("In"),
-            Column("Out"),
-            Column("Loss", smallest_first=True),
-            Column("Relative loss", smallest_first=True),
+            _model_column(material),
+            Column("In", "", lambda gap: cell(gap, gap.inside)),
+            Column("Out", "", lambda gap: cell(gap, gap.outside)),
+            Column("Loss", "", lambda gap: cell(gap, gap.gap), smallest_first=True),
+            Column("Relative loss", "", lambda gap: cell(gap, gap.relative), smallest_first=True),
         ],
-        rows=rows,
-        records=[gap.row() for gap in analysis.gaps],
+        records=analysis.gaps,
+        fields=lambda gap: gap.row(),
     )
 
 
 def contrast_table(analysis: Analysis) -> Table:
     """Differences between groups of rows, with the noise floor of the training runs."""
-    rows, records = [], []
-    for c in analysis.contrasts:
-        sides = tuple(map(len, c.groups))
-        cells = [
-            Cell(
-                c.name.replace(" - ", " − "),
-                f"{sides[0]} and {sides[1]} models",
-                sort=c.name,
-                title=_sides(analysis.material, c.groups),
-            )
-        ]
-        record = c.row() | {"seeds": analysis.seeds}
+
+    def fields(contrast: Any) -> dict[str, Any]:
+        record = contrast.row() | {"seeds": analysis.seeds}
         for which in SIDES:
-            value, floor = getattr(c, which), analysis.floor(which, *sides)
-            record |= {f"{which}_runs": floor, f"{which}_shown": analysis.is_shown(value)}
-            runs = "runs not measured" if floor is None else f"runs ± {number(floor)}"
-            cells.append(_interval_cell(value, signed=True, more=runs))
-        rows.append(Row(cells))
-        records.append(record)
+            floor = analysis.floor(which, *map(len, contrast.groups))
+            record |= {f"{which}_runs": floor, f"{which}_shown": analysis.is_shown(getattr(contrast, which))}
+        return record
+
+    def name(contrast: Any) -> Cell:
+        one, other = map(len, contrast.groups)
+        return Cell(
+            contrast.name.replace(" - ", " − "),
+            f"{one} and {other} models",
+            sort=contrast.name,
+            title=_sides(analysis.material, contrast.groups),
+        )
+
+    def value(which: str, contrast: Any) -> Cell:
+        floor = analysis.floor(which, *map(len, contrast.groups))
+        runs = "runs not measured" if floor is None else f"runs ± {number(floor)}"
+        return _interval_cell(getattr(contrast, which), signed=True, more=runs)
+
     return Table(
         name="contrasts",
         caption="Mean Dice of the first group minus the second’s, and of their losses, with 95 % intervals over images "
         "and training runs. Runs: noise floor, the difference that groups of this size stay within in 95 of 100 cases "
         "although nothing but the training run differs."
         + ("" if analysis.claims else " One training run a row: no claim."),
-        columns=[Column("Contrast", numeric=False, smallest_first=True), Column("In"), Column("Out"), Column("Loss")],
-        rows=rows,
-        records=records,
+        columns=[
+            Column("Contrast", "", name, numeric=False, smallest_first=True),
+            *(
+                Column(title, "", partial(value, which))
+                for title, which in zip(("In", "Out", "Loss"), SIDES, strict=True)
+            ),
+        ],
+        records=analysis.contrasts,
+        fields=fields,
     )
 
 
 def _sides(material: Material, groups: tuple[tuple[str, ...], tuple[str, ...]]) -> str:
     return " against ".join(", ".join(material.label(model) for model in side) for side in groups)
+
+
+class _Pair(NamedTuple):
+    """Two models' difference in both tests, and whether their order turns."""
+
+    inside: Comparison
+    outside: Comparison
+    flip: Mapping[str, Any]
 
 
 def pair_table(analysis: Analysis) -> Table:
@@ -418,32 +421,32 @@ def pair_table(analysis: Analysis) -> Table:
     Empty with one training run a row: an interval and a p over images would take another run for another model.
     """
     if analysis.change is None or not analysis.claims:
-        return Table(name="pairs", caption="", columns=[], rows=[])
+        return Table(name="pairs", columns=[], records=[])
     label = analysis.material.label
-    rows, records = [], []
-    for one, other, pair in zip(*analysis.comparisons, analysis.change.pairs, strict=True):
-        rows.append(
-            Row(
-                [
-                    Cell(f"{label(one.a)} − {label(one.b)}", sort=label(one.a) + label(one.b)),
-                    _interval_cell(one.difference, signed=True),
-                    _p_cell(one.p_holm, one.reading),
-                    _interval_cell(other.difference, signed=True),
-                    _p_cell(other.p_holm, other.reading),
-                    Cell(
-                        percent(pair["flip_probability"]),
-                        "turned" if pair["flipped"] else "",
-                        sort=pair["flip_probability"],
-                    ),
-                    _p_cell(pair["p_flip_holm"]),
-                ]
-            )
-        )
+
+    def name(pair: _Pair) -> Cell:
+        one, other = label(pair.inside.a), label(pair.inside.b)
+        return Cell(f"{one} − {other}", sort=one + other)
+
+    def turned(pair: _Pair) -> Cell:
+        share = pair.flip["flip_probability"]
+        return Cell(percent(share), "turned" if pair.flip["flipped"] else "", sort=share)
+
+    def fields(pair: _Pair) -> dict[str, Any]:
         sides = {
-            f"{key}_{where}": value for where, c in (("in", one), ("out", other)) for key, value in c.row().items()
+            f"{key}_{where}": value
+            for where, c in (("in", pair.inside), ("out", pair.outside))
+            for key, value in c.row().items()
         }
-        intervals = one.difference.cells("inside") | other.difference.cells("outside")
-        records.append({**pair, **intervals, **{k: v for k, v in sides.items() if not k.startswith(("a_", "b_"))}})
+        intervals = pair.inside.difference.cells("inside") | pair.outside.difference.cells("outside")
+        return {**pair.flip, **intervals, **{k: v for k, v in sides.items() if not k.startswith(("a_", "b_"))}}
+
+    def differences(title: str, where: str) -> list[Column]:
+        return [
+            Column("Difference", where, lambda c: _interval_cell(c.difference, signed=True), group=title),
+            Column("p (Holm)", where, lambda c: _p_cell(c.p_holm, c.reading), group=title, smallest_first=True),
+        ]
+
     margin = analysis.comparisons[0][0].margin
     return Table(
         name="pairs",
@@ -452,16 +455,16 @@ def pair_table(analysis: Analysis) -> Table:
         f"± {margin}. {_floor_words(analysis)}. Order turns: share of draws, and p that the two are not in opposite "
         "orders, adjusted for all pairs.",
         columns=[
-            Column("Pair", numeric=False, smallest_first=True),
-            Column("Difference", "In distribution"),
-            Column("p (Holm)", "In distribution", smallest_first=True),
-            Column("Difference", "Out of distribution"),
-            Column("p (Holm)", "Out of distribution", smallest_first=True),
-            Column("Share", "Order turns"),
-            Column("p (Holm)", "Order turns", smallest_first=True),
+            Column("Pair", "", name, numeric=False, smallest_first=True),
+            *differences("In distribution", "inside"),
+            *differences("Out of distribution", "outside"),
+            Column("Share", "", turned, group="Order turns"),
+            Column(
+                "p (Holm)", "flip", lambda flip: _p_cell(flip["p_flip_holm"]), group="Order turns", smallest_first=True
+            ),
         ],
-        rows=rows,
-        records=records,
+        records=list(starmap(_Pair, zip(*analysis.comparisons, analysis.change.pairs, strict=True))),
+        fields=fields,
     )
 
 
@@ -473,91 +476,100 @@ def _floor_words(analysis: Analysis) -> str:
 def calibration_table(analysis: Analysis) -> Table:
     """Calibration errors as the receipts state them, mean over seeds."""
     material = analysis.material
-    rows, records = [], []
     tests = [test for test in (material.inside, material.outside) if test in material.tests]
     with_table = {r.row for r in material.receipts if r.test in tests and r.has_calibration}
-    for model in (m for m in material.models if m in with_table):
-        cells, record = [_model_cell(material, model)], dict[str, Any](model=model)
-        for test in tests:
-            used = [r for r in material.used(model, test) if r.has_calibration]
-            for output in CALIBRATION:
-                means = [r.scores["calibration"][output].mean for r in used]
-                values = [mean for mean in means if mean is not None]
-                value = sum(values) / len(values) if values and len(values) == len(means) else None
-                cells.append(Cell(number(value), sort=value, **from_receipts(used)))
-                record[f"{test[0]}.{output}"] = value
-        rows.append(Row(cells))
-        records.append(record)
+
+    def used(model: str, test: Test) -> list[Receipt]:
+        return [r for r in material.used(model, test) if r.has_calibration]
+
+    def mean(model: str, test: Test, output: str) -> float | None:
+        means = [r.scores["calibration"][output].mean for r in used(model, test)]
+        values = [mean for mean in means if mean is not None]
+        return sum(values) / len(values) if values and len(values) == len(means) else None
+
+    def column(test: Test, output: str) -> Column:
+        def cell(record: Mapping[str, Any]) -> Cell:
+            value = record[f"{test[0]}.{output}"]
+            return Cell(number(value), sort=value, **from_receipts(used(record["model"], test)))
+
+        return Column(CALIBRATION[output], "", cell, group=material.test_title(test), smallest_first=True)
+
     return Table(
         name="calibration",
         caption="Expected calibration error (10 bins) and Brier score over the pixels inside and outside the true "
         "polyp, mean over seeds; 0 is best.",
-        columns=[
-            Column("Model", numeric=False, smallest_first=True),
-            *(
-                Column(t, material.test_title(test), smallest_first=True)
-                for test in tests
-                for t in CALIBRATION.values()
-            ),
+        columns=[_model_column(material), *(column(test, output) for test in tests for output in CALIBRATION)],
+        records=[
+            {"model": model, **{f"{test[0]}.{key}": mean(model, test, key) for test in tests for key in CALIBRATION}}
+            for model in material.models
+            if model in with_table
         ],
-        rows=rows,
-        records=records,
     )
 
 
 def receipt_table(material: Material) -> Table:
     """The appendix: every receipt."""
-    rows, records, anchors = [], [], set[str]()
+    records, first = [], dict[str, Receipt]()
     for model in material.models:
         for receipt in material.of(model):
-            anchor = slug("receipt", model, *receipt.test)
-            environment = receipt.environment
-            versions = environment.versions
-            facts: dict[str, Any] = {
-                "model": material.label(model),
-                "test": material.test_title(receipt.test),
-                "seed": receipt.seed,
-                "images": len(receipt.images),
-                "file": receipt.path.name,
-                "folder": receipt.name,
-                "receipt_sha256": receipt.file_sha256,
-                "weights_sha256": receipt.model_sha256,
-                "content_id": receipt.dataset.content_id,
-                "git_revision": environment.git_revision,
-                **versions,
-            }
-            cells = [
-                Cell(
-                    facts["model"],
-                    "" if receipt.seed is None else f"seed {receipt.seed}",
-                    sort=facts["model"],
-                    href="#" + slug("model", model),
-                ),
-                Cell(facts["test"], f"n = {facts['images']}, content {facts['content_id']}", sort=facts["test"]),
-                Cell(receipt.name, facts["file"], sort=facts["file"]),
-                Cell(receipt.file_sha256[:_SHORT], sort=receipt.file_sha256, title=receipt.file_sha256),
-                Cell((receipt.model_sha256 or "not recorded")[:_SHORT], title=receipt.model_sha256 or ""),
-                Cell(
-                    (environment.git_revision or "none")[:_SHORT],
-                    f"polypseg {versions.get('polypseg', '?')}, torch {versions.get('torch', '?')}",
-                    title=", ".join(f"{name} {version}" for name, version in versions.items()),
-                ),
-            ]
-            rows.append(Row(cells, id="" if anchor in anchors else anchor))
-            anchors.add(anchor)
-            records.append(facts)
+            records.append(receipt)
+            first.setdefault(_receipt_anchor(receipt), receipt)
+
+    def fields(receipt: Receipt) -> dict[str, Any]:
+        environment = receipt.environment
+        return {
+            "model": material.label(receipt.row),
+            "test": material.test_title(receipt.test),
+            "seed": receipt.seed,
+            "images": len(receipt.images),
+            "file": receipt.path.name,
+            "folder": receipt.name,
+            "receipt_sha256": receipt.file_sha256,
+            "weights_sha256": receipt.model_sha256,
+            "content_id": receipt.dataset.content_id,
+            "git_revision": environment.git_revision,
+            **environment.versions,
+        }
+
+    def model_cell(receipt: Receipt) -> Cell:
+        label = material.label(receipt.row)
+        seed = "" if receipt.seed is None else f"seed {receipt.seed}"
+        return Cell(label, seed, sort=label, href="#" + slug("model", receipt.row))
+
+    def test_cell(receipt: Receipt) -> Cell:
+        title = material.test_title(receipt.test)
+        return Cell(title, f"n = {len(receipt.images)}, content {receipt.dataset.content_id}", sort=title)
+
+    def computed_with(receipt: Receipt) -> Cell:
+        environment = receipt.environment
+        versions = environment.versions
+        return Cell(
+            str(environment.git_revision or "none")[:_SHORT],
+            f"polypseg {versions.get('polypseg', '?')}, torch {versions.get('torch', '?')}",
+            title=", ".join(f"{name} {version}" for name, version in versions.items()),
+        )
+
+    shown: dict[str, Callable[[Receipt], Cell]] = {
+        "Model": model_cell,
+        "Test": test_cell,
+        "Receipt": lambda receipt: Cell(receipt.name, receipt.path.name, sort=receipt.path.name),
+        "Its sha256": lambda receipt: Cell(
+            receipt.file_sha256[:_SHORT], sort=receipt.file_sha256, title=receipt.file_sha256
+        ),
+        "Weights’ sha256": lambda receipt: Cell(
+            (receipt.model_sha256 or "not recorded")[:_SHORT], title=receipt.model_sha256 or ""
+        ),
+        "Computed with": computed_with,
+    }
     return Table(
         name="receipts",
         caption="Digests are the first 12 of 64 hex digits; the whole ones are in the tooltip and in receipts.csv.",
-        columns=[
-            Column("Model", numeric=False, smallest_first=True),
-            Column("Test", numeric=False, smallest_first=True),
-            Column("Receipt", numeric=False, smallest_first=True),
-            *(
-                Column(t, numeric=False, smallest_first=True)
-                for t in ("Its sha256", "Weights’ sha256", "Computed with")
-            ),
-        ],
-        rows=rows,
+        columns=[Column(title, "", cell, numeric=False, smallest_first=True) for title, cell in shown.items()],
         records=records,
+        anchor=lambda receipt: _receipt_anchor(receipt) if first[_receipt_anchor(receipt)] is receipt else "",
+        fields=fields,
     )
+
+
+def _receipt_anchor(receipt: Receipt) -> str:
+    return slug("receipt", receipt.row, *receipt.test)

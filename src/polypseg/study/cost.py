@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from polypseg.pretraining.loop import build_method
 from polypseg.pretraining.supervised import Supervised
 from polypseg.study.tasks import FinetuneTask, PretrainTask, Task
+from polypseg.tables import Column, Table
 from polypseg.training.finetune import build_model
 
 
@@ -44,14 +44,26 @@ def plan_cost(waiting: Sequence[Task]) -> list[Cost]:
 
 def cost_table(costs: Sequence[Cost]) -> Table:
     """For the terminal: hours are those of one worker on this machine."""
-    table = Table("task", "left", "steps each", "images a step", "s a step", "hours", title="Planned cost, one worker")
-    for cost in costs:
-        cells = (cost.tasks, cost.steps, cost.images, f"{cost.seconds:.2f}", f"{cost.hours:.2f}")
-        table.add_row(cost.kind, *map(str, cells))
-    total = sum(cost.hours for cost in costs)
-    table.add_row("all training", str(sum(cost.tasks for cost in costs)), "", "", "", f"{total:.2f}", style="bold")
-    table.caption = "Timed on noise: reading, augmentation, validation and evaluation come on top."
-    return table
+
+    def two_digits(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    nothing = dict.fromkeys(("steps", "images", "seconds"))
+    total = {"tasks": sum(cost.tasks for cost in costs), "hours": sum(cost.hours for cost in costs)}
+    return Table(
+        title="Planned cost, one worker",
+        caption="Timed on noise: reading, augmentation, validation and evaluation come on top.",
+        columns=[
+            Column("task", "kind"),
+            Column("left", "tasks"),
+            Column("steps each", "steps"),
+            Column("images a step", "images"),
+            Column("s a step", "seconds", two_digits),
+            Column("hours", "hours", two_digits),
+        ],
+        records=costs,
+        total={"kind": "all training", **nothing, **total},
+    )
 
 
 def _kind(task: Task) -> str:

@@ -15,7 +15,6 @@ from accelerate.state import AcceleratorState
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 
 from polypseg import plotting, zoo
 from polypseg.data.polyps import PolypDataset, SyntheticOptions, open_dataset
@@ -37,6 +36,7 @@ from polypseg.statistics import (
     generalisation_gaps,
 )
 from polypseg.statistics.scores import METRICS
+from polypseg.tables import Column, Table
 from polypseg.training.finetune import build_model, finetune, run_is_finished
 from polypseg.training.run_folder import make_accelerator
 from polypseg.weights.loading import STARTER_ENCODER, describe_source, starter_installed
@@ -452,11 +452,21 @@ def _print_table(
     titles: Sequence[str],
     note: str,
 ) -> None:
-    table = Table(title=f"in: {titles[0]}   out: {titles[1]}", caption=note)
-    for heading in ("model", "mDice in", "mIoU in", "mDice out", "mIoU out", "rank in", "out", "diff"):
-        table.add_column(heading, no_wrap=True)
-    for row in sorted(rows, key=lambda r: r["rank_out"]):
-        cells = [f"{row[key]:.3f}" for key in ("in_mdice", "in_miou", "out_mdice", "out_miou")]
-        ranks = [str(row["rank_in"]), str(row["rank_out"]), f"{row['rank_change']:+d}"]
-        table.add_row(labels[row["model"]], *cells, *ranks)
-    console.print(table)
+    ranked = sorted(rows, key=lambda row: row["rank_out"])
+    columns = [
+        Column("model", "model", labels.__getitem__),
+        *(
+            Column(title, key, "{:.3f}".format)
+            for title, key in (
+                ("mDice in", "in_mdice"),
+                ("mIoU in", "in_miou"),
+                ("mDice out", "out_mdice"),
+                ("mIoU out", "out_miou"),
+            )
+        ),
+        Column("rank in", "rank_in"),
+        Column("out", "rank_out"),
+        Column("diff", "rank_change", "{:+d}".format),
+    ]
+    table = Table(columns=columns, records=ranked, title=f"in: {titles[0]}   out: {titles[1]}", caption=note)
+    console.print(table.rich(no_wrap=True))

@@ -4,7 +4,7 @@ Every self-supervised run leaves this report: the trained encoder beside the sam
 the same folds of labelled frames. Near-duplicate frames never lie on both sides of a fold.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from polypseg.pretraining.probes.scores import (
     probe_scores,
     smallest_training_part,
 )
+from polypseg.tables import Column, Table
 
 __all__ = [
     "FoldScores",
@@ -173,19 +174,40 @@ def _render_markdown(numbers: dict[str, Any]) -> str:
         f"{numbers['content_id']}; {numbers['groups']} groups of frames that look alike, none split between folds. "
         f"{folds['repeats']} times {folds['folds']} folds, the same for both encoders.",
         "",
-        "| measure | trained | random initialisation | difference, paired | chance |",
-        "|---|---|---|---|---|",
     ]
     titles = {"knn": f"k-NN (k = {numbers['knn']['k']}, cosine)", "probe": f"linear probe (C = {PROBE_C:g})"}
+    records = []
     for key, method in titles.items():
         for metric in ("accuracy", "balanced_accuracy"):
-            sides = [_cell(numbers[key][side][metric]) for side in ("trained", "untrained")]
-            gain = _cell(numbers[key]["difference"][metric], sign="+")
-            row = [f"{method}, {metric.replace('_', ' ')}", *sides, gain, f"{chance[metric]:.3f}"]
-            lines.append(f"| {' | '.join(row)} |")
+            trained, untrained, gain = (numbers[key][side][metric] for side in ("trained", "untrained", "difference"))
+            records.append(
+                {
+                    "measure": f"{method}, {metric.replace('_', ' ')}",
+                    "trained": score_cell(trained),
+                    "untrained": score_cell(untrained),
+                    "difference": score_cell(gain, sign="+"),
+                    "chance": f"{chance[metric]:.3f}",
+                }
+            )
     trained, untrained = numbers["spread"]["trained"], numbers["spread"]["untrained"]
+    records.append(
+        {
+            "measure": "spread of embeddings",
+            "trained": f"{trained:.3f}",
+            "untrained": f"{untrained:.3f}",
+            "difference": f"{trained - untrained:+.3f}",
+            "chance": None,
+        }
+    )
+    columns = [
+        Column("measure", "measure"),
+        Column("trained", "trained"),
+        Column("random initialisation", "untrained"),
+        Column("difference, paired", "difference"),
+        Column("chance", "chance"),
+    ]
     lines += [
-        f"| spread of embeddings | {trained:.3f} | {untrained:.3f} | {trained - untrained:+.3f} | |",
+        Table(columns=columns, records=records).markdown(),
         "",
         f"Intervals: {INTERVAL}. Chance: always the most frequent class. Spread: 0 when all embeddings point the same "
         "way (collapse), 1 when directions are spread evenly.",
@@ -200,7 +222,8 @@ def _render_markdown(numbers: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cell(value: dict[str, Any], *, sign: str = "") -> str:
+def score_cell(value: Mapping[str, Any], *, sign: str = "") -> str:
+    """A score with its interval: ``0.612 [0.580, 0.644]``."""
     return f"{value['mean']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
 
 
