@@ -176,7 +176,7 @@ def _render_markdown(numbers: dict[str, Any]) -> str:
         "",
     ]
     titles = {"knn": f"k-NN (k = {numbers['knn']['k']}, cosine)", "probe": f"linear probe (C = {PROBE_C:g})"}
-    records = []
+    records: list[dict[str, str | None]] = []
     for key, method in titles.items():
         for metric in ("accuracy", "balanced_accuracy"):
             trained, untrained, gain = (numbers[key][side][metric] for side in ("trained", "untrained", "difference"))
