@@ -56,6 +56,7 @@ def test_robustness_writes_curves(model, tmp_path):
     [
         (("segment", "nowhere.png", "--model", "MODEL", "--output", "OUT"), 2, "nowhere.png"),
         (("segment", "x.png", "--model", "RN-IN-MX", "--output", "OUT"), 2, "Did you mean"),
+        (("segment", "x.png", "--model", "starterr", "--output", "OUT"), 2, "Did you mean 'starter'?"),
         (("verify", "MODEL"), 2, "SHA256SUMS"),
         (("export", "OUT", "--output", "OUT2"), 2, "no model folder"),
         (("push", "--all", "OUT"), 2, "polypseg export"),

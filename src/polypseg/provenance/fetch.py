@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 )
 
 from polypseg import zoo
-from polypseg.errors import PolypSegError, UsageError, first_line
+from polypseg.errors import PolypSegError, UsageError, first_line, unknown_name
 from polypseg.provenance.checksums import (
     LOADED,
     MANIFEST,
@@ -36,7 +36,7 @@ from polypseg.provenance.checksums import (
     is_loaded,
     verify_folder,
 )
-from polypseg.provenance.local import local_folder
+from polypseg.provenance.local import STARTER, local_folder
 
 ORGANISATION = "polypseg"
 """Whose models a bare model id or short name means; ``POLYPSEG_ORGANISATION`` replaces it."""
@@ -66,7 +66,7 @@ def resolve_id(name: str) -> str:
     names = {key: entry.model_id for entry in zoo.rows() for key in (entry.model_id, entry.short_name)}
     known = names.get(name)
     if known is None and "." not in name:  # no id of the table's grammar: most likely a mistyped short name
-        zoo.get(name)
+        raise unknown_name("model", name, [STARTER, *names])
     return f"{organisation()}/{known or name}"
 
 
