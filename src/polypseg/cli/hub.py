@@ -107,7 +107,6 @@ def push(
     from polypseg.hub.push import push as push_model
 
     found = exported_folders(folders or [], everything_in=all_in)
-    checked = check_folders(found)
     try:
         plans = plan_pushes(found, organisation=organisation, private=private, tag=tag)
     except UsageError:
@@ -115,7 +114,7 @@ def push(
     except PolypSegError as error:
         if not dry_run:
             raise
-        for one in checked:
+        for one in check_folders(found):
             size = f"{one.files} files, {one.size / 1e6:.1f} MB"
             place = f"not one of the twelve: {one.shortcomings[0]}" if one.shortcomings else "one of the twelve"
             print(f"{one.folder}: {one.repo_name}, {size}, {one.license}; {place}")

@@ -15,9 +15,17 @@ from tqdm import tqdm
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.expectation.calibrate import LEAST_GROUPS, Labelled, open_pairs, read_labelled, sure_gain
+from polypseg.expectation.calibrate import (
+    LEAST_GROUPS,
+    Labelled,
+    groups_of,
+    logits_of,
+    open_pairs,
+    read_labelled,
+    sure_gain,
+)
 from polypseg.expectation.estimate import estimate
-from polypseg.expectation.frames import LIMIT, GivenFrame, GivenFrames, read_frames
+from polypseg.expectation.frames import LIMIT, GivenFrame, GivenFrames, picture_digest, read_frames
 from polypseg.expectation.intervals import group_means, read_interval
 from polypseg.files import atomic_path, environment_record, file_sha256, sole_writer_of, write_json
 from polypseg.hub.export import export_model, our_model
@@ -141,13 +149,8 @@ def adapt_labelled(
     Each clip is scored by models that did not see it; the plan that counts for a clip is the best on the others. Raises
     UsageError for fewer than LEAST_GROUPS clips.
     """
-    groups = [one.group for one in labelled]
+    groups = groups_of(labelled, needed=f"whether adapting helps can be shown from {LEAST_GROUPS} on")
     count = len(set(groups))
-    if count < LEAST_GROUPS:
-        raise UsageError(
-            f"{count} clip(s) with {len(labelled)} frames are too few: whether adapting helps can be shown from "
-            f"{LEAST_GROUPS} on (say which frames are of one clip with --clip)"
-        )
     plans = [plan for plan in plans if isinstance(plan, TuningPlan) or has_statistics(model)]
     pairs = resize_pairs([one.frame for one in labelled], [one.truth for one in labelled], size=model.config.image_size)
     scores = np.zeros((len(labelled), 1 + len(plans)))
@@ -185,12 +188,7 @@ def adapt_labelled(
 def score_frames(model: PolypSegForSemanticSegmentation, labelled: Sequence[Labelled]) -> Floats:
     """The Dice of each frame at its mask's size, threshold 0.5; 1 where neither mask nor answer shows a polyp."""
     segmenter = _segmenter(model, name="model")
-    found = []
-    for one in labelled:
-        logits = segmenter.runtime.polyp_logits(segmenter.prepare([one.frame]), names=[one.name])[0]
-        mask = segmenter.runtime.resize(logits, one.truth.shape) > 0
-        found.append(dice(mask, one.truth))
-    return np.array(found)
+    return np.array([dice(logits_of(segmenter, one) > 0, one.truth) for one in labelled])
 
 
 def _segmenter(
@@ -296,9 +294,9 @@ def _check_output(output: Path, *, folder: Path) -> None:
 
 def _distinct(labelled: Sequence[Labelled]) -> list[Labelled]:
     """Each picture once: a repeat in another clip would be seen on both sides of a fold."""
-    first: dict[bytes, Labelled] = {}
+    first: dict[str, Labelled] = {}
     for one in labelled:
-        first.setdefault(hashlib.sha256(f"{one.frame.size}".encode() + one.frame.tobytes()).digest(), one)
+        first.setdefault(picture_digest(one.frame), one)
     return list(first.values())
 
 

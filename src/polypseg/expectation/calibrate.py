@@ -152,22 +152,33 @@ def calibrate(segmenter: Segmenter, labelled: Sequence[Labelled], *, show_progre
 
     Raises UsageError for fewer than LEAST_GROUPS clips.
     """
-    groups = [one.group for one in labelled]
-    count = len(set(groups))
-    if count < LEAST_GROUPS:
-        raise UsageError(
-            f"{count} clip(s) with {len(labelled)} frames are too few: an operating point needs frames of "
-            f"{LEAST_GROUPS} or more (say which frames are of one clip with --clip)"
-        )
+    groups = groups_of(labelled, needed=f"an operating point needs frames of {LEAST_GROUPS} or more")
     scores, samples = [], []
     for one in tqdm(labelled, desc="calibrating", unit="frame", leave=False, disable=None if show_progress else True):
-        pixels = segmenter.prepare([one.frame])
-        logits = segmenter.runtime.resize(segmenter.runtime.polyp_logits(pixels, names=[one.name])[0], one.truth.shape)
+        logits = logits_of(segmenter, one)
         scores.append(score_grid(logits, one.truth))
         samples.append(_sample(logits, one.truth))
     return choose_point(
         np.array(scores), groups, samples=samples, polyp_free=sum(not one.truth.any() for one in labelled)
     )
+
+
+def groups_of(labelled: Sequence[Labelled], *, needed: str) -> list[str]:
+    """The clip of each frame. Raises UsageError, which says what is ``needed``, for fewer than LEAST_GROUPS clips."""
+    groups = [one.group for one in labelled]
+    count = len(set(groups))
+    if count < LEAST_GROUPS:
+        raise UsageError(
+            f"{count} clip(s) with {len(labelled)} frames are too few: {needed} (say which frames are of one clip with "
+            "--clip)"
+        )
+    return groups
+
+
+def logits_of(segmenter: Segmenter, one: Labelled) -> NDArray[np.float32]:
+    """Polyp logits (H, W) at the size of the frame's mask."""
+    found = segmenter.runtime.polyp_logits(segmenter.prepare([one.frame]), names=[one.name])[0]
+    return segmenter.runtime.resize(found, one.truth.shape)
 
 
 def score_grid(logits: NDArray[np.float32], truth: NDArray[np.bool_]) -> Floats:

@@ -128,6 +128,11 @@ def _video_frames(source: Source, *, most: int) -> Iterator[GivenFrame]:
             raise UsageError(f"{printable(str(source.path))} is {video.problem}")
 
 
+def picture_digest(image: Image.Image) -> str:
+    """SHA-256 of a picture's size and pixels: equal for repeats whatever their files are."""
+    return hashlib.sha256(f"{image.size}".encode() + np.asarray(image).tobytes()).hexdigest()
+
+
 def _frame(name: str, image: Image.Image, *, group: str) -> GivenFrame:
-    digest = hashlib.sha256(f"{image.size}".encode() + np.asarray(image).tobytes()).hexdigest()
+    digest = picture_digest(image)
     return GivenFrame(name=name, group=group or digest, image=image, digest=digest)

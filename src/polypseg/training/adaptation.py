@@ -25,7 +25,7 @@ from polypseg.recipe import AugmentationRecipe
 from polypseg.training.augmentation import Normalisation, PairedAugmentation
 from polypseg.training.fast_convolutions import interleaved_convolutions
 from polypseg.training.finetune import dice_of_polyps
-from polypseg.training.loader import keep_opencv_to_one_thread, to_example
+from polypseg.training.loader import keep_opencv_to_one_thread, resize_pair, to_example
 
 Image8 = NDArray[np.uint8]
 MOST_FOR_STATISTICS = 64
@@ -66,10 +66,9 @@ class Pairs:
 
 def resize_pairs(frames: Sequence[Image.Image], masks: Sequence[NDArray[np.bool_]], *, size: int) -> Pairs:
     """RGB frames and their masks (H, W) of any size -> pairs of ``size`` pixels, resized as in training."""
-    side = (size, size)
-    pictures = [np.asarray(frame.resize(side, Image.Resampling.BICUBIC)) for frame in frames]
-    grey = [Image.fromarray(mask.astype(np.uint8) * 255).resize(side, Image.Resampling.BICUBIC) for mask in masks]
-    return Pairs(images=np.stack(pictures), masks=np.stack([np.asarray(mask) for mask in grey]))
+    grey = (mask.astype(np.uint8) * 255 for mask in masks)
+    pictures, resized = zip(*(resize_pair(*pair, size=size) for pair in zip(frames, grey, strict=True)), strict=True)
+    return Pairs(images=np.stack(pictures), masks=np.stack(resized))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,10 +84,21 @@ def _write_pairs(dataset: PolypDataset, ids: Sequence[str], *, image_size: int, 
         tqdm(ids, desc=f"reading {dataset.spec.title}", unit="image", leave=False, disable=None)
     ):
         frame, mask = dataset.grey_pair(dataset.by_id[record_id])
-        frames[index] = np.asarray(frame.resize((image_size, image_size), Image.Resampling.BICUBIC))
-        masks[index] = np.asarray(Image.fromarray(mask).resize((image_size, image_size), Image.Resampling.BICUBIC))
+        frames[index], masks[index] = resize_pair(frame, mask, size=image_size)
     frames.flush()
     masks.flush()
+
+
+def resize_pair(
+    frame: Image.Image, mask: NDArray[np.uint8], *, size: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """An RGB frame and its gray mask (H, W) -> (S, S, 3) and (S, S): bicubic, antialiased, Pillow's."""
+    side = (size, size)
+    pictures = (
+        frame.resize(side, Image.Resampling.BICUBIC),
+        Image.fromarray(mask).resize(side, Image.Resampling.BICUBIC),
+    )
+    return np.asarray(pictures[0]), np.asarray(pictures[1])
 
 
 def _reserve(path: Path) -> None:
