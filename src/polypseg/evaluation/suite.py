@@ -19,6 +19,7 @@ from polypseg.evaluation.evaluate import Measured, SuiteResult, score_prediction
 from polypseg.evaluation.receipt import CONVENTION, read_receipt, receipt_path, refuse_other_weights
 from polypseg.files import sole_writer, write_csv, write_json
 from polypseg.inference.model import SOURCE_SHA256
+from polypseg.inference.operating_point import OPERATING_POINT_KEY
 from polypseg.inference.predictors import PredictionSource, model_folder, open_model
 from polypseg.provenance.passport import Rule, SeenError, SplitManifest, check_seen, kept_manifest, name_partial
 
@@ -316,7 +317,8 @@ def score_images(
     """
     manifest, seen = check_seen(model_folder, manifest, rule=plan.rule)
     sha256 = (source.origin.get("weights_origin") or {}).get(SOURCE_SHA256)
-    refuse_other_weights(receipt_path(plan.output, source.name, manifest), sha256=sha256)
+    at_point = OPERATING_POINT_KEY in source.origin
+    refuse_other_weights(receipt_path(plan.output, source.name, manifest, at_operating_point=at_point), sha256=sha256)
     return score_predictions(
         source,
         dataset,

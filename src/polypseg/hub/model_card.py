@@ -4,6 +4,7 @@ The template, templates/model_card.md.jinja, knows no model by name.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -473,10 +474,29 @@ RUNS_MARKS = ("<!-- runs -->", "<!-- /runs -->")
 
 
 def starter_table(results: Path) -> str:
-    """The shipped model's scores as Markdown, from its receipts in ``results``: a row per test, then false alarms."""
+    """The shipped model's scores as Markdown, from its receipts in ``results``.
+
+    A row per test at probability 0.5 and the false alarms; then the same at the model's own operating point.
+    """
+    receipts = sorted(
+        find_receipts(results).values(), key=lambda receipt: (receipt.dataset.name != "kvasir_seg", receipt.n)
+    )
+    parts = [_scores_and_alarms([receipt for receipt in receipts if receipt.operating_point is None])]
+    if pointed := [receipt for receipt in receipts if receipt.operating_point is not None]:
+        point = pointed[0].operating_point or {}
+        parts.append(
+            f"At its own operating point, chosen on validation frames (`--operating-point model`: probability above "
+            f"{point['threshold']:.2f} at temperature {point['temperature']:.2f}, regions of at least "
+            f"{100 * point['minimum_share']:g} % of the frame), it finds less and is quieter:"
+        )
+        parts.append(_scores_and_alarms(pointed))
+    return "\n\n".join(parts)
+
+
+def _scores_and_alarms(receipts: Sequence[Receipt]) -> str:
+    """A row per test, then the false alarms."""
     records, alarms = [], []
-    receipts = find_receipts(results).values()
-    for receipt in sorted(receipts, key=lambda receipt: (receipt.dataset.name != "kvasir_seg", receipt.n)):
+    for receipt in receipts:
         dataset, alarm = receipt.dataset, receipt.false_alarms
         part = "" if dataset.split == "full" else f", {dataset.split} {dataset.part} part"
         if dataset.name == NEGATIVES and alarm is not None:
