@@ -29,7 +29,7 @@ from polypseg.expectation.calibrate import (
     score_grid,
 )
 from polypseg.expectation.margins import relative_needs
-from polypseg.hub.model_card import starter_table
+from polypseg.hub.starter_tables import starter_table
 from polypseg.inference.margin import Margin, read_margin
 from polypseg.inference.operating_point import OperatingPoint, find_operating_point, read_operating_point
 from polypseg.inference.predictor import Steps
