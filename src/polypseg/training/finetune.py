@@ -535,8 +535,13 @@ class Schedule:
             self.after_epoch(row["validation_dice"])
 
 
-def run_is_finished(run_dir: Path, recipe: Recipe, *, start: str) -> bool:
-    """Whether ``run_dir`` holds a completed run of just this recipe and this start (see ``describe_source``)."""
+def run_is_finished(
+    run_dir: Path, recipe: Recipe, *, start: str, dataset: PolypDataset | None = None, split: str = "reference"
+) -> bool:
+    """Whether ``run_dir`` holds a completed run of just this recipe and this start (see ``describe_source``).
+
+    With ``dataset``, also whether it was trained on just these images.
+    """
     path, checkpoint = run_dir / "run.json", newest_checkpoint(run_dir)
     if not path.is_file() or checkpoint is None or not _is_marked_finished(run_dir / "best" / CONFIG_NAME):
         return False
@@ -545,5 +550,9 @@ def run_is_finished(run_dir: Path, recipe: Recipe, *, start: str) -> bool:
         return False
     if record["model"]["weights_origin"]["encoder_initialisation"] != start:
         return False
+    if dataset is not None:
+        trained_on = (record["data"]["content_id"], record["data"]["split"])
+        if trained_on != (dataset.content_id, split):
+            return False
     progress = Progress(**read_json(checkpoint / "progress.json"))
     return progress.epoch >= recipe.training.epochs or progress.step >= (recipe.training.max_steps or float("inf"))
