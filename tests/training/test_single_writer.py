@@ -191,18 +191,17 @@ class TestFirstWriter:
         told = []
 
         class Run:
-            progress = "done"
-
             def __init__(self, *args: Any, **kwargs: Any): ...
 
-            def start(self, *, resume: bool) -> None: ...
-
-            def train(self, stop: Any) -> None:
+            def start(self, *, resume: bool) -> None:
                 told.append(attempt(tmp_path / "run"))
+                raise KeyboardInterrupt
 
         monkeypatch.setattr(module, "_Run", Run)
-        assert call(tmp_path / "run") == "done"
+        with pytest.raises(KeyboardInterrupt):
+            call(tmp_path / "run")
         assert "is being written by another process" in told[0]
+        assert attempt(tmp_path / "run") == ""
 
     def test_evaluate(self, pairs, tmp_path):
         evaluate(tmp_path / "results" / "masks", pairs)
