@@ -7,13 +7,14 @@ Their authors publish no checksums, so the record is believed and the file's own
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from polypseg import zoo
 from polypseg.data.catalog import DATASETS, DatasetSpec
 from polypseg.errors import UsageError
 from polypseg.recipe import Recipe, load_recipe
-from polypseg.zoo import RANDOM, ZooEntry
+from polypseg.zoo import RANDOM, STARTERS, ZooEntry
 
 Kind = Literal["trained", "converted", "untrained"]
 
@@ -259,6 +260,21 @@ def pretrained_entry(origin: Origin) -> ZooEntry | None:
     if entry is None or entry.method == "none" or (start == RANDOM and origin.kind != "converted"):
         return None
     return entry
+
+
+def describe_start(entry: ZooEntry, initialisation: str) -> str:
+    """What a row's encoder started from, for tables; ``initialisation`` as a run's record says it."""
+    wanted = f"{zoo.METHODS[entry.method]}, {zoo.CORPORA[entry.corpus]}"
+    if entry.method == "none":
+        return "random, as the row says"
+    if initialisation == RANDOM:
+        return f"RANDOM: no {wanted} at this scale"
+    if initialisation in STARTERS.values():
+        return f"{wanted} (starter package)"
+    if initialisation == f"timm:{entry.upstream.timm}":
+        return wanted
+    file = initialisation.removeprefix("file ").rpartition(" (")[0]
+    return f"{wanted} (given: {file or Path(initialisation).name})"
 
 
 def planned_origin(entry: ZooEntry) -> Origin:
