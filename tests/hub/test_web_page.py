@@ -18,7 +18,9 @@ import pytest
 import yaml
 
 from polypseg.errors import UsageError
+from polypseg.evaluation.receipt import find_receipts
 from polypseg.hub.web_page import PageServer, assemble_page, export_page, page_weight, stated_scores
+from polypseg.provenance.local import STARTER_FOLDER
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECEIPTS = REPOSITORY / "model_cards" / "results" / "tf_efficientnet_lite0_deeplabv3plus.supervised_imagenet1k"
@@ -90,6 +92,14 @@ def test_page_states_the_dice_of_the_models_receipts_and_refuses_those_of_others
     (model / "config.json").write_text(json.dumps({"weights_origin": {"sha256": "0" * 64}}))
     with pytest.raises(UsageError, match="of other weights"):
         stated_scores(model)
+
+
+def test_page_states_no_dice_of_frames_without_polyps():
+    receipts = find_receipts(STARTER_FOLDER).values()
+    assert any(receipt.dataset.name == "negatives" for receipt in receipts)
+    assert {score.dataset for score in stated_scores(STARTER_FOLDER)} == {
+        "CVC-ClinicDB", "Kvasir-SEG test", "PolypGen-center-3"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

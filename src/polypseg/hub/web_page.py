@@ -23,6 +23,7 @@ import yaml
 
 from polypseg.errors import UsageError, unknown_name
 from polypseg.evaluation.receipt import CONVENTION, find_receipts
+from polypseg.evaluation.suite import NEGATIVES
 from polypseg.files import atomic_path, explain_write_errors, read_json
 from polypseg.inference.runtimes import ONNX_FILES
 from polypseg.provenance.licence import model_license
@@ -82,7 +83,8 @@ def stated_scores(folder: Path) -> list[Score]:
         if ours and theirs and theirs != ours:
             raise UsageError(f"{path} is of other weights ({theirs[:12]}, not {ours[:12]}): evaluate again")
         dice = receipt.stated["dice"] if CONVENTION in receipt.scores_by_cluster else None
-        if receipt.operating_point is not None or dice is None or dice.mean is None:  # no polyps
+        without_polyps = receipt.dataset.name == NEGATIVES or dice is None or dice.mean is None
+        if receipt.operating_point is not None or without_polyps:
             continue
         dataset = receipt.dataset
         part = "" if (dataset.split, dataset.part) == ("full", "full") else f" {dataset.part}"
