@@ -32,7 +32,7 @@ from polypseg.inference.model import build_image_processor, load_model, predict_
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.provenance.fetch import ORGANISATION
 from polypseg.provenance.licence import DISCLAIMER, model_license
-from polypseg.provenance.origin import pretrained_entry, read_origin
+from polypseg.provenance.origin import read_origin
 from polypseg.statistics.scores import METRICS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -242,7 +242,7 @@ def test_references_are_whole():
 
 
 def record(short_name: str, **changes: object) -> dict:
-    return {**planned_facts(zoo.get(short_name), organisation="x").origin.record, **changes}
+    return {**planned_facts(zoo.get(short_name), organisation="x").origin.content, **changes}
 
 
 def test_random_start_of_a_pretrained_row_claims_no_pretraining():
@@ -252,7 +252,7 @@ def test_random_start_of_a_pretrained_row_claims_no_pretraining():
         stage="published",
     )
     card = render_card(facts)
-    assert pretrained_entry(facts.origin) is None
+    assert facts.origin.pretrained_entry is None
     assert (
         "base_model" not in metadata(card) and "datasets" not in metadata(card) and "mae" not in metadata(card)["tags"]
     )
@@ -530,7 +530,7 @@ HOSTILE = 'x" + str(1) + "\n# Heading\n<img src=x onerror=alert(1)> ![p](http://
 
 def test_what_a_config_says_of_itself_stays_plain_text():
     facts = planned_facts(zoo.get("RN-IN-MC"), organisation="someone")
-    record = facts.origin.record | {
+    record = facts.origin.content | {
         "model_id": HOSTILE,
         "recipe": HOSTILE,
         "recipe_changes": [HOSTILE],

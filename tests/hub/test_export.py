@@ -177,7 +177,7 @@ def test_an_exported_folder_can_be_exported_again(source, exported, tmp_path, wi
     first = safetensors.torch.load_file(exported / "model.safetensors")
     second = safetensors.torch.load_file(again.folder / "model.safetensors")
     assert all(torch.equal(first[key], second[key]) for key in first)
-    assert again.origin.record["sha256"] == file_sha256(source / "model.safetensors")
+    assert again.origin.sha256 == file_sha256(source / "model.safetensors")
 
 
 def write_result(folder: Path, *, sha256: str | None, name: str = "small.random", count: int = 3) -> Path:

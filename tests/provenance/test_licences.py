@@ -40,7 +40,7 @@ BY_HAND = {  # MoCo v3 and MAE: NC; SSL4GIE's own pretrained weights: NC; the re
 
 def record(short_name: str, **changes: object) -> dict[str, object]:
     """What a full-size run of a row by the study's recipe records, with changes."""
-    return {**planned_facts(zoo.get(short_name), organisation="x").origin.record, **changes}
+    return {**planned_facts(zoo.get(short_name), organisation="x").origin.content, **changes}
 
 
 def own(source: str) -> dict[str, object]:

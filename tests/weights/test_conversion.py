@@ -135,7 +135,7 @@ def test_convert_file_converts_the_full_size_files(short_name, tmp_path):
     entry = zoo.get(short_name)
     model = check_model(write_reference_file(entry, tmp_path, seed=1), entry, tmp_path / "model")
     origin = read_origin(model.config.weights_origin)
-    assert origin.official and origin.record["converted_from"]["upstream"] == "SSL4GIE"
+    assert origin.official and origin.converted_from.upstream == "SSL4GIE"
 
 
 def test_convert_file_takes_tensors_saved_from_within_distributed_training(tmp_path, small_vit):
@@ -162,9 +162,9 @@ def test_a_file_tuned_on_cvc_keeps_its_row_but_not_its_name(tmp_path, small_vit)
     entry = zoo.get("VT-IN-MC")
     source = write_reference_file(entry, tmp_path, seed=3, dataset="CVC")
     origin = read_origin(check_model(source, entry, tmp_path / "model").config.weights_origin)
-    assert origin.record["finetuned_on"].startswith("CVC-ClinicDB") and not origin.official
-    assert origin.record["converted_from"]["file"] == source.path.name
-    assert len(origin.record["converted_from"]["sha256"]) == 64
+    assert origin.finetuned_on.startswith("CVC-ClinicDB") and not origin.official
+    assert origin.converted_from.file == source.path.name
+    assert len(origin.converted_from.sha256) == 64
 
 
 def test_a_renamed_file_needs_its_row_and_lists_those_that_fit(tmp_path):

@@ -18,8 +18,8 @@ from polypseg.evaluation.conventions import CONVENTIONS
 from polypseg.evaluation.evaluate import Measured, SuiteResult, score_predictions
 from polypseg.evaluation.receipt import CONVENTION, read_receipt, receipt_path, refuse_other_weights
 from polypseg.files import sole_writer, write_csv, write_json
-from polypseg.inference.model import SOURCE_SHA256
 from polypseg.inference.predictors import PredictionSource, model_folder, open_model
+from polypseg.provenance.origin import WeightsOrigin
 from polypseg.provenance.passport import Rule, SeenError, SplitManifest, check_seen, kept_manifest, name_partial
 
 Frames = Literal["all", "with polyp", "without polyp"]
@@ -315,8 +315,8 @@ def score_images(
     score_predictions raises.
     """
     manifest, seen = check_seen(model_folder, manifest, rule=plan.rule)
-    sha256 = (source.origin.get("weights_origin") or {}).get(SOURCE_SHA256)
-    refuse_other_weights(receipt_path(plan.output, source.name, manifest), sha256=sha256)
+    origin = WeightsOrigin.within(source.origin)
+    refuse_other_weights(receipt_path(plan.output, source.name, manifest), sha256=origin.sha256)
     return score_predictions(
         source,
         dataset,

@@ -31,13 +31,13 @@ from polypseg.files import atomic_path, environment_record, file_sha256, sole_wr
 from polypseg.hub.export import export_model, our_model
 from polypseg.inference.expected import EXPECTATION, Expectation, read_expectation
 from polypseg.inference.features import dice
-from polypseg.inference.model import SOURCE_SHA256, build_image_processor, without_shard_bars
+from polypseg.inference.model import build_image_processor, without_shard_bars
 from polypseg.inference.segmenter import Segmenter
 from polypseg.modeling import PolypSegForSemanticSegmentation
 from polypseg.provenance.checksums import write_manifest
+from polypseg.provenance.origin import WeightsOrigin
 from polypseg.provenance.passport import (
     FINETUNING,
-    KEY,
     ImagePrint,
     Passport,
     Seen,
@@ -324,29 +324,25 @@ def _save_model(found: Adaptation, prints: tuple[ImagePrint, ...], folder: Path,
     """Weights, configuration, processor and passport, as a training run leaves them."""
     model = found.model
     assert model is not None and found.plan is not None
-    origin = dict(model.config.weights_origin or {})
-    passport = find_passport(source, named=origin.get(KEY))
-    origin["adapted"] = {
-        "method": found.plan.words,
-        "labelled": found.labelled,
-        "frames": found.frames,
-        "groups": found.groups,
-        "gain": found.gain,
-        "bound": found.bound,
-        "from": file_sha256(source / SAFE_WEIGHTS_NAME),
-    }
-    for key in (KEY, SOURCE_SHA256):  # of the weights that were adapted
-        origin.pop(key, None)
-    model.config.weights_origin = origin
+    before = WeightsOrigin.within(model.config)
+    passport = find_passport(source, named=before.passport)
+    origin = before.adapted_to(
+        method=found.plan.words,
+        labelled=found.labelled,
+        frames=found.frames,
+        groups=found.groups,
+        gain=found.gain,
+        bound=found.bound,
+        source=file_sha256(source / SAFE_WEIGHTS_NAME),
+    )
+    model.config.weights_origin = origin.content
     with without_shard_bars():
         model.save_pretrained(folder)
     build_image_processor(model.config).save_pretrained(folder)
-    attach_passport(folder, _passport(passport[0] if passport else None, prints, found=found, origin=origin))
+    attach_passport(folder, _passport(passport[0] if passport else None, prints, found=found, model_id=origin.model_id))
 
 
-def _passport(
-    before: Passport | None, prints: tuple[ImagePrint, ...], *, found: Adaptation, origin: dict[str, Any]
-) -> Passport:
+def _passport(before: Passport | None, prints: tuple[ImagePrint, ...], *, found: Adaptation, model_id: str) -> Passport:
     """What the model saw before, and the frames with the digests of their masks."""
     part = "labelled" if found.labelled else "unlabelled"
     content = hashlib.sha256("".join(sorted(one.pixels for one in prints)).encode()).hexdigest()[:16]
@@ -356,4 +352,4 @@ def _passport(
     if before is not None:
         return replace(before, seen=(*before.seen, seen))
     unknown = Seen(stage=FINETUNING, description="images that the model before adaptation does not list")
-    return Passport(model_id=str(origin.get("model_id", "unknown")), seen=(unknown, seen))
+    return Passport(model_id=model_id, seen=(unknown, seen))

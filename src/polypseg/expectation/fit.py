@@ -51,7 +51,7 @@ from polypseg.expectation.intervals import (
 )
 from polypseg.expectation.learner import LEARNERS, baselines
 from polypseg.expectation.margins import learn_margin, margin_evidence
-from polypseg.files import environment_record, read_json, write_json
+from polypseg.files import environment_record, write_json
 from polypseg.inference.expected import EXPECTATION, FORMAT, THRESHOLD
 from polypseg.inference.features import SINGLE, to_colours
 from polypseg.inference.gate import MOST_UNLIKE, Gate, describe_place, learn_gate
@@ -61,6 +61,7 @@ from polypseg.inference.preparation import FrameProcessor
 from polypseg.inference.runtimes import ONNX_FILES, ONNXRUNTIME, OnnxRuntime, open_runtime
 from polypseg.inference.segmenter import Segmenter
 from polypseg.provenance.checksums import MANIFEST, write_manifest
+from polypseg.provenance.origin import WeightsOrigin
 from polypseg.shift.frame_statistics import measure_frame
 
 Floats = NDArray[np.float64]
@@ -311,11 +312,10 @@ def learn_expectation(folder: Path, *, data_dir: Path | None, cache: Path, echo:
         echo(
             f"{row['set']}: {row['unlike']:.0%} of {row['n']} frames unlike, {'' if row['refused'] else 'not '}refused"
         )
-    config = read_json(folder / "config.json")
     return {
         "format": FORMAT,
         "model": {
-            "id": (config.get("weights_origin") or {}).get("model_id", ""),
+            "id": WeightsOrigin.of_folder(folder).model_id,
             "sha256": weights_digests(folder),
             "convention": f"Dice at threshold {THRESHOLD} of frames with a polyp; 0 for an empty mask",
         },

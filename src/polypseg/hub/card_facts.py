@@ -11,13 +11,7 @@ from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.receipt import Receipt
 from polypseg.evaluation.receipt_reading import no_results, read_results
 from polypseg.files import read_json
-from polypseg.provenance.origin import (
-    STUDY_RECIPE,
-    Origin,
-    planned_origin,
-    read_origin,
-    recorded_recipe,
-)
+from polypseg.provenance.origin import STUDY_RECIPE, WeightsOrigin
 from polypseg.provenance.passport import PASSPORT, Passport
 from polypseg.recipe import Recipe, load_recipe, parse_recipe
 from polypseg.zoo import ZooEntry
@@ -59,7 +53,7 @@ class ComputeFacts:
 class CardFacts:
     """Everything that a card says."""
 
-    origin: Origin
+    origin: WeightsOrigin
     encoder: str
     """timm name."""
     decoder: str
@@ -100,7 +94,7 @@ def collect_facts(
     from polypseg.provenance.fetch import organisation as default_organisation
 
     config = read_json(folder / "config.json")
-    origin = read_origin(config.get("weights_origin"))
+    origin = WeightsOrigin.within(config, path=folder / "config.json")
     native = config.get("model_type") == "dpt"
     decoder = config.get("decoder", "dpt")
     encoder = config.get("encoder") or config.get("polypseg", {}).get("encoder")
@@ -115,7 +109,7 @@ def collect_facts(
         stage="published",
         organisation=organisation or default_organisation(),
         revision=revision or f"v{__version__}",
-        recipe=_run_recipe(run) if run else recorded_recipe(origin.record),
+        recipe=_run_recipe(run) if run else origin.bundled_recipe,
         results=_read_results(folder / "results", origin),
         compute=_compute_facts(run) if run else ComputeFacts(),
         passport=Passport.load(folder) if (folder / PASSPORT).is_file() else None,
@@ -143,7 +137,7 @@ def planned_facts(entry: ZooEntry, *, organisation: str) -> CardFacts:
     """The facts of a row without weights: what the model will be when it is trained as the study says."""
     config = entry.config_fields()
     return CardFacts(
-        origin=planned_origin(entry),
+        origin=WeightsOrigin.planned(entry),
         encoder=config["encoder"],
         decoder=entry.decoder,
         native=entry.decoder == "dpt",
@@ -162,11 +156,13 @@ def measured_facts(folder: Path, *, organisation: str) -> CardFacts:
     results = read_results(folder)
     if not results:
         raise no_results(folder)
-    record = {**results[0].weights_origin, "model_id": folder.name}
-    recipe = load_recipe(record["recipe"])
+    origin = results[0].origin.updated(model_id=folder.name)
+    if origin.recipe is None:
+        raise UsageError(f"{results[0].path} does not say with which recipe its model was trained: evaluate again")
+    recipe = load_recipe(origin.recipe)
     epochs = read_epochs(folder / "epochs.csv")
-    record.setdefault("finished", len(epochs) == recipe.training.epochs)
-    origin = read_origin(record)
+    if origin.finished is None:  # a receipt of before this was recorded
+        origin = origin.updated(finished=len(epochs) == recipe.training.epochs)
     decoder = folder.name.split(".")[0].rsplit("_", maxsplit=1)[-1]
     encoder = _encoder_of(folder.name, decoder)
     config = PolypSegConfig(encoder=encoder, decoder=decoder, image_size=recipe.data.image_size)
@@ -194,9 +190,9 @@ def _encoder_of(model_id: str, decoder: str) -> str:
     return zoo.ENCODERS.get(name, name)
 
 
-def _read_results(folder: Path, origin: Origin) -> tuple[Receipt, ...]:
+def _read_results(folder: Path, origin: WeightsOrigin) -> tuple[Receipt, ...]:
     results = read_results(folder)
-    ours = origin.record.get("sha256")
+    ours = origin.sha256
     for receipt in results:
         theirs = receipt.model_sha256
         if ours and theirs and ours != theirs:

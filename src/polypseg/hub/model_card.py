@@ -31,7 +31,7 @@ from polypseg.hub.card_facts import (
 from polypseg.hub.dataset_card import load_references, load_template
 from polypseg.hub.markdown import all_plain, plain, python_string
 from polypseg.provenance.licence import DISCLAIMER, ModelLicense, model_license
-from polypseg.provenance.origin import Origin, finetuning_dataset, pretrained_entry
+from polypseg.provenance.origin import WeightsOrigin
 from polypseg.recipe import Recipe, load_recipe
 from polypseg.statistics.scores import METRICS
 from polypseg.tables import Column, Table
@@ -76,7 +76,6 @@ def render_card(facts: CardFacts) -> ModelCard:
         facts=facts,
         origin=facts.origin,
         entry=facts.origin.entry,
-        record=facts.origin.record,
         disclaimer=DISCLAIMER,
         license=license,
         title=_architecture_title(facts),
@@ -90,7 +89,7 @@ def render_card(facts: CardFacts) -> ModelCard:
         convention=CONVENTION,
         intervals=list(dict.fromkeys(result.bootstrap.by_cluster for result in facts.results)),
         saw=_saw_lines(facts),
-        collision=_split_collision(finetuning_dataset(facts.origin)),
+        collision=_split_collision(facts.origin.finetuning_dataset),
         test_caveats=_test_caveats(facts),
         references=[load_references()[key] for key in _reference_keys(facts)],
         pictures=[(name, *PICTURES[name]) for name in facts.widget_pictures],
@@ -104,20 +103,13 @@ def render_card(facts: CardFacts) -> ModelCard:
 
 def _plain_facts(facts: CardFacts) -> CardFacts:
     """The facts with every text that comes from a file made plain; see ``markdown.plain``."""
-    origin = replace(
-        facts.origin,
-        model_id=plain(facts.origin.model_id),
-        shortcomings=all_plain(facts.origin.shortcomings),
-        suffix=plain(facts.origin.suffix),
-        record=all_plain(facts.origin.record),
-    )
     seen = tuple(
         replace(seen, stage=plain(seen.stage), description=plain(seen.description))
         for seen in (facts.passport.seen if facts.passport else ())
     )
     return replace(
         facts,
-        origin=origin,
+        origin=WeightsOrigin.of(all_plain(facts.origin.content)),
         encoder=plain(facts.encoder),
         decoder=plain(facts.decoder),
         organisation=plain(facts.organisation),
@@ -133,9 +125,9 @@ def _architecture_title(facts: CardFacts) -> str:
 
 
 def _metadata(facts: CardFacts, license: ModelLicense) -> ModelCardData:
-    origin, entry = facts.origin, pretrained_entry(facts.origin)
+    origin, entry = facts.origin, facts.origin.pretrained_entry
     results = _indexed_results(facts)
-    start = str(origin.record.get("encoder_initialisation", ""))
+    start = origin.encoder_initialisation or ""
     base = start.removeprefix("timm:") if start.startswith("timm:") else ""
     if origin.kind == "converted" and entry:
         base = entry.upstream.timm
@@ -161,13 +153,13 @@ def _metadata(facts: CardFacts, license: ModelLicense) -> ModelCardData:
     )
 
 
-def _corpus_is_published(origin: Origin) -> bool:
+def _corpus_is_published(origin: WeightsOrigin) -> bool:
     """Whether the encoder saw the row's corpus: a pretraining run of one's own records its frames instead."""
-    return not origin.record.get("pretraining")
+    return not origin.pretraining
 
 
 def _tags(facts: CardFacts, entry: ZooEntry | None) -> list[str]:
-    trained_on = finetuning_dataset(facts.origin)
+    trained_on = facts.origin.finetuning_dataset
     tested = [result.dataset.name for result in facts.results]
     tags = ["polyp-segmentation", "colonoscopy", "endoscopy", "medical", "research-only", "semantic-segmentation"]
     tags += [facts.encoder, facts.decoder]
@@ -182,9 +174,9 @@ def _tags(facts: CardFacts, entry: ZooEntry | None) -> list[str]:
     return list(dict.fromkeys(tag.replace("_", "-").lower() for tag in tags))
 
 
-def _is_at_home(origin: Origin, dataset: str) -> bool:
+def _is_at_home(origin: WeightsOrigin, dataset: str) -> bool:
     """Whether a dataset is the one of fine-tuning, under this or another name."""
-    trained_on = finetuning_dataset(origin)
+    trained_on = origin.finetuning_dataset
     return trained_on is not None and _SAME_IMAGES.get(dataset, dataset) == trained_on.name
 
 
@@ -230,13 +222,13 @@ def is_quotable(result: Receipt) -> bool:
 
 def _pretraining_lines(facts: CardFacts) -> list[str]:
     """Where the encoder's weights come from, one line a fact."""
-    origin, entry = facts.origin, pretrained_entry(facts.origin)
+    origin, entry = facts.origin, facts.origin.pretrained_entry
     if entry is None:
         return ["Pretraining: none; the encoder started from random weights."]
     if origin.own_pretraining:
         return [origin.own_pretraining]
     lines = [f"Pretraining: {zoo.METHODS[entry.method]} on {zoo.CORPORA[entry.corpus]}."]
-    if origin.record.get("scale") == "full":
+    if origin.full_size:
         lines += [
             f"Published weights: {entry.upstream.location} ({entry.upstream.file_format}).",
             f"Their licence: {entry.upstream.license}, stated at {entry.upstream.license_source}.",
@@ -248,13 +240,13 @@ def _pretraining_lines(facts: CardFacts) -> list[str]:
                 f"Position embedding: sine-cosine, as the pretraining had it (`{entry.position_embedding}`{frozen})."
             )
     else:
-        lines.append(f"Start of the encoder, as recorded: {origin.record['encoder_initialisation']}.")
+        lines.append(f"Start of the encoder, as recorded: {origin.encoder_initialisation}.")
     return lines
 
 
 def _data_facts(facts: CardFacts) -> dict[str, Any]:
     """The training set and the corpus of pretraining, with what is known of their patients."""
-    spec, entry = finetuning_dataset(facts.origin), pretrained_entry(facts.origin)
+    spec, entry = facts.origin.finetuning_dataset, facts.origin.pretrained_entry
     corpus = DATASETS["hyperkvasir_unlabelled"] if entry and entry.corpus == "hyperkvasir" else None
     return {
         "spec": spec,
@@ -307,7 +299,7 @@ def _recipe_rows(recipe: Recipe | None) -> list[tuple[str, str]]:
 
 def _tests(facts: CardFacts) -> list[Test]:
     """The tests of the card's table: those that the study has, then the others that there are results of."""
-    trained_on = finetuning_dataset(facts.origin)
+    trained_on = facts.origin.finetuning_dataset
     expected = [] if trained_on and is_synthetic(trained_on) else list(EXPECTED_TESTS)
     found = [result.test for result in facts.results]
     return list(dict.fromkeys([*expected, *found]))
@@ -319,7 +311,7 @@ def _test_row(facts: CardFacts, test: Test) -> dict[str, Any]:
     matching = [result for result in facts.results if result.test == test]
     return {
         "title": _title(test, dataset=matching[0].dataset.title if matching else None),
-        "where": where if finetuning_dataset(facts.origin) else "not fine-tuned",
+        "where": where if facts.origin.finetuning_dataset else "not fine-tuned",
         "results": [
             {
                 "n": result.n,
@@ -332,11 +324,11 @@ def _test_row(facts: CardFacts, test: Test) -> dict[str, Any]:
     }
 
 
-def _seen_images(origin: Origin, result: Receipt) -> int:
+def _seen_images(origin: WeightsOrigin, result: Receipt) -> int:
     """How many images of a result were training images, by the committed split lists."""
     if not _is_at_home(origin, result.dataset.name):
         return 0
-    spec, stated = finetuning_dataset(origin), str(origin.record.get("finetuned_on"))
+    spec, stated = origin.finetuning_dataset, origin.finetuned_on or ""
     split = next((name for name in DESCRIPTIONS if name in re.split(r"[ /]", stated)), "")
     lists = pinned_split(spec.name, split) if spec else None
     training = set((lists or {}).get("train", []))
@@ -387,7 +379,7 @@ def _split_collision(spec: DatasetSpec | None) -> dict[str, Any] | None:
 
 def _reference_keys(facts: CardFacts) -> list[str]:
     """The works that a user of the model should cite: the study, data, pretraining, architecture."""
-    entry, spec = pretrained_entry(facts.origin), finetuning_dataset(facts.origin)
+    entry, spec = facts.origin.pretrained_entry, facts.origin.finetuning_dataset
     keys = ["sanderson2024generalisability"]
     keys += (
         ["sanderson2024study"] if facts.origin.kind == "converted" or (entry and entry.corpus == "hyperkvasir") else []
@@ -397,7 +389,7 @@ def _reference_keys(facts: CardFacts) -> list[str]:
     if entry:
         keys += [_METHOD_REFERENCES[entry.method]] if entry.method in _METHOD_REFERENCES else []
         keys += [POPULATIONS["hyperkvasir_unlabelled"].reference] if entry.corpus == "hyperkvasir" else []
-        if facts.origin.record.get("scale") == "full":
+        if facts.origin.full_size:
             keys += [key for part, key in _RECIPE_REFERENCES.items() if part in entry.upstream.location]
     keys += [key for part, key in _ENCODER_REFERENCES.items() if part in facts.encoder]
     keys += [_DECODER_REFERENCES[facts.decoder]] if facts.decoder in _DECODER_REFERENCES else []

@@ -21,7 +21,7 @@ from polypseg.hub.model_card import lint_card, load_card
 from polypseg.provenance.checksums import MANIFEST, NOT_LISTED, describe_problems, find_problems, read_manifest
 from polypseg.provenance.fetch import hub_api, hub_errors
 from polypseg.provenance.licence import ModelLicense, license_contradictions, model_license
-from polypseg.provenance.origin import Origin, read_origin
+from polypseg.provenance.origin import WeightsOrigin
 
 COLLECTION = "Polyp segmentation: twelve pretrained backbones"
 COLLECTION_TEXT = "ResNet50 + DeepLabV3+ and ViT-B + DPT, pretrained in six ways. Research only, not a medical device."
@@ -34,7 +34,7 @@ class PublishPlan:
 
     folder: Path
     repo_id: str
-    origin: Origin
+    origin: WeightsOrigin
     license: str
     tag: str
     private: bool
@@ -179,7 +179,7 @@ def _one_name_twice(one: Path, other: Path, name: str) -> UsageError:
     return UsageError(f"{one} and {other} would both become {name}: push one of them")
 
 
-def _check_folder(folder: Path) -> tuple[Origin, ModelLicense, dict[str, str]]:
+def _check_folder(folder: Path) -> tuple[WeightsOrigin, ModelLicense, dict[str, str]]:
     """Everything that can be wrong with a folder is found before a byte is sent; its origin, licence and digests."""
     if not (folder / MANIFEST).is_file():
         raise UsageError(f"{folder} has no {MANIFEST}: write the folder with `polypseg export`")
@@ -188,7 +188,7 @@ def _check_folder(folder: Path) -> tuple[Origin, ModelLicense, dict[str, str]]:
     if problems:
         raise UsageError(f"{folder} was changed after its export: {describe_problems(problems)}. Export it again")
     config = read_json(folder / "config.json")
-    origin = read_origin(config.get("weights_origin"))
+    origin = WeightsOrigin.within(config, path=folder / "config.json")
     names = {entry.model_id for entry in zoo.ZOO}
     if origin.repo_name in names and not origin.official:
         raise UsageError(f"{folder} may not be published as {origin.repo_name}: {'; '.join(origin.shortcomings)}")

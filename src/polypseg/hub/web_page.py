@@ -26,7 +26,7 @@ from polypseg.evaluation.receipt import CONVENTION, find_receipts
 from polypseg.files import atomic_path, explain_write_errors, read_json
 from polypseg.inference.runtimes import ONNX_FILES
 from polypseg.provenance.licence import model_license
-from polypseg.provenance.origin import read_origin
+from polypseg.provenance.origin import UNKNOWN, WeightsOrigin
 
 BUILT = Path(__file__).resolve().parents[1] / "_web"
 PAGE, BUILD, SERVICE_WORKER = "page.json", "build.json", "service_worker.js"
@@ -75,7 +75,7 @@ def stated_scores(folder: Path) -> list[Score]:
 
     Raises UsageError for a receipt of other weights than those that ``config.json`` records.
     """
-    ours = (read_json(folder / "config.json").get("weights_origin") or {}).get("sha256")
+    ours = WeightsOrigin.of_folder(folder).sha256
     scores = []
     for path, receipt in find_receipts(folder).items():
         theirs = receipt.model_sha256
@@ -140,8 +140,8 @@ def _network_of(model: Path, precision: str) -> Path:
 
 
 def _facts(model: Path, content: Mapping[str, bytes], *, precision: str) -> dict[str, Any]:
-    origin = read_origin(read_json(model / "config.json").get("weights_origin"))
-    name = model.resolve().name if origin.model_id == "unknown" else origin.repo_name
+    origin = WeightsOrigin.of_folder(model)
+    name = model.resolve().name if origin.model_id == UNKNOWN else origin.repo_name
     terms = model_license(origin)
     side, mean, std = _preparation(model / "preprocessor_config.json")
 

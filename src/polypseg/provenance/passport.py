@@ -29,9 +29,9 @@ from polypseg.data.images import decode_frame
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import PolypSegError, UsageError, unknown_name
 from polypseg.files import cache_folder, file_sha256, read_json, write_text
+from polypseg.provenance.local import CONFIG
+from polypseg.provenance.origin import WEIGHTS_ORIGIN, WeightsOrigin
 
-CONFIG_NAME = "config.json"
-"""As in transformers, without the time to import it."""
 PASSPORT = "passport.json"
 """File name beside the weights."""
 KEY = "passport"
@@ -404,9 +404,10 @@ def finetuning_passport(
 def attach_passport(folder: Path, passport: Passport) -> Path:
     """Write a passport into a model's folder and its digest into config.json; return the passport's path."""
     path = passport.save(folder)
-    config = read_json(folder / CONFIG_NAME)
-    config["weights_origin"] = (config.get("weights_origin") or {}) | {KEY: file_sha256(path)}
-    write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")  # as transformers writes it
+    config = read_json(folder / CONFIG)
+    origin = WeightsOrigin.within(config, path=folder / CONFIG).updated(passport=file_sha256(path))
+    config[WEIGHTS_ORIGIN] = origin.content
+    write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")  # as transformers writes it
     return path
 
 
@@ -463,8 +464,7 @@ def check_seen(
     """
     if folder is None:
         return manifest, SeenCheck(rule=rule)
-    config = read_json(folder / CONFIG_NAME)
-    carried = find_passport(folder, named=(config.get("weights_origin") or {}).get(KEY))
+    carried = find_passport(folder, named=WeightsOrigin.of_folder(folder).passport)
     if carried is None:
         return manifest, SeenCheck(rule=rule, reason=f"the model has no {PASSPORT}: what it saw is not known")
     passport, digest = carried

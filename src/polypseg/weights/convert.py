@@ -19,6 +19,7 @@ from polypseg.errors import PolypSegError, UsageError
 from polypseg.files import atomic_path, file_sha256
 from polypseg.inference.model import build_image_processor, without_shard_bars
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
+from polypseg.provenance.origin import ConversionRecord, WeightsOrigin
 from polypseg.weights.formats import (
     AUGREG,
     OURS,
@@ -268,19 +269,16 @@ def _compare(
 def _convert_model(path: Path, output: Path, found: Recognised, entry: ZooEntry | None) -> None:
     entry, dataset = _identify_row(path, found, entry)
     config = entry.config()
-    config.weights_origin = {
-        "model_id": entry.model_id,
-        "scale": "full",
-        "encoder_initialisation": _initialisation(entry),
-        "finetuned_on": dataset,
-        "finished": True,
-        "converted_from": {
-            "format": found.format.name,
-            "file": path.name,
-            "sha256": file_sha256(path),
-            "upstream": UPSTREAM,
-        },
-    }
+    config.weights_origin = WeightsOrigin(
+        model_id=entry.model_id,
+        scale="full",
+        encoder_initialisation=_initialisation(entry),
+        finetuned_on=dataset,
+        finished=True,
+        converted_from=ConversionRecord(
+            format=found.format.name, file=path.name, sha256=file_sha256(path), upstream=UPSTREAM
+        ),
+    ).content
     with torch.device("meta"):
         model = PolypSegForSemanticSegmentation(config)
     expected = model.state_dict()
