@@ -541,11 +541,6 @@ class Receipt(_Record):
         return (self.model.weights_origin if self.model else None) or WeightsOrigin()
 
     @property
-    def weights_origin(self) -> Mapping[str, Any]:
-        """The record of the weights; empty where they are unknown."""
-        return self.origin.content
-
-    @property
     def shows_polyps(self) -> bool:
         """Whether any image of the test has a polyp; without one, only false alarms can be counted."""
         return any(row.true for row in self.images)
