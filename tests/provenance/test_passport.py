@@ -27,6 +27,7 @@ from polypseg.hub.export import export_model
 from polypseg.hub.model_card import render_card
 from polypseg.provenance import passport as passport_module
 from polypseg.provenance.checksums import MANIFEST, read_manifest
+from polypseg.provenance.origin import PretrainingRecord, WeightsOrigin
 from polypseg.provenance.passport import (
     KINDS,
     NEAR_DUPLICATE,
@@ -419,7 +420,7 @@ def write_encoder(folder: Path, passport: Passport) -> Path:
         architecture="resnet10t",
         num_features=512,
         facts={},
-        origin={"method": "moco_v3", "recipe": "r", "frames": 30, "source": "frames", "passport": digest},
+        origin=PretrainingRecord(method="moco_v3", recipe="r", frames=30, source="frames", passport=digest),
         key=PRETRAINING_KEY,
     )
     passport.save(folder)
@@ -487,7 +488,7 @@ def test_finetuning_leaves_the_passport_of_all_stages_and_export_takes_it_along(
     ],
 )
 def test_what_is_not_listed_is_a_stage_all_the_same(record, expected, tmp_path):
-    seen = seen_by_encoder(str(tmp_path / "model.safetensors"), record)
+    seen = seen_by_encoder(str(tmp_path / "model.safetensors"), WeightsOrigin.of(record))
     assert tuple(stage.description for stage in seen) == expected
     assert all(stage.manifest is None and stage.stage == "pretraining" for stage in seen)
 

@@ -24,7 +24,8 @@ from polypseg.pretraining.probes.report import (
     write_report,
 )
 from polypseg.pretraining.recipe import PretrainingRecipe
-from polypseg.provenance.passport import KEY, PASSPORT
+from polypseg.provenance.origin import PretrainingRecord
+from polypseg.provenance.passport import PASSPORT
 from polypseg.recipe import changes_from_bundled
 from polypseg.tables import Column, Table
 from polypseg.weights.loading import PRETRAINING_KEY, write_timm_encoder
@@ -55,26 +56,26 @@ def export_encoder(
     ``config.json`` say what it was trained with and on. ``corpus`` is what the ids of models call the frames where they
     are not the row's, such as ``natural_images``.
     """
-    origin = {
-        "method": recipe.method,
-        "encoder": recipe.encoder,
-        "recipe": recipe.name,
-        "recipe_changes": changes_from_bundled(recipe),
-        "seed": recipe.seed,
-        "image_size": recipe.data.image_size,
-        "steps": progress.step,
-        "epochs": progress.epoch,
-        "total_batch_size": recipe.training.total_batch_size,
-        "frames": len(frames),
-        "source": frames.path.name,
-        "content_id": frames.content_id,
-    }
+    origin = PretrainingRecord(
+        method=recipe.method,
+        encoder=recipe.encoder,
+        recipe=recipe.name,
+        recipe_changes=changes_from_bundled(recipe),
+        seed=recipe.seed,
+        image_size=recipe.data.image_size,
+        steps=progress.step,
+        epochs=progress.epoch,
+        total_batch_size=recipe.training.total_batch_size,
+        frames=len(frames),
+        source=frames.path.name,
+        content_id=frames.content_id,
+    )
     if corpus is not None:
-        origin["corpus"] = corpus
+        origin = origin.updated(corpus=corpus)
     known = method.encoder.pretrained_cfg
     passport = folder.parent / PASSPORT
     if passport.is_file():
-        origin[KEY] = file_sha256(passport)
+        origin = origin.updated(passport=file_sha256(passport))
     written = write_timm_encoder(
         folder,
         {key: value.detach().cpu() for key, value in method.encoder.state_dict().items()},

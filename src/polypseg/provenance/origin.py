@@ -81,8 +81,17 @@ class _Record(BaseModel):
         return self.of({key: value for key, value in self.content.items() if key not in names})
 
 
+class ConversionRecord(_Record):
+    """The published file that weights were converted from."""
+
+    format: str = UNKNOWN
+    file: str = UNKNOWN
+    sha256: str = UNKNOWN
+    upstream: str = UNKNOWN
+
+
 class PretrainingRecord(_Record):
-    """How the publisher pretrained the encoder, as its file says."""
+    """How an encoder was pretrained, as its file says: in a run of the publisher's own, or by whom it was converted."""
 
     method: str | None = None
     encoder: str | None = None
@@ -104,20 +113,12 @@ class PretrainingRecord(_Record):
     """SHA-256 of the passport beside the encoder."""
     sha256: str | None = None
     """Of the encoder's file."""
+    converted_from: ConversionRecord | None = None
 
     @property
     def frames_in_words(self) -> str:
         """``1000 frames of hyperkvasir``."""
         return f"{self.frames} frames of {self.source or 'an unnamed source'}"
-
-
-class ConversionRecord(_Record):
-    """The published file that weights were converted from."""
-
-    format: str = UNKNOWN
-    file: str = UNKNOWN
-    sha256: str = UNKNOWN
-    upstream: str = UNKNOWN
 
 
 class ContinuationRecord(_Record):
@@ -204,6 +205,13 @@ class WeightsOrigin(_Record):
             n=STUDY_TRAINING_IMAGES,
             finished=True,
         )
+
+    def continued(self, *, sha256: str) -> Self:
+        """The start of further training: the encoder's own, and these fine-tuned weights, whose digest is given."""
+        kept = ("model_id", "row", "encoder_initialisation", "scale", "pretraining")
+        before = {"sha256": sha256, "recipe": self.recipe, "finetuned_on": self.finetuned_on}
+        start = {key: self.content[key] for key in kept if key in self.content}
+        return self.of(start | {"continued_from": before})
 
     def adapted_to(
         self, *, method: str, labelled: bool, frames: int, groups: int, gain: float, bound: float, source: str

@@ -30,12 +30,10 @@ from polypseg.data.polyps import PolypDataset
 from polypseg.errors import PolypSegError, UsageError, unknown_name
 from polypseg.files import cache_folder, file_sha256, read_json, write_text
 from polypseg.provenance.local import CONFIG
-from polypseg.provenance.origin import WEIGHTS_ORIGIN, WeightsOrigin
+from polypseg.provenance.origin import UNKNOWN, WEIGHTS_ORIGIN, WeightsOrigin
 
 PASSPORT = "passport.json"
 """File name beside the weights."""
-KEY = "passport"
-"""Key of ``weights_origin``: SHA-256 of the passport beside the weights."""
 FORMAT = 1
 STAGES = PRETRAINING, FINETUNING, VALIDATION = "pretraining", "fine-tuning", "validation"
 """Validation: images by which the weights were chosen."""
@@ -361,22 +359,22 @@ def frames_manifest(frames: FrameStore, *, left_out: Collection[int] = ()) -> Sp
     return SplitManifest(dataset=name, split="full", part="full", content_id=frames.content_id, images=prints)
 
 
-def seen_by_encoder(encoder_weights: str | None, record: Mapping[str, Any]) -> tuple[Seen, ...]:
-    """What a model's encoder saw before fine-tuning, from ``weights_origin`` and the passport beside its file.
+def seen_by_encoder(encoder_weights: str | None, origin: WeightsOrigin) -> tuple[Seen, ...]:
+    """What a model's encoder saw before fine-tuning, from its record and the passport beside its file.
 
     Published weights and runs without passport are stages whose images are not listed. Raises PolypSegError for a
     passport that is damaged or not the one that the encoder's record names.
     """
-    start, pretraining = str(record["encoder_initialisation"]), record.get("pretraining")
-    if start == zoo.RANDOM:
+    start, pretraining = origin.encoder_initialisation or UNKNOWN, origin.pretraining
+    if origin.random_start:
         return ()
     if pretraining:
-        found = find_passport(Path(str(encoder_weights)).parent, named=pretraining.get("passport"))
+        found = find_passport(Path(str(encoder_weights)).parent, named=pretraining.passport)
         if found is not None:
             return found[0].seen
-        start = f"{pretraining['frames']} frames of {pretraining.get('source', 'an unnamed source')}"
-    elif start not in zoo.STARTERS.values():
-        start = f"{zoo.CORPORA[zoo.get(record['row']).corpus]}, as {start}"
+        start = pretraining.frames_in_words
+    elif origin.stated_row and start not in zoo.STARTERS.values():
+        start = f"{zoo.CORPORA[origin.stated_row.corpus]}, as {start}"
     return (Seen(stage=PRETRAINING, description=start),)
 
 

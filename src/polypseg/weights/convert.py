@@ -19,7 +19,7 @@ from polypseg.errors import PolypSegError, UsageError
 from polypseg.files import atomic_path, file_sha256
 from polypseg.inference.model import build_image_processor, without_shard_bars
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
-from polypseg.provenance.origin import ConversionRecord, WeightsOrigin
+from polypseg.provenance.origin import ConversionRecord, PretrainingRecord, WeightsOrigin
 from polypseg.weights.formats import (
     AUGREG,
     OURS,
@@ -174,11 +174,8 @@ def _convert_encoder(path: Path, output: Path, entry: ZooEntry | None) -> None:
     method = _encoder_method(path, found, entry)
     state = with_counters(found.state, empty_state(name))
     _prove_encoder(path, found, state)
-    origin = {
-        "method": method,
-        "encoder": name,
-        "converted_from": {"format": found.format.name, "file": path.name, "sha256": file_sha256(path)},
-    }
+    source = ConversionRecord(format=found.format.name, file=path.name, sha256=file_sha256(path))
+    origin = PretrainingRecord(method=method, encoder=name, converted_from=source)
     facts = timm.get_pretrained_cfg(name)
     if facts is None:
         raise PolypSegError(f"timm has no facts of {name}: install a version that the package allows")

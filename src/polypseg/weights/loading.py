@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from polypseg.errors import PolypSegError, UsageError, first_line
 from polypseg.files import atomic_path, file_sha256, write_json
 from polypseg.modeling import PolypSegForSemanticSegmentation
+from polypseg.provenance.origin import PretrainingRecord
 from polypseg.weights.formats import (
     PLAIN,
     RESNET,
@@ -109,23 +110,21 @@ def recorded_method(content: Content, *, path: Path) -> str | None:
     """
     for key in (PRETRAINING_KEY, CONVERSION_KEY):
         if key in content.metadata:
-            method: str | None = _header_record(content.metadata[key], path=path).get("method")
-            return method
+            return _header_record(content.metadata[key], path=path).method
     return None
 
 
-def _header_record(text: str, *, path: Path) -> dict[str, Any]:
-    """A record in a safetensors header. Raises PolypSegError for what is not a JSON object."""
+def _header_record(text: str, *, path: Path) -> PretrainingRecord:
+    """A record in a safetensors header. Raises PolypSegError for what is none."""
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
-        raise PolypSegError(f"{path} has a damaged record of its pretraining in its header: make or download it again")
-    return record
+        return PretrainingRecord.of(json.loads(text), path=path)
+    except (ValueError, RecursionError, UsageError) as error:
+        raise PolypSegError(
+            f"{path} has a damaged record of its pretraining in its header: make or download it again"
+        ) from error
 
 
-def pretraining_origin(source: str | None) -> dict[str, Any] | None:
+def pretraining_origin(source: str | None) -> PretrainingRecord | None:
     """How an encoder file of ``pretrain.py`` was made, with the file's sha256; None for every other source.
 
     Raises PolypSegError for a file whose record is damaged.
@@ -140,7 +139,7 @@ def pretraining_origin(source: str | None) -> dict[str, Any] | None:
         return None  # reading the tensors will say what is wrong
     if text is None:
         return None
-    return _header_record(text, path=path) | {"sha256": file_sha256(path)}
+    return _header_record(text, path=path).updated(sha256=file_sha256(path))
 
 
 def write_timm_encoder(
@@ -150,7 +149,7 @@ def write_timm_encoder(
     architecture: str,
     num_features: int,
     facts: Mapping[str, Any],
-    origin: Mapping[str, Any],
+    origin: PretrainingRecord,
     key: str,
 ) -> Path:
     """Write ``folder``, which timm loads as ``local-dir:<folder>``; return the path of its ``model.safetensors``.
@@ -163,14 +162,14 @@ def write_timm_encoder(
         "num_classes": 0,
         "num_features": num_features,
         "pretrained_cfg": {**facts, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "num_classes": 0},
-        key: origin,
+        key: origin.content,
     }
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         safetensors.torch.save_file(
             {name: value.contiguous() for name, value in state.items()},
             temporary / "model.safetensors",
-            metadata={"format": "pt", key: json.dumps(origin)},
+            metadata={"format": "pt", key: json.dumps(origin.content)},
         )
         write_json(temporary / "config.json", config)
     return folder / "model.safetensors"
