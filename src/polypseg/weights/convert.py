@@ -26,6 +26,7 @@ from polypseg.weights.formats import (
     SSL4GIE_RESNET,
     SSL4GIE_VIT,
     Recognised,
+    count_and_first,
     empty_state,
     position_layout,
     read_arrays,
@@ -33,7 +34,6 @@ from polypseg.weights.formats import (
     recognise,
     with_counters,
 )
-from polypseg.weights.key_maps import count_and_first
 from polypseg.weights.loading import (
     CONVERSION_KEY,
     PRETRAINING_KEY,

@@ -25,13 +25,13 @@ from polypseg.weights.formats import (
     Content,
     Format,
     Recognised,
+    count_and_first,
     not_a_state_dict,
     read_content,
     recognise,
     require_file,
     with_counters,
 )
-from polypseg.weights.key_maps import count_and_first
 from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD, RANDOM, STARTERS
 
 STARTER_ENCODER = "tf_efficientnet_lite0"
