@@ -23,11 +23,12 @@ from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.receipt import Receipt, digest_of
 from polypseg.evaluation.receipt_reading import read_results
 from polypseg.files import write_json
+from polypseg.hub.card_checks import lint_card, load_card
 from polypseg.hub.card_facts import PICTURES, collect_facts, measured_facts, planned_facts
 from polypseg.hub.card_pictures import SEED, SIZE, write_card_pictures
 from polypseg.hub.dataset_card import load_references
 from polypseg.hub.markdown import all_plain, plain
-from polypseg.hub.model_card import lint_card, load_card, render_card, render_pages, write_pages
+from polypseg.hub.model_card import render_card, render_pages, write_pages
 from polypseg.inference.model import build_image_processor, load_model, predict_masks
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.provenance.fetch import ORGANISATION

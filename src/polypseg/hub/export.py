@@ -199,8 +199,9 @@ def _write_card(
     folder: Path, model: Any, processor: Any, *, name: str, run_dir: Path, organisation: str | None
 ) -> None:
     """Pictures, then the card that shows them, from the files that the folder already holds."""
+    from polypseg.hub.card_facts import collect_facts
     from polypseg.hub.card_pictures import write_card_pictures
-    from polypseg.hub.model_card import collect_facts, render_card
+    from polypseg.hub.model_card import render_card
 
     write_card_pictures(model, processor, folder, name=name, results=read_results(folder / RESULTS))
     render_card(collect_facts(folder, organisation=organisation, run_dir=run_dir)).save(folder / "README.md")

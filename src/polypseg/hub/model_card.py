@@ -17,12 +17,10 @@ from polypseg.evaluation.receipt import CONVENTION, Receipt, Test, find_receipts
 from polypseg.evaluation.receipt_reading import LIMITS, cell_of, seen_words, size_of
 from polypseg.evaluation.suite import NEGATIVES
 from polypseg.files import write_text
-from polypseg.hub.card_checks import lint_card, load_card
 from polypseg.hub.card_facts import (
     PICTURES,
     CardFacts,
     ComputeFacts,
-    collect_facts,
     measured_facts,
     planned_facts,
     read_epochs,
@@ -36,8 +34,6 @@ from polypseg.recipe import Recipe, load_recipe
 from polypseg.statistics.scores import METRICS
 from polypseg.tables import Column, Table
 from polypseg.zoo import ZooEntry
-
-__all__ = ["CardFacts", "collect_facts", "lint_card", "load_card", "render_card", "render_pages", "write_pages"]
 
 NOT_EVALUATED = "not evaluated"
 NOT_RECORDED = "not recorded"

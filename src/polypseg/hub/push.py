@@ -17,7 +17,7 @@ from tqdm import tqdm
 from polypseg import __version__, zoo
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.files import file_sha256, read_json
-from polypseg.hub.model_card import lint_card, load_card
+from polypseg.hub.card_checks import lint_card, load_card
 from polypseg.provenance.checksums import MANIFEST, NOT_LISTED, describe_problems, find_problems, read_manifest
 from polypseg.provenance.fetch import hub_api, hub_errors
 from polypseg.provenance.licence import ModelLicense, license_contradictions, model_license
