@@ -94,7 +94,7 @@ def round_trip(entry: zoo.ZooEntry, hub: HubProcess, folder: Path, *, seed: int)
     right = predicted_mask(expected[0, 0], frame.shape[:2])
     row["polyp share"] = round(float(right.mean()), 3)
     row["mask pixels wrong"] = int((mask != right).sum())
-    row["bare pipeline"] = int((bare != right).sum())  # its processor resizes by torchvision: one grey level off
+    row["bare pipeline"] = int((bare != right).sum())  # its processor resizes by torchvision: one gray level off
     row["ok"] = bool(
         row["difference"] <= LOGITS_TOLERANCE
         and row["mask pixels wrong"] <= 1e-4 * right.size

@@ -52,8 +52,8 @@ def test_what_is_in_the_lumen_does_not_paint_the_black_border(kind, frame):
 
 
 def test_exposure_is_linear_light():
-    grey = np.full((8, 8, 3), 128, np.uint8)
-    brighter = corrupt(grey, "over_exposure", severity=2)  # one stop
+    gray = np.full((8, 8, 3), 128, np.uint8)
+    brighter = corrupt(gray, "over_exposure", severity=2)  # one stop
     darker = corrupt(brighter, "under_exposure", severity=2)  # a stop and a half
     assert abs(int(brighter[0, 0, 0]) - 128 * 2 ** (1 / 2.2)) <= 1
     assert abs(int(darker[0, 0, 0]) - 128 * 2 ** (-0.5 / 2.2)) <= 2

@@ -29,7 +29,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def frame_pixels(code):
-    """A frame of one grey, from which ``code`` (1 to 11) can be read again, also after JPEG."""
+    """A frame of one gray, from which ``code`` (1 to 11) can be read again, also after JPEG."""
     return np.full((HEIGHT, WIDTH, 3), 20 * code, dtype=np.uint8)
 
 
@@ -79,7 +79,7 @@ def generic(codes, suffix=".png"):
     return files | {f"masks/{code}{suffix}": mask_file(code, suffix) for code in codes}
 
 
-# One function per layout of the catalogue: files, and ids with the code that each shows.
+# One function per layout of the catalog: files, and ids with the code that each shows.
 
 
 def kvasir_layout():

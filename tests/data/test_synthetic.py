@@ -142,7 +142,7 @@ def test_polyp_areas_follow_each_camera(frames: dict[str, list[Frame]]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_masks_stay_inside_the_visible_field(name: str) -> None:
-    # No noise and no compression, so that the border keeps exactly its own colour.
+    # No noise and no compression, so that the border keeps exactly its own color.
     plain = replace(
         CAMERAS[name],
         noise=0.0,
@@ -154,7 +154,7 @@ def test_masks_stay_inside_the_visible_field(name: str) -> None:
     )
     for index in range(40):
         image, mask = synthesise_frame(plain, seed=2, index=index, size=(96, 96))
-        border = (image == plain.border_colour).all(axis=-1)
+        border = (image == plain.border_color).all(axis=-1)
         assert border.any()
         assert not mask[border].any()
 
@@ -180,16 +180,16 @@ def test_empty_frames_come_at_the_share_asked_for() -> None:
 def test_cameras_differ_in_colour_and_sharpness(frames: dict[str, list[Frame]]) -> None:
     def statistics(name: str) -> tuple[NDArray[np.float64], float]:
         images = [image for image, _ in frames[name]]
-        colour = np.mean([image[image.max(axis=2) > 40].mean(axis=0) for image in images], axis=0)
+        color = np.mean([image[image.max(axis=2) > 40].mean(axis=0) for image in images], axis=0)
         detail = np.mean([cv2.Laplacian(image[32:96, 32:96, 1], cv2.CV_32F).std() for image in images])
-        return colour, float(detail)
+        return color, float(detail)
 
-    (colour_a, detail_a), (colour_b, detail_b) = statistics("a"), statistics("b")
-    assert colour_a[0] - colour_b[0] > 10  # A is brighter in red
-    assert colour_b[1] / colour_b[0] > colour_a[1] / colour_a[0] + 0.03  # B is paler
+    (color_a, detail_a), (color_b, detail_b) = statistics("a"), statistics("b")
+    assert color_a[0] - color_b[0] > 10  # A is brighter in red
+    assert color_b[1] / color_b[0] > color_a[1] / color_a[0] + 0.03  # B is paler
     assert detail_a > 1.5 * detail_b
-    for colour in (colour_a, colour_b):
-        assert colour[0] > colour[1] > colour[2]
+    for color in (color_a, color_b):
+        assert color[0] > color[1] > color[2]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -178,7 +178,7 @@ def test_the_published_folder_and_the_runtimes_file_have_options_of_their_own(tm
     for options, words in (
         ({"precision": "fp16"}, "belong to --format"),
         ({}, "say with --output"),
-        ({"format_": "onnx", "organisation": "me"}, "belong to the published folder"),
+        ({"format_": "onnx", "organization": "me"}, "belong to the published folder"),
     ):
         with pytest.raises(UsageError, match=words):
             export(str(tmp_path), **options)

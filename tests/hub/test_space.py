@@ -404,8 +404,8 @@ def test_app_in_a_browser_shows_what_the_segmenter_says(tiny, tmp_path):
         page.get_by_label("Remove Image").click()
         frame.convert("L").save(tmp_path / "grey.png")
         page.locator("input[type=file]").first.set_input_files(tmp_path / "grey.png")
-        (grey,) = segmenters[0].predict([frame.convert("L")])
-        see(result).to_contain_text(f"{grey.area:,} px")
+        (gray,) = segmenters[0].predict([frame.convert("L")])
+        see(result).to_contain_text(f"{gray.area:,} px")
 
         phone = browser.new_page(viewport={"width": 390, "height": 844})
         phone.set_default_timeout(90_000)

@@ -1,4 +1,4 @@
-"""What name and licence weights have earned: the guard against weights that pass for one of the twelve."""
+"""What name and license weights have earned: the guard against weights that pass for one of the twelve."""
 
 import json
 
@@ -259,7 +259,7 @@ def test_a_damaged_record_is_refused_in_one_line(record, field, tmp_path):
 def test_adaptation_drops_the_digests_of_the_weights_before():
     before = read_origin(trained("RN-NA-NA", sha256="ab" * 32, passport="cd" * 32))
     after = before.adapted_to(
-        method="threshold", labelled=False, frames=20, groups=5, gain=0.01, bound=0.002, source="ab" * 32
+        method="threshold", labeled=False, frames=20, groups=5, gain=0.01, bound=0.002, source="ab" * 32
     )
     assert after.sha256 is None and after.passport is None and after.suffix == "adapted"
     assert after.content["adapted"]["from"] == "ab" * 32 and "20 frames of 5 clips, without masks" in after.adaptation

@@ -24,7 +24,7 @@ from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.provenance.origin import read_origin
 from polypseg.weights import convert as conversion
 from polypseg.weights.convert import convert_file, inspect_file
-from polypseg.weights.formats import Content, recognise
+from polypseg.weights.formats import Content, recognize
 from polypseg.weights.loading import describe_source, identify_encoder, load_encoder_weights, pretraining_origin
 from reference_files import (
     ENCODER_KINDS,
@@ -245,7 +245,7 @@ def test_weights_in_the_wrong_place_are_found_by_their_outputs(tmp_path, small_v
     source = write_reference_file(zoo.get("VT-NA-NA"), tmp_path, seed=5)
 
     def misplaced(content: Content, *, path: Path) -> Any:
-        found = recognise(content, path=path)
+        found = recognize(content, path=path)
         a, b = "decoder.fusion.2.skip.body.1.weight", "decoder.fusion.2.skip.body.4.weight"
         if wrong == "swapped":
             found.state[a], found.state[b] = found.state[b], found.state[a]
@@ -253,7 +253,7 @@ def test_weights_in_the_wrong_place_are_found_by_their_outputs(tmp_path, small_v
             found.state[a] = found.state[a] * float("nan")
         return found
 
-    monkeypatch.setattr(conversion, "recognise", misplaced)
+    monkeypatch.setattr(conversion, "recognize", misplaced)
     assert "converted outputs differ" in refusal(source.path, tmp_path, kind=PolypSegError)
 
 
@@ -325,7 +325,7 @@ def test_every_published_encoder_is_recognised_converted_and_loaded(kind, tmp_pa
 def test_a_converted_encoder_is_not_taken_for_one_that_was_pretrained_here(tmp_path, small_vit):
     source = write_upstream_encoder("mae", tmp_path, seed=6)
     folder = convert_file(source.path, tmp_path / "encoder", model="VT-IN-MA")
-    assert pretraining_origin(str(folder / "model.safetensors")) is None  # its licence stays the upstream's
+    assert pretraining_origin(str(folder / "model.safetensors")) is None  # its license stays the upstream's
     with safetensors.safe_open(folder / "model.safetensors", framework="pt") as file:
         header = json.loads(file.metadata()["polypseg_conversion"])
     assert header["method"] == "mae" and header["converted_from"]["file"] == source.path.name

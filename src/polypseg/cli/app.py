@@ -181,7 +181,7 @@ def before(
     ] = False,
     quiet: Annotated[bool, Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
-    """Polyp segmentation whose behaviour on other hospitals' data is known. Not a medical device."""
+    """Polyp segmentation whose behavior on other hospitals' data is known. Not a medical device."""
     if quiet:
         import os
 

@@ -1,4 +1,4 @@
-"""Commands that use models: list them, tell their licence, segment files, run the app, measure robustness."""
+"""Commands that use models: list them, tell their license, segment files, run the app, measure robustness."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,7 +32,7 @@ def models(
     wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List the models: id, licence, results where there are any, where the pretraining weights come from."""
+    """List the models: id, license, results where there are any, where the pretraining weights come from."""
     from polypseg import zoo
     from polypseg.tables import Column, Table
 
@@ -130,7 +130,7 @@ def license_(
     revision: Annotated[str | None, Option(help="Tag, branch or commit of a Hub model.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Derive a model's licence step by step from code, weights and images, and say what you may do with it."""
+    """Derive a model's license step by step from code, weights and images, and say what you may do with it."""
     import json
 
     from polypseg.provenance.licence import report_license

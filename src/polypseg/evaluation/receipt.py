@@ -101,7 +101,7 @@ def image_rows(
     *,
     largest: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """One row per image: id, clip, centre where the dataset tells it, measures that are numbers, and
+    """One row per image: id, clip, center where the dataset tells it, measures that are numbers, and
     ``convention.output`` where images have such scores.
 
     None where an image has no such score. ``largest``: pixels of each prediction's largest component.

@@ -1,4 +1,4 @@
-"""The tests of the generalisation suite, in one table, and one run of all those whose images are at hand."""
+"""The tests of the generalization suite, in one table, and one run of all those whose images are at hand."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,7 +82,7 @@ NEGATIVES_SPEC = DatasetSpec(
 class FramesWithoutPolyp(PolypDataset):
     """Frames of which somebody says that they show no polyp: every mask is empty."""
 
-    def grey_mask(self, record: Record) -> NDArray[np.uint8]:
+    def gray_mask(self, record: Record) -> NDArray[np.uint8]:
         """Zeros (H, W) of the frame's size. Raises PolypSegError naming a frame that is broken."""
         frame = self.frame(record)
         return np.zeros((frame.height, frame.width), dtype=np.uint8)

@@ -61,7 +61,7 @@ class CardFacts:
     """Whether plain transformers loads the model without the repository's own code."""
     inputs: InputFacts
     stage: Stage
-    organisation: str
+    organization: str
     """Owner of the repository."""
     revision: str = f"v{__version__}"
     """Tag that the usage examples pin."""
@@ -80,18 +80,18 @@ class CardFacts:
     @property
     def repo_id(self) -> str:
         """Id of the repository on the Hub."""
-        return f"{self.organisation}/{self.origin.repo_name}"
+        return f"{self.organization}/{self.origin.repo_name}"
 
 
 def collect_facts(
-    folder: Path, *, organisation: str | None = None, revision: str | None = None, run_dir: Path | None = None
+    folder: Path, *, organization: str | None = None, revision: str | None = None, run_dir: Path | None = None
 ) -> CardFacts:
     """The facts of an exported model folder; its results and pictures are found under their fixed names.
 
     ``run_dir``: the run that the weights come from, for its recipe and its cost. Raises UsageError for results of other
     weights, PolypSegError for a folder without configuration.
     """
-    from polypseg.provenance.fetch import organisation as default_organisation
+    from polypseg.provenance.fetch import organization as default_organization
 
     config = read_json(folder / "config.json")
     origin = WeightsOrigin.within(config, path=folder / "config.json")
@@ -107,7 +107,7 @@ def collect_facts(
         native=native,
         inputs=_input_facts(folder / "preprocessor_config.json"),
         stage="published",
-        organisation=organisation or default_organisation(),
+        organization=organization or default_organization(),
         revision=revision or f"v{__version__}",
         recipe=_run_recipe(run) if run else origin.bundled_recipe,
         results=_read_results(folder / "results", origin),
@@ -133,7 +133,7 @@ def _input_facts(path: Path) -> InputFacts:
     return InputFacts(size=size, mean=mean, std=std)
 
 
-def planned_facts(entry: ZooEntry, *, organisation: str) -> CardFacts:
+def planned_facts(entry: ZooEntry, *, organization: str) -> CardFacts:
     """The facts of a row without weights: what the model will be when it is trained as the study says."""
     config = entry.config_fields()
     return CardFacts(
@@ -143,12 +143,12 @@ def planned_facts(entry: ZooEntry, *, organisation: str) -> CardFacts:
         native=entry.decoder == "dpt",
         inputs=InputFacts(size=config["image_size"], mean=tuple(config["image_mean"]), std=tuple(config["image_std"])),
         stage="planned",
-        organisation=organisation,
+        organization=organization,
         recipe=load_recipe(STUDY_RECIPE),
     )
 
 
-def measured_facts(folder: Path, *, organisation: str) -> CardFacts:
+def measured_facts(folder: Path, *, organization: str) -> CardFacts:
     """The facts of a small model whose results, but not its weights, are in this repository: results/<model id>."""
     from polypseg.modeling import PolypSegConfig
     from polypseg.modeling.encoders_polypseg import is_plain_vit
@@ -176,7 +176,7 @@ def measured_facts(folder: Path, *, organisation: str) -> CardFacts:
             size=config.image_size, mean=tuple(config.image_mean or ()), std=tuple(config.image_std or ())
         ),
         stage="unpublished",
-        organisation=organisation,
+        organization=organization,
         recipe=recipe,
         results=results,
         compute=ComputeFacts(hours=training_hours(epochs, recipe)),

@@ -101,9 +101,9 @@ def _write_examples(examples: Mapping[str, Sequence[Example]], path: Path, *, na
         chosen = (ranked[0], ranked[len(ranked) // 2], ranked[-1])
         for axis, column, example in zip(axes[row], columns, chosen, strict=True):
             axis.imshow(example.frame)
-            for mask, colour in ((example.truth, "#00e5ff"), (example.prediction, "#ffd400")):
+            for mask, color in ((example.truth, "#00e5ff"), (example.prediction, "#ffd400")):
                 if mask.any():
-                    axis.contour(mask, levels=[0.5], colors=colour, linewidths=1.6)
+                    axis.contour(mask, levels=[0.5], colors=color, linewidths=1.6)
             axis.set_title(f"{column} of {len(shown)}: Dice {example.dice:.2f}", fontsize=9)
             axis.set_xticks([])
             axis.set_yticks([])

@@ -56,7 +56,7 @@ class Export:
     """Between the logits of the source and of the written folder."""
 
 
-def export_model(source: Path, output: Path, *, results: Path | None = None, organisation: str | None = None) -> Export:
+def export_model(source: Path, output: Path, *, results: Path | None = None, organization: str | None = None) -> Export:
     """Write the folder that is published, at ``output``, from a model folder such as ``runs/x/best``.
 
     ``results``: folder of receipts, of which those of just these weights are computed again and taken along. The folder
@@ -84,7 +84,7 @@ def export_model(source: Path, output: Path, *, results: Path | None = None, org
         written, processor = load_model(str(temporary))
         difference = largest_difference(model, written)
         add_replay(temporary, SAFE_WEIGHTS_NAME, runtime=TorchRuntime(model=written))
-        _write_card(temporary, written, processor, name=name, run_dir=source.parent, organisation=organisation)
+        _write_card(temporary, written, processor, name=name, run_dir=source.parent, organization=organization)
         write_manifest(temporary)
     return Export(folder=output, origin=origin, results=taken, left_out=left_out, largest_difference=difference)
 
@@ -196,7 +196,7 @@ def _copy_results(results: Path | None, origin: WeightsOrigin, folder: Path) -> 
 
 
 def _write_card(
-    folder: Path, model: Any, processor: Any, *, name: str, run_dir: Path, organisation: str | None
+    folder: Path, model: Any, processor: Any, *, name: str, run_dir: Path, organization: str | None
 ) -> None:
     """Pictures, then the card that shows them, from the files that the folder already holds."""
     from polypseg.hub.card_facts import collect_facts
@@ -204,4 +204,4 @@ def _write_card(
     from polypseg.hub.model_card import render_card
 
     write_card_pictures(model, processor, folder, name=name, results=read_results(folder / RESULTS))
-    render_card(collect_facts(folder, organisation=organisation, run_dir=run_dir)).save(folder / "README.md")
+    render_card(collect_facts(folder, organization=organization, run_dir=run_dir)).save(folder / "README.md")

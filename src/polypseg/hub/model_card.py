@@ -108,7 +108,7 @@ def _plain_facts(facts: CardFacts) -> CardFacts:
         origin=WeightsOrigin.of(all_plain(facts.origin.content)),
         encoder=plain(facts.encoder),
         decoder=plain(facts.decoder),
-        organisation=plain(facts.organisation),
+        organization=plain(facts.organization),
         revision=plain(facts.revision),
         results=tuple(Receipt.of(all_plain(result.content), path=result.path) for result in facts.results),
         passport=replace(facts.passport, seen=seen) if facts.passport else None,
@@ -409,14 +409,14 @@ def _compute_lines(compute: ComputeFacts) -> list[str]:
 # -- the repository's pages -------------------------------------------------------------------------------------------
 
 
-def render_pages(results: Path, *, organisation: str) -> dict[str, str]:
+def render_pages(results: Path, *, organization: str) -> dict[str, str]:
     """File name -> text: a card for every row of the table and for every model with results, and their index."""
     rows, extra = (
-        [planned_facts(entry, organisation=organisation) for entry in table] for table in (zoo.ZOO, zoo.EXTRA)
+        [planned_facts(entry, organization=organization) for entry in table] for table in (zoo.ZOO, zoo.EXTRA)
     )
     known = {facts.origin.model_id for facts in [*rows, *extra]}
     folders = sorted(path for path in results.iterdir() if path.is_dir() and path.name not in known)
-    measured = [measured_facts(folder, organisation=organisation) for folder in folders]
+    measured = [measured_facts(folder, organization=organization) for folder in folders]
     pages = {f"{facts.origin.repo_name}.md": str(render_card(facts)) for facts in [*rows, *extra, *measured]}
     index = load_template("index.md.jinja").render(
         rows=[_index_row(facts) for facts in rows],
@@ -446,9 +446,9 @@ def _index_row(facts: CardFacts) -> dict[str, Any]:
     }
 
 
-def write_pages(folder: Path, *, organisation: str) -> list[Path]:
+def write_pages(folder: Path, *, organization: str) -> list[Path]:
     """Write every page into ``folder`` (whose ``results`` they come from) and remove those of models that are gone."""
-    pages = render_pages(folder / "results", organisation=organisation)
+    pages = render_pages(folder / "results", organization=organization)
     for stale in folder.glob("*.md"):
         if stale.name not in pages:
             stale.unlink()

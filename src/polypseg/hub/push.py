@@ -86,7 +86,7 @@ def exported_folders(folders: Sequence[Path], *, everything_in: Path | None = No
 def plan_push(
     folder: Path,
     *,
-    organisation: str | None = None,
+    organization: str | None = None,
     private: bool = False,
     tag: str | None = None,
     token: str | None = None,
@@ -98,8 +98,8 @@ def plan_push(
     """
     origin, terms, digests = _check_folder(folder)
     api = hub_api(token=token)
-    with hub_errors(organisation or "your account"):
-        owner = organisation or api.whoami()["name"]
+    with hub_errors(organization or "your account"):
+        owner = organization or api.whoami()["name"]
     repo_id = f"{owner}/{origin.repo_name}"
     tag = tag or f"v{__version__}"
     with hub_errors(repo_id):
@@ -160,7 +160,7 @@ def check_folders(folders: Sequence[Path]) -> list[CheckedFolder]:
 def plan_pushes(
     folders: Sequence[Path],
     *,
-    organisation: str | None = None,
+    organization: str | None = None,
     private: bool = False,
     tag: str | None = None,
     token: str | None = None,
@@ -168,7 +168,7 @@ def plan_pushes(
     """One plan a folder, as ``plan_push``. Raises UsageError too for two folders that claim one repository."""
     plans: dict[str, PublishPlan] = {}
     for folder in folders:
-        plan = plan_push(folder, organisation=organisation, private=private, tag=tag, token=token)
+        plan = plan_push(folder, organization=organization, private=private, tag=tag, token=token)
         if plan.repo_id in plans:
             raise _one_name_twice(plans[plan.repo_id].folder, folder, plan.repo_id)
         plans[plan.repo_id] = plan
@@ -180,7 +180,7 @@ def _one_name_twice(one: Path, other: Path, name: str) -> UsageError:
 
 
 def _check_folder(folder: Path) -> tuple[WeightsOrigin, ModelLicense, dict[str, str]]:
-    """Everything that can be wrong with a folder is found before a byte is sent; its origin, licence and digests."""
+    """Everything that can be wrong with a folder is found before a byte is sent; its origin, license and digests."""
     if not (folder / MANIFEST).is_file():
         raise UsageError(f"{folder} has no {MANIFEST}: write the folder with `polypseg export`")
     manifest = read_manifest(folder / MANIFEST)

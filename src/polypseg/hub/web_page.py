@@ -102,7 +102,7 @@ def assemble_page(
 
     ``precision``: which of the folder's ``onnx`` files, see ONNX_FILES. ``threshold``: where the slider is first.
     ``min_area``: pixels that a counted lesion has at least. Raises UsageError when the page is not built, the folder
-    has no such file, or its frames are to be prepared in another way than the page's (squash, bicubic, normalise).
+    has no such file, or its frames are to be prepared in another way than the page's (squash, bicubic, normalize).
     """
     if not 0 < threshold < 1 or min_area < 1:
         raise UsageError("the threshold lies between 0 and 1 (both excluded), the minimum area is at least 1 pixel")

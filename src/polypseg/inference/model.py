@@ -61,7 +61,7 @@ def load_model(name_or_path: str, *, revision: str | None = None, trust_remote_c
     """Any AutoModelForSemanticSegmentation and its image processor, from a folder or the Hub, in evaluation mode.
 
     In float32, whatever the file holds. Raises UsageError when there is no such model, it cannot be read, its weights
-    are not complete and finite, or its configuration asks for a kernel or a quantisation, before either is looked for.
+    are not complete and finite, or its configuration asks for a kernel or a quantization, before either is looked for.
     """
     options = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
     folder = Path(name_or_path)
@@ -248,7 +248,7 @@ def polyp_against_background(logits: Tensor, config: Any) -> Tensor:
     """Class logits (B, K, h, w) -> polyp-against-background logits (B, h, w): positive where a polyp is predicted.
 
     One class is taken as it is; of two, the second against the first; of more, the class called polyp against the
-    strongest other. Raises UsageError when more than two classes are not labelled.
+    strongest other. Raises UsageError when more than two classes are not labeled.
     """
     if logits.shape[1] == 1:
         return logits[:, 0]

@@ -120,7 +120,7 @@ class SmpPredictions:
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxPredictions:
-    """An ONNX file: input (B, 3, h, w) of a normalised RGB frame, output (B, 1 or 2, h, w) of logits or probabilities.
+    """An ONNX file: input (B, 3, h, w) of a normalized RGB frame, output (B, 1 or 2, h, w) of logits or probabilities.
 
     ``image_size`` is needed only when the file leaves its input's size open. Without ``processor``, frames are prepared
     as the file's model folder says, or, for a file alone, with ImageNet's mean and standard deviation.

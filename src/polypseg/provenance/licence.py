@@ -1,4 +1,4 @@
-"""The licence that a model carries: what its pretraining weights, its conversion and its training data impose.
+"""The license that a model carries: what its pretraining weights, its conversion and its training data impose.
 
 Not legal advice: the chain names each link and where it is stated, so that a reader can check it.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
 UNKNOWN = "unknown"
-"""The Hub's identifier for a licence that nobody has stated."""
+"""The Hub's identifier for a license that nobody has stated."""
 MODELS_PAGE = "https://huggingface.co/docs/hub/repositories-licenses"
 SSL4GIE = "https://github.com/ESandML/SSL4GIE"
 APACHE_2 = "https://www.apache.org/licenses/LICENSE-2.0"
@@ -28,7 +28,7 @@ APACHE_2 = "https://www.apache.org/licenses/LICENSE-2.0"
 
 @dataclass(frozen=True, kw_only=True)
 class _Terms:
-    """A licence in plain English, for whoever uses or passes on the weights."""
+    """A license in plain English, for whoever uses or passes on the weights."""
 
     link: str
     may: tuple[str, ...]
@@ -70,12 +70,12 @@ _TERMS = {
         may_not=("use the authors' trademarks",),
     ),
 }
-"""Licences that say by themselves what may be done; all are identifiers of the Hub's list."""
+"""Licenses that say by themselves what may be done; all are identifiers of the Hub's list."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLicense:
-    """What a model's card says of its licence."""
+    """What a model's card says of its license."""
 
     identifier: str
     """The Hub's ``license``: one of its identifiers, or ``other``."""
@@ -88,7 +88,7 @@ class ModelLicense:
     chain: tuple[str, ...]
     """The links, one sentence each, from code to result."""
     weights: str
-    """Licence of the weights by themselves, without the images' terms."""
+    """License of the weights by themselves, without the images' terms."""
     images: tuple[DatasetSpec, ...] = ()
     """The known sets that the weights were made from, fine-tuning first."""
 
@@ -126,10 +126,10 @@ class ModelLicense:
 
 
 def model_license(origin: WeightsOrigin) -> ModelLicense:
-    """The licence of a model from where its weights come from.
+    """The license of a model from where its weights come from.
 
     Weights converted from the reference's files keep their CC BY-NC-SA 4.0. Published non-commercial pretraining
-    weights (MoCo v3, MAE, everything from Hyperkvasir) make the model CC BY-NC 4.0. Otherwise the weights' own licence
+    weights (MoCo v3, MAE, everything from Hyperkvasir) make the model CC BY-NC 4.0. Otherwise the weights' own license
     is permissive, but the images of fine-tuning, and those of a pretraining of one's own, may be for research and
     education only, which no identifier says: ``other``.
     """
@@ -182,10 +182,10 @@ def model_license(origin: WeightsOrigin) -> ModelLicense:
 
 
 def license_contradictions(origin: WeightsOrigin, card: "ModelCard", config: Mapping[str, Any]) -> list[str]:
-    """What a model folder's card and config.json say of its licence against what its weights' origin demands.
+    """What a model folder's card and config.json say of its license against what its weights' origin demands.
 
     One phrase each; empty when they agree, so that nobody publishes non-commercial weights as MIT by editing a line. A
-    licence that is not known is a finding too.
+    license that is not known is a finding too.
     """
     terms = model_license(origin)
     if terms.identifier == UNKNOWN:
@@ -207,7 +207,7 @@ def license_contradictions(origin: WeightsOrigin, card: "ModelCard", config: Map
 
 @dataclass(frozen=True, kw_only=True)
 class LicenseReport:
-    """The licence of a named model, step by step."""
+    """The license of a named model, step by step."""
 
     model: str
     """The name under which the weights are, or would be, published."""
@@ -242,7 +242,7 @@ class LicenseReport:
 
 
 def report_license(model: str, *, revision: str | None = None) -> LicenseReport:
-    """The licence of a model folder, of a row of the table (id or short name), or of a model on the Hub.
+    """The license of a model folder, of a row of the table (id or short name), or of a model on the Hub.
 
     A row stands for what it will be: trained by the study's recipe on Kvasir-SEG. Of a Hub model only config.json is
     fetched. Raises UsageError for a name that is none of these, PolypSegError when the Hub cannot be reached.
@@ -291,7 +291,7 @@ def _plain(
 
 
 def _encoder_license(origin: WeightsOrigin) -> tuple[str, str]:
-    """The licence that the encoder's start imposes, and the sentence that says so."""
+    """The license that the encoder's start imposes, and the sentence that says so."""
     start, own = origin.encoder_initialisation, origin.pretraining
     row = origin.entry if origin.full_size else None
     if start == RANDOM:
@@ -315,7 +315,7 @@ def _encoder_license(origin: WeightsOrigin) -> tuple[str, str]:
 
 
 def _timm_license(start: str) -> str | None:
-    """The licence that timm records of ``timm:<name>.<tag>``; None for none, or for one without a link here."""
+    """The license that timm records of ``timm:<name>.<tag>``; None for none, or for one without a link here."""
     import timm
 
     try:

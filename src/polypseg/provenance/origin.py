@@ -214,10 +214,10 @@ class WeightsOrigin(_Record):
         return self.of(start | {"continued_from": before})
 
     def adapted_to(
-        self, *, method: str, labelled: bool, frames: int, groups: int, gain: float, bound: float, source: str
+        self, *, method: str, labeled: bool, frames: int, groups: int, gain: float, bound: float, source: str
     ) -> Self:
         """After adaptation, without the digests of the weights that were adapted; see ``AdaptationRecord``."""
-        adapted = {"method": method, "labelled": labelled, "frames": frames, "groups": groups}
+        adapted = {"method": method, "labelled": labeled, "frames": frames, "groups": groups}
         adapted |= {"gain": gain, "bound": bound, "from": source}
         return self.updated(adapted=adapted).without("passport", "sha256")
 

@@ -1,7 +1,7 @@
 """Split passports: what a model saw, image by image, kept beside its weights, so that a test on it is noticed.
 
 An image is kept as its id, a hash of its decoded pixels and a perceptual hash; no picture can be restored from them.
-JPEG decoders may differ in single grey levels, which changes the first hash: the second still finds the image.
+JPEG decoders may differ in single gray levels, which changes the first hash: the second still finds the image.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Published weights files, read safely and recognised by what they hold: whose layout it is, what is kept of it.
+"""Published weights files, read safely and recognized by what they hold: whose layout it is, what is kept of it.
 
 Every layout is a table of rows; each key of a file is renamed by one, left out by a named one, or an error later on.
 """
@@ -213,7 +213,7 @@ class Content:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recognised:
+class Recognized:
     """A file whose layout is known."""
 
     format: Format
@@ -316,10 +316,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         raise PolypSegError(f"{path} is damaged or not an archive of plain arrays: download it again") from error
 
 
-# -- recognising ------------------------------------------------------------------------------------------
+# -- recognizing ------------------------------------------------------------------------------------------
 
 
-def recognise(content: Content, *, path: Path) -> Recognised:
+def recognize(content: Content, *, path: Path) -> Recognized:
     """Tell the layout of a file from its entries and keys, and sort its tensors by the layout's rows.
 
     A file of tensors of no known layout is PLAIN: everything is kept as it is. Raises PolypSegError for a file that
@@ -335,7 +335,7 @@ def recognise(content: Content, *, path: Path) -> Recognised:
         raise PolypSegError(f"{path} holds no encoder, only {held}: give the file that the encoder is in")
     state = {new: source[old] for old, new in keys.kept.items()}
     others = {} if not container else {k: type(v).__name__ for k, v in content.entries.items() if k != container}
-    return Recognised(
+    return Recognized(
         format=layout,
         source=source,
         state=state,

@@ -24,11 +24,11 @@ from polypseg.weights.formats import (
     VIT,
     Content,
     Format,
-    Recognised,
+    Recognized,
     count_and_first,
     not_a_state_dict,
     read_content,
-    recognise,
+    recognize,
     require_file,
     with_counters,
 )
@@ -61,7 +61,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def describe_source(source: str | None, *, encoder: str = STARTER_ENCODER) -> str:
     """What a run's record says of the encoder's start; a file is known by its content. See ``load_encoder_weights``.
 
-    None and "random" are the random initialisation; ``encoder`` is whose starter weights are meant. Raises UsageError
+    None and "random" are the random initialization; ``encoder`` is whose starter weights are meant. Raises UsageError
     for a missing file or an encoder without starter weights, PolypSegError for a file that cannot be read.
     """
     if source is None or source == RANDOM:
@@ -82,14 +82,14 @@ def _describe_file(path: Path, layout: Format) -> str:
     return f"file {path.name} ({kind}sha256 {file_sha256(path)[:12]})"
 
 
-def identify_encoder(path: Path) -> Recognised:
+def identify_encoder(path: Path) -> Recognized:
     """What a weights file is: its layout, pretraining ``method`` where it tells, tensors under timm's names.
 
     Raises UsageError for a missing file or a whole fine-tuned model, PolypSegError for a file that cannot be read or
     holds no encoder.
     """
     content = read_content(path)
-    found = recognise(content, path=path)
+    found = recognize(content, path=path)
     if found.format.whole_model:
         raise UsageError(
             f"{path} is a {found.format.name}, not an encoder: make a model of it with `polypseg convert {path.name}`"
