@@ -42,7 +42,8 @@ bench: $(INSTALLED)  ## each job against the way before it, side by side; result
 
 faults: $(INSTALLED)  ## kills, full disks, hostile inputs; results in docs/reliability.md
 	@echo "== Trying every kind of fault (minutes; results in docs/reliability.md)"
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python benchmarks/faults
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests:tests/study:tests/pretraining:tests/training \
+		$(BIN)/python benchmarks/faults
 
 hub: demo  ## the demo's models on a Hub of this machine, to try publishing and loading; Ctrl-C ends it
 	@echo "== Publishing the demo's models to a Hub on this machine (data in runs/hub)"

@@ -13,7 +13,6 @@ from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.table import Table
 from tqdm import tqdm
 from typer import Option
 
@@ -35,6 +34,7 @@ from polypseg.inference.runtimes import (
 from polypseg.inference.segmenter import Segmenter, load
 from polypseg.provenance.fetch import fetch
 from polypseg.provenance.local import local_folder
+from polypseg.tables import Column, Table
 
 
 def main(
@@ -75,10 +75,7 @@ def main(
         for name, segmenter in sides.items()
     ]
     what = f"{folder.name} on {data.spec.title}, {split} {label}, n = {len(ids)}, {thread_count()} thread(s)"
-    table = Table(*(key.replace("_", " ") for key in rows[0]), title=what)
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    print_table(table)
+    print_table(Table(columns=[Column(key.replace("_", " "), key, str) for key in rows[0]], records=rows, title=what))
     print(f"latency ratio: times faster than torch fp32, of which one frame takes {milliseconds[TORCH, 'fp32']:.1f} ms")
     if output is not None:
         write_json(output, {"title": what, "torch_milliseconds": milliseconds[TORCH, "fp32"], "rows": rows})

@@ -17,7 +17,6 @@ from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.table import Table
 from tqdm import tqdm
 from typer import Argument, Option
 
@@ -29,8 +28,9 @@ from polypseg.errors import UsageError
 from polypseg.evaluation.metrics import pixel_counts, score
 from polypseg.files import write_csv
 from polypseg.inference.model import default_device
+from polypseg.inference.segmenter import load
 from polypseg.inference.video import RATE, CausalSmoother, FlickerIndex
-from polypseg.provenance.fetch import load
+from polypseg.tables import Column, Table
 
 Mask = NDArray[np.bool_]
 
@@ -126,10 +126,8 @@ def main(
         annotated.row("truth"),
         *(made.row("as they are" if time is None else f"smoothed, {time:g} s") for time, made in series.items()),
     ]
-    table = Table(*rows[0], title=f"{segmenter.name} on CVC-ClinicDB's clips")
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    print_table(table)
+    columns = [Column(key.replace("_", " "), key, str) for key in rows[0]]
+    print_table(Table(columns=columns, records=rows, title=f"{segmenter.name} on CVC-ClinicDB's clips"))
     if output is not None:
         print(f"written to {write_csv(output, rows)}")
 

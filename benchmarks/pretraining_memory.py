@@ -60,7 +60,7 @@ def main(
     class Watched(type(accelerator)):  # type: ignore[misc]
         """Notes the memory whenever the loop logs."""
 
-        def log(self, values: dict, step: int | None = None, **rest: object) -> None:
+        def log(self, values: dict[str, object], step: int | None = None, **rest: object) -> None:
             samples.append(process.memory_info().rss / 2**20)
             super().log(values, step=step, **rest)
 

@@ -23,6 +23,26 @@ def trial(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("trial")
 
 
+def test_every_kind_can_be_tried(trial, monkeypatch, tmp_path):
+    for folder in ("study", "pretraining", "training"):
+        monkeypatch.syspath_prepend(str(FOLDER.parents[1] / "tests" / folder))
+    campaign = [importlib.import_module(name) for name in ("trainings", "disks", "inputs")]
+    trainings, disks, inputs = campaign
+    kinds = [
+        *trainings.kinds(tmp_path, tmp_path, tmp_path, scale=1.0),
+        *disks.kinds(tmp_path, scale=1.0),
+        *inputs.kinds(tmp_path),
+    ]
+    names = [kind.name for kind, _ in kinds]
+    assert len(set(names)) == len(names) and set(names) >= {row["name"] for row in kept_rows()}
+    for _, files, _ in inputs.KINDS.values():
+        assert all(len([*inputs.TESTS.rglob(name)]) == 1 for name in files), files
+
+
+def kept_rows() -> list[dict[str, Any]]:
+    return json.loads((FOLDER.parents[1] / "docs" / "reliability.json").read_text())["kinds"]
+
+
 def refuse() -> None:
     raise UsageError("no")
 

@@ -77,7 +77,8 @@ def test_draws(data: Path, *, draws: int, first: int, frames: int, tested: int) 
         given = [(name, clip) for clip in order[:FOLDS] for name in _evenly(clips[clip], frames // FOLDS)]
         rest = order[FOLDS:]
         others = [(name, clip) for clip in rest for name in _evenly(clips[clip], max(1, tested // len(rest)))]
-        yield f"CVC-ClinicDB, {draw}", *(read(cvc, *zip(*chosen, strict=True)) for chosen in (given, others))
+        shown, tried = (read(cvc, *zip(*chosen, strict=True)) for chosen in (given, others))
+        yield f"CVC-ClinicDB, {draw}", shown, tried
 
 
 def _evenly(names: list[str], count: int) -> list[str]:

@@ -11,10 +11,9 @@ from typer import Option
 from polypseg.cli.console import run_script
 from polypseg.evaluation.conventions import conventions_markdown
 from polypseg.files import write_text
-from polypseg.hub.export import RESULTS
-from polypseg.hub.model_card import RUNS_MARKS, STARTER_MARKS, put_between, runs_table, starter_table, write_pages
+from polypseg.hub.model_card import write_pages
+from polypseg.hub.starter_tables import put_between, starter_texts
 from polypseg.provenance.fetch import ORGANIZATION
-from polypseg.provenance.local import STARTER_FOLDER
 
 
 def main(
@@ -27,10 +26,8 @@ def main(
     pages = write_pages(root / "model_cards", organization=organization)
     print(f"{len(pages)} files in {root / 'model_cards'}")
     print(write_text(root / "docs" / "metric_conventions.md", conventions_markdown()))
-    results = root / "docs" / "results.md"
-    for page in (root / "README.md", results):
-        print(put_between(page, STARTER_MARKS, starter_table(STARTER_FOLDER / RESULTS)))
-    put_between(results, RUNS_MARKS, runs_table(root / "docs" / "starter"))
+    for page, marks, text in starter_texts(root):
+        print(put_between(page, marks, text))
 
 
 if __name__ == "__main__":

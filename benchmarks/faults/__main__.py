@@ -1,6 +1,6 @@
 """The campaign of faults: kills, disks, hostile inputs; a table of what was tried, survived and lost.
 
-PYTHONPATH=tests OMP_NUM_THREADS=1 python benchmarks/faults --output docs/reliability.md
+make faults; or, of some kinds only, the command of that target with --only "full disk"
 """
 
 import json

@@ -30,7 +30,7 @@ def try_tests(kind: Kind, files: list[str], chosen: str, *, folder: Path) -> Non
     report = folder / f"{kind.name.replace(' ', '-')}.xml"
     options = ["-q", "-p", "no:xdist", "-m", "not real_data", f"--junitxml={report}", f"--basetemp={folder / 'tests'}"]
     command = [sys.executable, "-m", "pytest", *options, *(["-k", chosen] if chosen else [])]
-    command += [str(TESTS / name) for name in files]
+    command += [str(place) for name in files for place in TESTS.rglob(name)]
     try:
         subprocess.run(command, cwd=TESTS.parent, env=dict(os.environ), capture_output=True, timeout=3 * ENDLESS)
     except subprocess.TimeoutExpired:

@@ -12,14 +12,14 @@ import test_grid as grids
 import test_pretraining_run as pretraining
 import test_training as finetuning
 from accelerate import Accelerator
-from polypseg.grid import GridData, load_grid
 from rich.console import Console
 from trial import Kind, difference, forked, kill, last_words, moments, start, wait
 
 from polypseg import files as artifacts
 from polypseg import zoo
 from polypseg.recipe import load_recipe
-from polypseg.study.tasks import grid_tasks
+from polypseg.study.schema import load_grid
+from polypseg.study.tasks import GridData, grid_tasks
 from polypseg.study.workers import record_grid, work_through
 from polypseg.training.finetune import build_model, finetune
 from polypseg.training.run_folder import claim_run

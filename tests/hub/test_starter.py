@@ -13,8 +13,8 @@ from polypseg.evaluation.receipt import check_receipt, find_receipts
 from polypseg.evaluation.receipt_reading import write_quality
 from polypseg.files import file_sha256
 from polypseg.hub.export import RESULTS
-from polypseg.hub.model_card import STARTER_MARKS, starter_table
 from polypseg.hub.pack import LARGEST, add_results
+from polypseg.hub.starter_tables import starter_texts
 from polypseg.inference import quality
 from polypseg.inference.quality import UNKNOWN, read_quality
 from polypseg.provenance.checksums import check_folder
@@ -69,9 +69,12 @@ def test_its_results_are_of_the_shipped_file():
     assert all(check_receipt(path) == [] for path in receipts)
 
 
-def test_the_readme_shows_its_receipts():
-    shown = (REPOSITORY / "README.md").read_text().partition(STARTER_MARKS[0])[2].partition(STARTER_MARKS[1])[0]
-    assert shown.strip() == starter_table(STARTER_FOLDER / RESULTS), "run `make cards`"
+def test_the_pages_show_its_receipts_and_what_was_measured_of_it():
+    texts = starter_texts(REPOSITORY)
+    assert {page.name for page, _, _ in texts} == {"README.md", "results.md"}
+    for page, (begin, end), text in texts:
+        shown = page.read_text().partition(begin)[2].partition(end)[0]
+        assert shown.strip() == text, f"{page} between {begin}: run `make cards`"
 
 
 def test_receipts_of_other_weights_are_not_added(tmp_path):

@@ -10,7 +10,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from constructed_models import PROCESSOR, RedFinder, constructed, draw_frame, write_expectation
+from polypseg import zoo
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.evaluation.evaluate import score_predictions
+from polypseg.evaluation.receipt import read_receipt
+from polypseg.evaluation.receipt_reading import cell_of, read_results
 from polypseg.expectation.calibrate import (
     DEFAULT,
     SHARES,
@@ -25,12 +29,14 @@ from polypseg.expectation.calibrate import (
     score_grid,
 )
 from polypseg.expectation.margins import relative_needs
+from polypseg.hub.starter_tables import starter_table
 from polypseg.inference.margin import Margin, read_margin
 from polypseg.inference.operating_point import OperatingPoint, find_operating_point, read_operating_point
 from polypseg.inference.predictor import Steps
 from polypseg.inference.predictors import PointedPredictions
 from polypseg.inference.segment_files import segment_files
 from polypseg.inference.segmenter import Segmenter, load
+from receipt_factory import DrawnDataset, DrawnPredictions, small_origin
 
 CERTAIN = Steps(feature="expected_dice", x=(0.0, 1.0), y=(0.0, 1.0))
 
@@ -173,6 +179,27 @@ def test_evaluation_takes_a_point_and_records_it():
     (found,) = pointed.predict(None, ["a"])
     assert ((found[1] > 0.5) == [[False, True, True]]).all()
     assert pointed.origin["operating_point"]["threshold"] == 0.3 and pointed.name == "m"
+
+
+def test_a_receipt_at_a_point_replaces_none_and_is_told_apart(tmp_path):
+    dataset = DrawnDataset("cvc_clinicdb", 6)
+    plain = DrawnPredictions("m", weights_origin=small_origin(zoo.get("RN-NA-NA"), seed=1), skill=1.0, seed=1)
+    pointed = PointedPredictions(source=plain, point=OperatingPoint(threshold=0.9, minimum_share=0.01))
+    manifest = dataset.manifest("full", "full")
+    paths = [
+        score_predictions(source, dataset, conventions=("paper",), manifest=manifest).write(tmp_path)
+        for source in (plain, pointed)
+    ]
+    assert [path.name.partition(".full.full")[2] for path in paths] == [
+        ".receipt.json",
+        ".operating-point.receipt.json",
+    ]
+    one, other = (read_receipt(path) for path in paths)
+    assert one.operating_point is None and other.operating_point["threshold"] == 0.9
+    assert one.stated["recall"].mean > other.stated["recall"].mean and not other.differences()
+    assert [receipt.path for receipt in read_results(tmp_path)] == paths[:1], "cards state masks at 0.5"
+    table, _, second = starter_table(tmp_path).partition("operating point")
+    assert cell_of(one.stated["dice"]) in table and cell_of(other.stated["dice"]) in second and "0.90" in second
 
 
 def test_commands_refuse_points_that_do_not_apply(tmp_path):

@@ -30,6 +30,7 @@ from polypseg.evaluation.receipt import (
     save_receipt,
 )
 from polypseg.files import atomic_path, environment_record, write_csv
+from polypseg.inference.operating_point import OPERATING_POINT_KEY
 from polypseg.inference.predictors import PredictionSource, Probability
 from polypseg.provenance.origin import WEIGHTS_ORIGIN, WeightsOrigin
 from polypseg.provenance.passport import SeenCheck, SplitManifest, kept_manifest
@@ -125,8 +126,8 @@ class SuiteResult:
         }
 
     def write(self, folder: Path) -> Path:
-        """Write ``<folder>/<name>/<dataset>.<split>.<part>.receipt.json`` and a CSV of its rows; return the path."""
-        path = receipt_path(folder, self.name, self.manifest)
+        """Write the receipt at ``receipt_path`` and a CSV of its rows; return the path."""
+        path = receipt_path(folder, self.name, self.manifest, at_operating_point=OPERATING_POINT_KEY in self.origin)
         write_csv(path.with_suffix(".csv"), self.rows())
         return save_receipt(path, self.content())
 

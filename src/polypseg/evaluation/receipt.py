@@ -26,6 +26,7 @@ from polypseg.evaluation.conventions import CONVENTIONS, Convention
 from polypseg.evaluation.image_metrics import MEASURES, Floats, ImageMeasures
 from polypseg.evaluation.metrics import mean_with_interval
 from polypseg.files import file_sha256, read_json, write_text
+from polypseg.inference.operating_point import OPERATING_POINT_KEY
 from polypseg.provenance.origin import WeightsOrigin
 from polypseg.provenance.passport import KINDS, SplitManifest
 from polypseg.statistics import RESAMPLES, Interval, draw_means, sample_weights, score_set
@@ -290,9 +291,14 @@ def _compact(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def receipt_path(folder: Path, name: str, manifest: SplitManifest) -> Path:
-    """Where the receipt of a test belongs: ``<folder>/<name>/<dataset>.<split>.<part>.receipt.json``."""
-    return folder / name / f"{manifest.dataset}.{manifest.split}.{manifest.part}{SUFFIX}"
+def receipt_path(folder: Path, name: str, manifest: SplitManifest, *, at_operating_point: bool) -> Path:
+    """Where the receipt of a test belongs: ``<folder>/<name>/<dataset>.<split>.<part>.receipt.json``.
+
+    One of masks at an operating point has ``.operating-point`` before the suffix, so that it replaces none of masks at
+    probability 0.5.
+    """
+    point = f".{OPERATING_POINT_KEY.replace('_', '-')}" if at_operating_point else ""
+    return folder / name / f"{manifest.dataset}.{manifest.split}.{manifest.part}{point}{SUFFIX}"
 
 
 def refuse_other_weights(path: Path, *, sha256: str | None) -> None:
@@ -519,6 +525,12 @@ class Receipt(_Record):
     def per_image(self, metric: str) -> Floats:
         """(N,) of one metric under CONVENTION, in the order of ``images``; NaN where an image has no such score."""
         return np.array([row.scores[f"{CONVENTION}.{metric}"] for row in self.images], dtype=np.float64)
+
+    @property
+    def operating_point(self) -> Mapping[str, Any] | None:
+        """Where the probabilities were cut into masks; None for the default of 0.5 without a minimum area."""
+        point: Mapping[str, Any] | None = (self.content.get("predictions") or {}).get(OPERATING_POINT_KEY)
+        return point
 
     @property
     def row(self) -> str:

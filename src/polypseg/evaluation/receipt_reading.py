@@ -17,12 +17,16 @@ LIMITS = {
 
 
 def read_results(folder: Path) -> tuple[Receipt, ...]:
-    """The receipts in a folder and below it that are of a model and score by CONVENTION, by path.
+    """The receipts in a folder and below it that are of a model and score by CONVENTION at 0.5, by path.
 
     Raises PolypSegError for a damaged receipt.
     """
     found = find_receipts(folder).values()
-    return tuple(receipt for receipt in found if receipt.model and CONVENTION in receipt.scores_by_cluster)
+    return tuple(
+        receipt
+        for receipt in found
+        if receipt.model and CONVENTION in receipt.scores_by_cluster and receipt.operating_point is None
+    )
 
 
 def no_results(folder: Path) -> UsageError:
@@ -67,6 +71,7 @@ def write_quality(folder: Path, receipts: Iterable[Receipt]) -> Path | None:
     tests: dict[str, Receipt] = {}
     for receipt in sorted(receipts, key=lambda receipt: receipt.n):
         real = not receipt.dataset.synthetic and CONVENTION in receipt.scores_by_cluster
+        real = real and receipt.operating_point is None
         if real and receipt.stated["dice"].mean is not None and receipt.dataset.name != "negatives":
             tests[receipt.dataset.title] = receipt
     if not tests:

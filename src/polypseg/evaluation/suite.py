@@ -18,6 +18,7 @@ from polypseg.evaluation.conventions import CONVENTIONS
 from polypseg.evaluation.evaluate import Measured, SuiteResult, score_predictions
 from polypseg.evaluation.receipt import CONVENTION, read_receipt, receipt_path, refuse_other_weights
 from polypseg.files import sole_writer, write_csv, write_json
+from polypseg.inference.operating_point import OPERATING_POINT_KEY
 from polypseg.inference.predictors import PredictionSource, model_folder, open_model
 from polypseg.provenance.origin import WeightsOrigin
 from polypseg.provenance.passport import Rule, SeenError, SplitManifest, check_seen, kept_manifest, name_partial
@@ -315,8 +316,9 @@ def score_images(
     score_predictions raises.
     """
     manifest, seen = check_seen(model_folder, manifest, rule=plan.rule)
-    origin = WeightsOrigin.within(source.origin)
-    refuse_other_weights(receipt_path(plan.output, source.name, manifest), sha256=origin.sha256)
+    origin, at_point = WeightsOrigin.within(source.origin), OPERATING_POINT_KEY in source.origin
+    path = receipt_path(plan.output, source.name, manifest, at_operating_point=at_point)
+    refuse_other_weights(path, sha256=origin.sha256)
     return score_predictions(
         source,
         dataset,

@@ -13,9 +13,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from polypseg import __version__, zoo
 from polypseg.data.catalog import DATASETS, POPULATIONS, DatasetSpec, is_synthetic, may_be_public, population_of
 from polypseg.data.splits import DESCRIPTIONS, pinned_split
-from polypseg.evaluation.receipt import CONVENTION, Receipt, Test, find_receipts
+from polypseg.evaluation.receipt import CONVENTION, Receipt, Test
 from polypseg.evaluation.receipt_reading import LIMITS, cell_of, seen_words, size_of
-from polypseg.evaluation.suite import NEGATIVES
 from polypseg.files import write_text
 from polypseg.hub.card_facts import (
     PICTURES,
@@ -23,16 +22,13 @@ from polypseg.hub.card_facts import (
     ComputeFacts,
     measured_facts,
     planned_facts,
-    read_epochs,
-    training_hours,
 )
 from polypseg.hub.dataset_card import load_references, load_template
 from polypseg.hub.markdown import all_plain, plain, python_string
 from polypseg.provenance.licence import DISCLAIMER, ModelLicense, model_license
 from polypseg.provenance.origin import WeightsOrigin
-from polypseg.recipe import Recipe, load_recipe
+from polypseg.recipe import Recipe
 from polypseg.statistics.scores import METRICS
-from polypseg.tables import Column, Table
 from polypseg.zoo import ZooEntry
 
 NOT_EVALUATED = "not evaluated"
@@ -453,63 +449,3 @@ def write_pages(folder: Path, *, organization: str) -> list[Path]:
         if stale.name not in pages:
             stale.unlink()
     return [write_text(folder / name, text) for name, text in pages.items()]
-
-
-STARTER_MARKS = ("<!-- starter -->", "<!-- /starter -->")
-RUNS_MARKS = ("<!-- runs -->", "<!-- /runs -->")
-"""Between them stands the shipped model's table in the README."""
-
-
-def starter_table(results: Path) -> str:
-    """The shipped model's scores as Markdown, from its receipts in ``results``: a row per test, then false alarms."""
-    records, alarms = [], []
-    receipts = find_receipts(results).values()
-    for receipt in sorted(receipts, key=lambda receipt: (receipt.dataset.name != "kvasir_seg", receipt.n)):
-        dataset, alarm = receipt.dataset, receipt.false_alarms
-        part = "" if dataset.split == "full" else f", {dataset.split} {dataset.part} part"
-        if dataset.name == NEGATIVES and alarm is not None:
-            rate = alarm.per_100_frames
-            alarms.append(
-                f"False alarms on {alarm.frames} polyp-free HyperKvasir frames that it has not seen: "
-                f"{rate.mean:.1f} per 100 frames [{rate.low:.1f}, {rate.high:.1f}], counting every region "
-                f"of at least {alarm.minimal_area_pixels} pixel(s)."
-            )
-            continue
-        records.append({"test": f"{dataset.title}{part}", "size": size_of(receipt), **receipt.stated})
-    columns = [
-        Column("tested on", "test"),
-        Column("n", "size"),
-        *(
-            Column(title, key, cell_of)
-            for title, key in (("mDice", "dice"), ("mIoU", "iou"), ("mPrecision", "precision"), ("mRecall", "recall"))
-        ),
-    ]
-    return "\n".join([Table(columns=columns, records=records).markdown(), *(["", *alarms] if alarms else [])])
-
-
-def runs_table(folder: Path) -> str:
-    """The training runs of the shipped model as Markdown: a row per ``RECIPE.epochs.csv`` of a folder.
-
-    Hours are of training without validation.
-    """
-    records = []
-    for file in sorted(folder.glob("*.epochs.csv")):
-        name = file.name.split(".", maxsplit=1)[0]
-        epochs = read_epochs(file)
-        dice = " ".join(f"{float(row['validation_dice']):.3f}".removeprefix("0") for row in epochs)
-        hours = training_hours(epochs, load_recipe(name)) or 0
-        records.append({"recipe": name, "epochs": len(epochs), "hours": hours, "dice": dice})
-    columns = [
-        Column("recipe", "recipe", "`{}`".format),
-        Column("epochs", "epochs"),
-        Column("hours of training", "hours", "{:.1f}".format),
-        Column("validation Dice after each epoch", "dice"),
-    ]
-    return Table(columns=columns, records=records).markdown()
-
-
-def put_between(page: Path, marks: tuple[str, str], text: str) -> Path:
-    """Put a text between two marks of a page and return its path."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(marks[0])
-    after = rest.partition(marks[1])[2]
-    return write_text(page, f"{before}{marks[0]}\n{text}\n{marks[1]}{after}")

@@ -15,6 +15,8 @@ from polypseg.inference.regions import drop_small
 from polypseg.provenance.checksums import MANIFEST, read_manifest
 
 OPERATING_POINT = "operating_point.json"
+OPERATING_POINT_KEY = "operating_point"
+"""Under it, what was cut at a point says so in its records."""
 KIND = "polypseg operating point"
 _LARGEST_SHARE = 0.5
 WEIGHTS = ("model.safetensors", "onnx/model.onnx", "onnx/model_quantized.onnx")

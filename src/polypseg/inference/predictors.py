@@ -31,7 +31,7 @@ from polypseg.inference.model import (
     resize_map,
     results_name,
 )
-from polypseg.inference.operating_point import OperatingPoint
+from polypseg.inference.operating_point import OPERATING_POINT_KEY, OperatingPoint
 from polypseg.inference.preparation import PREPROCESSOR, FrameProcessor
 from polypseg.inference.runtimes import OnnxRuntime, refuse_non_finite
 from polypseg.modeling import PolypSegConfig
@@ -197,7 +197,7 @@ class PointedPredictions:
 
     @property
     def origin(self) -> dict[str, Any]:
-        return self.source.origin | {"operating_point": self.point.content()}
+        return self.source.origin | {OPERATING_POINT_KEY: self.point.content()}
 
     def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
         """As the source predicts, moved."""

@@ -241,7 +241,7 @@ def _manifest(plan: StudyPlan, test: Test) -> SplitManifest:
 
 
 def _receipt_path(plan: StudyPlan, job: Job, test: Test) -> Path:
-    return receipt_path(plan.output / "results", job.entry.model_id, _manifest(plan, test))
+    return receipt_path(plan.output / "results", job.entry.model_id, _manifest(plan, test), at_operating_point=False)
 
 
 def _run_job(job: Job, plan: StudyPlan, tests: Sequence[Test]) -> None:

@@ -1,0 +1,173 @@
+"""The tables about the shipped model on README and docs, from its receipts and kept measurements."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from polypseg.data.catalog import DATASETS
+from polypseg.evaluation.receipt import Receipt, find_receipts
+from polypseg.evaluation.receipt_reading import cell_of, size_of
+from polypseg.evaluation.suite import NEGATIVES
+from polypseg.files import read_json, write_text
+from polypseg.hub.card_facts import read_epochs, training_hours
+from polypseg.hub.export import RESULTS
+from polypseg.provenance.local import STARTER_FOLDER
+from polypseg.recipe import load_recipe
+from polypseg.tables import Column, Table
+
+STARTER_MARKS = ("<!-- starter -->", "<!-- /starter -->")
+RUNS_MARKS = ("<!-- runs -->", "<!-- /runs -->")
+ROBUSTNESS_MARKS = ("<!-- robustness -->", "<!-- /robustness -->")
+SHIFT_MARKS = ("<!-- shift -->", "<!-- /shift -->")
+"""Between two marks of a page stands the text that these functions render."""
+_SHOWN_SEVERITIES = (1, 3, 5)
+_STATED_SEVERITY = 3
+
+
+def starter_table(results: Path) -> str:
+    """The shipped model's scores as Markdown, from its receipts in ``results``.
+
+    A row per test at probability 0.5 and the false alarms; then the same at the model's own operating point.
+    """
+    receipts = sorted(
+        find_receipts(results).values(), key=lambda receipt: (receipt.dataset.name != "kvasir_seg", receipt.n)
+    )
+    parts = [_scores_and_alarms([receipt for receipt in receipts if receipt.operating_point is None])]
+    if pointed := [receipt for receipt in receipts if receipt.operating_point is not None]:
+        point = pointed[0].operating_point or {}
+        parts.append(
+            f"At its own operating point, chosen on validation frames (`--operating-point model`: probability above "
+            f"{point['threshold']:.2f} at temperature {point['temperature']:.2f}, regions of at least "
+            f"{100 * point['minimum_share']:g} % of the frame), it finds less and is quieter:"
+        )
+        parts.append(_scores_and_alarms(pointed))
+    return "\n\n".join(parts)
+
+
+def _scores_and_alarms(receipts: Sequence[Receipt]) -> str:
+    """A row per test, then the false alarms."""
+    records, alarms = [], []
+    for receipt in receipts:
+        dataset, alarm = receipt.dataset, receipt.false_alarms
+        part = "" if dataset.split == "full" else f", {dataset.split} {dataset.part} part"
+        if dataset.name == NEGATIVES and alarm is not None:
+            rate = alarm.per_100_frames
+            alarms.append(
+                f"False alarms on {alarm.frames} polyp-free HyperKvasir frames that it has not seen: "
+                f"{rate.mean:.1f} per 100 frames [{rate.low:.1f}, {rate.high:.1f}], counting every region "
+                f"of at least {alarm.minimal_area_pixels} pixel(s)."
+            )
+            continue
+        records.append({"test": f"{dataset.title}{part}", "size": size_of(receipt), **receipt.stated})
+    columns = [
+        Column("tested on", "test"),
+        Column("n", "size"),
+        *(
+            Column(title, key, cell_of)
+            for title, key in (("mDice", "dice"), ("mIoU", "iou"), ("mPrecision", "precision"), ("mRecall", "recall"))
+        ),
+    ]
+    return "\n".join([Table(columns=columns, records=records).markdown(), *(["", *alarms] if alarms else [])])
+
+
+def runs_table(folder: Path) -> str:
+    """The training runs of the shipped model as Markdown: a row per ``RECIPE.epochs.csv`` of a folder.
+
+    Hours are of training without validation.
+    """
+    records = []
+    for file in sorted(folder.glob("*.epochs.csv")):
+        name = file.name.split(".", maxsplit=1)[0]
+        epochs = read_epochs(file)
+        dice = " ".join(f"{float(row['validation_dice']):.3f}".removeprefix("0") for row in epochs)
+        hours = training_hours(epochs, load_recipe(name)) or 0
+        records.append({"recipe": name, "epochs": len(epochs), "hours": hours, "dice": dice})
+    columns = [
+        Column("recipe", "recipe", "`{}`".format),
+        Column("epochs", "epochs"),
+        Column("hours of training", "hours", "{:.1f}".format),
+        Column("validation Dice after each epoch", "dice"),
+    ]
+    return Table(columns=columns, records=records).markdown()
+
+
+def robustness_table(file: Path) -> str:
+    """What ``polypseg robustness`` wrote as Markdown: a row per corruption, the costliest first."""
+    found = read_json(file)
+    rows = {(row["corruption"], row["severity"]): row for row in found["rows"]}
+    records = [
+        {
+            "corruption": kind.replace("_", " "),
+            **{str(severity): rows[kind, severity]["dice_mean"] for severity in _SHOWN_SEVERITIES},
+            **{
+                key: rows[kind, _STATED_SEVERITY][key]
+                for key in ("drop_mean", "drop_low", "drop_high", "relative_drop")
+            },
+        }
+        for kind in found["strengths"]
+    ]
+    records.sort(key=lambda record: -record["drop_mean"])
+    columns = [
+        Column("corruption", "corruption"),
+        *(Column(f"mDice at severity {severity}", str(severity), "{:.3f}".format) for severity in _SHOWN_SEVERITIES),
+        Column(f"loss at {_STATED_SEVERITY}, 95 % interval", "", _loss),
+        Column("as a fraction", "relative_drop", "{:.0%}".format),
+    ]
+    tested, clean = found["dataset"], found["clean"]
+    title = (
+        f"{_title(tested['name'])}, {tested['split']} {tested['part']} part, n = {tested['n']}; clean "
+        f"{clean['mean']:.3f} [{clean['low']:.3f}, {clean['high']:.3f}]; over all kinds and severities "
+        f"{found['mean_relative_drop']:.0%} of it is lost:"
+    )
+    return f"{title}\n\n{Table(columns=columns, records=records).markdown()}"
+
+
+def _loss(row: dict[str, Any]) -> str:
+    return f"{row['drop_mean']:.3f} [{row['drop_low']:.3f}, {row['drop_high']:.3f}]"
+
+
+def _title(dataset: str) -> str:
+    return DATASETS[dataset].title if dataset in DATASETS else dataset
+
+
+def shift_table(file: Path) -> str:
+    """What ``polypseg shift attribute`` wrote as Markdown: a row per factor, the costliest first."""
+    found = read_json(file)
+    columns = [
+        Column("frames re-rendered in", "factor"),
+        Column("cost in mean Dice, 95 % interval", "", _cost),
+        Column("p (Holm)", "p_holm", "{:.3f}".format),
+        Column("of its shift covered", "covered", lambda share: "–" if share is None else f"{share:.0%}"),
+    ]
+    inside, outside, drop = (found[name] for name in ("inside", "outside", "drop"))
+    title = (
+        f"{found['titles'][0]} (n = {found['n'][0]}, mean Dice {inside['estimate']:.3f}) toward {found['titles'][1]} "
+        f"(n = {found['n'][1]}, {outside['estimate']:.3f}); the difference is {drop['estimate']:+.3f} "
+        f"[{drop['low']:+.3f}, {drop['high']:+.3f}]:"
+    )
+    return f"{title}\n\n{Table(columns=columns, records=found['factors']).markdown()}"
+
+
+def _cost(row: dict[str, Any]) -> str:
+    return f"{row['cost']:+.3f} [{row['cost_low']:+.3f}, {row['cost_high']:+.3f}]"
+
+
+def put_between(page: Path, marks: tuple[str, str], text: str) -> Path:
+    """Put a text between two marks of a page and return its path."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(marks[0])
+    after = rest.partition(marks[1])[2]
+    return write_text(page, f"{before}{marks[0]}\n{text}\n{marks[1]}{after}")
+
+
+def starter_texts(root: Path) -> list[tuple[Path, tuple[str, str], str]]:
+    """Page, marks and text of everything that README and docs/results.md of a clone say of the shipped model."""
+    readme, results, kept = root / "README.md", root / "docs" / "results.md", root / "docs" / "starter"
+    scores = starter_table(STARTER_FOLDER / RESULTS)
+    texts = [(readme, STARTER_MARKS, scores), (results, STARTER_MARKS, scores), (results, RUNS_MARKS, runs_table(kept))]
+    for marks, name, table in (
+        (ROBUSTNESS_MARKS, "robustness.json", robustness_table),
+        (SHIFT_MARKS, "attribution.json", shift_table),
+    ):
+        if (kept / name).is_file():
+            texts.append((results, marks, table(kept / name)))
+    return texts
