@@ -71,7 +71,7 @@ def export_model(source: Path, output: Path, *, results: Path | None = None, org
     if not origin.content:  # load_model keeps a record current
         origin = current_origin(origin, source)
         model.config.weights_origin = origin.content
-    name = origin.repo_name
+    repo_name = origin.repo_name  # fails for what cannot be named, before the work
     with atomic_path(output) as temporary, without_shard_bars():
         temporary.mkdir()
         write_weights(model, temporary)
@@ -84,7 +84,7 @@ def export_model(source: Path, output: Path, *, results: Path | None = None, org
         written, processor = load_model(str(temporary))
         difference = largest_difference(model, written)
         add_replay(temporary, SAFE_WEIGHTS_NAME, runtime=TorchRuntime(model=written))
-        _write_card(temporary, written, processor, name=name, run_dir=source.parent, organization=organization)
+        _write_card(temporary, written, processor, name=repo_name, run_dir=source.parent, organization=organization)
         write_manifest(temporary)
     return Export(folder=output, origin=origin, results=taken, left_out=left_out, largest_difference=difference)
 
