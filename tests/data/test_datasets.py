@@ -15,7 +15,7 @@ from PIL import Image
 from polypseg.data import polyps
 from polypseg.data.polyps import SyntheticOptions, load_polyps, open_dataset
 from polypseg.data.splits import pinned_split
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.errors import PolypSegError, UsageError
 
 HEIGHT, WIDTH = 16, 96
@@ -528,8 +528,8 @@ def test_synthetic_content_id_follows_the_camera_and_the_version_of_the_drawing(
 def test_synthetic_frames_are_drawn_once_while_they_fit(monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "polypseg.data.polyps.synthetic.synthesise_frame",
-        lambda camera, **options: drawn.append(options["index"]) or synthesise_frame(camera, **options),
+        "polypseg.data.polyps.synthetic.synthesize_frame",
+        lambda camera, **options: drawn.append(options["index"]) or synthesize_frame(camera, **options),
     )
     kept = polyps._DrawnFrames(limit=2**20)
     monkeypatch.setattr(polyps, "_DRAWN", kept)

@@ -18,7 +18,7 @@ from local_hub.cards import check_card
 from polypseg import zoo
 from polypseg.data.catalog import DATASETS, POPULATIONS, clinicdb_sequence
 from polypseg.data.splits import pinned_split
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.receipt import Receipt, digest_of
 from polypseg.evaluation.receipt_reading import read_results
@@ -394,7 +394,7 @@ def test_pictures_are_synthetic_frames_and_the_models_own_masks(folder):
     model, processor = load_model(str(folder))
     for camera, (source, (mask, _)) in zip(CAMERAS.values(), PICTURES.items(), strict=True):
         frame = Image.open(folder / source)
-        assert np.array_equal(np.array(frame), synthesise_frame(camera, seed=SEED, index=0, size=SIZE)[0])
+        assert np.array_equal(np.array(frame), synthesize_frame(camera, seed=SEED, index=0, size=SIZE)[0])
         shown = np.array(Image.open(folder / mask))
         assert np.array_equal(shown == 255, predict_masks(model, processor, [frame])[0]) and set(np.unique(shown)) <= {
             0,

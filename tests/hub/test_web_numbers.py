@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from polypseg.data.images import decode_gray_mask
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.inference.model import build_image_processor, polyp_logits, resize_map
 from polypseg.inference.segmenter import find_lesions, read_logits
 from polypseg.modeling import PolypSegConfig
@@ -76,7 +76,7 @@ def test_resize_gives_pillows_bytes(node, tmp_path, channels):
 
 @pytest.mark.parametrize("camera", ["a", "b"])
 def test_input_of_the_network_is_the_image_processors(node, tmp_path, camera):
-    frame, _ = synthesise_frame(CAMERAS[camera], seed=0, index=3)
+    frame, _ = synthesize_frame(CAMERAS[camera], seed=0, index=3)
     settings = PolypSegConfig(encoder="resnet18", image_size=96)
     expected = build_image_processor(settings)(images=[Image.fromarray(frame)], return_tensors="np")["pixel_values"][0]
     (tmp_path / "frame").write_bytes(frame.tobytes())

@@ -26,7 +26,7 @@ from torchvision.transforms import (
 from torchvision.transforms import functional as oracle
 
 from polypseg.data.images import decode_frame
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.errors import PolypSegError
 from polypseg.pretraining import views
 from polypseg.pretraining.views import Box, ViewSettings, augment, crop_views, draw_box, greatest_reduction, make_views
@@ -48,7 +48,7 @@ NOTHING = ViewSettings(
 )
 FIRST = replace(NOTHING, jitter_probability=0.8, grayscale_probability=0.2, blur_probability=1.0, flip_probability=0.5)
 SECOND = replace(FIRST, blur_probability=0.1, solarize_probability=0.2)
-FRAME = synthesise_frame(CAMERAS["a"], seed=0, index=3, size=(531, 633))[0]
+FRAME = synthesize_frame(CAMERAS["a"], seed=0, index=3, size=(531, 633))[0]
 VIEW = np.asarray(Image.fromarray(FRAME).resize((224, 224)))
 
 

@@ -14,7 +14,7 @@ from scipy import stats
 from torchvision.transforms import functional as tensors
 from torchvision.transforms.v2 import functional as oracle
 
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.recipe import load_recipe
 from polypseg.training import augmentation
 from polypseg.training.augmentation import Affine, Normalization, PairedAugmentation
@@ -34,7 +34,7 @@ def noise(side: int = 224, *, seed: int = 0) -> np.ndarray:
 
 IMAGES = {
     "noise": noise(),
-    "frame": synthesise_frame(CAMERAS["a"], seed=0, index=3, size=(224, 224))[0],
+    "frame": synthesize_frame(CAMERAS["a"], seed=0, index=3, size=(224, 224))[0],
     "grey": np.repeat(noise()[..., :1], 3, axis=2),
 }
 
@@ -335,7 +335,7 @@ def starter(*overrides: str) -> PairedAugmentation:
 
 
 def frame_and_mask(side: int = 160) -> tuple[np.ndarray, np.ndarray]:
-    frame, mask = synthesise_frame(CAMERAS["a"], seed=0, index=3, size=(side, side))
+    frame, mask = synthesize_frame(CAMERAS["a"], seed=0, index=3, size=(side, side))
     return frame, mask * np.uint8(255)
 
 

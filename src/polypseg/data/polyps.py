@@ -96,7 +96,7 @@ class _DrawnFrames:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        frame, mask = synthetic.synthesise_frame(style, seed=options.seed, index=index, size=options.size)
+        frame, mask = synthetic.synthesize_frame(style, seed=options.seed, index=index, size=options.size)
         made = images.encode_png(frame), images.encode_png(mask * np.uint8(255))
         with self._lock:
             if key not in self._kept:

@@ -146,7 +146,7 @@ CAMERAS: dict[str, CameraStyle] = {
 }
 
 
-def synthesise_frame(
+def synthesize_frame(
     camera: CameraStyle, *, seed: int, index: int, size: tuple[int, int] | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """-> image (H, W, 3) uint8 RGB, mask (H, W) uint8 in {0, 1}.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from polypseg import plotting
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.evaluation.metrics import pixel_counts, score
 from polypseg.evaluation.receipt import Receipt
 from polypseg.files import atomic_path
@@ -71,7 +71,7 @@ def write_card_pictures(
 
 def draw_examples(model: Any, processor: Any, *, camera: str, count: int = FRAMES) -> list[Example]:
     """``count`` synthetic frames of a camera (``a`` or ``b``) with the model's masks; the same for every model."""
-    drawn = [synthesise_frame(CAMERAS[camera], seed=SEED, index=index, size=SIZE) for index in range(count)]
+    drawn = [synthesize_frame(CAMERAS[camera], seed=SEED, index=index, size=SIZE) for index in range(count)]
     frames = [Image.fromarray(image) for image, _ in drawn]
     examples = []
     for index, prediction in enumerate(predict_masks(model, processor, frames)):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from polypseg.data.images import decode_frame
 from polypseg.data.polyps import open_dataset
 from polypseg.data.sources import IMAGE_SUFFIXES
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.errors import PolypSegError, UsageError, unknown_name
 from polypseg.files import atomic_path
 from polypseg.inference.model import load_model, polyp_against_background
@@ -380,7 +380,7 @@ def _check(runtime: Runtime, model: Any, processor: FrameProcessor, *, precision
     torch_model = TorchRuntime(model=model)
     height, width = processor.size["height"], processor.size["width"]
     noise = np.random.default_rng(0).normal(size=(1, 3, height, width)).astype(np.float32)
-    frames = processor([Image.fromarray(synthesise_frame(CAMERAS["a"], seed=0, index=n)[0]) for n in range(7)])
+    frames = processor([Image.fromarray(synthesize_frame(CAMERAS["a"], seed=0, index=n)[0]) for n in range(7)])
     pixels = frames["pixel_values"]
     wanted, found = [], []
     for batch in (noise, pixels[:2], pixels[2:]):

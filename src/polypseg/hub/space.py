@@ -21,7 +21,7 @@ from string import Template
 import yaml
 from PIL import Image
 
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.files import atomic_path, explain_write_errors, read_json, write_json, write_text
 from polypseg.hub.dataset_card import TEMPLATES
@@ -170,7 +170,7 @@ def _write_app(folder: Path, models: Sequence[SpaceModel]) -> None:
     write_text(folder / "requirements.txt", "\n".join(needed) + "\n")
     (folder / "examples").mkdir()
     for camera, index in EXAMPLES:
-        frame, _ = synthesise_frame(CAMERAS[camera], seed=0, index=index)
+        frame, _ = synthesize_frame(CAMERAS[camera], seed=0, index=index)
         Image.fromarray(frame).save(folder / "examples" / f"synthetic_camera_{camera}_{index:02d}.png")
 
 
