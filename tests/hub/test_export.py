@@ -180,6 +180,13 @@ def test_an_exported_folder_can_be_exported_again(source, exported, tmp_path, wi
     assert again.origin.sha256 == file_sha256(source / "model.safetensors")
 
 
+def test_a_card_bears_the_name_that_the_weights_earn(exported, tmp_path, monkeypatch):
+    named = []
+    monkeypatch.setattr(export_module, "_write_card", lambda *_, name, **__: named.append(name))
+    done = export_model(exported, tmp_path / "again")
+    assert named == [done.origin.repo_name] == ["small.random-small-smoke-synthetic_a"]
+
+
 def write_result(folder: Path, *, sha256: str | None, name: str = "small.random", count: int = 3) -> Path:
     """A receipt of made-up predictions by weights of that digest."""
     origin = ORIGIN | ({"sha256": sha256} if sha256 else {})
