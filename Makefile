@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # Waiting threads sleep rather than spin: two processes on few cores would otherwise stall each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-long check fast-test format bench faults hub hub-configs cards web docs release clean
+.PHONY: demo test test-long check fast-test format bench bench-full faults hub hub-configs cards web docs release clean
 
 demo: $(INSTALLED)  ## the shipped model on three real frames, then all twelve rows at smoke scale on synthetic ones
 	@echo "== The shipped model on three real frames (PolypGen, CC BY 4.0; results in runs/demo/first-masks)"
@@ -39,6 +39,10 @@ format: $(INSTALLED)
 bench: $(INSTALLED)  ## each job against the way before it, side by side; results in runs/bench
 	@echo "== Timing each job against the way before it (results in runs/bench)"
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py --output runs/bench
+
+bench-full: $(INSTALLED)  ## the same with the full-size architectures, minutes more
+	@echo "== Timing each job against the way before it, full-size models too (results in runs/bench)"
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py --full --output runs/bench
 
 faults: $(INSTALLED)  ## kills, full disks, hostile inputs; results in docs/reliability.md
 	@echo "== Trying every kind of fault (minutes; results in docs/reliability.md)"

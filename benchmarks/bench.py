@@ -10,15 +10,28 @@ from typing import Annotated, Any
 
 from typer import Option
 
+import commands
 import embedding_distance
+import inference
 import measures
 import near_duplicates
+import pretraining_feed
 import synthetic_frames
 from polypseg.cli.console import run_script
 from polypseg.files import environment_record, write_json, write_text
 from side_by_side import Neighbours, Row, why_not_quotable
 
-BENCHMARKS = (measures.rows, near_duplicates.rows, embedding_distance.rows, synthetic_frames.rows)
+BENCHMARKS = (
+    commands.rows,
+    inference.rows,
+    measures.rows,
+    pretraining_feed.rows,
+    near_duplicates.rows,
+    embedding_distance.rows,
+    synthetic_frames.rows,
+)
+FULL = (inference.full_size_rows,)
+"""Those that take minutes more."""
 
 
 def processor() -> str:
@@ -45,11 +58,12 @@ def to_markdown(rows: list[Row], *, reasons: list[str]) -> str:
 def main(
     output: Annotated[Path, Option(help="Folder that receives bench.json and bench.md.")] = Path("runs/bench"),
     repeats: Annotated[int, Option(help="Repeats of each way, alternating.", min=2)] = 5,
+    full: Annotated[bool, Option(help="Also the full-size architectures, which takes minutes more.")] = False,
 ) -> None:
     """Run all benchmarks and write their rows; on a busy machine the table says that it may not be quoted."""
     neighbours, rows = Neighbours(), list[Row]()
-    for benchmark in BENCHMARKS:
-        found = benchmark(repeats=repeats)
+    for benchmark in (*BENCHMARKS, *(FULL if full else ())):
+        found = list(benchmark(repeats=repeats))
         for row in found:
             print(f"{row.job}: {row.way} {row.ratio:.1f}", flush=True)
         rows += found

@@ -22,6 +22,7 @@ from torch import Tensor
 from torchvision import transforms as T
 from typer import Option
 
+import polypseg
 from polypseg.cli.console import run_script
 from polypseg.data.corpus import open_frames
 from polypseg.data.shards import write_shards
@@ -29,6 +30,7 @@ from polypseg.pretraining.loader import FrameFeed
 from polypseg.pretraining.recipe import load_pretraining_recipe
 from polypseg.pretraining.views import ViewSettings
 from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD
+from side_by_side import BASELINE, Row, side_by_side
 
 METHODS = {"moco_v3": "pretrain_moco_v3_resnet50", "mae": "pretrain_mae_vit_base"}
 """Method -> the recipe whose views are timed."""
@@ -94,6 +96,23 @@ def measure(readers: dict[str, Callable[[int, int], object]], *, images: int, re
             if repeat >= 0:
                 rates[name].append(images / (time.perf_counter() - start))
     return rates
+
+
+def rows(*, images: int = 6, repeats: int = 5) -> list[Row]:
+    """Views of the package's sample frames from JPEG, two of MoCo v3 and one of MAE."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    frames, found = Path(polypseg.__file__).parent / "sample_frames", list[Row]()
+    count = len(open_frames(frames))
+    for method, recipe in METHODS.items():
+        settings = tuple(view.settings() for view in load_pretraining_recipe(recipe).views)
+        readers = {BASELINE: official_reader(frames, settings), "the feed": feed_reader(frames, settings)}
+        ways: dict[str, Callable[[], object]] = {
+            name: lambda read=read: [read(epoch, epoch % count) for epoch in range(images)]  # type: ignore[misc]
+            for name, read in readers.items()
+        }
+        found += side_by_side(f"{len(settings)} view(s) of {method} from JPEG, {images} times", ways, repeats=repeats)
+    return found
 
 
 def main(

@@ -25,6 +25,8 @@ def load(name: str):
         ("embedding_distance", {"clusters": 12}),
         ("measures", {"images": 1}),
         ("synthetic_frames", {"frames": 9}),
+        ("pretraining_feed", {"images": 1}),
+        ("inference", {"frames": 2}),
     ],
 )
 def test_each_benchmark_times_its_ways_in_turn(name, size):

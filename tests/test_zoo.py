@@ -13,7 +13,8 @@ from polypseg.cli.predict import models as list_models
 from polypseg.errors import UsageError
 from polypseg.hub.model_configs import render_model_configs, write_model_configs
 from polypseg.modeling import PolypSegConfig
-from polypseg.study.scales import StudyPlan, plan_jobs
+from polypseg.study.cells import grid_cells
+from polypseg.study.schema import scale_grid
 from polypseg.zoo import ZOO, ZooEntry
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -120,9 +121,10 @@ class TestExtraRows:
         assert not [row for row in zoo.EXTRA if row in ZOO]
         assert zoo.get("VT-IN1K-SL").model_id == "vit_base_dpt.supervised_imagenet1k_only"
 
-    def test_small_scales_run_them_too(self, tmp_path):
-        (job,) = plan_jobs(StudyPlan(output=tmp_path, models=("VT-IN1K-SL",)))
-        assert job.recipe.model.encoder == "vit_tiny_patch16_224"
+    def test_small_scales_run_them_too(self):
+        grid = scale_grid("smoke", models=["VT-IN1K-SL"])
+        (cell,) = grid_cells(grid)
+        assert cell.recipe(grid, None).model.encoder == "vit_tiny_patch16_224"
 
     def test_models_command_lists_them_apart_with_the_reason(self, capsys, tmp_path):
         list_models(results=tmp_path / "none")
@@ -132,11 +134,11 @@ class TestExtraRows:
             assert entry.model_id not in twelve and entry.model_id in apart and entry.notes in apart
         assert all(entry.model_id in twelve for entry in ZOO)
 
-    def test_a_study_of_all_models_leaves_them_out_and_one_of_them_starts_from_its_weights(self, tmp_path):
-        full = {"scale": "full", "start_from_available": True}
-        assert [job.entry for job in plan_jobs(StudyPlan(output=tmp_path, **full))] == list(ZOO)
-        (job,) = plan_jobs(StudyPlan(output=tmp_path, models=("VT-IN1K-SL",), **full))
-        assert job.start.source == "timm:vit_base_patch16_224.augreg_in1k" and job.start.as_published
+    def test_a_study_of_all_models_leaves_them_out_and_one_of_them_starts_from_its_weights(self):
+        everything = scale_grid("full", start_from_available=True)
+        assert [cell.entry for cell in grid_cells(everything)] == list(ZOO)
+        (cell,) = grid_cells(scale_grid("full", models=["VT-IN1K-SL"]))
+        assert cell.weights == "timm:vit_base_patch16_224.augreg_in1k" and not cell.lacks_weights
 
 
 def test_notes_tell_that_the_supervised_vit_saw_imagenet_21k():

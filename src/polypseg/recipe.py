@@ -329,9 +329,12 @@ def validate_recipe(
         raise UsageError(f"{kind} {source}: " + "; ".join(problems)) from error
 
 
-def changes_from_bundled(recipe: "NamedRecipe") -> list[str]:
-    """What separates a recipe from the bundled one of its name, as ``training.epochs=2``; [] where none is bundled."""
-    bundled = recipe_folder() / f"{recipe.name}.yaml"
+def changes_from_bundled(recipe: "NamedRecipe", *, folder: Path | None = None) -> list[str]:
+    """What separates a recipe from the bundled one of its name, as ``training.epochs=2``; [] where none is bundled.
+
+    ``folder``: of the bundled ones, where they are no recipes of a run.
+    """
+    bundled = (folder or recipe_folder()) / f"{recipe.name}.yaml"
     if not bundled.is_file():
         return []
     published = validate_recipe(type(recipe), read_recipe(bundled)[0], source=str(bundled))

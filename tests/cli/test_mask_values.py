@@ -16,7 +16,7 @@ from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.suite import SuitePlan, run_suite
 from polypseg.files import read_json
 from polypseg.report import gallery
-from polypseg.study import scales as study
+from polypseg.study import compare as study
 from polypseg.study.schema import EvaluationPlan
 from polypseg.study.tasks import EvaluateTask
 
@@ -110,7 +110,7 @@ def test_study(coded, tmp_path, monkeypatch):
         opened.append((name, mask_values))
 
     monkeypatch.setattr(study, "open_dataset", look)
-    for name in ("plan_jobs", "_tests", "_run_jobs"):
+    for name in ("grid_tasks", "_run"):
         monkeypatch.setattr(study, name, lambda *a, **k: [])
     cli.study(output=tmp_path, in_distribution="kvasir_seg", out_of_distribution="folder", mask_values=["out=1"])
     cli.study(output=tmp_path, in_distribution="kvasir_seg", out_of_distribution="folder", mask_values=["in=2"])

@@ -12,7 +12,7 @@ import time
 from argparse import Namespace
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,9 @@ from polypseg.pretraining.encoders import build_encoder
 from polypseg.pretraining.mae import MAE
 from polypseg.pretraining.recipe import load_pretraining_recipe
 from polypseg.recipe import load_recipe
-from polypseg.study.scales import StudyPlan, plan_jobs
+from polypseg.study.cells import grid_cells
+from polypseg.study.schema import scale_grid
+from polypseg.study.tasks import FinetuneTask
 from polypseg.zoo import ZOO, get
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -142,17 +144,15 @@ def test_study_continues_from_the_finetuning_runs():
     """It looks for just these folders, recipes and encoders."""
     line = next(line for line in COMMANDS if line.startswith("polypseg study"))
     params = parse_polypseg(shlex.split(line)[1:])
-    plan = StudyPlan(
-        output=params["output"],
-        scale=params["scale"],
-        encoder_weights=named_values(params["encoder_weights"], option="--encoder-weights"),
-    )
+    weights = named_values(params["encoder_weights"], option="--encoder-weights")
+    grid = scale_grid(params["scale"], encoder_weights=weights)
     runs = finetuning_commands()
-    for job in plan_jobs(plan):
-        run = runs[job.entry.model_id]
-        assert job.start.as_published and job.start.source == run["encoder_weights"]
-        assert run["output"] == plan.output / "runs" / job.entry.model_id
-        assert job.recipe == load_recipe(run["recipe"])
+    for cell in grid_cells(grid):
+        run = runs[cell.entry.model_id]
+        task: Any = FinetuneTask(grid=grid, cell=cell, seed=None, data=SimpleNamespace(output=params["output"]))  # type: ignore[arg-type]
+        assert not cell.lacks_weights and task.encoder_weights() == run["encoder_weights"]
+        assert run["output"] == task.folder
+        assert task.recipe == load_recipe(run["recipe"])
         assert (run["dataset"], run["split"]) == (params["in_distribution"], params["split"])
 
 

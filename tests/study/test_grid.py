@@ -117,6 +117,11 @@ def test_grid_crosses_decoders_shares_sizes(tmp_path):
         ({"shares": [0.0]}, "shares must be above 0"),
         ({"corpora": {"toys": {"stands_for": "imagenet", "title": "x"}}}, "unknown corpus 'imagenet'"),
         ({"colour": 3}, "colour"),
+        ({"rows": ["RN-NA-NA"]}, "either 'starts' or 'rows'"),
+        ({"starts": [], "rows": ["RN-NA-NA"]}, "'rows' take none"),
+        ({"image_sizes": []}, "'starts' need 'image_sizes'"),
+        ({"comparison": {"in_distribution": "kvasir_seg", "out_of_distribution": "etis_larib"}}, "needs 'rows'"),
+        ({"stand_ins": {"resnet": "resnet18"}}, "unknown encoder 'resnet'"),
     ],
 )
 def test_load_grid_names_what_is_wrong(tmp_path, changes, words):

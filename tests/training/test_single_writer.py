@@ -29,7 +29,8 @@ from polypseg.inference import segment_files
 from polypseg.inference.operating_point import OperatingPoint
 from polypseg.pretraining import loop as pretraining_run
 from polypseg.recipe import load_recipe
-from polypseg.study import scales as study
+from polypseg.study import compare as study
+from polypseg.study.schema import scale_grid
 from polypseg.training import finetune as training
 from polypseg.training.run_folder import claim_run, sole_run
 
@@ -99,9 +100,9 @@ def pretrain(output: Path) -> Any:
 
 
 def run_study(output: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    for name in ("open_dataset", "_tests", "plan_jobs"):
+    for name in ("open_dataset", "grid_tasks"):
         monkeypatch.setattr(study, name, lambda *a, **k: [])
-    return study.run_study(study.StudyPlan(output=output))
+    return study.run_study(scale_grid("smoke"), output=output)
 
 
 def evaluate(output: Path, pairs: Path) -> None:
@@ -190,18 +191,17 @@ class TestFirstWriter:
         told = []
 
         class Run:
-            progress = "done"
-
             def __init__(self, *args: Any, **kwargs: Any): ...
 
-            def start(self, *, resume: bool) -> None: ...
-
-            def train(self, stop: Any) -> None:
+            def start(self, *, resume: bool) -> None:
                 told.append(attempt(tmp_path / "run"))
+                raise KeyboardInterrupt
 
         monkeypatch.setattr(module, "_Run", Run)
-        assert call(tmp_path / "run") == "done"
+        with pytest.raises(KeyboardInterrupt):
+            call(tmp_path / "run")
         assert "is being written by another process" in told[0]
+        assert attempt(tmp_path / "run") == ""
 
     def test_evaluate(self, pairs, tmp_path):
         evaluate(tmp_path / "results" / "masks", pairs)

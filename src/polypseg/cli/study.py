@@ -1,7 +1,7 @@
 """Commands of a study: fill it, and render its report."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -16,6 +16,9 @@ from polypseg.cli.options import (
     two_places,
 )
 
+if TYPE_CHECKING:
+    from polypseg.study.schema import Grid
+
 
 def study(
     output: Annotated[Path, Option(help="Folder of the study; a second call continues it.")],
@@ -23,7 +26,7 @@ def study(
         str | None, Option(help="full, small (small encoders) or smoke (minutes on a laptop, the default).")
     ] = None,
     models: Annotated[list[str] | None, Option("--model", help="A row; repeat for several. Default: all.")] = None,
-    in_distribution: Annotated[str, Option(help="Dataset to train and test on.")] = "synthetic_a",
+    in_distribution: Annotated[str | None, Option(help="Dataset to train and test on. Default: synthetic_a.")] = None,
     out_of_distribution: Annotated[
         str | None, Option(help="Dataset to test on only. Default: synthetic_b; a grid names its own.")
     ] = None,
@@ -48,8 +51,9 @@ def study(
     plan: Annotated[bool, Option("--plan", help="Of a grid: print what is left and its cost, and stop.")] = False,
 ) -> None:
     """Train and evaluate rows of the table on two datasets and write the paper's comparison; or fill a grid."""
-    from polypseg.errors import UsageError
+    from polypseg.study.schema import load_grid, scale_grid
 
+    of_grids = {"--plan": plan, "--frames": frames, "--negatives": negatives}
     if grid is not None:
         of_scales: dict[str, object] = {
             "--scale": scale,
@@ -58,11 +62,18 @@ def study(
             "--set": set_,
         }
         of_scales |= {"--encoder-weights": encoder_weights, "--start-from-available": start_from_available}
-        refuse_options(of_scales | {"--limit": limit}, because="--grid says what is trained and tested")
+        told = "--grid says what is trained and tested"
+        refuse_options(of_scales | {"--limit": limit}, because=told)
+        chosen = load_grid(grid)
+        if chosen.comparison is not None:
+            refuse_options({"--in-distribution": in_distribution, "--allow-partial": allow_partial}, because=told)
+            refuse_options(of_grids, because=f"it is of a grid without a comparison, and {chosen.name} has one")
+            _compare(chosen, output=output, split=split, source=source, mask_values=mask_values)
+            return
         _fill_grid(
-            grid,
+            chosen,
             output=output,
-            dataset=in_distribution,
+            dataset=in_distribution or "synthetic_a",
             sources=source,
             mask_values=mask_values,
             split=split,
@@ -72,38 +83,39 @@ def study(
             only_plan=plan,
         )
         return
-    of_grids = {"--plan": plan, "--frames": frames, "--negatives": negatives}
     refuse_options(of_grids, because="it is of a grid (--grid)")
-    outside = out_of_distribution or "synthetic_b"
-    places_of_both = two_places(source, in_distribution, outside)
-    if outside == in_distribution and places_of_both[0] == places_of_both[1]:
+    chosen = scale_grid(
+        scale or "smoke",
+        models=models or (),
+        overrides=set_ or (),
+        encoder_weights=named_values(encoder_weights, option="--encoder-weights", form="MODEL=WEIGHTS"),
+        start_from_available=start_from_available,
+        in_distribution=in_distribution,
+        out_of_distribution=out_of_distribution,
+        limit=limit,
+        allow_partial=allow_partial,
+    )
+    _compare(chosen, output=output, split=split, source=source, mask_values=mask_values)
+
+
+def _compare(
+    grid: "Grid", *, output: Path, split: str, source: list[str] | None, mask_values: list[str] | None
+) -> None:
+    """Train and test the rows of a grid and write their comparison."""
+    from polypseg.errors import UsageError
+    from polypseg.study.compare import run_study
+
+    assert grid.comparison is not None
+    inside, outside = grid.comparison.in_distribution, grid.comparison.out_of_distribution
+    sources = two_places(source, inside, outside)
+    if outside == inside and sources[0] == sources[1]:
         raise UsageError(f"a study of {outside} against itself compares nothing: name another --out-of-distribution")
     values = named_mask_values(mask_values, names=("in", "out"))
-    from polypseg.study.scales import StudyPlan, run_study
-
-    run_study(
-        StudyPlan(
-            output=output,
-            scale=scale or "smoke",
-            models=tuple(models or ()),
-            in_distribution=in_distribution,
-            out_of_distribution=outside,
-            in_source=places_of_both[0],
-            out_source=places_of_both[1],
-            in_mask_values=values.get("in"),
-            out_mask_values=values.get("out"),
-            split=split,
-            overrides=tuple(set_ or ()),
-            encoder_weights=named_values(encoder_weights, option="--encoder-weights", form="MODEL=WEIGHTS"),
-            start_from_available=start_from_available,
-            limit=limit,
-            allow_partial=allow_partial,
-        )
-    )
+    run_study(grid, output=output, split=split, sources=sources, mask_values=values)
 
 
 def _fill_grid(
-    name: str,
+    grid: "Grid",
     *,
     output: Path,
     dataset: str,
@@ -126,11 +138,9 @@ def _fill_grid(
     from polypseg.errors import unknown_name
     from polypseg.evaluation.suite import suite_datasets
     from polypseg.study.cost import cost_table, plan_cost
-    from polypseg.study.schema import load_grid
     from polypseg.study.tasks import GridData, grid_tasks
     from polypseg.study.workers import run_grid
 
-    grid = load_grid(name)
     for corpus in frames:
         if corpus not in grid.corpora:
             raise unknown_name("corpus", corpus, grid.corpora)

@@ -19,6 +19,7 @@ STARTER_MARKS = ("<!-- starter -->", "<!-- /starter -->")
 RUNS_MARKS = ("<!-- runs -->", "<!-- /runs -->")
 ROBUSTNESS_MARKS = ("<!-- robustness -->", "<!-- /robustness -->")
 SHIFT_MARKS = ("<!-- shift -->", "<!-- /shift -->")
+EXPORTS_MARKS = ("<!-- exports -->", "<!-- /exports -->")
 """Between two marks of a page stands the text that these functions render."""
 _SHOWN_SEVERITIES = (1, 3, 5)
 _STATED_SEVERITY = 3
@@ -71,13 +72,13 @@ def _scores_and_alarms(receipts: Sequence[Receipt]) -> str:
 
 
 def runs_table(folder: Path) -> str:
-    """The training runs of the shipped model as Markdown: a row per ``RECIPE.epochs.csv`` of a folder.
+    """The training runs of the shipped model as Markdown: a row per ``STAGE.RECIPE.epochs.csv`` of a folder.
 
     Hours are of training without validation.
     """
     records = []
     for file in sorted(folder.glob("*.epochs.csv")):
-        name = file.name.split(".", maxsplit=1)[0]
+        _, name, _ = file.name.split(".", maxsplit=2)
         epochs = read_epochs(file)
         dice = " ".join(f"{float(row['validation_dice']):.3f}".removeprefix("0") for row in epochs)
         hours = training_hours(epochs, load_recipe(name)) or 0
@@ -159,6 +160,25 @@ def put_between(page: Path, marks: tuple[str, str], text: str) -> Path:
     return write_text(page, f"{before}{marks[0]}\n{text}\n{marks[1]}{after}")
 
 
+def exports_table(folder: Path) -> str:
+    """What benchmarks/export_table.py wrote to ``exports.*.json`` of a folder as Markdown, a table per model."""
+    columns = [
+        Column("runtime", "description"),
+        Column("precision", "precision"),
+        Column("MB", "megabytes", "{:.1f}".format),
+        Column("times as fast", "latency_ratio", "{:.1f}".format),
+        Column("mDice", "dice", "{:.4f}".format),
+        Column("change", "dice_change", "{:+.4f}".format),
+        Column("largest of an image", "largest_change", "{:.3f}".format),
+    ]
+    tables = []
+    for file in sorted(folder.glob("exports.*.json")):
+        found = read_json(file)
+        table = Table(columns=columns, records=found["rows"]).markdown()
+        tables.append(f"{found['title']}; torch takes {found['torch_milliseconds']:.0f} ms a frame:\n\n{table}")
+    return "\n\n".join(tables)
+
+
 def starter_texts(root: Path) -> list[tuple[Path, tuple[str, str], str]]:
     """Page, marks and text of everything that README and docs/results.md of a clone say of the shipped model."""
     readme, results, kept = root / "README.md", root / "docs" / "results.md", root / "docs" / "starter"
@@ -170,4 +190,6 @@ def starter_texts(root: Path) -> list[tuple[Path, tuple[str, str], str]]:
     ):
         if (kept / name).is_file():
             texts.append((results, marks, table(kept / name)))
+    if any(kept.glob("exports.*.json")):
+        texts.append((results, EXPORTS_MARKS, exports_table(kept)))
     return texts

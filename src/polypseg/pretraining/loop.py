@@ -35,7 +35,6 @@ from polypseg.training.distributed import gather_rows, synchronise_batchnorm
 from polypseg.training.loader import Example, GlobalBatches
 from polypseg.training.run_folder import (
     InterruptedRunError,
-    StopFlag,
     claim_run,
     newest_checkpoint,
     save_checkpoint,
@@ -65,6 +64,12 @@ class PretrainingProgress:
     """Spread of the global batch's embeddings at every step; see ``embedding_spread``."""
     unreadable: list[int] = field(default_factory=list)
     """Frames that could not be read so far, by number."""
+
+    def finish_step(self, loss: float, spread: float) -> None:
+        """Count an optimiser step."""
+        self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
+        self.losses.append(loss)
+        self.spreads.append(spread)
 
 
 def build_method(recipe: PretrainingRecipe) -> Any:
@@ -127,10 +132,37 @@ def pretrain(
     """
     with sole_run(run_dir, accelerator):
         run = _Run(method, frames, recipe, accelerator, run_dir=run_dir, workers=workers)
-        run.start(resume=resume)
-        with stop_requests() as stop:
-            run.train(stop)
-    return run.progress
+        progress, training = run.start(resume=resume), recipe.training
+        rate = 0.0  # images/s over all processes in this epoch
+        with stop_requests() as stop, step_bar(accelerator, total=run.total_steps, done=progress.step) as bar:
+            while progress.step < run.total_steps:
+                run.method.train()
+                run.batches.start(epoch=progress.epoch, first_step=progress.step_in_epoch)
+                began, first_step = time.perf_counter(), progress.step
+                for batch in run.loader:
+                    loss, spread = run._train_step(batch)
+                    progress.finish_step(loss, spread)
+                    images = (progress.step - first_step) * training.total_batch_size
+                    rate = images / (time.perf_counter() - began)
+                    bar.update()
+                    shown = {"epoch": progress.epoch + 1, "loss": f"{loss:.3f}", "spread": f"{spread:.2f}"}
+                    bar.set_postfix(shown | {"images/s": f"{rate:.0f}"}, refresh=False)
+                    numbers = {"loss": loss, "spread": spread, "learning_rate": run.learning_rate}
+                    accelerator.log(numbers | {"images_per_second": rate}, step=progress.step)
+                    run.warn_of_collapse(bar)
+                    if progress.step >= run.total_steps:
+                        break
+                    stopping = stop.anywhere(accelerator)
+                    if stopping or progress.step % training.checkpoint_steps == 0:
+                        run.save()
+                    if stopping:
+                        raise InterruptedRunError(f"interrupted at step {progress.step}; continue with --resume")
+                if progress.step_in_epoch >= len(run.batches):
+                    progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+            bar.close()
+            run.save()
+            run.finish(rate)
+    return progress
 
 
 def peak_memory(device: torch.device) -> int:
@@ -141,7 +173,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 class _Run:
-    """The pieces of one run that belong together: method, data, optimiser, progress, folder."""
+    """What the loop of ``pretrain`` uses: method, data, optimiser, progress, folder, and one step with them."""
 
     def __init__(
         self,
@@ -155,7 +187,6 @@ class _Run:
     ):
         self.recipe, self.frames, self.accelerator, self.run_dir = recipe, frames, accelerator, run_dir
         self.progress, self.unreadable = PretrainingProgress(), UnreadableFrames()
-        self.rate = 0.0  # images/s over all processes in this epoch
         training, processes = recipe.training, accelerator.num_processes
         self.batches = GlobalBatches(
             len(frames),
@@ -183,24 +214,20 @@ class _Run:
         network = synchronise_batchnorm(method, accelerator).to(memory_format=torch.channels_last)
         self.method, self.optimiser = accelerator.prepare(network, optimiser)
 
-    def start(self, *, resume: bool) -> None:
-        """Claim the run's folder, or continue the run that is in it."""
-        if not claim_run(self.run_dir, self.record, self.accelerator, resume=resume):
-            return
-        checkpoint = newest_checkpoint(self.run_dir)
-        if checkpoint:
-            self.progress = PretrainingProgress(**read_json(checkpoint / "progress.json"))
-            self.unreadable.indices = set(self.progress.unreadable)
-            self.accelerator.load_state(str(checkpoint))
-
-    def train(self, stop: StopFlag) -> None:
-        """All remaining epochs."""
+    def start(self, *, resume: bool) -> PretrainingProgress:
+        """Claim the run's folder, or continue the run that is in it; how far it is."""
+        if claim_run(self.run_dir, self.record, self.accelerator, resume=resume):
+            checkpoint = newest_checkpoint(self.run_dir)
+            if checkpoint:
+                self.progress = PretrainingProgress(**read_json(checkpoint / "progress.json"))
+                self.unreadable.indices = set(self.progress.unreadable)
+                self.accelerator.load_state(str(checkpoint))
         self.accelerator.init_trackers("tensorboard")
-        with step_bar(self.accelerator, total=self.total_steps, done=self.progress.step) as bar:
-            while self.progress.step < self.total_steps:
-                self._train_epoch(bar, stop)
-        self._save()
-        self._summarise()
+        return self.progress
+
+    def finish(self, rate: float) -> None:
+        """Say what the run cost on this machine, and note what its encoder saw; ``rate``: the last images/s."""
+        self._summarise(rate)
         self.accelerator.end_training()
         if self.accelerator.is_main_process and not (self.run_dir / PASSPORT).is_file():
             self._write_passport()  # last: the other processes need not wait for it
@@ -211,33 +238,6 @@ class _Run:
         description = f"{len(manifest.images)} frames of {self.frames.path.name}"
         seen = Seen(stage=PRETRAINING, description=description, manifest=manifest)
         Passport(model_id=self.recipe.name, seen=(seen,)).save(self.run_dir)
-
-    def _train_epoch(self, bar: "tqdm[Any]", stop: StopFlag) -> None:
-        progress = self.progress
-        self.method.train()
-        self.batches.start(epoch=progress.epoch, first_step=progress.step_in_epoch)
-        began, images = time.perf_counter(), 0
-        for batch in self.loader:
-            loss, spread = self._train_step(batch)
-            progress.step += 1
-            progress.step_in_epoch += 1
-            progress.losses.append(loss)
-            progress.spreads.append(spread)
-            images += self.recipe.training.total_batch_size
-            self.rate = rate = images / (time.perf_counter() - began)
-            bar.update()
-            shown = {"epoch": progress.epoch + 1, "loss": f"{loss:.3f}", "spread": f"{spread:.2f}"}
-            bar.set_postfix(shown | {"images/s": f"{rate:.0f}"}, refresh=False)
-            self.accelerator.log(
-                {"loss": loss, "spread": spread, "learning_rate": self._rate(), "images_per_second": rate},
-                step=progress.step,
-            )
-            self._warn_of_collapse(bar)
-            if progress.step >= self.total_steps:
-                break
-            self._save_if_due(stop)
-        if progress.step_in_epoch >= len(self.batches):
-            progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
 
     def _train_step(self, batch: Example) -> tuple[float, float]:
         """One optimiser step; returns loss and spread over the global batch. Raises PolypSegError for a wild loss."""
@@ -286,7 +286,9 @@ class _Run:
         for group in self.optimiser.param_groups:
             group["lr"] = share * group["peak"]
 
-    def _rate(self) -> float:
+    @property
+    def learning_rate(self) -> float:
+        """Of the first group, at this step."""
         return float(self.optimiser.param_groups[0]["lr"])
 
     def _watch_unreadable(self, unreadable: Tensor) -> None:
@@ -299,7 +301,8 @@ class _Run:
         seen = min(len(self.frames), (self.progress.step + 1) * self.recipe.training.total_batch_size)
         self.unreadable.check(seen, self.frames, self.recipe.data.max_unreadable)
 
-    def _warn_of_collapse(self, bar: "tqdm[Any]") -> None:
+    def warn_of_collapse(self, bar: "tqdm[Any]") -> None:
+        """Say so, now and then, when all frames look the same to the encoder."""
         recent = self.progress.spreads[-20:]
         if self.progress.step % WARN_EVERY == 0 and sum(recent) / len(recent) < COLLAPSED:
             bar.write(
@@ -307,24 +310,17 @@ class _Run:
                 "the learning rate or lengthen the warm-up, and do not use this encoder"
             )
 
-    def _summarise(self) -> None:
+    def _summarise(self, rate: float) -> None:
         """Print and keep what the run cost on this machine since it was started or resumed."""
-        if not self.rate:
+        if not rate:
             return
         gigabytes = peak_memory(self.accelerator.device) / 1e9
-        summary = {"images_per_second": self.rate, "peak_memory_gb": gigabytes, "device": str(self.accelerator.device)}
-        self.accelerator.print(f"{self.rate:.1f} images/s in the last epoch, peak memory {gigabytes:.1f} GB a process")
+        summary = {"images_per_second": rate, "peak_memory_gb": gigabytes, "device": str(self.accelerator.device)}
+        self.accelerator.print(f"{rate:.1f} images/s in the last epoch, peak memory {gigabytes:.1f} GB a process")
         if self.accelerator.is_main_process:
             write_json(self.run_dir / "cost.json", summary | {"processes": self.accelerator.num_processes})
 
-    def _save_if_due(self, stop: StopFlag) -> None:
-        stopping = stop.anywhere(self.accelerator)
-        if stopping or self.progress.step % self.recipe.training.checkpoint_steps == 0:
-            self._save()
-        if stopping:
-            raise InterruptedRunError(f"interrupted at step {self.progress.step}; continue with --resume")
-
-    def _save(self) -> None:
+    def save(self) -> None:
         """The loss table, the list of unreadable frames, and everything that resuming needs."""
         progress = self.progress
         if self.accelerator.is_main_process:

@@ -19,7 +19,7 @@ from polypseg.errors import PolypSegError, UsageError
 from polypseg.files import read_json
 from polypseg.provenance.local import CONFIG
 from polypseg.recipe import Recipe, load_recipe
-from polypseg.zoo import RANDOM, ZooEntry
+from polypseg.zoo import RANDOM, STARTERS, ZooEntry
 
 Kind = Literal["trained", "converted", "untrained"]
 
@@ -386,6 +386,21 @@ def read_origin(weights_origin: Mapping[str, Any] | None) -> WeightsOrigin:
     origin = WeightsOrigin.of(weights_origin)
     _ = origin.kind, origin.entry
     return origin
+
+
+def describe_start(entry: ZooEntry, start: str) -> str:
+    """What a row's encoder started from, for tables; ``start`` as a run's record says it."""
+    wanted = f"{zoo.METHODS[entry.method]}, {zoo.CORPORA[entry.corpus]}"
+    if entry.method == "none":
+        return "random, as the row says"
+    if start == RANDOM:
+        return f"RANDOM: no {wanted} at this scale"
+    if start in STARTERS.values():
+        return f"{wanted} (starter package)"
+    if start == f"timm:{entry.upstream.timm}":
+        return wanted
+    file = start.removeprefix("file ").rpartition(" (")[0]
+    return f"{wanted} (given: {file or Path(start).name})"
 
 
 # -- what separates weights from the study's ---------------------------------------------------------------------------

@@ -171,9 +171,7 @@ def _with_picture(case: Case, dataset: PolypDataset, chosen: Mapping[str, Receip
     frame.resize((width, height), Image.Resampling.LANCZOS).save(jpeg, format="JPEG", quality=QUALITY, optimize=True)
     outlines = [Outline(name="truth", kind="truth", path=outline(truth, factor))]
     for kind, (model, receipt) in zip(("first", "second"), chosen.items(), strict=False):
-        mask = _read_mask(
-            masks / receipt.name / "masks" / dataset.spec.name / f"{case.id}.png", truth, case.id, receipt
-        )
+        mask = read_mask(masks / receipt.name / "masks" / dataset.spec.name / f"{case.id}.png", truth, case.id, receipt)
         seed = "" if receipt.seed is None else f", seed {receipt.seed}"
         outlines.append(Outline(name=model + seed, kind=kind, path=outline(mask, factor)))
     return Case(
@@ -187,8 +185,8 @@ def _with_picture(case: Case, dataset: PolypDataset, chosen: Mapping[str, Receip
     )
 
 
-def _read_mask(path: Path, truth: NDArray[np.uint8], record_id: str, receipt: Receipt) -> NDArray[np.uint8]:
-    """The predicted mask, if its Dice is the receipt's."""
+def read_mask(path: Path, truth: NDArray[np.uint8], record_id: str, receipt: Receipt) -> NDArray[np.uint8]:
+    """The predicted mask (H, W) of a receipt's image. Raises UsageError unless its Dice is the receipt's."""
     try:
         with Image.open(path) as image:
             mask = np.asarray(image.convert("1"), dtype=np.uint8)

@@ -1,5 +1,9 @@
-"""The cells of a grid: every combination of architecture, start, share of the corpus and image size, with its names."""
+"""The cells of a grid: every combination of architecture, start, share of the corpus and image size, with its names.
 
+Or the rows of the table that the grid lists, with what each starts from.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 
@@ -9,6 +13,7 @@ from polypseg.errors import UsageError
 from polypseg.pretraining.recipe import PretrainingRecipe, load_pretraining_recipe
 from polypseg.recipe import Recipe, load_recipe
 from polypseg.study.schema import Architecture, Grid, PretrainingPlan, StartPlan
+from polypseg.weights.loading import STARTER_ENCODER, starter_installed
 from polypseg.zoo import RANDOM, ZooEntry
 
 
@@ -63,7 +68,7 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One place of the matrix: trained once a seed."""
+    """One place of the matrix: trained once a seed, or once where the grid names no seeds."""
 
     entry: ZooEntry
     """The row of the table whose place it takes."""
@@ -71,13 +76,18 @@ class Cell:
     method: str
     corpus: str
     share: float
-    image_size: int
     name: str
     """Folder name, unique in the grid."""
+    changes: tuple[str, ...]
+    """What it changes of the grid's fine-tuning recipe."""
+    weights: str | None = None
+    """What the encoder of a listed row starts from, as ``load_encoder_weights`` takes it; None for a grid of starts."""
+    lacks_weights: bool = False
+    """Whether that is a random start for lack of the row's own pretraining."""
 
-    def start(self, grid: Grid, seed: int) -> Start | None:
-        """What the encoder starts from; None for random initialisation."""
-        if self.method == "none":
+    def start(self, grid: Grid, seed: int | None) -> Start | None:
+        """The pretraining that the encoder starts from; None for random initialisation and for listed rows."""
+        if self.method == "none" or self.weights is not None:
             return None
         return Start(
             architecture=self.architecture,
@@ -88,16 +98,22 @@ class Cell:
             seed=seed if grid.repeat_pretraining else None,
         )
 
-    def recipe(self, grid: Grid, seed: int) -> Recipe:
-        """The grid's fine-tuning recipe for this cell."""
-        own = [f"model.encoder={self.architecture.encoder}", f"data.image_size={self.image_size}", f"seed={seed}"]
-        if self.architecture.decoder != self.entry.decoder:
-            own.append(f"model.decoder={self.architecture.decoder}")
-        return load_recipe(grid.finetuning.recipe, overrides=[*own, *grid.finetuning.overrides])
+    def recipe(self, grid: Grid, seed: int | None) -> Recipe:
+        """The grid's fine-tuning recipe for this cell; without a seed, the recipe's own, moved where rows need it."""
+        own = [*self.changes, *([] if seed is None else [f"seed={seed}"])]
+        recipe = load_recipe(grid.finetuning.recipe, overrides=[*own, *grid.finetuning.overrides])
+        if seed is not None:
+            return recipe
+        place = zoo.rows().index(self.entry)
+        # Rows that share a start would otherwise be copies of each other.
+        moved = place if grid.seed_by_row else 1 + place if self.lacks_weights else 0
+        return recipe.model_copy(update={"seed": recipe.seed + moved})
 
 
 def grid_cells(grid: Grid) -> list[Cell]:
-    """All cells, in the order of the grid. Raises UsageError for a start that is no row of the table."""
+    """All cells, in the order of the grid. Raises UsageError for what is no row of the table or lacks its weights."""
+    if grid.rows:
+        return _row_cells(grid)
     cells = []
     for start, size in product(grid.starts, grid.image_sizes):
         shares = grid.shares if start.method != "none" else (1.0,)
@@ -115,15 +131,66 @@ def _cell(grid: Grid, architecture: Architecture, start: StartPlan, *, share: fl
     stands_for = "none" if random else grid.corpora[start.corpus].stands_for
     tag = RANDOM if random else f"{start.method}_{start.corpus}"
     parts = ["" if share == 1 else f"-share{share:g}", "" if len(grid.image_sizes) == 1 else f"-{image_size}px"]
+    entry = _row(architecture.family, start.method, stands_for)
+    changes = [f"model.encoder={architecture.encoder}", f"data.image_size={image_size}"]
+    if architecture.decoder != entry.decoder:
+        changes.append(f"model.decoder={architecture.decoder}")
     return Cell(
-        entry=_row(architecture.family, start.method, stands_for),
+        entry=entry,
         architecture=architecture,
         method=start.method,
         corpus="none" if random else start.corpus,
         share=share,
-        image_size=image_size,
         name=f"{architecture.encoder}_{architecture.decoder}.{tag}{''.join(parts)}",
+        changes=tuple(changes),
     )
+
+
+def _row_cells(grid: Grid) -> list[Cell]:
+    """The listed rows, each with the weights that are given for it, or that timm or the starter package has of it."""
+    given = {zoo.get(name).model_id: weights for name, weights in grid.weights.items()}
+    cells = [_row_cell(grid, zoo.get(name), given=given) for name in dict.fromkeys(grid.rows)]
+    missing = [cell.entry.model_id for cell in cells if cell.lacks_weights]
+    if missing and grid.missing_weights == "refuse":
+        raise UsageError(
+            f"no pretraining weights for {', '.join(missing)}: give each by --encoder-weights MODEL=FILE, or accept a "
+            "random start, which the tables will state, with --start-from-available. `polypseg models` says where each "
+            "is published"
+        )
+    return cells
+
+
+def _row_cell(grid: Grid, entry: ZooEntry, *, given: Mapping[str, str]) -> Cell:
+    stand_in = grid.stand_ins.get(entry.encoder)
+    changes = () if stand_in is None else (f"model.encoder={stand_in}",)
+    recipe = load_recipe(grid.finetuning.recipe, overrides=[*changes, *grid.finetuning.overrides])
+    weights = given.get(entry.model_id) or _own_weights(entry, encoder=recipe.model.encoder)
+    architecture = Architecture(
+        family=entry.encoder,
+        encoder=recipe.model.encoder or zoo.ENCODERS[entry.encoder],
+        decoder=recipe.model.decoder or entry.decoder,
+    )
+    return Cell(
+        entry=entry,
+        architecture=architecture,
+        method=entry.method,
+        corpus=entry.corpus,
+        share=1.0,
+        name=entry.model_id,
+        changes=changes,
+        weights=weights or RANDOM,
+        lacks_weights=weights is None,
+    )
+
+
+def _own_weights(entry: ZooEntry, *, encoder: str | None) -> str | None:
+    """The row's own start, as far as it is at hand for an encoder (None: the row's); never another in its place."""
+    if entry.method == "none":
+        return RANDOM
+    if encoder is None and entry.upstream.timm:
+        return f"timm:{entry.upstream.timm}"
+    is_starter = encoder == STARTER_ENCODER and (entry.method, entry.corpus) == ("supervised", "imagenet1k")
+    return "starter" if is_starter and starter_installed(STARTER_ENCODER) else None
 
 
 def _row(family: str, method: str, corpus: str) -> ZooEntry:

@@ -71,7 +71,7 @@ def _kind(task: Task) -> str:
         return f"pretrain {task.start.architecture.encoder} by {task.start.method}"
     assert isinstance(task, FinetuneTask)
     architecture = task.cell.architecture
-    return f"finetune {architecture.encoder} + {architecture.decoder}, {task.cell.image_size} px"
+    return f"finetune {architecture.encoder} + {architecture.decoder}, {task.recipe.data.image_size} px"
 
 
 def _cost(kind: str, tasks: Sequence[Task]) -> Cost:
@@ -83,7 +83,7 @@ def _cost(kind: str, tasks: Sequence[Task]) -> Cost:
         per_epoch, step = len(frames) // training.total_batch_size, _pretraining_step(recipe)
     else:
         assert isinstance(first, FinetuneTask)
-        settings = first.cell.recipe(first.grid, first.seed)
+        settings = first.recipe
         training = settings.training
         images = len(first.data.training.split(first.data.split)["train"])
         per_epoch, step = images // training.total_batch_size, _finetuning_step(first, settings)

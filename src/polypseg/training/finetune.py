@@ -4,6 +4,8 @@ What is drawn depends on (seed, epoch, position) only, so a resumed run ends wit
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -52,7 +54,6 @@ from polypseg.training.loader import (
 )
 from polypseg.training.run_folder import (
     InterruptedRunError,
-    StopFlag,
     claim_run,
     newest_checkpoint,
     save_checkpoint,
@@ -76,6 +77,20 @@ class Progress:
     """Of every optimiser step, averaged over processes."""
     epochs: list[dict[str, float]] = field(default_factory=list)
     """One row a finished epoch: epoch, step, learning_rate, loss, validation_dice, images_per_second."""
+
+    def finish_step(self, loss: float) -> None:
+        """Count an optimiser step."""
+        self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
+        self.losses.append(loss)
+
+    def finish_epoch(self, *, learning_rate: float, validation_dice: float, images_per_second: float) -> None:
+        """Count an epoch and note its row."""
+        losses = self.losses[-self.step_in_epoch :]
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        self.best = max(self.best, validation_dice)
+        row = {"epoch": self.epoch, "step": self.step, "learning_rate": learning_rate}
+        row |= {"loss": sum(losses) / len(losses), "validation_dice": validation_dice}
+        self.epochs.append(row | {"images_per_second": images_per_second})
 
 
 def build_model(
@@ -176,14 +191,43 @@ def finetune(
         run = _Run(
             model, dataset, recipe, accelerator, run_dir=run_dir, split=split, workers=workers, negatives=negatives
         )
-        run.start(resume=resume)
-        with stop_requests() as stop:
-            run.train(stop)
-    return run.progress
+        progress, training = run.start(resume=resume), recipe.training
+        with stop_requests() as stop, run.shown() as bar:
+            while progress.epoch < training.epochs and progress.step < run.total_steps:
+                run.start_epoch()
+                began, first_step = time.perf_counter(), progress.step
+                for batch in run.train_loader:
+                    loss = run._train_step(run.on_device(batch))
+                    progress.finish_step(loss)
+                    bar.update()
+                    bar.set_postfix(epoch=progress.epoch + 1, loss=f"{loss:.3f}", refresh=False)
+                    accelerator.log({"loss": loss, "learning_rate": run.schedule.learning_rate}, step=progress.step)
+                    if progress.step >= run.total_steps:
+                        break
+                    stopping = stop.anywhere(accelerator)
+                    if stopping or (training.checkpoint_steps and progress.step % training.checkpoint_steps == 0):
+                        run.save_checkpoint()
+                    if stopping:
+                        raise InterruptedRunError(f"interrupted at step {progress.step}; continue with --resume")
+                images = (progress.step - first_step) * training.total_batch_size  # since a resume
+                seconds = time.perf_counter() - began
+                dice = run.validation_dice()
+                if dice > progress.best or training.keep == "last":
+                    run.save_best()
+                rate = run.schedule.learning_rate
+                progress.finish_epoch(learning_rate=rate, validation_dice=dice, images_per_second=images / seconds)
+                run.schedule.after_epoch(dice)
+                accelerator.log({"validation_dice": dice}, step=progress.step)
+                mean = progress.epochs[-1]["loss"]
+                bar.write(f"epoch {progress.epoch:3d}  loss {mean:.4f}  validation Dice {dice:.4f}")
+                run.write_tables()  # before the checkpoint: a finished run has its tables
+                run.save_checkpoint()
+            run.finish()
+    return progress
 
 
 class _Run:
-    """The pieces of one run that belong together: model, data, optimiser, schedule, progress, folder."""
+    """What the loop of ``finetune`` uses: model, data, optimiser, schedule, progress, folder, and one step."""
 
     def __init__(
         self,
@@ -291,14 +335,16 @@ class _Run:
 
     # -- starting, saving, resuming -------------------------------------------------------------------------------
 
-    def start(self, *, resume: bool) -> None:
-        """Claim the run's folder, or continue the run that is in it."""
+    def start(self, *, resume: bool) -> Progress:
+        """Claim the run's folder, or continue the run that is in it; how far it is."""
         if claim_run(self.run_dir, self.record, self.accelerator, resume=resume):
             checkpoint = newest_checkpoint(self.run_dir)
             if checkpoint:
                 self.progress = Progress(**read_json(checkpoint / "progress.json"))
                 self.schedule.replay(self.progress)
                 self.accelerator.load_state(str(checkpoint))
+        self.accelerator.init_trackers("tensorboard")
+        return self.progress
 
     def save_checkpoint(self) -> None:
         """Save everything that resuming needs."""
@@ -320,45 +366,41 @@ class _Run:
             self.dataset, split=self.split, model_id=model_id, encoder_seen=self.encoder_seen, negatives=negatives
         )
 
-    # -- training ----------------------------------------------------------------------------------------------------
+    def write_tables(self) -> None:
+        """``epochs.csv`` and ``losses.csv``."""
+        if self.accelerator.is_main_process:
+            write_csv(self.run_dir / "epochs.csv", self.progress.epochs)
+            table = [{"step": step, "loss": loss} for step, loss in enumerate(self.progress.losses, start=1)]
+            write_csv(self.run_dir / "losses.csv", table)
 
-    def train(self, stop: StopFlag) -> None:
-        """All remaining epochs."""
-        self.accelerator.init_trackers("tensorboard")
-        on_cpu = self.accelerator.device.type == "cpu"
-        with (
-            step_bar(self.accelerator, total=self.total_steps, done=self.progress.step) as bar,
-            interleaved_convolutions(self._bare_model(), enabled=on_cpu),
-        ):
-            while self.progress.epoch < self.recipe.training.epochs and self.progress.step < self.total_steps:
-                self._train_epoch(bar, stop)
-                self._finish_epoch(bar)
+    def finish(self) -> None:
+        """Say in the best model's config that its run came to its end."""
         self.accelerator.end_training()
         if self.accelerator.is_main_process:
             if not (self.run_dir / "best" / PASSPORT).is_file():  # of a run that an older version began
                 attach_passport(self.run_dir / "best", self._passport)
             _mark_finished(self.run_dir / "best" / CONFIG_NAME)
 
-    def _train_epoch(self, bar: "tqdm[Any]", stop: StopFlag) -> None:
-        progress = self.progress
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def shown(self) -> "Iterator[tqdm[Any]]":
+        """A progress bar over all steps, with the convolutions that are faster on this device."""
+        on_cpu = self.accelerator.device.type == "cpu"
+        with (
+            step_bar(self.accelerator, total=self.total_steps, done=self.progress.step) as bar,
+            interleaved_convolutions(self._bare_model(), enabled=on_cpu),
+        ):
+            yield bar
+
+    def start_epoch(self) -> None:
+        """Put the model into training and the loader where the epoch goes on."""
         self.model.train()
         for stage in self.frozen:
             stage.eval()
-        self.batches.start(epoch=progress.epoch, first_step=progress.step_in_epoch)
-        self.epoch_started, self.epoch_first_step = time.perf_counter(), progress.step
-        for batch in self.train_loader:
-            loss = self._train_step(self._on_device(batch))
-            progress.step += 1
-            progress.step_in_epoch += 1
-            progress.losses.append(loss)
-            bar.update()
-            bar.set_postfix(epoch=progress.epoch + 1, loss=f"{loss:.3f}", refresh=False)
-            self.accelerator.log({"loss": loss, "learning_rate": self.schedule.learning_rate}, step=progress.step)
-            if progress.step >= self.total_steps:
-                break
-            self._save_if_due(stop)
+        self.batches.start(epoch=self.progress.epoch, first_step=self.progress.step_in_epoch)
 
-    def _on_device(self, batch: Example) -> Example:
+    def on_device(self, batch: Example) -> Example:
         """Channels last: on CPU and on tensor cores the faster layout for both families."""
         device = self.accelerator.device
         pixel_values = batch["pixel_values"].to(device, memory_format=torch.channels_last, non_blocking=True)
@@ -390,49 +432,12 @@ class _Run:
             self.average.update_parameters(self._bare_model())
         return value
 
-    def _save_if_due(self, stop: StopFlag) -> None:
-        every = self.recipe.training.checkpoint_steps
-        stopping = stop.anywhere(self.accelerator)
-        if stopping or (every and self.progress.step % every == 0):
-            self.save_checkpoint()
-        if stopping:
-            raise InterruptedRunError(f"interrupted at step {self.progress.step}; continue with --resume")
-
-    def _finish_epoch(self, bar: "tqdm[Any]") -> None:
-        """Validate, keep the best model, move the schedule, save."""
-        progress = self.progress
-        losses = progress.losses[-progress.step_in_epoch :]
-        images = (progress.step - self.epoch_first_step) * self.recipe.training.total_batch_size  # since a resume
-        seconds = time.perf_counter() - self.epoch_started
-        dice = self.validation_dice()
-        if dice > progress.best or self.recipe.training.keep == "last":
-            self.save_best()
-        progress.best = max(progress.best, dice)
-        row = {
-            "epoch": progress.epoch + 1,
-            "step": progress.step,
-            "learning_rate": self.schedule.learning_rate,
-            "loss": sum(losses) / len(losses),
-            "validation_dice": dice,
-            "images_per_second": images / seconds,
-        }
-        self.schedule.after_epoch(dice)
-        progress.epochs.append(row)
-        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
-        self.accelerator.log({"validation_dice": dice}, step=progress.step)
-        bar.write(f"epoch {row['epoch']:3d}  loss {row['loss']:.4f}  validation Dice {dice:.4f}")
-        if self.accelerator.is_main_process:  # before the checkpoint: a finished run has its tables
-            write_csv(self.run_dir / "epochs.csv", progress.epochs)
-            table = [{"step": step, "loss": loss} for step, loss in enumerate(progress.losses, start=1)]
-            write_csv(self.run_dir / "losses.csv", table)
-        self.save_checkpoint()
-
     @torch.no_grad()
     def validation_dice(self) -> float:
         """Mean over all processes' images of the Dice at the model's size, threshold 0.5."""
         model = self._kept_model().eval()
         total = torch.zeros(2, device=self.accelerator.device)
-        for batch in map(self._on_device, self.validation_loader):
+        for batch in map(self.on_device, self.validation_loader):
             with self.accelerator.autocast():
                 logits = model(batch["pixel_values"]).logits
             total += _dice_sum(logits[:, 1].float(), batch["labels"])
@@ -530,8 +535,13 @@ class Schedule:
             self.after_epoch(row["validation_dice"])
 
 
-def run_is_finished(run_dir: Path, recipe: Recipe, *, start: str) -> bool:
-    """Whether ``run_dir`` holds a completed run of just this recipe and this start (see ``describe_source``)."""
+def run_is_finished(
+    run_dir: Path, recipe: Recipe, *, start: str, dataset: PolypDataset | None = None, split: str = "reference"
+) -> bool:
+    """Whether ``run_dir`` holds a completed run of just this recipe and this start (see ``describe_source``).
+
+    With ``dataset``, also whether it was trained on just these images.
+    """
     path, checkpoint = run_dir / "run.json", newest_checkpoint(run_dir)
     if not path.is_file() or checkpoint is None or not _is_marked_finished(run_dir / "best" / CONFIG_NAME):
         return False
@@ -540,5 +550,9 @@ def run_is_finished(run_dir: Path, recipe: Recipe, *, start: str) -> bool:
         return False
     if WeightsOrigin.within(record["model"], path=path).encoder_initialisation != start:
         return False
+    if dataset is not None:
+        trained_on = (record["data"]["content_id"], record["data"]["split"])
+        if trained_on != (dataset.content_id, split):
+            return False
     progress = Progress(**read_json(checkpoint / "progress.json"))
     return progress.epoch >= recipe.training.epochs or progress.step >= (recipe.training.max_steps or float("inf"))

@@ -1,0 +1,164 @@
+"""Masks of frames: one forward pass, a folder of frames end to end, a set with its scores; against the plain loop.
+
+OMP_NUM_THREADS=1 python benchmarks/inference.py
+
+The way before is the reference's: an eager model in float32, Pillow, one image after the other. ``exact`` is the best
+exact runtime at hand, which ``load()`` takes by itself; ``int8`` changes the mean Dice (benchmarks/export_table.py says
+by how much).
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from typer import Option
+
+import polypseg
+from measures import frozen_measures
+from polypseg import zoo
+from polypseg.cli.console import run_script
+from polypseg.data.polyps import SyntheticOptions, open_dataset
+from polypseg.evaluation.conventions import CONVENTIONS
+from polypseg.evaluation.evaluate import score_predictions
+from polypseg.hub.onnx import export_runtime
+from polypseg.inference.model import build_image_processor, load_model
+from polypseg.inference.predictors import open_model
+from polypseg.inference.runtimes import Precision
+from polypseg.inference.segment_files import segment_files
+from polypseg.provenance.local import STARTER_FOLDER
+from polypseg.recipe import load_recipe
+from polypseg.training.finetune import build_model
+from side_by_side import BASELINE, Neighbours, Row, show, side_by_side
+
+FRAMES = Path(polypseg.__file__).parent / "sample_frames"
+FULL_SIZE = {"RN-NA-NA": 1, "VT-NA-NA": 8}
+"""Row of the table -> frames per forward pass."""
+
+
+def eager(model: Any, processor: Any, frames: list[Image.Image]) -> list[np.ndarray[Any, Any]]:
+    """Probability maps (H, W) in [0, 1] at the frames' sizes, one frame after the other."""
+    found = []
+    for frame in frames:
+        with torch.inference_mode():
+            logits = model(**processor(images=[frame], return_tensors="pt")).logits
+            resized = torch.nn.functional.interpolate(logits, size=(frame.height, frame.width), mode="bilinear")
+        found.append(resized.softmax(dim=1)[0, 1].numpy())
+    return found
+
+
+def forward_rows(
+    folder: Path, title: str, *, batch: int, ways: dict[str, tuple[str, Precision]], repeats: int
+) -> list[Row]:
+    """One forward pass of prepared frames: eager torch against runtimes (way -> runtime, precision)."""
+    model, processor = load_model(str(folder))
+    size = processor.size["height"]
+    pixels = np.random.default_rng(0).normal(size=(batch, 3, size, size)).astype(np.float32)
+    tensor = torch.from_numpy(pixels)
+
+    def before() -> None:
+        with torch.inference_mode():
+            model(pixel_values=tensor)
+
+    timed: dict[str, Callable[[], object]] = {BASELINE: before}
+    for way, (runtime, precision) in ways.items():
+        loaded = polypseg.load(folder, runtime=runtime, precision=precision).runtime
+        timed[way] = partial(loaded.polyp_logits, pixels)
+    return side_by_side(f"forward pass of {title}, batch {batch}", timed, repeats=repeats)
+
+
+def shipped_rows(*, frames: int, repeats: int) -> Iterator[Row]:
+    """The shipped model: forward pass, ``segment``, ``evaluate``."""
+    ways: dict[str, tuple[str, Precision]] = {"exact": ("auto", "fp32"), "int8": ("onnxruntime", "int8")}
+    yield from forward_rows(STARTER_FOLDER, "the shipped model", batch=1, ways=ways, repeats=repeats)
+    model, processor = load_model(str(STARTER_FOLDER))
+    with tempfile.TemporaryDirectory() as name:
+        folder, samples = Path(name), sorted(FRAMES.glob("*.jpg"))
+        inputs = folder / "frames"
+        inputs.mkdir()
+        for number in range(frames):
+            (inputs / f"{number:03d}.jpg").write_bytes(samples[number % len(samples)].read_bytes())
+
+        def plain() -> None:
+            (folder / "plain").mkdir(exist_ok=True)
+            for path in sorted(inputs.iterdir()):
+                frame = Image.open(path).convert("RGB")
+                mask = eager(model, processor, [frame])[0] > 0.5
+                Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "plain" / f"{path.stem}.png")
+                shade = Image.new("RGB", frame.size, (0, 255, 0))
+                overlay = Image.composite(Image.blend(frame, shade, 0.3), frame, Image.fromarray(mask))
+                overlay.save(folder / "plain" / f"{path.stem}.jpg", quality=90)
+
+        timed: dict[str, Callable[[], object]] = {BASELINE: plain}
+        for way, (runtime, precision) in ways.items():
+            segmenter = polypseg.load(runtime=runtime, precision=precision)
+            timed[way] = partial(segment_files, segmenter, [str(inputs)], folder / way, overwrite=True)
+        yield from side_by_side(f"segment {frames} frames, with overlays and tables", timed, repeats=repeats)
+    yield from evaluation_rows(frames=frames, repeats=repeats)
+
+
+def evaluation_rows(*, frames: int, repeats: int) -> list[Row]:
+    """Scores of the shipped model on drawn frames of 512x512, receipt included; before: every measure in the loop."""
+    data = open_dataset("synthetic_a", synthetic_options=SyntheticOptions(count=frames, size=(512, 512)))
+    source, plain = open_model(str(STARTER_FOLDER)), frozen_measures()
+    model, processor = load_model(str(STARTER_FOLDER))
+
+    def before() -> None:
+        for record in data.records:
+            frame, mask = data.pair(record)
+            plain.measure_image(eager(model, processor, [frame])[0], mask.astype(bool))
+
+    def scored(conventions: tuple[str, ...]) -> None:
+        score_predictions(source, data, conventions=conventions).content()
+
+    ways: dict[str, Callable[[], object]] = {
+        BASELINE: before,
+        "paper's metrics": lambda: scored(("paper",)),
+        "every convention": lambda: scored(tuple(CONVENTIONS)),
+    }
+    return side_by_side(f"evaluate on {frames} frames", ways, repeats=repeats)
+
+
+def full_size_rows(*, repeats: int) -> Iterator[Row]:
+    """Both full-size architectures with random weights, in the exact runtimes."""
+    for short, batch in FULL_SIZE.items():
+        model = build_model(zoo.get(short), load_recipe("finetune"))
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            model.save_pretrained(folder)
+            build_image_processor(model.config).save_pretrained(folder)
+            export_runtime(folder)
+            ways: dict[str, tuple[str, Precision]] = {
+                "ONNX Runtime": ("onnxruntime", "fp32"),
+                "OpenVINO": ("openvino", "fp32"),
+            }
+            yield from forward_rows(folder, f"{short} at full size", batch=batch, ways=ways, repeats=repeats)
+
+
+def rows(*, frames: int = 12, repeats: int = 5) -> list[Row]:
+    """The shipped model; ``full_size_rows`` has the full-size architectures."""
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    return list(shipped_rows(frames=frames, repeats=repeats))
+
+
+def main(
+    frames: Annotated[int, Option(help="Frames of the rows over several.")] = 12,
+    repeats: Annotated[int, Option(help="Repeats, alternating.")] = 5,
+    full: Annotated[bool, Option(help="Also the full-size architectures (minutes).")] = False,
+) -> None:
+    """Time masks of frames against the plain loop."""
+    neighbours = Neighbours()
+    found = rows(frames=frames, repeats=repeats)
+    if full:
+        found += full_size_rows(repeats=repeats)
+    print(show(found, neighbours.cores()))
+
+
+if __name__ == "__main__":
+    run_script(main)
