@@ -14,14 +14,14 @@ from typer import Option
 from polypseg.cli.console import run_script
 from polypseg.data import images
 from polypseg.data.polyps import PolypDataset, SyntheticOptions, open_dataset
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from side_by_side import BASELINE, Neighbours, Row, show, side_by_side
 
 
 @lru_cache(maxsize=4)
 def drawn(options: SyntheticOptions, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """As it was: the last four frames are kept."""
-    return synthesise_frame(CAMERAS["a"], seed=options.seed, index=index, size=options.size)
+    return synthesize_frame(CAMERAS["a"], seed=options.seed, index=index, size=options.size)
 
 
 def before(options: SyntheticOptions) -> None:

@@ -9,14 +9,14 @@ import time
 
 import cv2
 
-from polypseg.data.synthetic import CAMERAS, CameraStyle, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, CameraStyle, synthesize_frame
 
 
 def frames_per_second(camera: CameraStyle, *, frames: int, side: int) -> float:
     """Speed of one pass over ``frames`` frames of ``side`` x ``side`` pixels."""
     start = time.perf_counter()
     for index in range(frames):
-        synthesise_frame(camera, seed=0, index=index, size=(side, side))
+        synthesize_frame(camera, seed=0, index=index, size=(side, side))
     return frames / (time.perf_counter() - start)
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     cv2.setNumThreads(1)
     for name, camera in CAMERAS.items():
-        synthesise_frame(camera, seed=0, index=0, size=(args.side, args.side))  # fills the grid cache
+        synthesize_frame(camera, seed=0, index=0, size=(args.side, args.side))  # fills the grid cache
         speeds = [frames_per_second(camera, frames=args.frames, side=args.side) for _ in range(args.repeats)]
         print(
             f"camera {name}: {statistics.median(speeds):.0f} frames/s at {args.side}x{args.side}, one thread "

@@ -212,9 +212,9 @@ def weighted_f(p: Floats, truth: Bools) -> float:
 
 
 def surface_measures(predicted: Bools, truth: Bools, *, tolerance: float) -> tuple[float, float]:
-    """Normalised surface Dice at ``tolerance`` pixels, and the 95 % Hausdorff distance in pixels.
+    """Normalized surface Dice at ``tolerance`` pixels, and the 95 % Hausdorff distance in pixels.
 
-    A contour is the mask's pixels with a 4-neighbour outside it or outside the frame. Surface Dice: the share of both
+    A contour is the mask's pixels with a 4-neighbor outside it or outside the frame. Surface Dice: the share of both
     contours' pixels that lie within the tolerance of the other one. HD95: the larger of the two 95th percentiles.
     Both empty: 1 and 0. One empty: 0 and the frame's diagonal.
     """

@@ -26,7 +26,7 @@ from typer import Option
 from local_hub.process import HubProcess, running_hub
 from polypseg import zoo
 from polypseg.cli.console import print_table, run_script
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.files import environment_record, write_json
 from polypseg.inference.model import build_image_processor, predicted_mask
 from polypseg.tables import Column, Table
@@ -58,7 +58,7 @@ def round_trip(entry: zoo.ZooEntry, hub: HubProcess, folder: Path, *, seed: int)
     row: dict[str, Any] = {"model": entry.short_name}
     source = write_reference_file(entry, folder, seed=seed)
     row["file MB"] = round(source.path.stat().st_size / 1e6, 1)
-    frame, _ = synthesise_frame(CAMERAS["b"], seed=seed, index=0, size=(288, 384))
+    frame, _ = synthesize_frame(CAMERAS["b"], seed=seed, index=0, size=(288, 384))
     processor = build_image_processor(entry.config())
     prepared = processor(images=[Image.fromarray(frame)], return_tensors="pt")["pixel_values"]
     images = torch.cat([prepared, torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(seed))])
@@ -94,7 +94,7 @@ def round_trip(entry: zoo.ZooEntry, hub: HubProcess, folder: Path, *, seed: int)
     right = predicted_mask(expected[0, 0], frame.shape[:2])
     row["polyp share"] = round(float(right.mean()), 3)
     row["mask pixels wrong"] = int((mask != right).sum())
-    row["bare pipeline"] = int((bare != right).sum())  # its processor resizes by torchvision: one grey level off
+    row["bare pipeline"] = int((bare != right).sum())  # its processor resizes by torchvision: one gray level off
     row["ok"] = bool(
         row["difference"] <= LOGITS_TOLERANCE
         and row["mask pixels wrong"] <= 1e-4 * right.size

@@ -206,7 +206,7 @@ def render(folder: Path, name: str) -> Path:
 
 
 def write_frames(folder: Path, dataset: DrawnDataset) -> Path:
-    """The drawn masks with grey frames, as a folder of images and masks."""
+    """The drawn masks with gray frames, as a folder of images and masks."""
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for record in dataset.by_id:

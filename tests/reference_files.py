@@ -60,7 +60,7 @@ class UpstreamEncoder:
     state: dict[str, Tensor]
 
 
-def randomised(model: nn.Module, *, seed: int) -> nn.Module:
+def randomized(model: nn.Module, *, seed: int) -> nn.Module:
     """In evaluation mode, with random BatchNorm statistics, and norms and biases away from 1 and 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -107,7 +107,7 @@ def write_reference_file(entry: ZooEntry, folder: Path, *, seed: int, dataset: s
 
 
 def training_checkpoint(state: dict[str, Tensor]) -> dict[str, Any]:
-    """The entries that the reference's training script saves; the optimiser's are shortened."""
+    """The entries that the reference's training script saves; the optimizer's are shortened."""
     moments = {0: {"step": torch.tensor(5.0), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}}
     return {
         "epoch": 173,
@@ -137,7 +137,7 @@ def reference_state(entry: ZooEntry, *, seed: int) -> tuple[dict[str, Tensor], C
 
 
 def _deeplabv3plus(seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    network = randomised(smp.DeepLabV3Plus("resnet50", encoder_weights=None), seed=seed)
+    network = randomized(smp.DeepLabV3Plus("resnet50", encoder_weights=None), seed=seed)
     return network, dict(network.state_dict())
 
 
@@ -154,7 +154,7 @@ def _dpt(entry: ZooEntry, seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
         decoder_fusion_channels=FUSION,
         dynamic_img_size=True,
     )
-    randomised(network, seed=seed)
+    randomized(network, seed=seed)
     vit = network.encoder.model
     if entry.position_embedding != "learned":
         with torch.no_grad():
@@ -248,7 +248,7 @@ def encoder_state(name: str, *, seed: int, position_embedding: str = "learned") 
     """Random tensors of a timm encoder without classifier, norms and statistics away from their defaults."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        state = dict(randomised(timm.create_model(name, num_classes=0), seed=seed).state_dict())
+        state = dict(randomized(timm.create_model(name, num_classes=0), seed=seed).state_dict())
     if position_embedding != "learned":
         width = state["cls_token"].shape[-1]
         state["pos_embed"] = sincos(width, column_first=position_embedding == "sincos_mae")

@@ -1,4 +1,4 @@
-"""Synthetic sets that differ in one injected factor, and two segmenters whose sensitivity is known or learnt."""
+"""Synthetic sets that differ in one injected factor, and two segmenters whose sensitivity is known or learned."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ PLAIN = replace(CAMERAS["a"], text_share=0.0, box_share=0.0, polyp_area_spread=0
 INJECTED = {
     "colour": replace(PLAIN, mucosa=(0.62, 0.42, 0.42)),
     "sharpness": replace(PLAIN, blur=(0.02, 0.022)),
-    "border": replace(PLAIN, border="ellipse", border_size=0.97, border_colour=(15, 16, 19)),
+    "border": replace(PLAIN, border="ellipse", border_size=0.97, border_color=(15, 16, 19)),
     "scale": replace(PLAIN, polyp_area_median=0.032),
     "compression": replace(PLAIN, jpeg_quality=(8, 9)),
 }
@@ -38,7 +38,7 @@ def draw(camera: str, *, seed: int, count: int = COUNT) -> PolypDataset:
 
 
 def pixel_features(frame: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """(H, W, 3) -> (H, W, K): colour, local contrast at two scales, fine detail, blurred lightness, block steps."""
+    """(H, W, 3) -> (H, W, K): color, local contrast at two scales, fine detail, blurred lightness, block steps."""
     lab = cv2.cvtColor(frame.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     light = lab[..., 0]
     layers = [*np.moveaxis(lab, 2, 0)]

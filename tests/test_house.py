@@ -111,13 +111,28 @@ HUB_CALLERS = {
 
 
 def test_only_their_owner_knows_the_keys_of_a_receipt():
-    owner = SOURCE / "evaluation" / "receipt.py"
     keys = ("scores_by_cluster", "clips_known", "collisions", "repeats_merged", "false_alarms")
-    found = [
+    assert strangers(SOURCE / "evaluation" / "receipt.py", keys, ('["{}"]',)) == []
+
+
+def test_only_their_owner_knows_the_keys_of_a_record_of_weights():
+    keys = (
+        "encoder_initialisation",
+        "finetuned_on",
+        "recipe_changes",
+        "continued_from",
+        "converted_from",
+        "negatives_n",
+    )
+    assert strangers(SOURCE / "provenance" / "origin.py", keys, ('["{}"]', '.get("{}"', '"{}":')) == []
+
+
+def strangers(owner, keys, forms):
+    """Files beside the owner that read or write one of the keys."""
+    return [
         f"{file.relative_to(SOURCE)}: {key}"
         for file in FILES
         if file != owner
         for key in keys
-        if f'["{key}"]' in file.read_text(encoding="utf-8")
+        if any(form.format(key) in file.read_text(encoding="utf-8") for form in forms)
     ]
-    assert found == []

@@ -1,4 +1,4 @@
-"""What the table of models promises: twelve rows with licences and caveats, and files that follow it."""
+"""What the table of models promises: twelve rows with licenses and caveats, and files that follow it."""
 
 import dataclasses
 import json

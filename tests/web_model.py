@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.inference.model import build_image_processor, polyp_logits
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 
@@ -43,7 +43,7 @@ def write_random_model(folder: Path, *, encoder: str = "efficientnet_lite0", ima
     settings = PolypSegConfig(encoder=encoder, image_size=image_size, decoder_channels=64)
     model = PolypSegForSemanticSegmentation(settings)
     processor = build_image_processor(settings)
-    frames = [Image.fromarray(synthesise_frame(CAMERAS["a"], seed=0, index=index)[0]) for index in range(4)]
+    frames = [Image.fromarray(synthesize_frame(CAMERAS["a"], seed=0, index=index)[0]) for index in range(4)]
     pixels = processor(images=frames, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         for module in model.modules():  # statistics of real inputs: with the initial ones, deep layers die out

@@ -26,10 +26,10 @@ def main(
     from polypseg.expectation.fit import learn_model
     from polypseg.expectation.page import render_page
 
-    learnt, point = learn_model(model, data_dir=data, cache=cache, echo=typer.echo)
-    typer.echo(f"{learnt}\n{point}")
+    learned, point = learn_model(model, data_dir=data, cache=cache, echo=typer.echo)
+    typer.echo(f"{learned}\n{point}")
     if page is not None:
-        typer.echo(write_text(page, render_page(read_json(learnt), read_json(point))))
+        typer.echo(write_text(page, render_page(read_json(learned), read_json(point))))
 
 
 if __name__ == "__main__":

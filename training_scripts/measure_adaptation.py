@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure `polypseg adapt` with few labelled clips: what each method gains on frames of others, and what is shipped.
+"""Measure `polypseg adapt` with few labeled clips: what each method gains on frames of others, and what is shipped.
 
 Plans are chosen on `development` (another hospital's set and corrupted validation frames, no cross-validation);
 `test` runs the command's own adaptation on clips of CVC-ClinicDB and scores what it ships on frames of other clips.
@@ -18,8 +18,8 @@ from typer import Argument, Option
 from polypseg.cli.console import run_script
 from polypseg.data.catalog import CLIP_COLUMN
 from polypseg.data.polyps import PolypDataset, corrupt_dataset, open_dataset
-from polypseg.expectation.adapt import FOLDS, LABELLED_PLANS, adapt_labelled, score_frames
-from polypseg.expectation.calibrate import Labelled, open_pairs
+from polypseg.expectation.adapt import FOLDS, LABELED_PLANS, adapt_labeled, score_frames
+from polypseg.expectation.calibrate import Labeled, open_pairs
 from polypseg.expectation.intervals import group_means
 from polypseg.hub.export import our_model
 from polypseg.modeling import PolypSegForSemanticSegmentation
@@ -32,20 +32,20 @@ CANDIDATES: tuple[Plan, ...] = (
     *(TuningPlan(part="decoder", steps=12, learning_rate=rate, reduction=0.75) for rate in (3e-4, 1e-3)),
     StatisticsPlan(prior=256),
 )
-Draw = tuple[str, list[Labelled], list[Labelled]]
+Draw = tuple[str, list[Labeled], list[Labeled]]
 
 
-def read(dataset: PolypDataset, ids: Sequence[str], groups: Sequence[str]) -> list[Labelled]:
+def read(dataset: PolypDataset, ids: Sequence[str], groups: Sequence[str]) -> list[Labeled]:
     """Frames with masks and the clips that they are of."""
     found = []
     for record_id, group in zip(ids, groups, strict=True):
         frame, truth = dataset.pair(dataset.by_id[record_id])
-        found.append(Labelled(name=record_id, group=group, frame=frame, truth=truth.astype(bool)))
+        found.append(Labeled(name=record_id, group=group, frame=frame, truth=truth.astype(bool)))
     return found
 
 
 def development_draws(data: Path, *, draws: int, frames: int, tested: int) -> Iterator[Draw]:
-    """Neighbours in PolypGen's third centre as clips, and validation frames of Kvasir-SEG under corruptions."""
+    """Neighbors in PolypGen's third center as clips, and validation frames of Kvasir-SEG under corruptions."""
     centre = open_pairs(data / "PolypGen-C3" / "images", data / "PolypGen-C3" / "masks")
     ids = sorted(centre.ids, key=lambda name: int(name.rsplit("_", maxsplit=1)[1]))
     kvasir = open_dataset("kvasir_seg", source=data / "Kvasir-SEG")
@@ -85,7 +85,7 @@ def _evenly(names: list[str], count: int) -> list[str]:
     return [names[place] for place in dict.fromkeys(np.linspace(0, len(names) - 1, count).round().astype(int).tolist())]
 
 
-def by_clip(model: PolypSegForSemanticSegmentation, tested: Sequence[Labelled]) -> float:
+def by_clip(model: PolypSegForSemanticSegmentation, tested: Sequence[Labeled]) -> float:
     """Mean over clips of the mean Dice."""
     return float(group_means(score_frames(model, tested), [one.group for one in tested]).mean())
 
@@ -117,7 +117,7 @@ def measure(
                 line[repr(plan)] = by_clip(adapt_model(model, pairs, plan), others) - before
                 print(name, before, plan, line[repr(plan)], flush=True)
         else:
-            found = adapt_labelled(model, given, plans=LABELLED_PLANS)
+            found = adapt_labeled(model, given, plans=LABELED_PLANS)
             line |= {"said": found.content()}
             line["gain"] = 0.0 if found.model is None else by_clip(found.model, others) - before
         line["cpu_seconds"] = time.process_time() - began

@@ -13,15 +13,17 @@ from polypseg.evaluation.conventions import conventions_markdown
 from polypseg.files import write_text
 from polypseg.hub.model_card import write_pages
 from polypseg.hub.starter_tables import put_between, starter_texts
-from polypseg.provenance.fetch import ORGANISATION
+from polypseg.provenance.fetch import ORGANIZATION
 
 
 def main(
-    organisation: Annotated[str, Option(help="Owner of the models in the usage examples.")] = ORGANISATION,
+    organization: Annotated[
+        str, Option("--organisation", help="Owner of the models in the usage examples.")
+    ] = ORGANIZATION,
 ) -> None:
     """Render model_cards/*.md from the table of models and the results, and docs/metric_conventions.md."""
     root = Path(__file__).resolve().parents[1]
-    pages = write_pages(root / "model_cards", organisation=organisation)
+    pages = write_pages(root / "model_cards", organization=organization)
     print(f"{len(pages)} files in {root / 'model_cards'}")
     print(write_text(root / "docs" / "metric_conventions.md", conventions_markdown()))
     for page, marks, text in starter_texts(root):

@@ -1,4 +1,4 @@
-"""polypseg: polyp segmentation models whose behaviour on other hospitals' data is known.
+"""polypseg: polyp segmentation models whose behavior on other hospitals' data is known.
 
 ``load`` gives a model that segments frames (``polypseg.load().predict([image])``), ``load_polyps`` a dataset,
 ``evaluate`` the scores of a model on one, ``ZOO`` the table of the twelve models; ``PolypSegConfig`` and

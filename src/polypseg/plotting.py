@@ -16,12 +16,12 @@ import matplotlib.pyplot as plt
 
 OVERLAY = 2.8
 """Inches of a frame's side in the picture of overlays: 336 pixels, in which an outline can be judged."""
-CNN_COLOUR, VIT_COLOUR = "#1f77b4", "#d95f02"
+CNN_COLOR, VIT_COLOR = "#1f77b4", "#d95f02"
 
 
-def family_colour(model_id: str) -> str:
+def family_color(model_id: str) -> str:
     """Blue for convolutional models, orange for transformers, in every figure."""
-    return VIT_COLOUR if model_id.startswith("vit") else CNN_COLOUR
+    return VIT_COLOR if model_id.startswith("vit") else CNN_COLOR
 
 
 def save_figure(figure: "plt.Figure", path: Path, *, dpi: int = 120) -> Path:
@@ -58,7 +58,7 @@ def plot_dice_distributions(
         values = [scores[name][column] for name in names]
         violins = axis.violinplot(values, orientation="horizontal", showextrema=False, widths=0.85)
         for body, name in zip(violins["bodies"], names, strict=True):
-            body.set_facecolor(family_colour(name))
+            body.set_facecolor(family_color(name))
         jitter = np.random.default_rng(0)
         for row, value in enumerate(values, start=1):
             axis.plot(value, row + jitter.uniform(-0.12, 0.12, len(value)), ".", ms=2, color="0.3", alpha=0.4)
@@ -79,7 +79,7 @@ def plot_rank_changes(
     """Rank by mean Dice in distribution (left) and out of distribution (right), one line a model; 1 is best."""
     figure, axis = plt.subplots(figsize=(6, 0.42 * len(ranks) + 1.4))
     for name, (inside, outside) in ranks.items():
-        axis.plot([0, 1], [inside, outside], "o-", color=family_colour(name), lw=1.8)
+        axis.plot([0, 1], [inside, outside], "o-", color=family_color(name), lw=1.8)
         axis.text(-0.04, inside, f"{labels[name]}  {inside}", ha="right", va="center", fontsize=9)
         axis.text(1.04, outside, f"{outside}  {labels[name]}", ha="left", va="center", fontsize=9)
     axis.set_xticks([0, 1], list(titles))

@@ -25,7 +25,7 @@ from polypseg.errors import UsageError, unknown_name
 from polypseg.files import bundled_folder, read_bounded
 
 LARGEST_SIDE, LARGEST_COUNT, LARGEST_STEPS, LARGEST_SEED = 4096, 1_000_000, 10**9, 2**32 - 1
-"""Upper bounds of recipes: pixels, images or channels or epochs, optimiser steps, seeds (NumPy's)."""
+"""Upper bounds of recipes: pixels, images or channels or epochs, optimizer steps, seeds (NumPy's)."""
 
 
 class RecipeSection(BaseModel):
@@ -143,7 +143,7 @@ class AppearanceRecipe(RecipeSection):
     amplitude_exchange: float = Field(ge=0, le=1)
     """Probability that the frame takes the lowest Fourier amplitudes of another training frame."""
     gamma: float = Field(ge=0, lt=1)
-    """Exponent of the grey levels drawn from [1 - g, 1 / (1 - g)], log-uniformly."""
+    """Exponent of the gray levels drawn from [1 - g, 1 / (1 - g)], log-uniformly."""
 
 
 class AugmentationRecipe(RecipeSection):
@@ -154,7 +154,7 @@ class AugmentationRecipe(RecipeSection):
     contrast: float = Field(ge=0, lt=1)
     saturation: float = Field(ge=0, lt=1)
     hue: float = Field(ge=0, le=0.5)
-    """Shift drawn from [-h, h], in turns of the colour wheel."""
+    """Shift drawn from [-h, h], in turns of the color wheel."""
     blur_kernel: int = Field(ge=0, le=LARGEST_SIDE)
     """Side of the Gaussian kernel in pixels; odd, or 0 for no blur."""
     blur_sigma: tuple[RangeEnd, RangeEnd]
@@ -173,7 +173,7 @@ class AugmentationRecipe(RecipeSection):
     interpolation: Literal["nearest", "bilinear"]
     """Of the affine warp; the reference's is nearest."""
     fill: float = Field(ge=-1000, le=1000)
-    """Value outside the warped image, in normalised units; the reference's is -1."""
+    """Value outside the warped image, in normalized units; the reference's is -1."""
     appearance: AppearanceRecipe | None = Field(default=None, exclude_if=_is_unset)
     """Changes of appearance, drawn before everything else; null for none."""
 
@@ -188,12 +188,12 @@ class AugmentationRecipe(RecipeSection):
 
 
 class TrainingRecipe(RecipeSection):
-    """The optimisation."""
+    """The optimization."""
 
     epochs: int = Field(ge=1, le=LARGEST_COUNT)
     """Passes over the training split."""
     total_batch_size: int = Field(ge=2, le=LARGEST_COUNT)
-    """Images per optimiser step, over all processes; the last short batch is dropped."""
+    """Images per optimizer step, over all processes; the last short batch is dropped."""
     learning_rate: float = Field(gt=0, le=1e30)
     """AdamW step size: the start of ``plateau``, the peak of ``one_cycle``."""
     weight_decay: float = Field(ge=0, le=1000)
@@ -211,7 +211,7 @@ class TrainingRecipe(RecipeSection):
     frozen_stages: int = Field(default=0, ge=0, le=16, exclude_if=_is_unset)
     """Leading stages of an EfficientNet encoder, the stem first, that stay as they were loaded; 0 for none."""
     max_steps: int | None = Field(ge=1, le=LARGEST_STEPS)
-    """Stop after so many optimiser steps; null for all epochs."""
+    """Stop after so many optimizer steps; null for all epochs."""
     checkpoint_steps: int | None = Field(ge=1, le=LARGEST_STEPS)
     """Save a resumable checkpoint every so many steps, besides the one at each epoch's end."""
 

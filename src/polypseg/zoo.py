@@ -1,7 +1,7 @@
 """The study's twelve models (arXiv 2405.15524) and extra ones, a row each; everything else is computed from a row.
 
 Columns are the paper's: encoder, decoder, pretraining method, pretraining corpus. A row's pretraining weights decide
-its licence, its position embedding and its caveats, so they live in the row too. To add a model, add a row.
+its license, its position embedding and its caveats, so they live in the row too. To add a model, add a row.
 """
 
 from dataclasses import dataclass
@@ -46,13 +46,13 @@ class Upstream:
     """Where the pretraining weights of a row come from and what they demand."""
 
     location: str
-    """URL, timm id, or the folder in which the reference study publishes them; empty for random initialisation."""
+    """URL, timm id, or the folder in which the reference study publishes them; empty for random initialization."""
     file_format: str
     """What the file is: container and key layout."""
     license: str
     """SPDX-like identifier that the weights impose on whatever is derived from them."""
     license_source: str
-    """Where that licence is stated."""
+    """Where that license is stated."""
     timm: str = ""
     """The same weights in timm's collection, if they are there: fetched by themselves at full scale."""
 
@@ -89,7 +89,7 @@ class ZooEntry:
 
     @property
     def license(self) -> str:
-        """The licence that the pretraining weights impose on the model."""
+        """The license that the pretraining weights impose on the model."""
         return self.upstream.license
 
     def config_fields(self) -> dict[str, Any]:

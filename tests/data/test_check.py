@@ -117,9 +117,9 @@ def test_check_dataset_names_a_truncated_frame_and_goes_on(folder):
 
 
 def test_check_dataset_names_a_colour_coded_mask(folder):
-    coloured = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
-    coloured[:40, :, 0] = 255
-    Image.fromarray(coloured).save(folder.mask("frame3.png"))
+    colored = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
+    colored[:40, :, 0] = 255
+    Image.fromarray(colored).save(folder.mask("frame3.png"))
     (problem,) = folder.check().problems
     assert "frame3.png is a colour-coded mask" in problem
 

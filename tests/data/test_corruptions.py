@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from polypseg.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.errors import UsageError
 
 
 @pytest.fixture(scope="module")
 def frame():
-    return synthesise_frame(CAMERAS["a"], seed=3, index=1, size=(240, 320))[0]
+    return synthesize_frame(CAMERAS["a"], seed=3, index=1, size=(240, 320))[0]
 
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)
@@ -40,7 +40,7 @@ def test_another_frame_gets_another_pattern(kind, frame):
 def test_a_severity_means_the_same_at_twice_the_size(kind):
     """Mean distances at two resolutions agree within a factor of two."""
     sizes = [(192, 256), (384, 512)]
-    small, large = (synthesise_frame(CAMERAS["a"], seed=3, index=1, size=size)[0] for size in sizes)
+    small, large = (synthesize_frame(CAMERAS["a"], seed=3, index=1, size=size)[0] for size in sizes)
     distances = [float(np.abs(corrupt(x, kind, severity=4, key="x").astype(int) - x).mean()) for x in (small, large)]
     assert 0.5 < distances[0] / distances[1] < 2, distances
 
@@ -52,8 +52,8 @@ def test_what_is_in_the_lumen_does_not_paint_the_black_border(kind, frame):
 
 
 def test_exposure_is_linear_light():
-    grey = np.full((8, 8, 3), 128, np.uint8)
-    brighter = corrupt(grey, "over_exposure", severity=2)  # one stop
+    gray = np.full((8, 8, 3), 128, np.uint8)
+    brighter = corrupt(gray, "over_exposure", severity=2)  # one stop
     darker = corrupt(brighter, "under_exposure", severity=2)  # a stop and a half
     assert abs(int(brighter[0, 0, 0]) - 128 * 2 ** (1 / 2.2)) <= 1
     assert abs(int(darker[0, 0, 0]) - 128 * 2 ** (-0.5 / 2.2)) <= 2

@@ -15,7 +15,7 @@ from PIL import Image
 from polypseg.data import polyps
 from polypseg.data.polyps import SyntheticOptions, load_polyps, open_dataset
 from polypseg.data.splits import pinned_split
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.errors import PolypSegError, UsageError
 
 HEIGHT, WIDTH = 16, 96
@@ -29,7 +29,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def frame_pixels(code):
-    """A frame of one grey, from which ``code`` (1 to 11) can be read again, also after JPEG."""
+    """A frame of one gray, from which ``code`` (1 to 11) can be read again, also after JPEG."""
     return np.full((HEIGHT, WIDTH, 3), 20 * code, dtype=np.uint8)
 
 
@@ -79,7 +79,7 @@ def generic(codes, suffix=".png"):
     return files | {f"masks/{code}{suffix}": mask_file(code, suffix) for code in codes}
 
 
-# One function per layout of the catalogue: files, and ids with the code that each shows.
+# One function per layout of the catalog: files, and ids with the code that each shows.
 
 
 def kvasir_layout():
@@ -528,8 +528,8 @@ def test_synthetic_content_id_follows_the_camera_and_the_version_of_the_drawing(
 def test_synthetic_frames_are_drawn_once_while_they_fit(monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "polypseg.data.polyps.synthetic.synthesise_frame",
-        lambda camera, **options: drawn.append(options["index"]) or synthesise_frame(camera, **options),
+        "polypseg.data.polyps.synthetic.synthesize_frame",
+        lambda camera, **options: drawn.append(options["index"]) or synthesize_frame(camera, **options),
     )
     kept = polyps._DrawnFrames(limit=2**20)
     monkeypatch.setattr(polyps, "_DRAWN", kept)

@@ -29,7 +29,7 @@ def made_prints(
     """Families of frames alike: bits flipped, and gray levels moved, by up to so much."""
     prints = {}
     for family in range(families):
-        bits = rng.random(256) < rng.choice([0.0, 0.5])  # dark frames have no brighter neighbours
+        bits = rng.random(256) < rng.choice([0.0, 0.5])  # dark frames have no brighter neighbors
         thumbnail = rng.integers(0, 256, (32, 32, 3))
         for member in range(size):
             turned = bits.copy()

@@ -157,7 +157,7 @@ def test_content_id_of_a_zip_follows_a_single_bit(tmp_path):
 @pytest.mark.parametrize("form", FORMS)
 def test_content_id_reads_no_image(tmp_path, form, monkeypatch):
     path = build(tmp_path / "corpus", form, FILES)
-    for kind in ("FolderFrames", "ZipFrames", "ShardFrames"):
+    for kind in ("SourceFrames", "FolderSource", "ZipSource", "ShardFrames"):
         monkeypatch.setattr(getattr(frames_module, kind), "read", lambda *_: pytest.fail("read an image"))
     assert open_frames(path).content_id
 

@@ -17,7 +17,7 @@ from polypseg.data.images import (
     as_frame,
     check_same_size,
     decode_frame,
-    decode_grey_mask,
+    decode_gray_mask,
     decode_mask,
     describe_file,
     encode_png,
@@ -43,20 +43,20 @@ def encode_tiff(pixels, **options):
     return buffer.getvalue()
 
 
-def palette_image(indices, *colours):
-    """A palette image whose index 0 and 1 have the given RGB colours."""
+def palette_image(indices, *colors):
+    """A palette image whose index 0 and 1 have the given RGB colors."""
     image = Image.frombytes("P", indices.shape[::-1], indices.tobytes())
-    image.putpalette([value for colour in colours for value in colour])
+    image.putpalette([value for color in colors for value in color])
     return image
 
 
 # Masks
 
 
-@pytest.mark.parametrize(("grey", "inside"), [(126, 0), (127, 0), (128, 1), (255, 1)])
-def test_decode_mask_takes_grey_above_127_as_polyp(grey, inside):
+@pytest.mark.parametrize(("gray", "inside"), [(126, 0), (127, 0), (128, 1), (255, 1)])
+def test_decode_mask_takes_grey_above_127_as_polyp(gray, inside):
     pixels = POLYP * np.uint8(255)
-    pixels[0, 0] = grey
+    pixels[0, 0] = gray
     assert decode_mask(encode(pixels), name="m.png")[0, 0] == inside
 
 
@@ -75,9 +75,9 @@ def test_decode_mask_removes_the_ringing_of_jpeg():
 
 
 def test_decode_grey_mask_keeps_what_is_stored():
-    """The reference trains on interpolated grey masks, so nothing may be rounded here."""
+    """The reference trains on interpolated gray masks, so nothing may be rounded here."""
     pixels = np.linspace(0, 255, 24 * 32).astype(np.uint8).reshape(24, 32)
-    assert decode_grey_mask(encode(pixels), name="m.png").tolist() == pixels.tolist()
+    assert decode_gray_mask(encode(pixels), name="m.png").tolist() == pixels.tolist()
 
 
 MASK_FILES = {
@@ -119,7 +119,7 @@ def test_decode_mask_accepts_an_empty_mask():
     ids=["red PNG", "green JPEG", "VOC palette"],
 )
 def test_decode_mask_refuses_colour_codes_by_file_name(data):
-    """Red has grey 76, so it would silently become background."""
+    """Red has gray 76, so it would silently become background."""
     with pytest.raises(PolypSegError, match=r"masks/p7\.png is a colour-coded mask: convert .* to white"):
         decode_mask(data, name="masks/p7.png")
 
@@ -187,8 +187,8 @@ def test_decode_frame_drops_alpha_and_widens_grey():
     rgba = np.dstack([NOISE, np.full((24, 32), 9, dtype=np.uint8)])
     assert np.array_equal(np.asarray(decode_frame(encode(rgba), name="a.png")), NOISE)
     assert np.array_equal(np.asarray(decode_frame(encode_tiff(rgba, photometric="rgb"), name="a.tif")), NOISE)
-    grey = decode_frame(encode(NOISE[..., 0]), name="a.png")
-    assert np.array_equal(np.asarray(grey), np.repeat(NOISE[..., :1], 3, axis=2))
+    gray = decode_frame(encode(NOISE[..., 0]), name="a.png")
+    assert np.array_equal(np.asarray(gray), np.repeat(NOISE[..., :1], 3, axis=2))
 
 
 JPEG = encode(NOISE, "JPEG", quality=95)
@@ -301,7 +301,7 @@ def icc_lab_tiff():
     return encode_tiff(pixels, photometric="icclab")
 
 
-GREY_LOOK = np.asarray(Image.fromarray(LOOK).convert("L"))
+GRAY_LOOK = np.asarray(Image.fromarray(LOOK).convert("L"))
 CODINGS = {
     "palette": (encode(Image.fromarray(LOOK).quantize(256), "TIFF"), LOOK, 8),
     "palette LZW": (encode(Image.fromarray(LOOK).quantize(256), "TIFF", compression="tiff_lzw"), LOOK, 8),
@@ -310,7 +310,7 @@ CODINGS = {
     "JPEG in TIFF": (encode(Image.fromarray(LOOK), "TIFF", compression="jpeg", quality=95), LOOK, 8),
     "lab": (encode(lab_image(), "TIFF"), LOOK, 4),
     "icclab": (icc_lab_tiff(), LOOK, 4),
-    "white is zero": (encode_tiff(255 - GREY_LOOK, photometric="miniswhite"), GREY_LOOK[..., None], 0),
+    "white is zero": (encode_tiff(255 - GRAY_LOOK, photometric="miniswhite"), GRAY_LOOK[..., None], 0),
 }
 
 
@@ -488,7 +488,7 @@ def test_antialiased_masks_are_no_class_numbers():
     soft = cv2.GaussianBlur(BIG * np.uint8(255), (0, 0), 3)
     small = np.asarray(Image.fromarray(BIG * np.uint8(255)).resize((64, 48), Image.Resampling.BICUBIC))
     for pixels in (soft, small, soft // 86 * 85):
-        assert decode_grey_mask(encode(pixels), name="m.png").tolist() == pixels.tolist()
+        assert decode_gray_mask(encode(pixels), name="m.png").tolist() == pixels.tolist()
 
 
 def test_dark_areas_are_noise():

@@ -20,8 +20,9 @@ from PIL import Image
 from polypseg.cli.app import app
 from polypseg.cli.console import run_app
 from polypseg.data import shards as shards_module
-from polypseg.data.corpus import PARTIAL, FolderFrames, FrameStore, ShardFrames, open_frames
+from polypseg.data.corpus import PARTIAL, FrameStore, ShardFrames, SourceFrames, open_frames
 from polypseg.data.shards import ShardReport, member_names, verify_shards, write_shards
+from polypseg.data.sources import FolderSource
 from polypseg.errors import PolypSegError, UsageError
 
 
@@ -122,7 +123,7 @@ def test_members_follow_webdatasets_rules_and_carry_nothing_of_the_machine(corpu
 
 def test_member_names_are_unique_keys(tmp_path):
     names = ["a/1.jpg", "a/1.png", "a/x.y.jpg", "a/x_y.jpg", "a/x_y_.jpg", "a.b/1.JPEG", "a_b/1.tif"]
-    frames = FolderFrames(write_files(tmp_path, dict.fromkeys(names, b"")))
+    frames = SourceFrames(FolderSource(write_files(tmp_path, dict.fromkeys(names, b""))))
     made = dict(zip((frames.name(i) for i in range(len(frames))), member_names(frames), strict=True))
     keys = [name.split(".")[0] for name in made.values()]
     assert len(set(keys)) == len(names)

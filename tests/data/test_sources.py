@@ -240,6 +240,37 @@ def test_zip_source_that_vanished_is_a_clear_error(tmp_path):
     assert str(path) in str(refusal(source.names))
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_zips_of_rare_methods_are_read_and_are_no_corpus(tmp_path, method):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w", method) as archive:
+        for name, data in FILES.items():
+            archive.writestr(name, data)
+    source = open_source(tmp_path / "set.zip")
+    assert {name: source.read(name) for name in source.names()} == FILES
+    assert source.content_id() == open_source(build(tmp_path / "plain", "zip", FILES)).content_id()
+    with pytest.raises(UsageError, match=r"Set/images/1\.jpg in .*set\.zip is encrypted or compressed in a rare way"):
+        open_frames(tmp_path / "set.zip")
+
+
+@pytest.mark.parametrize(("size", "words"), [(2**32 - 2, "ends too early"), (2**63, "is not a readable zip archive")])
+def test_a_directory_that_promises_more_than_the_file_has_is_damaged(tmp_path, size, words):
+    """The packed size and the place of a file are what its archive says: neither may cost memory or end in a trace."""
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("a.png", b"1")
+        (member,) = archive.infolist()
+        member.compress_size, member.header_offset = (size, 0) if size < 2**32 else (1, size)
+    with pytest.raises(PolypSegError, match=rf"set\.zip {words}"):
+        open_source(tmp_path / "set.zip").read("a.png")
+
+
+def test_an_encrypted_file_in_a_zip_is_named(tmp_path):
+    path = build(tmp_path / "set", "stored zip", {"a.png": b"1"})
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\1\2") + 8] |= 1  # the flag in the directory
+    path.write_bytes(data)
+    assert "cannot read a.png" in str(refusal(lambda: open_source(path).read("a.png")))
+
+
 def test_open_source_chooses_by_content_of_the_file(tmp_path):
     """Archives come without suffix from some download tools."""
     assert isinstance(open_source(build(tmp_path / "d", "folder", FILES)), FolderSource)

@@ -22,7 +22,7 @@ from polypseg.data.splits import (
     sequence_disjoint_split,
 )
 from polypseg.errors import UsageError
-from polypseg.pretraining.probes.labelled import load_labelled
+from polypseg.pretraining.probes.labelled import load_labeled
 
 CLINICDB_IDS = sorted((str(frame) for frame in range(1, 613)), key=lambda frame: f"{frame}.png")
 CLIPS = {frame: clinicdb_sequence(frame, "") for frame in CLINICDB_IDS}
@@ -270,7 +270,7 @@ def test_pinned_negatives_leave_most_frames_unseen():
 @pytest.mark.slow
 @pytest.mark.real_data
 def test_pinned_negatives_equal_the_function(real_data):
-    frames = load_labelled(real_data / "HyperKvasir-frames", image_size=32)
+    frames = load_labeled(real_data / "HyperKvasir-frames", image_size=32)
     names = [PurePosixPath(name).stem for name in frames.names]
     classes = {name: frames.classes[label] for name, label in zip(names, frames.labels, strict=True)}
     groups = {name: int(group) for name, group in zip(names, frames.groups, strict=True)}

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from polypseg.data import synthetic
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.errors import UsageError
 
 Frame = tuple[NDArray[np.uint8], NDArray[np.uint8]]
@@ -29,7 +29,7 @@ def digest(*frames: Frame) -> str:
 def frames() -> dict[str, list[Frame]]:
     """200 frames of each camera at 128x128."""
     return {
-        name: [synthesise_frame(camera, seed=7, index=index, size=(128, 128)) for index in range(SAMPLE)]
+        name: [synthesize_frame(camera, seed=7, index=index, size=(128, 128)) for index in range(SAMPLE)]
         for name, camera in CAMERAS.items()
     }
 
@@ -38,11 +38,11 @@ FRESH_PROCESS = """
 import sys
 from hashlib import sha256
 import cv2
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 cv2.setNumThreads(2)
 for name in "ab":
     for size in (None, (96, 128)):
-        for array in synthesise_frame(CAMERAS[name], seed=3, index=5, size=size):
+        for array in synthesize_frame(CAMERAS[name], seed=3, index=5, size=size):
             sys.stdout.write(sha256(array.tobytes()).hexdigest() + " ")
 """
 
@@ -52,14 +52,14 @@ def test_a_fresh_process_draws_the_same_bytes() -> None:
         sha256(array.tobytes()).hexdigest()
         for name in NAMES
         for size in (None, (96, 128))
-        for array in synthesise_frame(CAMERAS[name], seed=3, index=5, size=size)
+        for array in synthesize_frame(CAMERAS[name], seed=3, index=5, size=size)
     ]
     fresh = [sys.executable, "-c", FRESH_PROCESS]
     there = subprocess.run(fresh, capture_output=True, text=True, check=True, timeout=60)
     assert there.stdout.split() == here
 
 
-DRAWING = {1: "e3c16f48edf2ef62"}
+DRAWING = {1: "ca0b57f82b0c022b"}
 """Version of the drawing -> digest of its code without comments, docstrings, messages and cameras."""
 
 
@@ -88,7 +88,7 @@ def test_bytes_do_not_depend_on_the_thread_count() -> None:
         digests = set()
         for threads in (1, 2, 4):
             cv2.setNumThreads(threads)
-            digests.add(digest(*(synthesise_frame(CAMERAS[name], seed=1, index=2) for name in NAMES)))
+            digests.add(digest(*(synthesize_frame(CAMERAS[name], seed=1, index=2) for name in NAMES)))
     finally:
         cv2.setNumThreads(before)
     assert len(digests) == 1
@@ -97,9 +97,9 @@ def test_bytes_do_not_depend_on_the_thread_count() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_frame_does_not_depend_on_what_was_drawn_before(name: str) -> None:
     camera = CAMERAS[name]
-    forward = [synthesise_frame(camera, seed=5, index=index, size=(64, 80)) for index in range(6)]
+    forward = [synthesize_frame(camera, seed=5, index=index, size=(64, 80)) for index in range(6)]
     np.random.seed(0)
-    backward = [synthesise_frame(camera, seed=5, index=index, size=(64, 80)) for index in reversed(range(6))]
+    backward = [synthesize_frame(camera, seed=5, index=index, size=(64, 80)) for index in reversed(range(6))]
     assert [digest(f) for f in forward] == [digest(f) for f in reversed(backward)]
 
 
@@ -107,20 +107,20 @@ def test_seed_index_and_camera_each_change_the_frame() -> None:
     a, b = CAMERAS["a"], CAMERAS["b"]
     size = (64, 64)
     drawn = [
-        synthesise_frame(a, seed=0, index=0, size=size),
-        synthesise_frame(a, seed=1, index=0, size=size),
-        synthesise_frame(a, seed=0, index=1, size=size),
-        synthesise_frame(b, seed=0, index=0, size=size),
-        synthesise_frame(replace(a, name="other"), seed=0, index=0, size=size),
+        synthesize_frame(a, seed=0, index=0, size=size),
+        synthesize_frame(a, seed=1, index=0, size=size),
+        synthesize_frame(a, seed=0, index=1, size=size),
+        synthesize_frame(b, seed=0, index=0, size=size),
+        synthesize_frame(replace(a, name="other"), seed=0, index=0, size=size),
     ]
     assert len({digest(frame) for frame in drawn}) == len(drawn)
 
 
 def test_changing_a_returned_frame_changes_no_later_one() -> None:
-    first = synthesise_frame(CAMERAS["a"], seed=0, index=0, size=(64, 64))
+    first = synthesize_frame(CAMERAS["a"], seed=0, index=0, size=(64, 64))
     before = digest(first)
     first[0][:], first[1][:] = 0, 1
-    assert digest(synthesise_frame(CAMERAS["a"], seed=0, index=0, size=(64, 64))) == before
+    assert digest(synthesize_frame(CAMERAS["a"], seed=0, index=0, size=(64, 64))) == before
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -142,7 +142,7 @@ def test_polyp_areas_follow_each_camera(frames: dict[str, list[Frame]]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_masks_stay_inside_the_visible_field(name: str) -> None:
-    # No noise and no compression, so that the border keeps exactly its own colour.
+    # No noise and no compression, so that the border keeps exactly its own color.
     plain = replace(
         CAMERAS[name],
         noise=0.0,
@@ -153,8 +153,8 @@ def test_masks_stay_inside_the_visible_field(name: str) -> None:
         blur=(0, 0),
     )
     for index in range(40):
-        image, mask = synthesise_frame(plain, seed=2, index=index, size=(96, 96))
-        border = (image == plain.border_colour).all(axis=-1)
+        image, mask = synthesize_frame(plain, seed=2, index=index, size=(96, 96))
+        border = (image == plain.border_color).all(axis=-1)
         assert border.any()
         assert not mask[border].any()
 
@@ -162,7 +162,7 @@ def test_masks_stay_inside_the_visible_field(name: str) -> None:
 def test_the_position_box_is_cut_from_the_mask() -> None:
     always = replace(CAMERAS["a"], box_share=1.0)
     for index in range(40):
-        image, mask = synthesise_frame(always, seed=4, index=index, size=(100, 100))
+        image, mask = synthesize_frame(always, seed=4, index=index, size=(100, 100))
         assert mask.any()
         assert not mask[68:, :32].any()
         # Its fill is flat, unlike tissue.
@@ -171,25 +171,25 @@ def test_the_position_box_is_cut_from_the_mask() -> None:
 
 def test_empty_frames_come_at_the_share_asked_for() -> None:
     sometimes = replace(CAMERAS["b"], empty_share=0.3)
-    empty = [not synthesise_frame(sometimes, seed=0, index=i, size=(32, 32))[1].any() for i in range(200)]
+    empty = [not synthesize_frame(sometimes, seed=0, index=i, size=(32, 32))[1].any() for i in range(200)]
     assert 0.2 < np.mean(empty) < 0.4
     never = replace(CAMERAS["b"], empty_share=1.0)
-    assert not any(synthesise_frame(never, seed=0, index=i, size=(32, 32))[1].any() for i in range(20))
+    assert not any(synthesize_frame(never, seed=0, index=i, size=(32, 32))[1].any() for i in range(20))
 
 
 def test_cameras_differ_in_colour_and_sharpness(frames: dict[str, list[Frame]]) -> None:
     def statistics(name: str) -> tuple[NDArray[np.float64], float]:
         images = [image for image, _ in frames[name]]
-        colour = np.mean([image[image.max(axis=2) > 40].mean(axis=0) for image in images], axis=0)
+        color = np.mean([image[image.max(axis=2) > 40].mean(axis=0) for image in images], axis=0)
         detail = np.mean([cv2.Laplacian(image[32:96, 32:96, 1], cv2.CV_32F).std() for image in images])
-        return colour, float(detail)
+        return color, float(detail)
 
-    (colour_a, detail_a), (colour_b, detail_b) = statistics("a"), statistics("b")
-    assert colour_a[0] - colour_b[0] > 10  # A is brighter in red
-    assert colour_b[1] / colour_b[0] > colour_a[1] / colour_a[0] + 0.03  # B is paler
+    (color_a, detail_a), (color_b, detail_b) = statistics("a"), statistics("b")
+    assert color_a[0] - color_b[0] > 10  # A is brighter in red
+    assert color_b[1] / color_b[0] > color_a[1] / color_a[0] + 0.03  # B is paler
     assert detail_a > 1.5 * detail_b
-    for colour in (colour_a, colour_b):
-        assert colour[0] > colour[1] > colour[2]
+    for color in (color_a, color_b):
+        assert color[0] > color[1] > color[2]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -214,26 +214,26 @@ def test_no_colour_threshold_finds_the_polyps(name: str, frames: dict[str, list[
 @pytest.mark.parametrize("name", NAMES)
 def test_small_and_oblong_sizes_work(name: str, size: tuple[int, int]) -> None:
     for index in range(25):
-        image, mask = synthesise_frame(CAMERAS[name], seed=1, index=index, size=size)
+        image, mask = synthesize_frame(CAMERAS[name], seed=1, index=index, size=size)
         assert image.shape == (*size, 3) and mask.shape == size
         assert image.flags.c_contiguous and mask.flags.c_contiguous
         assert mask.any()
 
 
 def test_native_resolutions() -> None:
-    shapes_a = {synthesise_frame(CAMERAS["a"], seed=0, index=index)[1].shape for index in range(6)}
+    shapes_a = {synthesize_frame(CAMERAS["a"], seed=0, index=index)[1].shape for index in range(6)}
     assert len(shapes_a) > 1
     assert all(500 <= side <= 625 for shape in shapes_a for side in shape)
-    assert {synthesise_frame(CAMERAS["b"], seed=0, index=index)[1].shape for index in range(3)} == {(288, 384)}
+    assert {synthesize_frame(CAMERAS["b"], seed=0, index=index)[1].shape for index in range(3)} == {(288, 384)}
 
 
 @pytest.mark.parametrize("size", [(31, 64), (64, 31), (0, 0), (-256, 256)])
 def test_impossible_sizes_are_refused(size: tuple[int, int]) -> None:
     with pytest.raises(UsageError, match="at least 32"):
-        synthesise_frame(CAMERAS["a"], seed=0, index=0, size=size)
+        synthesize_frame(CAMERAS["a"], seed=0, index=0, size=size)
 
 
 @pytest.mark.parametrize(("seed", "index"), [(-1, 0), (0, -1)])
 def test_negative_seeds_are_refused(seed: int, index: int) -> None:
     with pytest.raises(UsageError, match="count from 0"):
-        synthesise_frame(CAMERAS["a"], seed=seed, index=index)
+        synthesize_frame(CAMERAS["a"], seed=seed, index=index)

@@ -259,7 +259,7 @@ MONAI = {  # version 1.6.1: compute_surface_dice at 2 pixels, compute_hausdorff_
 
 
 def contour(mask):
-    """Pixels with a 4-neighbour that is background or outside the frame, one by one."""
+    """Pixels with a 4-neighbor that is background or outside the frame, one by one."""
     padded = np.pad(mask, 1)
     points = np.argwhere(padded)
     steps = ((0, 1), (1, 0), (0, -1), (-1, 0))

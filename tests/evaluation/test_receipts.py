@@ -39,7 +39,7 @@ STARTER = STARTER_FOLDER / "results" / "kvasir_seg.reference.test.receipt.json"
 
 
 class Guesses:
-    """Smooth random maps that lean towards the true mask."""
+    """Smooth random maps that lean toward the true mask."""
 
     name = "guesses"
     origin = {"source": "model", "weights_origin": {"sha256": "a" * 64, "row": "vit_base_dpt.random"}}  # noqa: RUF012
@@ -378,7 +378,7 @@ def test_false_alarms_count_distinct_frames_without_polyp_from_a_minimal_area():
     ]
     found = false_alarms(rows, ["a", "b", "c", "d", "d", "e"], minimal_area=10)
     assert (found["frames"], found["alarms"]) == (4, 2)
-    # Wilson's interval of 2 in 4: centre 0.5, half width z sqrt(1 + z^2/4 ...)/(...), from the formula
+    # Wilson's interval of 2 in 4: center 0.5, half width z sqrt(1 + z^2/4 ...)/(...), from the formula
     z, n, p = 1.959964, 4, 0.5
     half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     assert found["per_100_frames"]["low"] == pytest.approx(100 * (0.5 - half), abs=1e-4)

@@ -18,8 +18,8 @@ from polypseg.cli.app import app
 from polypseg.data.polyps import open_dataset
 from polypseg.errors import UsageError
 from polypseg.expectation import adapt as module
-from polypseg.expectation.adapt import RECORD, adapt_files, adapt_labelled, score_frames
-from polypseg.expectation.calibrate import Labelled
+from polypseg.expectation.adapt import RECORD, adapt_files, adapt_labeled, score_frames
+from polypseg.expectation.calibrate import Labeled
 from polypseg.files import read_json
 from polypseg.hub import export as export_module
 from polypseg.inference.model import build_image_processor
@@ -67,11 +67,11 @@ def broken(good):
 
 
 @pytest.fixture(scope="module")
-def labelled(good):
+def labeled(good):
     """What the good model says is true: 20 frames of five clips."""
     masks = [prediction.mask for prediction in load_in_memory(good).predict(FRAMES[:20])]
     return [
-        Labelled(name=f"clip{k // 4}_{k}", group=f"clip{k // 4}", frame=frame, truth=mask)
+        Labeled(name=f"clip{k // 4}_{k}", group=f"clip{k // 4}", frame=frame, truth=mask)
         for k, (frame, mask) in enumerate(zip(FRAMES, masks, strict=False))
     ]
 
@@ -89,14 +89,14 @@ def save(model, folder):
 @pytest.fixture
 def few_plans(monkeypatch):
     """The methods of these tests, and no card's pictures, which cost forward passes."""
-    monkeypatch.setattr(module, "adapt_labelled", partial(adapt_labelled, plans=PLANS))
+    monkeypatch.setattr(module, "adapt_labeled", partial(adapt_labeled, plans=PLANS))
     monkeypatch.setattr(export_module, "_write_card", lambda *_, **__: None)
 
 
 @pytest.fixture
-def pairs(labelled, tmp_path):
-    """The labelled frames and their masks in two folders."""
-    for one in labelled:
+def pairs(labeled, tmp_path):
+    """The labeled frames and their masks in two folders."""
+    for one in labeled:
         for folder, picture in (("frames", one.frame), ("masks", Image.fromarray(one.truth.astype(np.uint8) * 255))):
             (tmp_path / folder).mkdir(exist_ok=True)
             picture.save(tmp_path / folder / f"{one.name}.png")
@@ -125,8 +125,8 @@ def test_mixed_statistics_are_the_moments_of_both_sets():
     assert torch.allclose(first.running_var.double(), second - both**2, rtol=1e-4)
 
 
-def test_tuning_moves_its_part_alone_and_is_the_same_again(good, labelled):
-    pairs = resize_pairs([one.frame for one in labelled], [one.truth for one in labelled], size=SIDE)
+def test_tuning_moves_its_part_alone_and_is_the_same_again(good, labeled):
+    pairs = resize_pairs([one.frame for one in labeled], [one.truth for one in labeled], size=SIDE)
     before = {name: value.clone() for name, value in good.state_dict().items()}
     plan = TuningPlan(part="decoder", steps=2, learning_rate=1e-3, batch=2)
     whole, again = (adapt_model(good, pairs, plan).state_dict() for _ in range(2))
@@ -144,41 +144,41 @@ def test_tuning_moves_its_part_alone_and_is_the_same_again(good, labelled):
 # With masks --------------------------------------------------------------------------------------------
 
 
-def test_wrong_statistics_are_put_right_and_shipped(good, broken, labelled):
-    assert score_frames(good, labelled).min() == 1
-    found = adapt_labelled(broken, labelled, plans=PLANS, show_progress=False)
+def test_wrong_statistics_are_put_right_and_shipped(good, broken, labeled):
+    assert score_frames(good, labeled).min() == 1
+    found = adapt_labeled(broken, labeled, plans=PLANS, show_progress=False)
     assert found.model is not None and found.plan == PLANS[0] and 0 < found.bound < found.gain
     assert found.gain == pytest.approx(found.tried[0].gain)
-    assert score_frames(found.model, labelled).mean() > found.before + 0.9 * found.gain
+    assert score_frames(found.model, labeled).mean() > found.before + 0.9 * found.gain
     assert "adapted: the gain is shown" in found.lines()[1]
 
 
-def test_random_masks_ship_nothing(good, labelled):
+def test_random_masks_ship_nothing(good, labeled):
     rng = np.random.default_rng(0)
-    noise = [replace(one, truth=rng.random((5, 6)).repeat(8, 0).repeat(8, 1) > 0.5) for one in labelled]
-    found = adapt_labelled(good, noise, plans=PLANS, show_progress=False)
+    noise = [replace(one, truth=rng.random((5, 6)).repeat(8, 0).repeat(8, 1) > 0.5) for one in labeled]
+    found = adapt_labeled(good, noise, plans=PLANS, show_progress=False)
     assert found.model is None and found.bound <= 0 and "not adapted" in found.lines()[1]
 
 
-def test_too_few_clips_are_refused(good, labelled):
+def test_too_few_clips_are_refused(good, labeled):
     with pytest.raises(UsageError, match=r"4 clip.*--clip"):
-        adapt_labelled(good, labelled[:16], show_progress=False)
+        adapt_labeled(good, labeled[:16], show_progress=False)
 
 
-def test_shipped_folder_is_a_model_that_says_what_it_saw(broken, labelled, pairs, few_plans, tmp_path):
+def test_shipped_folder_is_a_model_that_says_what_it_saw(broken, labeled, pairs, few_plans, tmp_path):
     source, output = save(broken, tmp_path / "model"), tmp_path / "adapted"
     frames, masks = pairs
     found = adapt_files(source, str(frames), masks, output, clip="(.*)_[0-9]+", show_progress=False)
     assert found.model is not None
     check_folder(output)
-    prediction = load(output, runtime="torch").predict(labelled[0].frame)
-    assert (prediction.mask == load_in_memory(found.model).predict(labelled[0].frame).mask).all()
+    prediction = load(output, runtime="torch").predict(labeled[0].frame)
+    assert (prediction.mask == load_in_memory(found.model).predict(labeled[0].frame).mask).all()
     record = read_json(output / RECORD)
     assert record["adapted"] and record["gain"] == found.gain and len(record["tried"]) == len(PLANS)
     seen = Passport.load(output).seen
     assert seen[0].manifest is None and "does not list" in seen[0].description
     assert [image.id for image in seen[1].manifest.images] == [
-        one.name for one in sorted(labelled, key=lambda x: x.name)
+        one.name for one in sorted(labeled, key=lambda x: x.name)
     ]
     assert {image.clip for image in seen[1].manifest.images} == {f"clip{k}" for k in range(5)}
     assert all(len(image.mask) == 32 for image in seen[1].manifest.images)
@@ -212,7 +212,7 @@ def test_a_failure_leaves_nothing(good, pairs, few_plans, monkeypatch, tmp_path)
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "adapt_labelled", stop)
+    monkeypatch.setattr(module, "adapt_labeled", stop)
     with pytest.raises(KeyboardInterrupt):
         adapt_files(source, str(frames), masks, output, clip="(.*)_[0-9]+")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["frames", "masks", "model"]
@@ -232,22 +232,22 @@ def test_options_that_do_not_apply_are_refused(words):
 
 
 @pytest.fixture
-def unlabelled(tmp_path):
+def unlabeled(tmp_path):
     (tmp_path / "frames").mkdir()
     for number, frame in enumerate(FRAMES):
         frame.save(tmp_path / "frames" / f"{number}.png")
     return tmp_path / "frames"
 
 
-def test_without_an_expectation_masks_are_asked_for(good, unlabelled, tmp_path):
+def test_without_an_expectation_masks_are_asked_for(good, unlabeled, tmp_path):
     source = save(good, tmp_path / "model")
     with pytest.raises(UsageError, match=r"expectation\.json.*give masks"):
-        adapt_files(source, str(unlabelled), None, tmp_path / "adapted")
+        adapt_files(source, str(unlabeled), None, tmp_path / "adapted")
     assert not (tmp_path / "adapted").exists()
 
 
 @pytest.mark.parametrize(("rises", "shipped"), [(0.4, True), (0.05, False)])
-def test_expected_dice_decides_without_masks(rises, shipped, broken, unlabelled, few_plans, monkeypatch, tmp_path):
+def test_expected_dice_decides_without_masks(rises, shipped, broken, unlabeled, few_plans, monkeypatch, tmp_path):
     """The half width is .05: a gain within what two estimates may err by is none."""
     source = save(broken, tmp_path / "model")
     (source / "expectation.json").write_text(json.dumps(expectation_content(source)))
@@ -261,11 +261,11 @@ def test_expected_dice_decides_without_masks(rises, shipped, broken, unlabelled,
 
     monkeypatch.setattr(module, "estimate", lambda *_, **__: Answer())
     output = tmp_path / "adapted"
-    found = adapt_files(source, str(unlabelled), None, output, show_progress=False)
+    found = adapt_files(source, str(unlabeled), None, output, show_progress=False)
     assert (found.model is not None) == shipped and found.gain == pytest.approx(rises)
-    assert found.plan == module.UNLABELLED_PLANS[0] and found.frames == 30
+    assert found.plan == module.UNLABELED_PLANS[0] and found.frames == 30
     if shipped:
         check_folder(output)
         seen = Passport.load(output).seen[-1]
         assert "without masks" in seen.description and len(seen.manifest.images) == 30
-        assert not (output / "expectation.json").exists()  # it was learnt from other weights
+        assert not (output / "expectation.json").exists()  # it was learned from other weights

@@ -14,7 +14,7 @@ from constructed_models import PROCESSOR, SIDE, constructed, draw_frame, expecta
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.expectation import estimate as estimates
 from polypseg.expectation import fit, intervals
-from polypseg.expectation.calibrate import Labelled, calibrate
+from polypseg.expectation.calibrate import Labeled, calibrate
 from polypseg.expectation.cells import Cell, Row, measure_mask, needed_margin, table
 from polypseg.expectation.estimate import LEAST, estimate, estimate_files
 from polypseg.expectation.folds import folds, held_out
@@ -30,7 +30,7 @@ from polypseg.expectation.learner import LEARNERS, learn_linear, learn_steps, pr
 from polypseg.expectation.page import render_page
 from polypseg.files import read_json
 from polypseg.inference.expected import read_expectation
-from polypseg.inference.features import ALL, SINGLE, compare_views, describe, look_at, to_colours
+from polypseg.inference.features import ALL, SINGLE, compare_views, describe, look_at, to_colors
 from polypseg.inference.gate import describe_place, learn_gate
 from polypseg.inference.operating_point import OPERATING_POINT, find_operating_point
 from polypseg.inference.predictor import read_predictor
@@ -48,7 +48,7 @@ def write_frames(folder, seeds, *, polyp=True):
 
 
 @pytest.fixture(scope="module")
-def learnt(tmp_path_factory):
+def learned(tmp_path_factory):
     return write_expectation(tmp_path_factory.mktemp("learnt"))
 
 
@@ -71,10 +71,10 @@ def test_features_of_a_right_mask_say_that_it_is_sure_and_of_none_that_it_is_emp
 
 
 def test_features_see_doubt():
-    colours = np.full((3, 40, 40), 0.5, np.float32)
+    colors = np.full((3, 40, 40), 0.5, np.float32)
     y, x = np.mgrid[:40, :40]
     logits = (10 - np.hypot(y - 20, x - 20)).astype(np.float32)
-    sure, unsure = describe(5 * logits, colours), describe(0.2 * logits, colours)
+    sure, unsure = describe(5 * logits, colors), describe(0.2 * logits, colors)
     assert sure["soft_dice"] > unsure["soft_dice"] and sure["entropy"] < unsure["entropy"]
     assert sure["doubt"] < unsure["doubt"] and sure["threshold_dice"] > unsure["threshold_dice"]
     assert compare_views(logits, [logits, -logits])["agree_least"] == 0
@@ -167,7 +167,7 @@ def test_too_few_held_out_things_give_no_interval(small_learners):
 @pytest.mark.parametrize(("dice", "value"), [(1.0, 1.0), (0.0, 0.0)], ids=["always right", "always wrong"])
 def test_a_model_that_is_always_the_same_is_expected_to_be(small_learners, dice, value):
     content = fit.fit_cells(make_cells(lambda soft: dice))
-    assert content["chosen"]["one_pass"] == "anchor Dice"  # nothing is learnt where there is nothing to learn
+    assert content["chosen"]["one_pass"] == "anchor Dice"  # nothing is learned where there is nothing to learn
     predictor = read_predictor(content["three_passes"])
     assert predictor(np.random.default_rng(0).random((5, 1))) == pytest.approx(value)
 
@@ -187,8 +187,8 @@ def test_everything_learnt_is_written_read_back_and_rendered(small_learners, mon
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "SHA256SUMS").write_text("")
     write_manifest(tmp_path)
-    places = [describe_place(to_colours(PROCESSOR.prepare(draw_frame(s)[0]), PROCESSOR)) for s in range(60)]
-    learnt = fit.Learnt(
+    places = [describe_place(to_colors(PROCESSOR.prepare(draw_frame(s)[0]), PROCESSOR)) for s in range(60)]
+    learned = fit.Learned(
         gate=learn_gate(places, list(range(60))), measures={"lab_l_mean": (50, 5)}, frames=40, polyp_free=0
     )
     refused = [
@@ -196,11 +196,11 @@ def test_everything_learnt_is_written_read_back_and_rendered(small_learners, mon
         for name, share in (("noise", 1.0), ("a", 0.0))
     ]
     pairs = [(f"{s}", *draw_frame(s, polyp=s % 2 == 0)) for s in range(6)]
-    labelled = [Labelled(name=name, group=name, frame=frame, truth=truth) for name, frame, truth in pairs]
+    labeled = [Labeled(name=name, group=name, frame=frame, truth=truth) for name, frame, truth in pairs]
     monkeypatch.setattr(fit, "gather", lambda *a, **k: make_cells(lambda soft: soft))
-    monkeypatch.setattr(fit, "learn_frames", lambda *a, **k: learnt)
+    monkeypatch.setattr(fit, "learn_frames", lambda *a, **k: learned)
     monkeypatch.setattr(fit, "refusals", lambda *a, **k: refused)
-    monkeypatch.setattr(fit, "learn_point", lambda *a, **k: calibrate(constructed(), labelled))
+    monkeypatch.setattr(fit, "learn_point", lambda *a, **k: calibrate(constructed(), labeled))
     written, point = fit.learn_model(tmp_path, data_dir=None, cache=tmp_path / "c", echo=lambda line: None)
     check_folder(tmp_path)  # the manifest lists what was written
     expectation = read_expectation(tmp_path)
@@ -246,9 +246,9 @@ def test_ranks_are_those_of_the_libraries():
 # The estimate ------------------------------------------------------------------------------------------
 
 
-def test_estimate_of_a_right_model_is_near_its_measured_dice(learnt, tmp_path):
+def test_estimate_of_a_right_model_is_near_its_measured_dice(learned, tmp_path):
     folder = write_frames(tmp_path / "frames", range(100, 100 + LEAST))
-    found = estimate_files(constructed(expectation=learnt), [str(folder)], tmp_path / "out")
+    found = estimate_files(constructed(expectation=learned), [str(folder)], tmp_path / "out")
     measured = []
     for seed in range(100, 100 + LEAST):
         frame, mask = draw_frame(seed)
@@ -261,8 +261,8 @@ def test_estimate_of_a_right_model_is_near_its_measured_dice(learnt, tmp_path):
     assert (tmp_path / "out" / "frames.csv").read_text().count("\n") == LEAST + 1
 
 
-def test_names_order_and_repeats_of_frames_change_nothing(learnt, tmp_path, quick_measures):
-    segmenter, seeds = constructed(expectation=learnt), list(range(200, 200 + LEAST + 5))
+def test_names_order_and_repeats_of_frames_change_nothing(learned, tmp_path, quick_measures):
+    segmenter, seeds = constructed(expectation=learned), list(range(200, 200 + LEAST + 5))
     first = estimate(segmenter, read_frames([str(write_frames(tmp_path / "a", seeds))], output=tmp_path / "o"))
     again = write_frames(tmp_path / "b", [*reversed(seeds), *seeds[:10]])
     second = estimate(segmenter, read_frames([str(again)], output=tmp_path / "o"))
@@ -274,8 +274,8 @@ def test_names_order_and_repeats_of_frames_change_nothing(learnt, tmp_path, quic
     assert [f.digest for f in some[0].frames] == [f.digest for f in some[1].frames]
 
 
-def test_noise_and_frames_without_masks_are_refused_not_guessed(learnt, tmp_path, quick_measures):
-    segmenter, rng = constructed(expectation=learnt), np.random.default_rng(0)
+def test_noise_and_frames_without_masks_are_refused_not_guessed(learned, tmp_path, quick_measures):
+    segmenter, rng = constructed(expectation=learned), np.random.default_rng(0)
     (tmp_path / "noise").mkdir()
     for number in range(LEAST):
         Image.fromarray(rng.integers(0, 256, (60, 60, 3), np.uint8)).save(tmp_path / "noise" / f"{number}.png")
@@ -285,22 +285,22 @@ def test_noise_and_frames_without_masks_are_refused_not_guessed(learnt, tmp_path
         assert why in found.refused and found.expected is None and "Nothing can be said" in found.verdict[0]
 
 
-def test_too_few_frames_and_models_of_which_nothing_was_learnt_are_refused(learnt, tmp_path):
+def test_too_few_frames_and_models_of_which_nothing_was_learnt_are_refused(learned, tmp_path):
     given = read_frames([str(write_frames(tmp_path / "few", [1, 2, 2]))], output=tmp_path / "o")
     with pytest.raises(UsageError, match="2 distinct"):
-        estimate(constructed(expectation=learnt), given)
+        estimate(constructed(expectation=learned), given)
     with pytest.raises(UsageError, match="nothing was learnt"):
         estimate(constructed(), given)
 
 
-def test_frames_that_the_model_saw_are_counted(learnt, tmp_path, quick_measures):
+def test_frames_that_the_model_saw_are_counted(learned, tmp_path, quick_measures):
     folder = write_frames(tmp_path / "frames", range(LEAST))
     prints = tuple(image_print(str(s), draw_frame(s)[0]) for s in range(LEAST))
     manifest = SplitManifest(dataset="folder", split="full", part="train", content_id="", images=prints)
     passport = Passport(model_id="constructed", seen=(Seen(stage="fine-tuning", description="x", manifest=manifest),))
     passport.save(tmp_path / "model")
     assert (tmp_path / "model" / PASSPORT).is_file()
-    found = estimate_files(constructed(expectation=learnt), [str(folder)], tmp_path / "o", folder=tmp_path / "model")
+    found = estimate_files(constructed(expectation=learned), [str(folder)], tmp_path / "o", folder=tmp_path / "model")
     assert found.seen_images == LEAST and "seen in training" in found.verdict[0]
 
 
@@ -320,8 +320,8 @@ def test_expectation_of_other_weights_or_damaged_is_refused(tmp_path):
         read_expectation(tmp_path)
 
 
-def test_predictions_say_what_is_expected_and_flag_what_is_not(learnt):
-    segmenter = constructed(expectation=learnt)
+def test_predictions_say_what_is_expected_and_flag_what_is_not(learned):
+    segmenter = constructed(expectation=learned)
     good, empty, noise = segmenter.predict(
         [draw_frame(3)[0], draw_frame(3, polyp=False)[0],
          Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8))]
@@ -364,18 +364,18 @@ shipped = pytest.mark.skipif(
 def test_page_is_rendered_from_what_was_measured():
     from test_docs import REPOSITORY
 
-    learnt, point = (read_json(STARTER_FOLDER / name) for name in ("expectation.json", OPERATING_POINT))
+    learned, point = (read_json(STARTER_FOLDER / name) for name in ("expectation.json", OPERATING_POINT))
     page = (REPOSITORY / "docs" / "estimate.md").read_text()
-    assert page == render_page(learnt, point), "run training_scripts/fit_expectation.py --page docs/estimate.md"
+    assert page == render_page(learned, point), "run training_scripts/fit_expectation.py --page docs/estimate.md"
 
 
 @shipped
 def test_shipped_expectation_is_of_the_shipped_weights_and_beats_or_is_a_baseline():
-    learnt = read_expectation(STARTER_FOLDER)
-    candidates = {one["name"]: one for one in learnt.content["evidence"]["candidates"]}
+    learned = read_expectation(STARTER_FOLDER)
+    candidates = {one["name"]: one for one in learned.content["evidence"]["candidates"]}
     best = min(one["error"] for one in candidates.values() if one["baseline"])
-    assert candidates[learnt.content["chosen"]["three_passes"]]["error"] <= best + fit.WORTH
-    assert all(row["refused"] == row["to_refuse"] for row in learnt.content["refusals"])
+    assert candidates[learned.content["chosen"]["three_passes"]]["error"] <= best + fit.WORTH
+    assert all(row["refused"] == row["to_refuse"] for row in learned.content["refusals"])
 
 
 def test_command_says_why_there_is_no_estimate(tmp_path):

@@ -18,21 +18,22 @@ from local_hub.cards import check_card
 from polypseg import zoo
 from polypseg.data.catalog import DATASETS, POPULATIONS, clinicdb_sequence
 from polypseg.data.splits import pinned_split
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.receipt import Receipt, digest_of
 from polypseg.evaluation.receipt_reading import read_results
 from polypseg.files import write_json
+from polypseg.hub.card_checks import lint_card, load_card
 from polypseg.hub.card_facts import PICTURES, collect_facts, measured_facts, planned_facts
 from polypseg.hub.card_pictures import SEED, SIZE, write_card_pictures
 from polypseg.hub.dataset_card import load_references
 from polypseg.hub.markdown import all_plain, plain
-from polypseg.hub.model_card import lint_card, load_card, render_card, render_pages, write_pages
+from polypseg.hub.model_card import render_card, render_pages, write_pages
 from polypseg.inference.model import build_image_processor, load_model, predict_masks
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
-from polypseg.provenance.fetch import ORGANISATION
+from polypseg.provenance.fetch import ORGANIZATION
 from polypseg.provenance.licence import DISCLAIMER, model_license
-from polypseg.provenance.origin import pretrained_entry, read_origin
+from polypseg.provenance.origin import read_origin
 from polypseg.statistics.scores import METRICS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -63,11 +64,11 @@ def metadata(card: ModelCard) -> dict:
 
 
 def planned(short_name: str) -> ModelCard:
-    return render_card(planned_facts(zoo.get(short_name), organisation="someone"))
+    return render_card(planned_facts(zoo.get(short_name), organization="someone"))
 
 
 def measured(name: str = STARTER) -> ModelCard:
-    return render_card(measured_facts(RESULTS / name, organisation="someone"))
+    return render_card(measured_facts(RESULTS / name, organization="someone"))
 
 
 def code_of(card: ModelCard) -> str:
@@ -78,7 +79,7 @@ def code_of(card: ModelCard) -> str:
 
 
 def test_committed_pages_are_what_the_table_and_the_results_render():
-    rendered = render_pages(RESULTS, organisation=ORGANISATION)
+    rendered = render_pages(RESULTS, organization=ORGANIZATION)
     committed = {path.name: path.read_text(encoding="utf-8") for path in PAGES.glob("*.md")}
     assert sorted(committed) == sorted(rendered), "run training_scripts/render_cards.py"
     changed = [name for name in rendered if rendered[name] != committed[name]]
@@ -150,7 +151,7 @@ def test_worst_images_of_a_card_are_those_of_the_receipts(path):
 
 @every_row
 def test_planned_card_says_that_nothing_is_there(entry):
-    card = render_card(planned_facts(entry, organisation="someone"))
+    card = render_card(planned_facts(entry, organization="someone"))
     assert "no weights have been published, and nothing has been evaluated" in card.text
     assert not re.search(r"\d\.\d{3}", section(card, "Evaluation")) and "model-index" not in metadata(card)
     rows = [line for line in section(card, "Evaluation").splitlines() if "distribution |" in line]
@@ -161,7 +162,7 @@ def test_planned_card_says_that_nothing_is_there(entry):
 def test_write_pages_removes_the_card_of_a_model_that_is_gone(tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "gone.md").write_text("x")
-    write_pages(tmp_path, organisation="someone")
+    write_pages(tmp_path, organization="someone")
     assert not (tmp_path / "gone.md").exists() and len(list(tmp_path.glob("*.md"))) == 12 + len(zoo.EXTRA) + 1
 
 
@@ -176,7 +177,7 @@ def test_template_knows_no_model_and_no_dataset_by_name():
 
 @every_row
 def test_licence_of_a_card_is_the_weights_licence(entry):
-    facts = planned_facts(entry, organisation="someone")
+    facts = planned_facts(entry, organization="someone")
     card, license = render_card(facts), model_license(facts.origin)
     assert metadata(card)["license"] == license.identifier
     assert metadata(card).get("license_name") == license.name
@@ -186,7 +187,7 @@ def test_licence_of_a_card_is_the_weights_licence(entry):
 
 @every_row
 def test_metadata_names_hub_ids_only_where_the_hub_has_them(entry):
-    content = metadata(render_card(planned_facts(entry, organisation="someone")))
+    content = metadata(render_card(planned_facts(entry, organization="someone")))
     assert content.get("base_model") == (f"timm/{entry.upstream.timm}" if entry.upstream.timm else None)
     corpora = {key: ["ILSVRC/imagenet-1k"] for key in ("imagenet1k", "imagenet1k_only")}
     corpora |= {"hyperkvasir": ["SimulaMet-HOST/HyperKvasir"], "none": None}
@@ -197,7 +198,7 @@ def test_metadata_names_hub_ids_only_where_the_hub_has_them(entry):
 
 @every_row
 def test_notes_of_a_row_reach_its_card(entry):
-    text = section(render_card(planned_facts(entry, organisation="someone")), "Where the weights come from")
+    text = section(render_card(planned_facts(entry, organization="someone")), "Where the weights come from")
     assert entry.notes in text and entry.upstream.location in text
     assert ("started from random weights" in text) == (entry.method == "none")
 
@@ -242,17 +243,17 @@ def test_references_are_whole():
 
 
 def record(short_name: str, **changes: object) -> dict:
-    return {**planned_facts(zoo.get(short_name), organisation="x").origin.record, **changes}
+    return {**planned_facts(zoo.get(short_name), organization="x").origin.content, **changes}
 
 
 def test_random_start_of_a_pretrained_row_claims_no_pretraining():
     facts = dataclasses.replace(
-        planned_facts(zoo.get("VT-IN-MA"), organisation="x"),
+        planned_facts(zoo.get("VT-IN-MA"), organization="x"),
         origin=read_origin(record("VT-IN-MA", encoder_initialisation="random")),
         stage="published",
     )
     card = render_card(facts)
-    assert pretrained_entry(facts.origin) is None
+    assert facts.origin.pretrained_entry is None
     assert (
         "base_model" not in metadata(card) and "datasets" not in metadata(card) and "mae" not in metadata(card)["tags"]
     )
@@ -270,7 +271,7 @@ def test_converted_weights_are_credited_to_their_authors():
         "converted_from": source,
     }
     facts = dataclasses.replace(
-        planned_facts(zoo.get("VT-IN-MA"), organisation="x"),
+        planned_facts(zoo.get("VT-IN-MA"), organization="x"),
         origin=read_origin(converted),
         stage="published",
         recipe=None,
@@ -283,7 +284,7 @@ def test_converted_weights_are_credited_to_their_authors():
 
 
 def with_results(*contents: dict) -> ModelCard:
-    facts = planned_facts(zoo.get("RN-IN-SL"), organisation="x")
+    facts = planned_facts(zoo.get("RN-IN-SL"), organization="x")
     results = tuple(Receipt.of(content, path=Path("x.receipt.json")) for content in contents)
     return render_card(dataclasses.replace(facts, stage="published", results=results))
 
@@ -376,7 +377,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A published folder with pictures and a card."""
     path = write_folder(tmp_path_factory.mktemp("model"), decoder="deeplabv3plus")
     write_card_pictures(*load_model(str(path)), path, name="tiny")
-    render_card(collect_facts(path, organisation="someone")).save(path / "README.md")
+    render_card(collect_facts(path, organization="someone")).save(path / "README.md")
     return path
 
 
@@ -393,7 +394,7 @@ def test_pictures_are_synthetic_frames_and_the_models_own_masks(folder):
     model, processor = load_model(str(folder))
     for camera, (source, (mask, _)) in zip(CAMERAS.values(), PICTURES.items(), strict=True):
         frame = Image.open(folder / source)
-        assert np.array_equal(np.array(frame), synthesise_frame(camera, seed=SEED, index=0, size=SIZE)[0])
+        assert np.array_equal(np.array(frame), synthesize_frame(camera, seed=SEED, index=0, size=SIZE)[0])
         shown = np.array(Image.open(folder / mask))
         assert np.array_equal(shown == 255, predict_masks(model, processor, [frame])[0]) and set(np.unique(shown)) <= {
             0,
@@ -405,7 +406,7 @@ def test_pictures_are_synthetic_frames_and_the_models_own_masks(folder):
 def test_usage_of_a_card_runs_as_printed(decoder, tmp_path, monkeypatch):
     path = write_folder(tmp_path / "model", decoder=decoder)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8)).save(tmp_path / "frame.png")
-    card = render_card(collect_facts(path, organisation="someone"))
+    card = render_card(collect_facts(path, organization="someone"))
     code = code_of(card).replace('repo, revision = "someone/', f'repo, revision = "{path}", None  # ')
     assert ("trust_remote_code" in code) == (decoder == "deeplabv3plus")
     monkeypatch.chdir(tmp_path)
@@ -435,11 +436,11 @@ def test_collect_facts_refuses_results_of_other_weights(folder, tmp_path):
     other = result("kvasir_seg", "reference", "test", ["a"]) | {"model": {"sha256": "1" * 64, "weights_origin": {}}}
     (path / "results" / "x.receipt.json").write_text(json.dumps(other))
     with pytest.raises(UsageError, match="results of other weights"):
-        collect_facts(path, organisation="someone")
+        collect_facts(path, organization="someone")
 
 
 def test_compute_of_a_run_is_what_its_record_says(tmp_path):
-    starter = measured_facts(RESULTS / STARTER, organisation="x")
+    starter = measured_facts(RESULTS / STARTER, organization="x")
     run = tmp_path / "run"
     write_folder(run / "best", decoder="deeplabv3plus")
     recipe = starter.recipe.model_dump(mode="json")
@@ -449,7 +450,7 @@ def test_compute_of_a_run_is_what_its_record_says(tmp_path):
     config = json.loads((run / "best" / "config.json").read_text())
     config["weights_origin"] |= {"recipe": "finetune_small", "finetuned_on": "kvasir_seg reference/train", "n": 800}
     (run / "best" / "config.json").write_text(json.dumps(config))
-    text = section(render_card(collect_facts(run / "best", organisation="x", run_dir=run)), "Compute")
+    text = section(render_card(collect_facts(run / "best", organization="x", run_dir=run)), "Compute")
     assert "3.0 h" in text and "Linux-x" in text and "computed in: bf16" in text and "carbon: not recorded" in text
 
 
@@ -522,15 +523,15 @@ def test_a_folder_of_result_files_of_another_format_is_a_clear_error(tmp_path):
     folder.mkdir()
     (folder / "kvasir_seg.reference.test.json").write_text(json.dumps({"metrics": {}, "images": []}))
     with pytest.raises(UsageError, match=r"no receipts .*resnet10t_deeplabv3plus\.random.*not read: run"):
-        measured_facts(folder, organisation="x")
+        measured_facts(folder, organization="x")
 
 
 HOSTILE = 'x" + str(1) + "\n# Heading\n<img src=x onerror=alert(1)> ![p](http://h/x.png) [go](javascript:x) `a` | b'
 
 
 def test_what_a_config_says_of_itself_stays_plain_text():
-    facts = planned_facts(zoo.get("RN-IN-MC"), organisation="someone")
-    record = facts.origin.record | {
+    facts = planned_facts(zoo.get("RN-IN-MC"), organization="someone")
+    record = facts.origin.content | {
         "model_id": HOSTILE,
         "recipe": HOSTILE,
         "recipe_changes": [HOSTILE],
@@ -539,7 +540,7 @@ def test_what_a_config_says_of_itself_stays_plain_text():
         "sha256": HOSTILE,
     }
     hostile = dataclasses.replace(
-        facts, origin=read_origin(record), encoder=HOSTILE, revision=HOSTILE, organisation=HOSTILE, recipe=None
+        facts, origin=read_origin(record), encoder=HOSTILE, revision=HOSTILE, organization=HOSTILE, recipe=None
     )
     card = render_card(hostile)
     text = re.sub(r"`[^`\n]*`", "", card.text)

@@ -43,7 +43,7 @@ ORIGIN = {
 }
 
 
-def randomise(model: nn.Module) -> None:
+def randomize(model: nn.Module) -> None:
     """Random BatchNorm statistics, so that no buffer can hide."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
@@ -59,7 +59,7 @@ def source(request, tmp_path_factory) -> Path:
     torch.manual_seed(0)
     options = {"decoder_channels": 32, "image_size": SIDE, "weights_origin": ORIGIN}
     model = PolypSegForSemanticSegmentation(PolypSegConfig(**FIELDS[request.param], **options))
-    randomise(model)
+    randomize(model)
     head = [module for module in model.decoder.modules() if isinstance(module, nn.Conv2d)][-1]
     with torch.inference_mode():
         head.bias -= model.eval()(torch.randn(1, 3, SIDE, SIDE)).logits[:, 1].median()  # marks about half of a frame
@@ -76,7 +76,7 @@ def without_card(monkeypatch):
 
 @pytest.fixture(scope="module")
 def exported(source, tmp_path_factory) -> Path:
-    return export_model(source, tmp_path_factory.mktemp("exported") / "model", organisation="someone").folder
+    return export_model(source, tmp_path_factory.mktemp("exported") / "model", organization="someone").folder
 
 
 PLAIN = """
@@ -173,11 +173,18 @@ def test_half_refuses_values_that_it_cannot_hold():
 
 
 def test_an_exported_folder_can_be_exported_again(source, exported, tmp_path, without_card):
-    again = export_model(exported, tmp_path / "again", organisation="someone")
+    again = export_model(exported, tmp_path / "again", organization="someone")
     first = safetensors.torch.load_file(exported / "model.safetensors")
     second = safetensors.torch.load_file(again.folder / "model.safetensors")
     assert all(torch.equal(first[key], second[key]) for key in first)
-    assert again.origin.record["sha256"] == file_sha256(source / "model.safetensors")
+    assert again.origin.sha256 == file_sha256(source / "model.safetensors")
+
+
+def test_a_card_bears_the_name_that_the_weights_earn(exported, tmp_path, monkeypatch):
+    named = []
+    monkeypatch.setattr(export_module, "_write_card", lambda *_, name, **__: named.append(name))
+    done = export_model(exported, tmp_path / "again")
+    assert named == [done.origin.repo_name] == ["small.random-small-smoke-synthetic_a"]
 
 
 def write_result(folder: Path, *, sha256: str | None, name: str = "small.random", count: int = 3) -> Path:
@@ -200,7 +207,7 @@ def test_only_sound_receipts_of_these_very_weights_go_along(source, tmp_path, wi
     content["scores_by_cluster"]["paper"]["dice"]["mean"] += 0.1
     save_receipt(forged, content)  # with a digest that fits
     (results / "small.random" / "kvasir_seg.reference.test.json").write_text('{"metrics": {}}')  # of another format
-    done = export_model(source, tmp_path / "out", results=results, organisation="someone")
+    done = export_model(source, tmp_path / "out", results=results, organization="someone")
     assert done.results == (elsewhere.name, mine.name)
     assert [reason.split(": ")[0] for reason in done.left_out] == [
         f"kvasir_seg.reference.test{count}.receipt.json" for count in (5, 6, 8)
@@ -215,7 +222,7 @@ def test_results_without_a_receipt_are_a_usage_error(source, tmp_path, without_c
     (tmp_path / "results" / "small.random").mkdir(parents=True)
     (tmp_path / "results" / "small.random" / "kvasir_seg.reference.test.json").write_text('{"metrics": {}}')
     with pytest.raises(UsageError, match=r"no receipts .*another format are not read: run"):
-        export_model(source, tmp_path / "out", results=tmp_path / "results", organisation="someone")
+        export_model(source, tmp_path / "out", results=tmp_path / "results", organization="someone")
     assert not (tmp_path / "out").exists()
 
 
@@ -231,7 +238,7 @@ def test_a_copy_with_other_outputs_is_not_kept(source, tmp_path, monkeypatch, wi
 
     monkeypatch.setattr(export_module, "write_weights", damaged)
     with pytest.raises(PolypSegError, match="nothing is kept"):
-        export_model(source, tmp_path / "out", organisation="someone")
+        export_model(source, tmp_path / "out", organization="someone")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -239,9 +246,9 @@ def test_only_an_earlier_export_is_replaced(source, tmp_path, without_card):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="no exported model"):
-        export_model(source, tmp_path / "work", organisation="someone")
+        export_model(source, tmp_path / "work", organization="someone")
     with pytest.raises(UsageError, match=r"another folder|no exported model"):
-        export_model(source, source.parent, organisation="someone")
+        export_model(source, source.parent, organization="someone")
     assert (tmp_path / "work" / "notes.txt").read_text() == "mine" and (source / "model.safetensors").is_file()
 
 
@@ -252,7 +259,7 @@ def test_changed_weights_lose_the_name_and_the_results_of_the_old_ones(source, t
     model.save_pretrained(tmp_path / "further")
     processor.save_pretrained(tmp_path / "further")
     write_result(tmp_path / "results", sha256=file_sha256(source / "model.safetensors"))
-    done = export_model(tmp_path / "further", tmp_path / "out", results=tmp_path / "results", organisation="someone")
+    done = export_model(tmp_path / "further", tmp_path / "out", results=tmp_path / "results", organization="someone")
     assert done.results == () and "other weights" in done.left_out[0]
     assert "changed" in done.origin.suffix and any("changed" in why for why in done.origin.shortcomings)
 
@@ -262,7 +269,7 @@ def test_a_damaged_export_is_not_exported_again(exported, tmp_path, without_card
     shutil.copytree(exported, copy)
     (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
     with pytest.raises(PolypSegError, match=r"config\.json \(damaged\)"):
-        export_model(copy, tmp_path / "out", organisation="someone")
+        export_model(copy, tmp_path / "out", organization="someone")
 
 
 def test_a_folder_that_is_no_model_is_a_usage_error(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.hub import onnx as module
 from polypseg.hub.onnx import export_runtime
@@ -24,7 +24,7 @@ from tiny_models import write_tiny_model
 
 @pytest.fixture(scope="module")
 def frames() -> list[Image.Image]:
-    return [Image.fromarray(synthesise_frame(CAMERAS["a"], seed=1, index=n, size=(80, 96))[0]) for n in range(10)]
+    return [Image.fromarray(synthesize_frame(CAMERAS["a"], seed=1, index=n, size=(80, 96))[0]) for n in range(10)]
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_the_published_folder_and_the_runtimes_file_have_options_of_their_own(tm
     for options, words in (
         ({"precision": "fp16"}, "belong to --format"),
         ({}, "say with --output"),
-        ({"format_": "onnx", "organisation": "me"}, "belong to the published folder"),
+        ({"format_": "onnx", "organization": "me"}, "belong to the published folder"),
     ):
         with pytest.raises(UsageError, match=words):
             export(str(tmp_path), **options)

@@ -32,7 +32,7 @@ def exported(tmp_path_factory) -> Path:
     """A small CNN model as `polypseg export` writes it."""
     folder = tmp_path_factory.mktemp("model")
     write_tiny_model(folder / "best", origin=SMOKE_ORIGIN, decoder_channels=32)
-    return export_model(folder / "best", folder / "exported", organisation="polypseg").folder
+    return export_model(folder / "best", folder / "exported", organization="polypseg").folder
 
 
 @pytest.fixture(scope="module")

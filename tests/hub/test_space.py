@@ -26,7 +26,7 @@ from transformers import DPTConfig, DPTForSemanticSegmentation
 
 import processes
 from polypseg import PolypSegConfig
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.errors import UsageError
 from polypseg.hub.space import EXAMPLES, GRADIO, SpaceModel, describe_model, export_space, run_demo_app
 from polypseg.inference.model import build_image_processor
@@ -58,7 +58,7 @@ def save_native_dpt(folder: Path, *, seed: int) -> Path:
     )
     model = DPTForSemanticSegmentation(config).eval()
     processor = build_image_processor(PolypSegConfig(encoder="resnet18", image_size=64))
-    frame = Image.fromarray(synthesise_frame(CAMERAS["a"], seed=0, index=1)[0])
+    frame = Image.fromarray(synthesize_frame(CAMERAS["a"], seed=0, index=1)[0])
     with torch.no_grad():
         both = model(**processor(images=[frame], return_tensors="pt")).logits[0]
         polyp, last = both[1] - both[0], [m for m in model.head.modules() if isinstance(m, torch.nn.Conv2d)][-1]
@@ -147,7 +147,7 @@ def test_examples_are_the_synthetic_frames_of_both_cameras(tiny, tmp_path):
     assert len(list(folder.iterdir())) == len(EXAMPLES)
     for camera, index in EXAMPLES:
         with Image.open(folder / f"synthetic_camera_{camera}_{index:02d}.png") as image:
-            expected, _ = synthesise_frame(CAMERAS[camera], seed=0, index=index)
+            expected, _ = synthesize_frame(CAMERAS[camera], seed=0, index=index)
             np.testing.assert_array_equal(np.asarray(image), expected)
 
 
@@ -404,8 +404,8 @@ def test_app_in_a_browser_shows_what_the_segmenter_says(tiny, tmp_path):
         page.get_by_label("Remove Image").click()
         frame.convert("L").save(tmp_path / "grey.png")
         page.locator("input[type=file]").first.set_input_files(tmp_path / "grey.png")
-        (grey,) = segmenters[0].predict([frame.convert("L")])
-        see(result).to_contain_text(f"{grey.area:,} px")
+        (gray,) = segmenters[0].predict([frame.convert("L")])
+        see(result).to_contain_text(f"{gray.area:,} px")
 
         phone = browser.new_page(viewport={"width": 390, "height": 844})
         phone.set_default_timeout(90_000)

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from polypseg.data.images import decode_frame
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.hub.web_page import BUILT, PageServer, assemble_page, export_page
 from polypseg.inference.segmenter import Segmenter
 from web_model import model_folder
@@ -47,7 +47,7 @@ def content(model) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def frame() -> bytes:
     """A PNG of a synthetic frame, at a size that needs resizing in both directions."""
-    pixels, _ = synthesise_frame(CAMERAS["a"], seed=0, index=1)
+    pixels, _ = synthesize_frame(CAMERAS["a"], seed=0, index=1)
     return png(Image.fromarray(pixels).resize((413, 331)))
 
 

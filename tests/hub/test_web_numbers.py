@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from polypseg.data.images import decode_grey_mask
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.images import decode_gray_mask
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.inference.model import build_image_processor, polyp_logits, resize_map
 from polypseg.inference.segmenter import find_lesions, read_logits
 from polypseg.modeling import PolypSegConfig
@@ -76,7 +76,7 @@ def test_resize_gives_pillows_bytes(node, tmp_path, channels):
 
 @pytest.mark.parametrize("camera", ["a", "b"])
 def test_input_of_the_network_is_the_image_processors(node, tmp_path, camera):
-    frame, _ = synthesise_frame(CAMERAS[camera], seed=0, index=3)
+    frame, _ = synthesize_frame(CAMERAS[camera], seed=0, index=3)
     settings = PolypSegConfig(encoder="resnet18", image_size=96)
     expected = build_image_processor(settings)(images=[Image.fromarray(frame)], return_tensors="np")["pixel_values"][0]
     (tmp_path / "frame").write_bytes(frame.tobytes())
@@ -85,7 +85,7 @@ def test_input_of_the_network_is_the_image_processors(node, tmp_path, camera):
         job | {"from": size_of(frame.shape[1], frame.shape[0]), "mean": settings.image_mean, "std": settings.image_std}
     )
     got = np.fromfile(tmp_path / "values", np.float32).reshape(expected.shape)
-    assert np.abs(got - expected).max() < 1e-5  # a step of one grey value is 0.017
+    assert np.abs(got - expected).max() < 1e-5  # a step of one gray value is 0.017
 
 
 def test_logits_and_their_upsampling_are_torchs(node, tmp_path):
@@ -160,7 +160,7 @@ def test_mask_file_is_one_the_package_reads(node, tmp_path):
     node({"call": "png", "input": "mask", "output": "mask.png", "size": size_of(53, 37)})
     data = (tmp_path / "mask.png").read_bytes()
     assert Image.open(io.BytesIO(data)).mode == "L"
-    np.testing.assert_array_equal(decode_grey_mask(data, name="mask.png"), 255 * mask)
+    np.testing.assert_array_equal(decode_gray_mask(data, name="mask.png"), 255 * mask)
 
 
 # -- files before they are decoded ------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Operating points from labelled frames, and margins that hold what they promise."""
+"""Operating points from labeled frames, and margins that hold what they promise."""
 
 import csv
 import json
@@ -19,12 +19,12 @@ from polypseg.expectation.calibrate import (
     DEFAULT,
     SHARES,
     THRESHOLDS,
-    Labelled,
+    Labeled,
     calibrate,
     calibrate_files,
     choose_point,
     open_pairs,
-    read_labelled,
+    read_labeled,
     save_calibration,
     score_grid,
 )
@@ -140,13 +140,13 @@ def test_calibration_corrects_a_model_that_says_too_little(tmp_path):
     assert dice[1] > dice[0]
     for expression, words in (("(", "regular"), ("clip", "brackets"), ("(x)", "does not match")):
         with pytest.raises(UsageError, match=words):
-            read_labelled(open_pairs(tmp_path / "frames", tmp_path / "masks"), clip=expression)
+            read_labeled(open_pairs(tmp_path / "frames", tmp_path / "masks"), clip=expression)
 
 
 def test_too_few_clips_and_unpaired_frames_are_refused(tmp_path):
-    labelled = [Labelled(name=str(k), group="one", frame=draw_frame(k)[0], truth=draw_frame(k)[1]) for k in range(6)]
+    labeled = [Labeled(name=str(k), group="one", frame=draw_frame(k)[0], truth=draw_frame(k)[1]) for k in range(6)]
     with pytest.raises(UsageError, match="too few"):
-        calibrate(constructed(), labelled)
+        calibrate(constructed(), labeled)
     for folder, name in (("frames", "a.png"), ("masks", "b.png")):
         (tmp_path / folder).mkdir()
         draw_frame(0)[0].save(tmp_path / folder / name)
@@ -258,8 +258,8 @@ def test_needs_are_in_units_of_the_mask():
 
 
 def test_segment_writes_margins_flags_and_alarm(tmp_path):
-    learnt = write_expectation(tmp_path / "model")
-    segmenter = constructed(expectation=learnt)
+    learned = write_expectation(tmp_path / "model")
+    segmenter = constructed(expectation=learned)
     (tmp_path / "in").mkdir()
     for seed in range(4):
         draw_frame(seed, polyp=seed > 0)[0].save(tmp_path / "in" / f"{seed}.png")

@@ -372,9 +372,9 @@ def test_arrays_that_are_no_probability_maps_are_refused(tmp_path, pixels, match
 
 
 def test_colours_class_numbers_and_damage_are_refused_by_name(data, tmp_path):
-    colours = np.zeros((72, 100, 3), np.uint8)
-    colours[:20, :, 0] = 255
-    write_png(tmp_path / "00000.png", colours)
+    colors = np.zeros((72, 100, 3), np.uint8)
+    colors[:20, :, 0] = 255
+    write_png(tmp_path / "00000.png", colors)
     with pytest.raises(PolypSegError, match=r"00000\.png is in colours: save the polyp's probability as grey"):
         list(FilePredictions(tmp_path).predict(data, data.ids[:1]))
     write_png(tmp_path / "00000.png", data.mask(data.records[0]) * np.uint8(2))

@@ -40,7 +40,7 @@ def segmenter(frames) -> Segmenter:
 
 def test_masks_at_one_half_are_those_of_the_evaluation(segmenter, frames):
     ours, theirs = segmenter.predict(frames), predict_masks(segmenter.model, segmenter.processor, frames)
-    assert 0.2 < np.mean([mask.mean() for mask in theirs]) < 0.8  # masks of one colour would prove nothing
+    assert 0.2 < np.mean([mask.mean() for mask in theirs]) < 0.8  # masks of one color would prove nothing
     for prediction, mask in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(prediction.mask, mask)
 

@@ -9,7 +9,7 @@ Its first line of output is its address. In the shell of the client:
     export HF_HUB_DISABLE_TELEMETRY=1 HF_HUB_DISABLE_UPDATE_CHECK=1 HF_XET_TELEMETRY_ENABLED=0
 
 HF_ENDPOINT is read when huggingface_hub is imported. Tokens: hf_write and hf_read (alice, a member of the
-organisation polypseg), hf_other (bob). Data stay in --root between runs. For tests and trials on one machine only.
+organization polypseg), hf_other (bob). Data stay in --root between runs. For tests and trials on one machine only.
 """
 
 import argparse

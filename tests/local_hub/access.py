@@ -1,4 +1,4 @@
-"""Who may do what: users, organisations and tokens that read or write."""
+"""Who may do what: users, organizations and tokens that read or write."""
 
 from dataclasses import dataclass, field
 
@@ -25,10 +25,10 @@ DEFAULT_TOKENS = {
 
 @dataclass(frozen=True)
 class Accounts:
-    """Tokens, and the members of each organisation."""
+    """Tokens, and the members of each organization."""
 
     tokens: dict[str, Account] = field(default_factory=lambda: dict(DEFAULT_TOKENS))
-    organisations: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"polypseg": ("alice",)})
+    organizations: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"polypseg": ("alice",)})
 
     def of(self, request: Request) -> Account | None:
         """The account that sent a request, None without a token; an unknown token is refused."""
@@ -42,7 +42,7 @@ class Accounts:
 
     def belongs(self, account: Account | None, owner: str) -> bool:
         """Whether the owner's things are the account's own."""
-        return account is not None and (account.name == owner or account.name in self.organisations.get(owner, ()))
+        return account is not None and (account.name == owner or account.name in self.organizations.get(owner, ()))
 
     def require_write(self, account: Account | None, owner: str) -> Account:
         """Refuse whoever may not write under this owner."""

@@ -85,7 +85,7 @@ async def create_collection(request: Request) -> Response:
         "slug": _slug(owner, title, identifier),
         "title": title,
         "description": body.get("description"),
-        "owner": {"name": owner, "type": "org" if owner in hub.accounts.organisations else "user"},
+        "owner": {"name": owner, "type": "org" if owner in hub.accounts.organizations else "user"},
         "private": bool(body.get("private")),
         "theme": "orange",
         "upvotes": 0,

@@ -19,14 +19,14 @@ async def whoami(request: Request) -> Response:
     account = accounts.of(request)
     if account is None:
         raise HubError(401, "Invalid username or password.")
-    organisations = [name for name, members in accounts.organisations.items() if account.name in members]
+    organizations = [name for name, members in accounts.organizations.items() if account.name in members]
     return JSONResponse(
         {
             "type": "user",
             "id": account.name,
             "name": account.name,
             "fullname": account.name.title(),
-            "orgs": [{"type": "org", "id": name, "name": name, "roleInOrg": "admin"} for name in organisations],
+            "orgs": [{"type": "org", "id": name, "name": name, "roleInOrg": "admin"} for name in organizations],
             "auth": {"type": "access_token", "accessToken": {"displayName": "test", "role": account.role}},
         }
     )

@@ -1,4 +1,4 @@
-"""What a user relies on in the model class: shapes, loss, initialisation, save and load, sizes, errors."""
+"""What a user relies on in the model class: shapes, loss, initialization, save and load, sizes, errors."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Our decoders against segmentation_models_pytorch, in outputs: float64, randomised BatchNorm, <= 1e-10."""
+"""Our decoders against segmentation_models_pytorch, in outputs: float64, randomized BatchNorm, <= 1e-10."""
 
 import pytest
 import timm
@@ -12,7 +12,7 @@ smp = pytest.importorskip("segmentation_models_pytorch")
 TOLERANCE = 1e-10  # observed: exactly 0 or a few 1e-14
 
 
-def randomise(model: nn.Module) -> nn.Module:
+def randomize(model: nn.Module) -> nn.Module:
     """Random weights of sensible size and random BatchNorm statistics, so that no term can hide."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
@@ -37,7 +37,7 @@ def copy_in_order(source: nn.Module, target: nn.Module) -> None:
 @pytest.mark.parametrize("encoder", ["resnet50", "resnet18"])
 def test_deeplabv3plus_matches_smp(encoder):
     torch.manual_seed(0)
-    reference = randomise(smp.DeepLabV3Plus(encoder, encoder_weights=None))
+    reference = randomize(smp.DeepLabV3Plus(encoder, encoder_weights=None))
     ours = PolypSegForSemanticSegmentation(PolypSegConfig(encoder=encoder)).double().eval()
     ours.encoder.load_state_dict(reference.encoder.state_dict(), strict=True)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_deeplabv3plus_matches_smp(encoder):
 
 def test_without_the_dilation_correction_the_outputs_differ():
     """The guard of the guard: timm's own layer4 has the same keys and other outputs."""
-    ours = randomise(PolypSegForSemanticSegmentation(PolypSegConfig(encoder="resnet18")))
+    ours = randomize(PolypSegForSemanticSegmentation(PolypSegConfig(encoder="resnet18")))
     x = torch.randn(1, 3, 96, 96, dtype=torch.float64)
     with torch.no_grad():
         right = ours(x).logits
@@ -90,7 +90,7 @@ def copy_dpt(reference: nn.Module, ours: PolypSegForSemanticSegmentation) -> Non
 @pytest.mark.parametrize("size", [(224, 224), (352, 352), (224, 352)])
 def test_dpt_matches_smp(size):
     torch.manual_seed(0)
-    reference = randomise(smp_dpt("vit_tiny_patch16_224", 192))
+    reference = randomize(smp_dpt("vit_tiny_patch16_224", 192))
     ours = PolypSegForSemanticSegmentation(PolypSegConfig(encoder="vit_tiny_patch16_224", decoder="dpt"))
     ours = ours.double().eval()
     copy_dpt(reference, ours)
@@ -118,7 +118,7 @@ def test_deeplabv3plus_on_a_vit_is_smps_decoder_on_the_third_and_the_last_block(
     torch.manual_seed(0)
     theirs = smp.DeepLabV3Plus("resnet18", encoder_weights=None).decoder
     theirs = type(theirs)([0, 0, 192, 0, 0, 192], 5, 256, (12, 24, 36), 16, True, 0.5).double().eval()
-    ours = randomise(
+    ours = randomize(
         PolypSegForSemanticSegmentation(PolypSegConfig(encoder="vit_tiny_patch16_224", decoder="deeplabv3plus"))
     )
     parts = {"aspp": "aspp.0", "refine": "aspp.1", "skip": "block1", "fuse": "block2"}
@@ -143,9 +143,9 @@ def test_deeplabv3plus_on_a_vit_is_smps_decoder_on_the_third_and_the_last_block(
 
 def test_dpt_on_a_cnn_is_smps_fusion_of_four_projected_levels():
     torch.manual_seed(0)
-    reference = randomise(smp_dpt("vit_tiny_patch16_224", 192))
+    reference = randomize(smp_dpt("vit_tiny_patch16_224", 192))
     pyramid = smp.DeepLabV3Plus("resnet18", encoder_weights=None).encoder.double().eval()  # dilates as ours does
-    ours = randomise(PolypSegForSemanticSegmentation(PolypSegConfig(encoder="resnet18", decoder="dpt")))
+    ours = randomize(PolypSegForSemanticSegmentation(PolypSegConfig(encoder="resnet18", decoder="dpt")))
     pyramid.load_state_dict(ours.encoder.state_dict(), strict=True)
     with torch.no_grad():
         for theirs, fusion in zip(reference.decoder.fusion_blocks, ours.decoder.fusion[::-1], strict=True):

@@ -16,7 +16,7 @@ from scipy import stats
 
 from polypseg.data.corpus import FrameStore, open_frames
 from polypseg.data.shards import write_shards
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.errors import PolypSegError
 from polypseg.pretraining.loader import FrameFeed, UnreadableFrames, frame_loader
 from polypseg.pretraining.views import ViewSettings, make_views
@@ -43,7 +43,7 @@ COUNT = 24
 
 def encode(index: int) -> bytes:
     buffer = io.BytesIO()
-    pixels = synthesise_frame(CAMERAS["a"], seed=0, index=index, size=(72, 80))[0]
+    pixels = synthesize_frame(CAMERAS["a"], seed=0, index=index, size=(72, 80))[0]
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=95)
     return buffer.getvalue()
 

@@ -1,4 +1,4 @@
-"""The three methods against closed forms and independent oracles: losses, heads, initialisation, what trains."""
+"""The three methods against closed forms and independent oracles: losses, heads, initialization, what trains."""
 
 import copy
 import math
@@ -274,7 +274,7 @@ def test_mae_is_initialised_as_its_authors_do():
 
 
 def test_mae_reconstruction_undoes_the_target_normalisation():
-    """A decoder that predicts the normalised truth must give back the image."""
+    """A decoder that predicts the normalized truth must give back the image."""
     method = small_method("mae", VIT)
     images, noise = torch.rand(2, 3, 64, 64), torch.rand(2, 16)
     truth = patchify(images, size=16)

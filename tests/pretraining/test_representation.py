@@ -14,7 +14,7 @@ from polypseg.errors import PolypSegError, UsageError
 from polypseg.pretraining.probes import labelled
 from polypseg.pretraining.probes.figures import running_median
 from polypseg.pretraining.probes.report import (
-    LabelledFrames,
+    LabeledFrames,
     choose_queries,
     difference,
     draw_loss_curve,
@@ -22,7 +22,7 @@ from polypseg.pretraining.probes.report import (
     embed,
     embedding_spread,
     knn_scores,
-    load_labelled,
+    load_labeled,
     majority_share,
     nearest_elsewhere,
     probe_scores,
@@ -39,12 +39,12 @@ def draw_frame(seed: int) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(coarse).resize((60, 48), Image.Resampling.BICUBIC))
 
 
-def make_frames(counts: tuple[int, ...] = (60, 40, 20), *, twins: int = 0) -> LabelledFrames:
-    """Frames without a file; the first ``twins`` pairs of neighbouring frames are near-duplicates."""
+def make_frames(counts: tuple[int, ...] = (60, 40, 20), *, twins: int = 0) -> LabeledFrames:
+    """Frames without a file; the first ``twins`` pairs of neighboring frames are near-duplicates."""
     labels = np.repeat(np.arange(len(counts)), counts)
     groups = np.arange(len(labels))
     groups[1 : 2 * twins : 2] = groups[0 : 2 * twins : 2]
-    return LabelledFrames(
+    return LabeledFrames(
         names=tuple(f"{CLASSES[label]}/{i:03d}.png" for i, label in enumerate(labels)),
         labels=labels,
         classes=CLASSES[: len(counts)],
@@ -54,7 +54,7 @@ def make_frames(counts: tuple[int, ...] = (60, 40, 20), *, twins: int = 0) -> La
     )
 
 
-def blobs(frames: LabelledFrames, *, seed: int = 0, distance: float = 8.0) -> NDArray[np.float32]:
+def blobs(frames: LabeledFrames, *, seed: int = 0, distance: float = 8.0) -> NDArray[np.float32]:
     """Embeddings (N, 16): a Gaussian about a direction of its own for each class."""
     rng = np.random.default_rng(seed)
     return (rng.normal(size=(len(frames), 16)) + distance * np.eye(16)[frames.labels]).astype(np.float32)
@@ -104,7 +104,7 @@ def test_spread_refuses_anything_but_a_batch_of_embeddings():
 
 def test_load_labelled_reads_classes_images_and_duplicates(folder):
     Image.fromarray(draw_frame(3)).save(folder / "stool" / "again.jpg", quality=90)  # of clean/3.png
-    frames = load_labelled(folder, image_size=32)
+    frames = load_labeled(folder, image_size=32)
     assert frames.classes == CLASSES and len(frames) == 19
     assert np.bincount(frames.labels).tolist() == [6, 6, 7]
     assert [CLASSES[label] for label in frames.labels] == [name.split("/")[0] for name in frames.names]
@@ -120,42 +120,42 @@ def test_load_labelled_reads_classes_images_and_duplicates(folder):
 def test_near_duplicates_of_near_duplicates_are_one_group(folder):
     for name in ("again", "more"):
         Image.fromarray(draw_frame(0)).save(folder / "clean" / f"{name}.png")
-    frames = load_labelled(folder, image_size=32)
+    frames = load_labeled(folder, image_size=32)
     assert sorted(np.bincount(frames.groups))[-2:] == [1, 3]
 
 
 def test_load_labelled_refuses_one_class(folder, tmp_path):
     with pytest.raises(UsageError, match="one sub-folder a class"):
-        load_labelled(folder / "clean", image_size=32)
+        load_labeled(folder / "clean", image_size=32)
     (folder / "clean").rename(tmp_path / "clean")
     (tmp_path / "single").mkdir()
     (tmp_path / "clean").rename(tmp_path / "single" / "clean")
     with pytest.raises(UsageError, match="only the class 'clean'"):
-        load_labelled(tmp_path / "single", image_size=32)
+        load_labeled(tmp_path / "single", image_size=32)
 
 
 def test_load_labelled_refuses_a_class_with_fewer_distinct_frames_than_folds(folder):
     for i in (3, 4):
         Image.fromarray(draw_frame(20)).save(folder / "stool" / f"{i}.png")  # repeats of the first
     with pytest.raises(UsageError, match="'stool' has 4 distinct frames, fewer than the 5 folds"):
-        load_labelled(folder, image_size=32)
+        load_labeled(folder, image_size=32)
 
 
 def test_load_labelled_names_a_broken_frame(folder):
     (folder / "dirty" / "1.png").write_bytes(b"no image")
     with pytest.raises(PolypSegError, match=r"dirty/1\.png"):
-        load_labelled(folder, image_size=32)
+        load_labeled(folder, image_size=32)
 
 
 def test_embed_normalises_and_keeps_the_order():
     frames = make_frames()
 
-    def mean_colour(x: torch.Tensor) -> torch.Tensor:
+    def mean_color(x: torch.Tensor) -> torch.Tensor:
         assert torch.is_inference_mode_enabled() and x.shape[1:] == (3, 32, 32)
         return x.mean((2, 3))
 
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-    embeddings = embed(mean_colour, frames, mean=mean, std=std, batch_size=7, device="cpu")
+    embeddings = embed(mean_color, frames, mean=mean, std=std, batch_size=7, device="cpu")
     assert embeddings.dtype == np.float32
     np.testing.assert_allclose(embeddings, (frames.images.mean((1, 2)) / 255 - mean) / std, atol=1e-5)
 
@@ -212,7 +212,7 @@ def test_near_duplicates_do_not_help_k_nn():
     frames = make_frames((60, 60), twins=60)
     rng = np.random.default_rng(0)
     labels = np.repeat(rng.permutation(np.repeat([0, 1], 30)), 2)
-    frames = LabelledFrames(**{**vars(frames), "labels": labels})
+    frames = LabeledFrames(**{**vars(frames), "labels": labels})
     copies = np.repeat(rng.normal(size=(60, 16)).astype(np.float32), 2, axis=0)
     assert knn_scores(copies, frames, k=1).mean < 0.62
 
@@ -326,7 +326,7 @@ def test_real_frames_hold_the_known_duplicates_and_pixel_statistics_beat_chance(
         "near_duplicates",
         lambda prints, **wider: pairs.extend(near_duplicates(prints)) or near_duplicates(prints, **wider),
     )
-    frames = load_labelled(real_data / "HyperKvasir-frames", image_size=32)
+    frames = load_labeled(real_data / "HyperKvasir-frames", image_size=32)
     assert len(frames) == 1000 and len(frames.classes) == 4
     assert majority_share(frames) == 0.4
     assert 100 <= len(pairs) <= 125  # about 116 by an independent search, 109 by this one

@@ -26,7 +26,7 @@ from torchvision.transforms import (
 from torchvision.transforms import functional as oracle
 
 from polypseg.data.images import decode_frame
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.errors import PolypSegError
 from polypseg.pretraining import views
 from polypseg.pretraining.views import Box, ViewSettings, augment, crop_views, draw_box, greatest_reduction, make_views
@@ -48,7 +48,7 @@ NOTHING = ViewSettings(
 )
 FIRST = replace(NOTHING, jitter_probability=0.8, grayscale_probability=0.2, blur_probability=1.0, flip_probability=0.5)
 SECOND = replace(FIRST, blur_probability=0.1, solarize_probability=0.2)
-FRAME = synthesise_frame(CAMERAS["a"], seed=0, index=3, size=(531, 633))[0]
+FRAME = synthesize_frame(CAMERAS["a"], seed=0, index=3, size=(531, 633))[0]
 VIEW = np.asarray(Image.fromarray(FRAME).resize((224, 224)))
 
 
@@ -99,8 +99,8 @@ def test_draw_box_falls_back_to_torchvisions_centre(height, width):
 
 
 def jpeg_files() -> dict[str, bytes]:
-    grey, cmyk = io.BytesIO(), io.BytesIO()
-    Image.fromarray(FRAME).convert("L").save(grey, format="JPEG")
+    gray, cmyk = io.BytesIO(), io.BytesIO()
+    Image.fromarray(FRAME).convert("L").save(gray, format="JPEG")
     Image.fromarray(FRAME).convert("CMYK").save(cmyk, format="JPEG")
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
@@ -109,7 +109,7 @@ def jpeg_files() -> dict[str, bytes]:
         "JPEG 4:2:0": encode(FRAME, subsampling=2),
         "progressive JPEG": encode(FRAME, progressive=True),
         "turned JPEG": encode(FRAME, exif=exif),
-        "grey JPEG": grey.getvalue(),
+        "grey JPEG": gray.getvalue(),
         "CMYK JPEG": cmyk.getvalue(),
         "PNG": encode(FRAME, "PNG"),
         "grey PNG": encode(FRAME[..., 0], "PNG"),
@@ -166,7 +166,7 @@ def test_greatest_reduction_never_leaves_a_box_smaller_than_the_view(sides, redu
 
 
 def off(data: bytes, boxes: list[Box], *, size: int, interpolation: str) -> np.ndarray:
-    """Signed difference in grey levels between the views of a reduced decoding and those of the full frame."""
+    """Signed difference in gray levels between the views of a reduced decoding and those of the full frame."""
     reduced = crop_views(data, name="a", draw=lambda *_: boxes, size=size, interpolation=interpolation)
     frame, differences = decode_frame(data, name="a"), []
     for view, box in zip(reduced, boxes, strict=True):
@@ -190,7 +190,7 @@ def test_reduced_decoding_changes_pixels_little_and_shifts_nothing(reduction, in
 
 
 def test_reduced_decoding_keeps_boxes_in_place():
-    """On a ramp of half a grey level a pixel, a shift by one pixel of the reduced frame would show as one level."""
+    """On a ramp of half a gray level a pixel, a shift by one pixel of the reduced frame would show as one level."""
     ramp = np.linspace(0, 255, 512, dtype=np.float64)
     pixels = np.stack([np.tile(ramp, (512, 1)), np.tile(ramp[:, None], (1, 512)), np.full((512, 512), 90.0)], axis=2)
     data = encode(pixels.round().astype(np.uint8))

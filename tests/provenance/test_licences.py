@@ -1,4 +1,4 @@
-"""The licence of a model: by hand for every row, propagated from images, told step by step, and not to be edited."""
+"""The license of a model: by hand for every row, propagated from images, told step by step, and not to be edited."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ BY_HAND = {  # MoCo v3 and MAE: NC; SSL4GIE's own pretrained weights: NC; the re
 
 def record(short_name: str, **changes: object) -> dict[str, object]:
     """What a full-size run of a row by the study's recipe records, with changes."""
-    return {**planned_facts(zoo.get(short_name), organisation="x").origin.record, **changes}
+    return {**planned_facts(zoo.get(short_name), organization="x").origin.content, **changes}
 
 
 def own(source: str) -> dict[str, object]:
@@ -153,7 +153,7 @@ def test_report_refuses_a_folder_without_a_model_and_an_unknown_name(tmp_path):
 
 
 def published_card(short_name: str) -> ModelCard:
-    return render_card(dataclasses.replace(planned_facts(zoo.get(short_name), organisation="x"), stage="published"))
+    return render_card(dataclasses.replace(planned_facts(zoo.get(short_name), organization="x"), stage="published"))
 
 
 @pytest.mark.parametrize("short_name", BY_HAND)

@@ -1,10 +1,12 @@
-"""What name and licence weights have earned: the guard against weights that pass for one of the twelve."""
+"""What name and license weights have earned: the guard against weights that pass for one of the twelve."""
+
+import json
 
 import pytest
 
 from polypseg.errors import UsageError
 from polypseg.provenance.licence import model_license
-from polypseg.provenance.origin import read_origin
+from polypseg.provenance.origin import WeightsOrigin, read_origin
 from polypseg.zoo import EXTRA, ZOO
 
 ROW = {entry.short_name: entry for entry in ZOO}
@@ -210,3 +212,54 @@ def test_extra_row_keeps_its_id_and_is_none_of_the_twelve():
 def test_pair_that_the_study_does_not_have_descends_from_the_row_of_its_encoder(model_id, row, scale, label):
     origin = read_origin(trained(row, model_id=model_id, scale=scale, recipe_changes=["model.decoder=x"]))
     assert origin.entry is ROW[row] and origin.label == label and not origin.official
+
+
+def test_a_record_is_written_as_it_was_read():
+    record = {"scale": "full", "of_a_later_version": {"a": [1, None]}, "recipe_changes": None, "pretraining": {}}
+    record |= {"content": 1, "kind": "converted", "model_id": "somebodys", "sha256": "ab" * 32}
+    origin = WeightsOrigin.of(record)
+    assert json.dumps(origin.content) == json.dumps(record)
+    assert origin.kind == "untrained" and origin.recipe_changes == () and origin.pretraining is None
+    changed = origin.updated(sha256="cd" * 32, changed=True).without("scale")
+    assert changed.changed and changed.sha256 == "cd" * 32 and changed.scale is None
+    assert json.dumps(changed.content) == json.dumps(
+        {key: value for key, value in record.items() if key != "scale"} | {"sha256": "cd" * 32, "changed": True}
+    )
+    assert json.dumps(origin.content) == json.dumps(record), "the first stays as it was"
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ({"model_id": 5}, "model_id"),
+        ({"row": ["a"]}, "row"),
+        ({"n": "8" * 5000}, "n"),
+        ({"n": True}, "n"),
+        ({"finished": "yes"}, "finished"),
+        ({"recipe_changes": "seed=1"}, "recipe_changes"),
+        ({"recipe_changes": ["seed=1", 2]}, "recipe_changes.1"),
+        ({"pretraining": "hyperkvasir\n" * 1000}, "pretraining"),
+        ({"pretraining": {"frames": "many"}}, "pretraining.frames"),
+        ({"converted_from": {"file": 3}}, "converted_from.file"),
+        ({"adapted": {"frames": 3}}, "adapted.method"),
+        ("the internet" * 1000, ""),
+        (["a"], ""),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_damaged_record_is_refused_in_one_line(record, field, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"weights_origin": record}))
+    with pytest.raises(UsageError) as refused:
+        WeightsOrigin.of_folder(tmp_path)
+    message = str(refused.value)
+    assert message.startswith(f"{tmp_path / 'config.json'} has a damaged weights_origin ({field}")
+    assert "\n" not in message and len(message) < 300 + len(str(tmp_path))
+
+
+def test_adaptation_drops_the_digests_of_the_weights_before():
+    before = read_origin(trained("RN-NA-NA", sha256="ab" * 32, passport="cd" * 32))
+    after = before.adapted_to(
+        method="threshold", labeled=False, frames=20, groups=5, gain=0.01, bound=0.002, source="ab" * 32
+    )
+    assert after.sha256 is None and after.passport is None and after.suffix == "adapted"
+    assert after.content["adapted"]["from"] == "ab" * 32 and "20 frames of 5 clips, without masks" in after.adaptation

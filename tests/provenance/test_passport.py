@@ -27,6 +27,7 @@ from polypseg.hub.export import export_model
 from polypseg.hub.model_card import render_card
 from polypseg.provenance import passport as passport_module
 from polypseg.provenance.checksums import MANIFEST, read_manifest
+from polypseg.provenance.origin import PretrainingRecord, WeightsOrigin
 from polypseg.provenance.passport import (
     KINDS,
     NEAR_DUPLICATE,
@@ -394,10 +395,10 @@ def test_frames_manifest_leaves_out_what_could_not_be_read(tmp_path):
     frames = open_frames(folder.parent, corpus_folder="images")
     assert [frames.name(k) for k in range(3)] == ["images/bad.png", "images/one.png", "images/two.png"]
     manifest = frames_manifest(frames, left_out={0})
-    labelled = make_manifest(
+    labeled = make_manifest(
         open_dataset("folder", source=write_folder(tmp_path / "b", {"x": 2})), split="full", part="full"
     )
-    (hit,) = find_collisions(passport_of(manifest), labelled).found
+    (hit,) = find_collisions(passport_of(manifest), labeled).found
     assert (hit.kind, hit.seen_id) == (SAME_CONTENT, "images/two.png")
     with pytest.raises(PolypSegError, match=r"bad\.png"):
         frames_manifest(frames)
@@ -419,7 +420,7 @@ def write_encoder(folder: Path, passport: Passport) -> Path:
         architecture="resnet10t",
         num_features=512,
         facts={},
-        origin={"method": "moco_v3", "recipe": "r", "frames": 30, "source": "frames", "passport": digest},
+        origin=PretrainingRecord(method="moco_v3", recipe="r", frames=30, source="frames", passport=digest),
         key=PRETRAINING_KEY,
     )
     passport.save(folder)
@@ -454,7 +455,7 @@ def test_finetuning_leaves_the_passport_of_all_stages_and_export_takes_it_along(
     assert (best / PASSPORT).read_bytes() == written
 
     monkeypatch.setattr(export_module, "_write_card", lambda *_, **__: None)
-    done = export_model(best, tmp_path / "exported", organisation="someone")
+    done = export_model(best, tmp_path / "exported", organization="someone")
     assert (done.folder / PASSPORT).read_bytes() == written and PASSPORT in read_manifest(done.folder / MANIFEST)
     tested = make_manifest(data, split="reference", part="train")
     with pytest.raises(UsageError, match="16 of 16 images"):
@@ -465,7 +466,7 @@ def test_finetuning_leaves_the_passport_of_all_stages_and_export_takes_it_along(
     (weights.parent / PASSPORT).unlink()
     with pytest.raises(PolypSegError, match="missing that the weights' record names"):
         build_model(zoo.get("RN-HK-MC"), load_recipe("smoke", overrides=TINY), encoder_weights=str(weights))
-    facts = replace(planned_facts(zoo.get("RN-HK-MC"), organisation="someone"), passport=passport)
+    facts = replace(planned_facts(zoo.get("RN-HK-MC"), organization="someone"), passport=passport)
     card = str(render_card(facts))
     assert "## What the model saw" in card and "- pretraining: 30 frames (30 images)" in card
     assert "What the model saw" not in str(render_card(replace(facts, passport=None)))
@@ -487,7 +488,7 @@ def test_finetuning_leaves_the_passport_of_all_stages_and_export_takes_it_along(
     ],
 )
 def test_what_is_not_listed_is_a_stage_all_the_same(record, expected, tmp_path):
-    seen = seen_by_encoder(str(tmp_path / "model.safetensors"), record)
+    seen = seen_by_encoder(str(tmp_path / "model.safetensors"), WeightsOrigin.of(record))
     assert tuple(stage.description for stage in seen) == expected
     assert all(stage.manifest is None and stage.stage == "pretraining" for stage in seen)
 

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from polypseg.data.corruptions import corrupt
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.shift.frame_statistics import measure_frame, visible_field
 
 
 @pytest.fixture(scope="module")
 def frame():
-    return synthesise_frame(CAMERAS["a"], seed=0, index=1, size=(256, 256))[0]
+    return synthesize_frame(CAMERAS["a"], seed=0, index=1, size=(256, 256))[0]
 
 
 def test_flat_frame_has_known_measures():

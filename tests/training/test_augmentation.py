@@ -14,14 +14,14 @@ from scipy import stats
 from torchvision.transforms import functional as tensors
 from torchvision.transforms.v2 import functional as oracle
 
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.recipe import load_recipe
 from polypseg.training import augmentation
-from polypseg.training.augmentation import Affine, Normalisation, PairedAugmentation
+from polypseg.training.augmentation import Affine, Normalization, PairedAugmentation
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
-NO_COLOUR = [
+NO_COLOR = [
     f"augmentation.{key}" for key in ("brightness=0.0", "contrast=0.0", "saturation=0.0", "hue=0.0", "blur_kernel=0")
 ]
 NO_FLIP = ["augmentation.horizontal_flip=0.0", "augmentation.vertical_flip=0.0"]
@@ -34,7 +34,7 @@ def noise(side: int = 224, *, seed: int = 0) -> np.ndarray:
 
 IMAGES = {
     "noise": noise(),
-    "frame": synthesise_frame(CAMERAS["a"], seed=0, index=3, size=(224, 224))[0],
+    "frame": synthesize_frame(CAMERAS["a"], seed=0, index=3, size=(224, 224))[0],
     "grey": np.repeat(noise()[..., :1], 3, axis=2),
 }
 
@@ -44,7 +44,7 @@ def paired(*overrides: str, statistics: dict[str, list[float]] = IMAGENET) -> Pa
 
 
 def difference(name: str, image: np.ndarray, value: float) -> np.ndarray:
-    """Absolute difference in grey levels between our operation and torchvision's on the PIL image."""
+    """Absolute difference in gray levels between our operation and torchvision's on the PIL image."""
     before = image.copy()
     ours = getattr(augmentation, name)(image, value)
     theirs = np.asarray(getattr(oracle, name)(Image.fromarray(image), value))
@@ -53,7 +53,7 @@ def difference(name: str, image: np.ndarray, value: float) -> np.ndarray:
     return np.abs(ours.astype(int) - theirs)
 
 
-# -- colour ------------------------------------------------------------------------------------------------------------
+# -- color ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("image", IMAGES)
@@ -75,7 +75,7 @@ def test_adjust_equals_torchvision_within_a_grey_level(name, factor, image):
 @pytest.mark.parametrize("image", IMAGES)
 @pytest.mark.parametrize("shift", [-0.5, -0.2, -0.01, -0.005, 0.0, 0.005, 0.01, 0.02, 0.2, 0.5])
 def test_adjust_hue_equals_torchvision_within_the_hsv_round_trip(shift, image):
-    # Observed: mean 1.11 and max 13 on noise, mean 0.51 and max 4 on a frame, 0 on grey; without a shift 0.6 and 7.
+    # Observed: mean 1.11 and max 13 on noise, mean 0.51 and max 4 on a frame, 0 on gray; without a shift 0.6 and 7.
     off = difference("adjust_hue", IMAGES[image], shift)
     assert off.mean() < {"noise": 1.5, "frame": 0.8, "grey": 1e-9}[image]
     assert off.max() <= {"noise": 16, "frame": 6, "grey": 0}[image]
@@ -83,11 +83,11 @@ def test_adjust_hue_equals_torchvision_within_the_hsv_round_trip(shift, image):
 
 def test_adjust_hue_turns_the_wheel_in_the_sign_of_the_shift():
     red = np.full((8, 8, 3), (200, 20, 20), dtype=np.uint8)
-    towards_yellow, towards_magenta = (
+    toward_yellow, toward_magenta = (
         augmentation.adjust_hue(red, 0.05)[0, 0],
         augmentation.adjust_hue(red, -0.05)[0, 0],
     )
-    assert towards_yellow[1] > towards_yellow[2] + 20 and towards_magenta[2] > towards_magenta[1] + 20
+    assert toward_yellow[1] > toward_yellow[2] + 20 and toward_magenta[2] > toward_magenta[1] + 20
 
 
 @pytest.mark.parametrize("image", ["noise", "frame"])
@@ -108,7 +108,7 @@ def test_gaussian_blur_honours_a_kernel_smaller_than_the_sigma_asks_for():
 
 
 def test_normalisation_equals_torchvision():
-    ours = Normalisation(**IMAGENET)(IMAGES["noise"])
+    ours = Normalization(**IMAGENET)(IMAGES["noise"])
     theirs = tensors.normalize(tensors.to_tensor(IMAGES["noise"]), **IMAGENET).permute(1, 2, 0).numpy()
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, theirs, atol=2e-6)
@@ -183,7 +183,7 @@ def test_affine_bilinear_equals_torchvision_on_a_smooth_image(affine, fill):
 
 def test_affine_moves_right_down_and_clockwise():
     image = np.zeros((9, 9), dtype=np.float32)
-    image[4, 6] = 1  # right of the centre
+    image[4, 6] = 1  # right of the center
 
     def place(**changes: object) -> tuple[int, ...]:
         identity = {"angle": 0.0, "translation": (0, 0), "scale": 1.0, "shear": 0.0}
@@ -201,7 +201,7 @@ def test_affine_moves_right_down_and_clockwise():
 @pytest.mark.parametrize(("interpolation", "fill"), [("nearest", -1.0), ("bilinear", 0.0)])
 def test_paired_augmentation_moves_image_and_mask_alike(interpolation, fill):
     augment = paired(
-        *NO_COLOUR,
+        *NO_COLOR,
         f"augmentation.interpolation={interpolation}",
         f"augmentation.fill={fill}",
         statistics=PLAIN,
@@ -253,10 +253,10 @@ def test_paired_augmentation_repeats_with_the_seed_and_leaves_its_input_alone():
 
 
 def test_paired_augmentation_with_everything_off_is_normalisation():
-    augment = paired(*NO_COLOUR, *NO_FLIP, *NO_WARP)
+    augment = paired(*NO_COLOR, *NO_FLIP, *NO_WARP)
     mask = noise(64, seed=1)[..., 0]
     pixels, target = augment(noise(64), mask, np.random.default_rng(9))
-    np.testing.assert_array_equal(pixels, Normalisation(**IMAGENET)(noise(64)))
+    np.testing.assert_array_equal(pixels, Normalization(**IMAGENET)(noise(64)))
     np.testing.assert_array_equal(target, mask.astype(np.float32) / 255)
 
 
@@ -293,7 +293,7 @@ def test_draw_affine_shift_follows_the_side():
 
 
 def test_paired_augmentation_flips_each_way_in_half_the_cases_independently():
-    augment, rng = paired(*NO_COLOUR, *NO_WARP), np.random.default_rng(12)
+    augment, rng = paired(*NO_COLOR, *NO_WARP), np.random.default_rng(12)
     mask = np.zeros((8, 8), dtype=np.uint8)
     mask[0, 0] = 255
     seen = Counter(int(augment(noise(8), mask, rng)[1].argmax()) for _ in range(2000))
@@ -335,7 +335,7 @@ def starter(*overrides: str) -> PairedAugmentation:
 
 
 def frame_and_mask(side: int = 160) -> tuple[np.ndarray, np.ndarray]:
-    frame, mask = synthesise_frame(CAMERAS["a"], seed=0, index=3, size=(side, side))
+    frame, mask = synthesize_frame(CAMERAS["a"], seed=0, index=3, size=(side, side))
     return frame, mask * np.uint8(255)
 
 
@@ -359,7 +359,7 @@ def test_the_same_warp_at_another_side_shows_the_same_picture():
 
 
 def test_a_strong_reduction_does_not_alias():
-    """A fine checkerboard turns grey when it is reduced fourfold; a bare bilinear warp would keep black and white."""
+    """A fine checkerboard turns gray when it is reduced fourfold; a bare bilinear warp would keep black and white."""
     board = np.indices((128, 128)).sum(axis=0) % 2 * 255
     frame = np.repeat(board[..., None], 3, axis=2).astype(np.uint8)
     still = ["appearance=null", "scale=[0.5,0.5]", "brightness=0", "contrast=0", "saturation=0", "hue=0"]

@@ -58,7 +58,7 @@ def test_cache_pairs_holds_pillows_bicubic_resize_to_the_byte():
     for position, record_id in enumerate(ids):
         record = dataset.by_id[record_id]
         frame = dataset.frame(record).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        mask = Image.fromarray(dataset.grey_mask(record)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        mask = Image.fromarray(dataset.gray_mask(record)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         np.testing.assert_array_equal(pairs.images[position], np.asarray(frame))
         np.testing.assert_array_equal(pairs.masks[position], np.asarray(mask))
 
@@ -74,7 +74,7 @@ def test_cache_pairs_only_maps_on_the_second_call(pairs, cache, monkeypatch):
 
     before = times()
     assert {file.name for file in before} >= {"images.npy", "masks.npy"}
-    monkeypatch.setattr(PolypDataset, "grey_pair", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(PolypDataset, "gray_pair", lambda *_: pytest.fail("decoded again"))
     dataset = synthetic()
     again = cache_pairs(dataset, dataset.ids, image_size=SIDE)
     assert times() == before
@@ -104,18 +104,18 @@ def test_cache_pairs_refuses_an_empty_split(cache):
 
 
 def test_cache_pairs_leaves_nothing_when_a_file_is_broken_and_works_once_it_is_mended(cache, monkeypatch):
-    dataset, intact, calls = synthetic(), PolypDataset.grey_pair, itertools.count(1)
+    dataset, intact, calls = synthetic(), PolypDataset.gray_pair, itertools.count(1)
 
     def broken(self: PolypDataset, record: object) -> object:
         if next(calls) == 5:
             raise PolypSegError("frame 5 is truncated")
         return intact(self, record)
 
-    monkeypatch.setattr(PolypDataset, "grey_pair", broken)
+    monkeypatch.setattr(PolypDataset, "gray_pair", broken)
     with pytest.raises(PolypSegError, match="frame 5 is truncated"):
         cache_pairs(dataset, dataset.ids, image_size=SIDE)
     assert list(cache.iterdir()) == []
-    monkeypatch.setattr(PolypDataset, "grey_pair", intact)
+    monkeypatch.setattr(PolypDataset, "gray_pair", intact)
     pairs = cache_pairs(dataset, dataset.ids, image_size=SIDE)
     assert (pairs.images.reshape(12, -1).std(axis=1) > 0).all(), "no frame is left blank"
 

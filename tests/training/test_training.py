@@ -21,7 +21,7 @@ import processes
 from polypseg import zoo
 from polypseg.data import SyntheticOptions, open_dataset
 from polypseg.data.splits import pinned_split
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.suite import open_negatives
 from polypseg.files import LOCK, UNFINISHED, explain_write_errors, file_sha256
@@ -342,7 +342,7 @@ def listed_negatives(tmp_path) -> Path:
     split, folder = pinned_split("negatives", "hyperkvasir"), tmp_path / "negatives" / "bbps"
     folder.mkdir(parents=True)
     for number, name in enumerate([*split["train"][:5], *split["validation"][:2], split["test"][0]]):
-        frame = synthesise_frame(CAMERAS["b"], seed=7, index=number, size=(64, 64))[0]
+        frame = synthesize_frame(CAMERAS["b"], seed=7, index=number, size=(64, 64))[0]
         Image.fromarray(frame).save(folder / f"{name}.png")
     return folder.parent
 

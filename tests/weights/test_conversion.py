@@ -24,7 +24,7 @@ from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.provenance.origin import read_origin
 from polypseg.weights import convert as conversion
 from polypseg.weights.convert import convert_file, inspect_file
-from polypseg.weights.formats import Content, recognise
+from polypseg.weights.formats import Content, recognize
 from polypseg.weights.loading import describe_source, identify_encoder, load_encoder_weights, pretraining_origin
 from reference_files import (
     ENCODER_KINDS,
@@ -135,7 +135,7 @@ def test_convert_file_converts_the_full_size_files(short_name, tmp_path):
     entry = zoo.get(short_name)
     model = check_model(write_reference_file(entry, tmp_path, seed=1), entry, tmp_path / "model")
     origin = read_origin(model.config.weights_origin)
-    assert origin.official and origin.record["converted_from"]["upstream"] == "SSL4GIE"
+    assert origin.official and origin.converted_from.upstream == "SSL4GIE"
 
 
 def test_convert_file_takes_tensors_saved_from_within_distributed_training(tmp_path, small_vit):
@@ -162,9 +162,9 @@ def test_a_file_tuned_on_cvc_keeps_its_row_but_not_its_name(tmp_path, small_vit)
     entry = zoo.get("VT-IN-MC")
     source = write_reference_file(entry, tmp_path, seed=3, dataset="CVC")
     origin = read_origin(check_model(source, entry, tmp_path / "model").config.weights_origin)
-    assert origin.record["finetuned_on"].startswith("CVC-ClinicDB") and not origin.official
-    assert origin.record["converted_from"]["file"] == source.path.name
-    assert len(origin.record["converted_from"]["sha256"]) == 64
+    assert origin.finetuned_on.startswith("CVC-ClinicDB") and not origin.official
+    assert origin.converted_from.file == source.path.name
+    assert len(origin.converted_from.sha256) == 64
 
 
 def test_a_renamed_file_needs_its_row_and_lists_those_that_fit(tmp_path):
@@ -245,7 +245,7 @@ def test_weights_in_the_wrong_place_are_found_by_their_outputs(tmp_path, small_v
     source = write_reference_file(zoo.get("VT-NA-NA"), tmp_path, seed=5)
 
     def misplaced(content: Content, *, path: Path) -> Any:
-        found = recognise(content, path=path)
+        found = recognize(content, path=path)
         a, b = "decoder.fusion.2.skip.body.1.weight", "decoder.fusion.2.skip.body.4.weight"
         if wrong == "swapped":
             found.state[a], found.state[b] = found.state[b], found.state[a]
@@ -253,7 +253,7 @@ def test_weights_in_the_wrong_place_are_found_by_their_outputs(tmp_path, small_v
             found.state[a] = found.state[a] * float("nan")
         return found
 
-    monkeypatch.setattr(conversion, "recognise", misplaced)
+    monkeypatch.setattr(conversion, "recognize", misplaced)
     assert "converted outputs differ" in refusal(source.path, tmp_path, kind=PolypSegError)
 
 
@@ -325,7 +325,7 @@ def test_every_published_encoder_is_recognised_converted_and_loaded(kind, tmp_pa
 def test_a_converted_encoder_is_not_taken_for_one_that_was_pretrained_here(tmp_path, small_vit):
     source = write_upstream_encoder("mae", tmp_path, seed=6)
     folder = convert_file(source.path, tmp_path / "encoder", model="VT-IN-MA")
-    assert pretraining_origin(str(folder / "model.safetensors")) is None  # its licence stays the upstream's
+    assert pretraining_origin(str(folder / "model.safetensors")) is None  # its license stays the upstream's
     with safetensors.safe_open(folder / "model.safetensors", framework="pt") as file:
         header = json.loads(file.metadata()["polypseg_conversion"])
     assert header["method"] == "mae" and header["converted_from"]["file"] == source.path.name

@@ -11,7 +11,7 @@ from transformers import AutoModelForSemanticSegmentation, DPTConfig, DPTForSema
 from polypseg.errors import UsageError
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.weights.native_dpt import from_native_dpt, to_native_dpt
-from reference_files import randomised
+from reference_files import randomized
 
 # float32 kernels differ between instruction sets and with where tensors lie in memory. Observed largest differences of
 # logits up to 0.5, torch 2.14 with ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS set alike:
@@ -24,7 +24,7 @@ def build(encoder: str = TINY, **fields: Any) -> PolypSegForSemanticSegmentation
     """A DPT model with a narrow decoder, random statistics and no bias or gain at its default."""
     torch.manual_seed(0)
     config = PolypSegConfig(encoder=encoder, decoder="dpt", **({"decoder_channels": 16} | fields))
-    model = randomised(PolypSegForSemanticSegmentation(config), seed=1)
+    model = randomized(PolypSegForSemanticSegmentation(config), seed=1)
     assert isinstance(model, PolypSegForSemanticSegmentation)
     nn.init.normal_(model.decoder.head[4].weight)  # logits of a size at which differences would show
     return model
@@ -220,7 +220,7 @@ def foreign_config(**changes: Any) -> DPTConfig:
 @pytest.mark.parametrize("changes", [{}, {"use_auxiliary_head": True}, {"image_size": 320}])
 def test_from_native_dpt_takes_the_difference_of_two_free_logits(changes):
     torch.manual_seed(3)
-    native = randomised(DPTForSemanticSegmentation(foreign_config(**changes)), seed=4)
+    native = randomized(DPTForSemanticSegmentation(foreign_config(**changes)), seed=4)
     for parameter in native.parameters():
         if parameter.ndim == 4:
             nn.init.kaiming_normal_(parameter)

@@ -155,7 +155,7 @@ COMMANDS: tuple[tuple[str, str, Callable[..., None], tuple[str, ...]], ...] = (
 """Panel, name, function and examples of every command at the top."""
 
 app = typer.Typer(
-    help="Polyp segmentation whose behaviour on other hospitals' data is known. Not a medical device.",
+    help="Polyp segmentation whose behavior on other hospitals' data is known. Not a medical device.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -181,7 +181,7 @@ def before(
     ] = False,
     quiet: Annotated[bool, Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
-    """Polyp segmentation whose behaviour on other hospitals' data is known. Not a medical device."""
+    """Polyp segmentation whose behavior on other hospitals' data is known. Not a medical device."""
     if quiet:
         import os
 

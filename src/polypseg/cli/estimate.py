@@ -44,7 +44,7 @@ def calibrate(
     ] = None,
     output: Annotated[Path, Option(help="File to write.")] = Path("operating_point.json"),
 ) -> None:
-    """Choose threshold, temperature and minimum area on labelled frames; keep the default if none is better."""
+    """Choose threshold, temperature and minimum area on labeled frames; keep the default if none is better."""
     from polypseg.expectation.calibrate import calibrate_files
     from polypseg.inference.segmenter import load
     from polypseg.provenance.local import local_folder

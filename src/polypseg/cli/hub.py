@@ -51,7 +51,9 @@ def export(
     results: Annotated[
         Path | None, Option(help="Results folder of evaluate.py; those of these weights go along.")
     ] = None,
-    organisation: Annotated[str | None, Option(help="Owner named in the card's usage examples.")] = None,
+    organization: Annotated[
+        str | None, Option("--organisation", help="Owner named in the card's usage examples.")
+    ] = None,
 ) -> None:
     """Write the folder that is published (weights, processor, code, card, results, checksums), or a file for a runtime.
 
@@ -62,7 +64,7 @@ def export(
 
     folder = local_folder(model) or Path(model)
     if format_ is not None:
-        if results is not None or organisation is not None:
+        if results is not None or organization is not None:
             raise UsageError("--results and --organisation belong to the published folder, not to --format")
         from polypseg.hub.onnx import export_runtime
 
@@ -81,7 +83,7 @@ def export(
         raise UsageError("say with --output which folder to write, or with --format for which runtime")
     from polypseg.hub.export import export_model
 
-    done = export_model(folder, output, results=results, organisation=organisation)
+    done = export_model(folder, output, results=results, organization=organization)
     print(f"{done.folder}: {done.origin.repo_name}; logits equal the source's to {done.largest_difference:.1g}")
     print(f"results taken along: {', '.join(done.results) or 'none'}")
     for reason in done.left_out:
@@ -93,7 +95,9 @@ def export(
 def push(
     folders: Annotated[list[Path] | None, Argument(help="Exported model folders.")] = None,
     all_in: Annotated[Path | None, Option("--all", help="Push every exported folder in this one.")] = None,
-    organisation: Annotated[str | None, Option(help="Hub user or organisation; default: the token's user.")] = None,
+    organization: Annotated[
+        str | None, Option("--organisation", help="Hub user or organisation; default: the token's user.")
+    ] = None,
     private: Annotated[bool, Option("--private", help="Create repositories and collection as private.")] = False,
     tag: Annotated[str | None, Option(help="Version tag; default: the package's version.")] = None,
     dry_run: Annotated[
@@ -108,7 +112,7 @@ def push(
 
     found = exported_folders(folders or [], everything_in=all_in)
     try:
-        plans = plan_pushes(found, organisation=organisation, private=private, tag=tag)
+        plans = plan_pushes(found, organization=organization, private=private, tag=tag)
     except UsageError:
         raise
     except PolypSegError as error:

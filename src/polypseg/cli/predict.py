@@ -1,4 +1,4 @@
-"""Commands that use models: list them, tell their licence, segment files, run the app, measure robustness."""
+"""Commands that use models: list them, tell their license, segment files, run the app, measure robustness."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,7 +32,7 @@ def models(
     wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List the models: id, licence, results where there are any, where the pretraining weights come from."""
+    """List the models: id, license, results where there are any, where the pretraining weights come from."""
     from polypseg import zoo
     from polypseg.tables import Column, Table
 
@@ -90,16 +90,15 @@ def _row_of(entry: "ZooEntry", scores: "dict[tuple[str, Test], str]") -> dict[st
 def _shipped_model(scores: "dict[tuple[str, Test], str]") -> list[str]:
     """Lines about the model that ships with the package."""
     from polypseg.errors import UsageError
-    from polypseg.files import read_json
     from polypseg.provenance.licence import model_license
-    from polypseg.provenance.local import CONFIG, STARTER, starter_folder
-    from polypseg.provenance.origin import read_origin
+    from polypseg.provenance.local import STARTER, starter_folder
+    from polypseg.provenance.origin import WeightsOrigin
 
     try:
         folder = starter_folder()
     except UsageError as error:
         return [f"{STARTER}: {error}"]
-    origin = read_origin(read_json(folder / CONFIG).get("weights_origin"))
+    origin = WeightsOrigin.of_folder(folder)
     measured = [f"{title} {scores.get((origin.model_id, test), NOT_EVALUATED)}" for title, test in TESTS.items()]
     return [
         f"{STARTER}: ships with the package, works offline, taken where no model is named; {origin.model_id}, "
@@ -117,13 +116,12 @@ def _dice_by_model(results: Path) -> "dict[tuple[str, Test], str]":
         return {}
     from polypseg import zoo
     from polypseg.evaluation.receipt_reading import cell_of, read_results, size_of
-    from polypseg.provenance.origin import read_origin
 
     ids = {row.model_id for row in zoo.rows()}
     return {
         (receipt.name, receipt.test): f"{cell_of(receipt.stated['dice'])}, n = {size_of(receipt)}"
         for receipt in read_results(results)
-        if receipt.name not in ids or read_origin(receipt.weights_origin).official
+        if receipt.name not in ids or receipt.origin.official
     }
 
 
@@ -132,7 +130,7 @@ def license_(
     revision: Annotated[str | None, Option(help="Tag, branch or commit of a Hub model.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Derive a model's licence step by step from code, weights and images, and say what you may do with it."""
+    """Derive a model's license step by step from code, weights and images, and say what you may do with it."""
     import json
 
     from polypseg.provenance.licence import report_license

@@ -43,7 +43,7 @@ def measure(
     allow_partial: Annotated[bool, Option("--allow-partial", help="Accept a part of a dataset.")] = False,
     output: Output = Path("results/shift"),
 ) -> None:
-    """Measure how two sets differ: colour, light, sharpness, border, polyps, compression, embedding, separability."""
+    """Measure how two sets differ: color, light, sharpness, border, polyps, compression, embedding, separability."""
     from polypseg.files import sole_writer
     from polypseg.shift import compare_sets
     from polypseg.shift.embedding import open_embedding

@@ -93,11 +93,11 @@ def pretrain(
     from polypseg.pretraining.export import export_encoder, write_run_report
     from polypseg.pretraining.loop import build_method
     from polypseg.pretraining.loop import pretrain as train
-    from polypseg.pretraining.probes.labelled import load_labelled
+    from polypseg.pretraining.probes.labelled import load_labeled
     from polypseg.training.run_folder import check_processes, make_accelerator, sole_run
 
     store = open_frames(frames)
-    classes = load_labelled(labelled, image_size=settings.data.image_size) if labelled else None
+    classes = load_labeled(labelled, image_size=settings.data.image_size) if labelled else None
     accelerator = make_accelerator(settings.training.precision, run_dir=output)
     check_processes(accelerator, expected=num_processes)
     method = build_method(settings)

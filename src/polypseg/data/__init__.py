@@ -15,7 +15,7 @@ __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    # The catalogue is a table; opening a set imports the datasets library, whose import takes seconds.
+    # The catalog is a table; opening a set imports the datasets library, whose import takes seconds.
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'polypseg.data' has no attribute {name!r}")

@@ -35,7 +35,7 @@ def clinicdb_sequence(frame_id: str, path: str) -> str:
 
 
 def polypgen_centre(frame_id: str, path: str) -> str:
-    """The centre C1 to C6 from the folder (``images_C3``) or the file name (``C3_...``); else ``unknown``."""
+    """The center C1 to C6 from the folder (``images_C3``) or the file name (``C3_...``); else ``unknown``."""
     match = re.search(r"(?:^|[_/])(?:C|cent(?:re|er)[ _-]?)([1-6])(?=[_/]|$)", path, re.IGNORECASE)
     return f"C{match.group(1)}" if match else "unknown"
 

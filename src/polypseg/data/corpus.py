@@ -1,20 +1,13 @@
 """The frames of a pretraining corpus: an extracted tree, the published zip or tar shards, each read by number.
 
 A corpus has 100,000 frames and every loader process holds the store, so a store keeps names and positions in a few
-buffers rather than in one Python object a frame, and reads by position, which forked processes can share safely.
+buffers rather than in one Python object per frame, and reads by position, which forked processes can share safely.
 """
 
-import contextlib
 import hashlib
-import os
 import re
-import struct
 import tarfile
-import threading
-import zipfile
-import zlib
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -28,8 +21,12 @@ from tqdm import tqdm
 from polypseg.data.sources import (
     IMAGE_SUFFIXES,
     FolderSource,
+    PackedNames,
+    PositionedFiles,
     ZipSource,
+    identity,
     inner_archives,
+    is_image,
     open_source,
     printable_name,
 )
@@ -42,7 +39,6 @@ INDEX = "index.npy"
 """(N, 3) int64, a row a frame: number of its shard, offset of its bytes in it, size."""
 PARTIAL = "shards.partial"
 """Records of finished shards; a folder with it is an incomplete set."""
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, length of the name, length of the extra field
 _BLOCK = 512  # of a tar file
 Record = TypeVar("Record")
 
@@ -79,8 +75,11 @@ def open_frames(path: Path, *, corpus_folder: str = ".*") -> FrameStore:
         raise UsageError(f"{corpus_folder!r} is no regular expression for a folder: {error}") from error
     if path.is_dir():
         return _open_folder(path, corpus_folder)
-    if isinstance(open_source(path), ZipSource):
-        return _not_empty(ZipFrames(path, corpus_folder=corpus_folder), corpus_folder)
+    source = open_source(path)
+    if isinstance(source, ZipSource):
+        frames = _not_empty(SourceFrames(source, corpus_folder=corpus_folder), corpus_folder)
+        source.refuse_rare(frames.name(index) for index in range(len(frames)))
+        return frames
     if not _is_plain_tar(path):
         raise UsageError(f"{path} is a compressed tar, which cannot be read frame by frame: extract it")
     return _not_empty(ShardFrames(path, corpus_folder=corpus_folder), corpus_folder)
@@ -91,7 +90,7 @@ def _open_folder(path: Path, corpus_folder: str) -> FrameStore:
         raise PolypSegError(f"{path} is an incomplete set of shards: run polypseg data shard with it again")
     if (path / MANIFEST).exists():
         return _not_empty(ShardFrames(path, corpus_folder=corpus_folder), corpus_folder)
-    folder = FolderFrames(path, corpus_folder=corpus_folder)
+    folder = SourceFrames(FolderSource(path), corpus_folder=corpus_folder)
     if not len(folder) and any(path.glob("*.tar")):
         return _not_empty(ShardFrames(path, corpus_folder=corpus_folder), corpus_folder)
     return _not_empty(folder, corpus_folder)
@@ -109,17 +108,8 @@ def _not_empty(frames: FrameStore, corpus_folder: str) -> FrameStore:
 
 def is_frame(name: str, *, corpus_folder: str = ".*") -> bool:
     """Whether a name inside a source is an image, not hidden, and in a folder of the corpus."""
-    path = PurePosixPath(name)
-    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    inside = corpus_folder == ".*" or re.fullmatch(corpus_folder, path.parent.name, re.IGNORECASE)
-    return name.lower().endswith(IMAGE_SUFFIXES) and not hidden and bool(inside)
-
-
-def _identity(lines: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
-    return digest.hexdigest()[:16]
+    folder = PurePosixPath(name).parent.name
+    return is_image(name) and (corpus_folder == ".*" or bool(re.fullmatch(corpus_folder, folder, re.IGNORECASE)))
 
 
 class FrameSubset:
@@ -151,78 +141,15 @@ class FrameSubset:
         """Of the store's content and the choice; the store's own where all frames are chosen."""
         if len(self) == len(self._frames):
             return self._frames.content_id
-        return _identity([self._frames.content_id, *map(str, self._chosen)])
+        return identity([self._frames.content_id, *map(str, self._chosen)])
 
 
-class PackedNames:
-    """Many names in two buffers."""
+class SourceFrames:
+    """The images of a folder or zip archive, sorted by name: those of its names that are frames."""
 
-    def __init__(self, names: Iterable[str]):
-        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-        self._text = b"".join(encoded)
-        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> str:
-        begin, end = self._ends[index : index + 2]
-        return self._text[begin:end].decode("utf-8", "surrogateescape")
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[index] for index in range(len(self)))
-
-
-class PositionedFiles:
-    """Reading of files at a position. A process holds at most 64 of them open, and none travels by pickle.
-
-    Reads do not move a file's own position, so processes that inherit an open file do not disturb each other.
-    """
-
-    limit = 64
-
-    def __init__(self) -> None:
-        self._open: OrderedDict[Path, int] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__init__()  # type: ignore[misc]
-
-    def __del__(self) -> None:
-        for number in self._open.values():
-            with contextlib.suppress(OSError):
-                os.close(number)
-
-    def read(self, path: Path, *, offset: int, size: int) -> bytes:
-        """``size`` bytes of the file. Raises PolypSegError when it cannot be opened or ends too early."""
-        try:
-            with self._lock:
-                data = os.pread(self._file(path), size, offset)
-        except OSError as error:
-            raise PolypSegError(f"cannot read {path}: {error.strerror}") from error
-        if len(data) != size:
-            raise PolypSegError(f"{path} ends too early: it was cut off or has changed; make or download it again")
-        return data
-
-    def _file(self, path: Path) -> int:
-        number = self._open.pop(path, None)
-        if number is None:
-            if len(self._open) >= self.limit:
-                os.close(self._open.popitem(last=False)[1])
-            number = os.open(path, os.O_RDONLY)
-        self._open[path] = number
-        return number
-
-
-class FolderFrames:
-    """The images of an extracted tree, sorted by name."""
-
-    def __init__(self, path: Path, *, corpus_folder: str = ".*"):
-        self.path, self._source = path, FolderSource(path)
-        self._names = PackedNames(n for n in self._source.names() if is_frame(n, corpus_folder=corpus_folder))
+    def __init__(self, source: FolderSource | ZipSource, *, corpus_folder: str = ".*"):
+        self.path, self._source = source.path, source
+        self._names = PackedNames(name for name in source.names() if is_frame(name, corpus_folder=corpus_folder))
 
     def __len__(self) -> int:
         return len(self._names)
@@ -235,65 +162,8 @@ class FolderFrames:
 
     @cached_property
     def content_id(self) -> str:
-        """From names and sizes."""
-        try:
-            return _identity(f"{name}\0{self._source.file(name).stat().st_size}" for name in self._names)
-        except OSError as error:
-            raise PolypSegError(f"cannot read {error.filename}: {error.strerror}") from error
-
-
-class ZipFrames:
-    """The images of a zip archive, sorted by name, read without extracting it.
-
-    The directory is read once; ``zipfile`` would keep an object a file and share one file position among processes.
-    """
-
-    def __init__(self, path: Path, *, corpus_folder: str = ".*"):
-        self.path = path
-        source = ZipSource(path)
-        names = [n for n in source.names() if is_frame(n, corpus_folder=corpus_folder)]
-        members = [source.member(name) for name in names]
-        for member in members:
-            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
-                raise UsageError(f"{member.filename} in {path} is encrypted or compressed in a rare way: extract it")
-        rows = [(m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type) for m in members]
-        self._names, self._files = PackedNames(names), PositionedFiles()
-        self._rows: NDArray[np.int64] = np.array(rows, dtype=np.int64).reshape(-1, 5)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, index: int) -> str:
-        return self._names[index]
-
-    def read(self, index: int) -> bytes:
-        header, packed, size, checksum, method = self._rows[index].tolist()
-        try:
-            start = self._files.read(self.path, offset=header, size=_LOCAL_HEADER.size)
-            signature, name_length, extra_length = _LOCAL_HEADER.unpack(start)
-            offset = header + _LOCAL_HEADER.size + name_length + extra_length
-            data = self._files.read(self.path, offset=offset, size=packed)
-        except PolypSegError as error:
-            raise PolypSegError(f"cannot read {self.name(index)}: {error}") from error
-        if method == zipfile.ZIP_DEFLATED:
-            data = _inflate(data, size=size)
-        if signature != b"PK\3\4" or len(data) != size or zlib.crc32(data) != checksum:
-            raise PolypSegError(f"cannot read {self.name(index)} in {self.path}: damaged. Download the archive again.")
-        return data
-
-    @cached_property
-    def content_id(self) -> str:
-        """From names, sizes and the archive's own checksums."""
-        rows = zip(self._names, self._rows.tolist(), strict=True)
-        return _identity(f"{name}\0{checksum:08x}-{size}" for name, (_, _, size, checksum, _) in rows)
-
-
-def _inflate(data: bytes, *, size: int) -> bytes:
-    """Inflated bytes, at most one more than declared; empty when damaged. The caller's checks find both."""
-    try:
-        return zlib.decompressobj(wbits=-zlib.MAX_WBITS).decompress(data, size + 1)
-    except zlib.error:
-        return b""
+        """From names and sizes, and of a zip archive its checksums."""
+        return identity(f"{name}\0{self._source.stamp(name)}" for name in self._names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,7 +273,7 @@ class ShardFrames:
     def content_id(self) -> str:
         """From the index and, for shards of ours, their checksums."""
         index = hashlib.sha256(np.ascontiguousarray(self._index).tobytes()).hexdigest()
-        return _identity([index, *(shard.name for shard in self.shards), *self._checksums])
+        return identity([index, *(shard.name for shard in self.shards), *self._checksums])
 
 
 def _is_plain_tar(path: Path) -> bool:
@@ -425,7 +295,7 @@ def _cached_index(shards: Sequence[Path], corpus_folder: str) -> Path:
     except OSError as error:
         raise PolypSegError(f"cannot read {error.filename}: {error.strerror}") from error
     lines = (f"{name}\0{state.st_size}\0{state.st_mtime_ns}" for name, state in states)
-    file = cache_folder() / "shards" / f"{_identity([corpus_folder, *lines])}.npy"
+    file = cache_folder() / "shards" / f"{identity([corpus_folder, *lines])}.npy"
     if not file.exists():
         index = index_shards(shards, corpus_folder=corpus_folder)
         with atomic_path(file) as temporary:

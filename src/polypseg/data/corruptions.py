@@ -46,7 +46,7 @@ def frame_length(frame: Frame) -> float:
 
 
 def to_bytes(values: NDArray[np.floating]) -> Frame:
-    """Grey levels rounded and clipped to 0 to 255."""
+    """Gray levels rounded and clipped to 0 to 255."""
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
@@ -67,10 +67,10 @@ def _visible(frame: Frame) -> Plane:
     return cv2.GaussianBlur(cv2.morphologyEx(lit, cv2.MORPH_CLOSE, np.ones((9, 9))), (0, 0), 1.5)
 
 
-def _blend(frame: Frame, colour: NDArray[np.floating], opacity: Plane) -> Frame:
-    """``colour`` (3,) or (H, W, 3) over the visible field with ``opacity`` (H, W) in [0, 1]."""
+def _blend(frame: Frame, color: NDArray[np.floating], opacity: Plane) -> Frame:
+    """``color`` (3,) or (H, W, 3) over the visible field with ``opacity`` (H, W) in [0, 1]."""
     share = (opacity * _visible(frame))[..., None]
-    return to_bytes(frame * (1 - share) + colour * share)
+    return to_bytes(frame * (1 - share) + color * share)
 
 
 def motion_blur(frame: Frame, strength: float, rng: Generator) -> Frame:
@@ -116,7 +116,7 @@ def specular_glare(frame: Frame, strength: float, rng: Generator) -> Frame:
 
 
 def smoke(frame: Frame, strength: float, rng: Generator) -> Frame:
-    """Grey haze from electrocautery, ``strength`` opaque on average where it is thick."""
+    """Gray haze from electrocautery, ``strength`` opaque on average where it is thick."""
     haze = 0.55 + 0.45 * _clouds(frame.shape, rng, cells=5)
     return _blend(frame, np.array([188.0, 186.0, 184.0]), (strength * haze).astype(np.float32))
 
@@ -126,13 +126,13 @@ def bubbles(frame: Frame, strength: float, rng: Generator) -> Frame:
     out = frame.astype(np.float32)
     height, width = frame.shape[:2]
     for _ in range(int(strength)):
-        centre = (int(rng.uniform(0, width)), int(rng.uniform(0, height)))
+        center = (int(rng.uniform(0, width)), int(rng.uniform(0, height)))
         radius = max(2, int(frame_length(frame) * rng.uniform(0.008, 0.04)))
         body, rim, spot = (np.zeros((height, width), np.float32) for _ in range(3))
-        cv2.circle(body, centre, radius, 1, -1, cv2.LINE_AA)
-        cv2.circle(rim, centre, radius, 1, max(1, radius // 6), cv2.LINE_AA)
+        cv2.circle(body, center, radius, 1, -1, cv2.LINE_AA)
+        cv2.circle(rim, center, radius, 1, max(1, radius // 6), cv2.LINE_AA)
         shift = int(radius * 0.4)
-        cv2.circle(spot, (centre[0] - shift, centre[1] - shift), max(1, radius // 5), 1, -1, cv2.LINE_AA)
+        cv2.circle(spot, (center[0] - shift, center[1] - shift), max(1, radius // 5), 1, -1, cv2.LINE_AA)
         opacity = (0.18 * body + 0.5 * rim + 0.8 * spot).clip(0, 0.9)[..., None]
         out = out * (1 - opacity) + np.array([236.0, 232.0, 222.0]) * opacity
     return to_bytes(frame + (out - frame) * _visible(frame)[..., None])
@@ -183,7 +183,7 @@ def jpeg(frame: Frame, strength: float, rng: Generator) -> Frame:
 
 
 def noise(frame: Frame, strength: float, rng: Generator) -> Frame:
-    """Sensor noise: Gaussian of standard deviation ``strength`` grey levels, stronger in the dark."""
+    """Sensor noise: Gaussian of standard deviation ``strength`` gray levels, stronger in the dark."""
     sigma = strength * (1.3 - 0.6 * frame.mean(axis=2, keepdims=True) / 255)
     return to_bytes(frame + sigma * rng.standard_normal(frame.shape))
 

@@ -1,4 +1,4 @@
-"""Decoding of frames and masks, the same way everywhere: RGB frames, masks 0/1 after grey > 127.
+"""Decoding of frames and masks, the same way everywhere: RGB frames, masks 0/1 after gray > 127.
 
 One reader looks at what a file is, not at what it is called, and undoes the file's own coding (palette, CMYK, YCbCr,
 LAB, white as zero, 1 to 16 bits), as viewers do. What it cannot know it refuses by name: values that may be class
@@ -369,10 +369,10 @@ def _rgb(image: Image.Image | None, *, name: str) -> Image.Image:
 
 def decode_mask(data: bytes, *, name: str, values: MaskValues | None = None) -> NDArray[np.uint8]:
     """Bytes of a mask file -> (H, W) uint8, 1 where the gray value exceeds 127 or is one of ``values``, else 0."""
-    return (decode_grey_mask(data, name=name, values=values) > MASK_THRESHOLD).astype(np.uint8)
+    return (decode_gray_mask(data, name=name, values=values) > MASK_THRESHOLD).astype(np.uint8)
 
 
-def decode_grey_mask(data: bytes, *, name: str, values: MaskValues | None = None) -> NDArray[np.uint8]:
+def decode_gray_mask(data: bytes, *, name: str, values: MaskValues | None = None) -> NDArray[np.uint8]:
     """Bytes of a mask file -> (H, W) uint8 gray values as stored, 0 to 255: the reference trains on these.
 
     With ``values`` 255 where the file holds one of them, else 0. Raises PolypSegError for a file that cannot be

@@ -96,7 +96,7 @@ class _DrawnFrames:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        frame, mask = synthetic.synthesise_frame(style, seed=options.seed, index=index, size=options.size)
+        frame, mask = synthetic.synthesize_frame(style, seed=options.seed, index=index, size=options.size)
         made = images.encode_png(frame), images.encode_png(mask * np.uint8(255))
         with self._lock:
             if key not in self._kept:
@@ -161,24 +161,24 @@ class PolypDataset:
         return images.decode_frame(self.source.read(record.image), name=self.locate(record.image))
 
     def mask(self, record: Record) -> NDArray[np.uint8]:
-        """The mask (H, W) uint8 in {0, 1}. Raises PolypSegError for a broken, missing or colour-coded mask."""
-        return (self.grey_mask(record) > images.MASK_THRESHOLD).astype(np.uint8)
+        """The mask (H, W) uint8 in {0, 1}. Raises PolypSegError for a broken, missing or color-coded mask."""
+        return (self.gray_mask(record) > images.MASK_THRESHOLD).astype(np.uint8)
 
-    def grey_mask(self, record: Record) -> NDArray[np.uint8]:
+    def gray_mask(self, record: Record) -> NDArray[np.uint8]:
         """The mask (H, W) uint8 as stored, 0 to 255, or 0 and 255 by ``mask_values``; errors as ``mask``."""
         if record.mask is None:
             raise UsageError(f"{self.spec.title} has no masks")
         data = self.source.read(record.mask)
-        return images.decode_grey_mask(data, name=self.locate(record.mask), values=self.mask_values)
+        return images.decode_gray_mask(data, name=self.locate(record.mask), values=self.mask_values)
 
     def pair(self, record: Record) -> tuple[Image.Image, NDArray[np.uint8]]:
         """Frame and 0/1 mask, of equal size. Raises PolypSegError otherwise."""
-        frame, grey = self.grey_pair(record)
-        return frame, (grey > images.MASK_THRESHOLD).astype(np.uint8)
+        frame, gray = self.gray_pair(record)
+        return frame, (gray > images.MASK_THRESHOLD).astype(np.uint8)
 
-    def grey_pair(self, record: Record) -> tuple[Image.Image, NDArray[np.uint8]]:
+    def gray_pair(self, record: Record) -> tuple[Image.Image, NDArray[np.uint8]]:
         """Frame and mask as stored, 0 to 255, of equal size. Raises PolypSegError otherwise."""
-        frame, mask = self.frame(record), self.grey_mask(record)
+        frame, mask = self.frame(record), self.gray_mask(record)
         names = {"frame_name": self.locate(record.image), "mask_name": self.locate(record.mask or "")}
         images.check_same_size(frame, mask, **names)
         return frame, mask

@@ -4,15 +4,26 @@ Names are text everywhere: bytes that are no UTF-8 are written as ``\\xe9``, and
 Windows as slashes. Sizes that an archive declares are checked before anything of it is unpacked.
 """
 
+import contextlib
 import hashlib
 import os
+import struct
 import tarfile
+import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from array import array
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from polypseg.errors import PolypSegError, UsageError
 
@@ -30,6 +41,8 @@ IMAGE_SUFFIXES = (
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
 MAX_FILE_BYTES = 1 << 29
 """Largest file read: the pixels of the largest image, in 16 bits and three channels, need less."""
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, length of the name, length of the extra field
+_BY_POSITION, _ENCRYPTED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED), -1  # methods of compression
 _BOMB_BYTES, _BOMB_RATIO = 1 << 30, 100
 """An archive that unpacks to more bytes than this, and than so many times its own size, holds no photographs."""
 
@@ -52,6 +65,19 @@ class Source(Protocol):
 def _is_data(name: str) -> bool:
     parts = PurePosixPath(name).parts
     return not any(part.startswith((".", "__MACOSX")) for part in parts)
+
+
+def is_image(name: str) -> bool:
+    """Whether a name is that of an image and not hidden."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and _is_data(name)
+
+
+def identity(lines: Iterable[str]) -> str:
+    """16 hex digits of a SHA-256 over lines of text."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()[:16]
 
 
 def printable_name(name: str) -> str:
@@ -105,12 +131,76 @@ def _refuse_large(size: int, *, name: str) -> None:
         raise PolypSegError(f"{name} has {size:,} bytes, more than the {MAX_FILE_BYTES:,} of any image: remove it")
 
 
-def _digest(entries: Iterator[tuple[str, str]]) -> str:
-    """Hash of (name, content hash) pairs in the given order."""
-    digest = hashlib.sha256()
-    for name, content in entries:
-        digest.update(f"{name}\0{content}\n".encode())
-    return digest.hexdigest()[:16]
+class PackedNames:
+    """Many names in two buffers."""
+
+    def __init__(self, names: Iterable[str]):
+        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+        self._text = b"".join(encoded)
+        self._ends = array("q", accumulate(map(len, encoded), initial=0))  # a numpy array gives its numbers slowly
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return self._text[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+
+class PositionedFiles:
+    """Reading of files at a position. A process holds at most 64 of them open, and none travels by pickle.
+
+    Reads do not move a file's own position, so processes that inherit an open file do not disturb each other.
+    """
+
+    limit = 64
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def __del__(self) -> None:
+        for number in self._open.values():
+            with contextlib.suppress(OSError):
+                os.close(number)
+
+    def read(self, path: Path, *, offset: int, size: int) -> bytes:
+        """``size`` bytes of the file. Raises PolypSegError when it cannot be opened or ends too early."""
+        try:
+            with self._lock:
+                number = self._file(path)
+                whole = offset + size <= os.fstat(number).st_size  # else a damaged index could ask for all memory
+                data = _read_at(number, size, offset) if whole else b""
+        except OSError as error:
+            raise PolypSegError(f"cannot read {path}: {error.strerror}") from error
+        if len(data) != size:
+            raise PolypSegError(f"{path} ends too early: it was cut off or has changed; make or download it again")
+        return data
+
+    def _file(self, path: Path) -> int:
+        number = self._open.pop(path, None)
+        if number is None:
+            if len(self._open) >= self.limit:
+                os.close(self._open.popitem(last=False)[1])
+            number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._open[path] = number
+        return number
+
+
+def _read_at(number: int, size: int, offset: int) -> bytes:
+    """Bytes of an open file at a position; where a system cannot do that in one step, it cannot fork either."""
+    if hasattr(os, "pread"):
+        return os.pread(number, size, offset)
+    os.lseek(number, offset, os.SEEK_SET)
+    return os.read(number, size)
 
 
 class FolderSource:
@@ -145,72 +235,111 @@ class FolderSource:
         except OSError as error:
             raise PolypSegError(f"cannot read {self.path / name}: {error.strerror}") from error
 
+    def stamp(self, name: str) -> str:
+        """A file's size: what tells of its content without reading it."""
+        try:
+            return str(self.file(name).stat().st_size)
+        except OSError as error:
+            raise PolypSegError(f"cannot read {error.filename}: {error.strerror}") from error
+
     def content_id(self) -> str:
-        return _digest(
-            (name, hashlib.sha256(self.read(name)).hexdigest())
-            for name in self.names()
-            if name.lower().endswith(IMAGE_SUFFIXES)
-        )
+        images = (name for name in self.names() if is_image(name))
+        return identity(f"{name}\0{hashlib.sha256(self.read(name)).hexdigest()}" for name in images)
 
 
 class ZipSource:
-    """A zip archive; its central directory carries a checksum of every file, so identity costs no reading."""
+    """A zip archive; its central directory carries a checksum of every file, so identity costs no reading.
+
+    The directory is read once and kept in a few buffers: ``zipfile`` would keep an object per file, and share one file
+    position among forked processes.
+    """
 
     def __init__(self, path: Path):
-        self.path = path
-        self._archive: zipfile.ZipFile | None = None
-        self._members: dict[str, zipfile.ZipInfo] = {}
+        self.path, self._files = path, PositionedFiles()
 
-    def _open(self) -> zipfile.ZipFile:
-        if self._archive is None:
-            try:
-                archive = zipfile.ZipFile(self.path)
-            except (zipfile.BadZipFile, OSError) as error:
-                raise PolypSegError(
-                    f"{self.path} is not a readable zip archive: {error}. Download it again."
-                ) from error
-            infos = archive.infolist()
-            _refuse_bomb(self.path, sum(info.file_size for info in infos))
-            windows = not any("/" in info.filename for info in infos)  # then backslashes separate folders
-            for info in infos:
-                name = info.filename.replace("\\", "/") if windows else info.filename
-                if not name.endswith("/"):
-                    self._members[name] = info
-            self._archive = archive
-        return self._archive
-
-    def __getstate__(self) -> dict[str, object]:
-        # An open archive does not travel between processes.
-        return {"path": self.path, "_archive": None, "_members": {}}
+    @cached_property
+    def _directory(self) -> tuple[PackedNames, NDArray[np.int64]]:
+        """Names, sorted; (N, 5): where a file's header is, packed size, size, checksum, method of compression."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                infos = archive.infolist()
+        except (zipfile.BadZipFile, OSError) as error:
+            raise PolypSegError(f"{self.path} is not a readable zip archive: {error}. Download it again.") from error
+        _refuse_bomb(self.path, sum(info.file_size for info in infos))
+        windows = not any("/" in info.filename for info in infos)  # then backslashes separate folders
+        members = {info.filename.replace("\\", "/") if windows else info.filename: info for info in infos}
+        names = sorted(name for name in members if not name.endswith("/"))
+        rows = [
+            (m.header_offset, m.compress_size, m.file_size, m.CRC, _ENCRYPTED if m.flag_bits & 1 else m.compress_type)
+            for m in map(members.__getitem__, names)
+        ]
+        try:
+            return PackedNames(names), np.array(rows, dtype=np.int64).reshape(-1, 5)
+        except OverflowError as error:
+            raise PolypSegError(f"{self.path} is not a readable zip archive: {error}. Download it again.") from error
 
     def names(self) -> list[str]:
-        self._open()
-        return sorted(name for name in self._members if _is_data(name))
+        return [name for name in self._directory[0] if _is_data(name)]
 
-    def member(self, name: str) -> zipfile.ZipInfo:
-        """The archive's entry of a file. Raises PolypSegError where there is none, or one of too many bytes."""
-        self._open()
-        if name not in self._members:
+    def _row(self, name: str) -> list[int]:
+        names, rows = self._directory
+        place = bisect_left(names, name)
+        if place == len(names) or names[place] != name:
             raise PolypSegError(
                 f"cannot read {name} in {self.path}: there is no such file. Download the archive again."
             )
-        _refuse_large(self._members[name].file_size, name=f"{name} in {self.path}")
-        return self._members[name]
+        row: list[int] = rows[place].tolist()
+        return row
+
+    def refuse_rare(self, names: Iterable[str]) -> None:
+        """Raise UsageError for a file that is not read by position, PolypSegError for one of too many bytes."""
+        for name in names:
+            _, _, size, _, method = self._row(name)
+            _refuse_large(size, name=f"{name} in {self.path}")
+            if method not in _BY_POSITION:
+                raise UsageError(f"{name} in {self.path} is encrypted or compressed in a rare way: extract it")
 
     def read(self, name: str) -> bytes:
-        member = self.member(name)
+        header, packed, size, checksum, method = self._row(name)
+        _refuse_large(size, name=f"{name} in {self.path}")
+        if method not in _BY_POSITION:
+            return self._read_rare(name, header=header)
         try:
-            return self._open().read(member)
-        except (KeyError, zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
+            start = self._files.read(self.path, offset=header, size=_LOCAL_HEADER.size)
+            signature, name_length, extra_length = _LOCAL_HEADER.unpack(start)
+            offset = header + _LOCAL_HEADER.size + name_length + extra_length
+            data = self._files.read(self.path, offset=offset, size=packed)
+        except PolypSegError as error:
+            raise PolypSegError(f"cannot read {name}: {error}") from error
+        if method == zipfile.ZIP_DEFLATED:
+            data = _inflate(data, size=size)
+        if signature != b"PK\3\4" or len(data) != size or zlib.crc32(data) != checksum:
+            raise PolypSegError(f"cannot read {name} in {self.path}: damaged. Download the archive again.")
+        return data
+
+    def _read_rare(self, name: str, *, header: int) -> bytes:
+        """Of a method of compression that ``zipfile`` knows."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                return archive.read(next(info for info in archive.infolist() if info.header_offset == header))
+        except (StopIteration, zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
             raise PolypSegError(f"cannot read {name} in {self.path}: {error}. Download the archive again.") from error
 
+    def stamp(self, name: str) -> str:
+        """A file's checksum and size in the directory."""
+        _, _, size, checksum, _ = self._row(name)
+        return f"{checksum:08x}-{size}"
+
     def content_id(self) -> str:
-        self._open()
-        return _digest(
-            (name, f"{self._members[name].CRC:08x}-{self._members[name].file_size}")
-            for name in self.names()
-            if name.lower().endswith(IMAGE_SUFFIXES)
-        )
+        return identity(f"{name}\0{self.stamp(name)}" for name in self.names() if is_image(name))
+
+
+def _inflate(data: bytes, *, size: int) -> bytes:
+    """Inflated bytes, at most one more than declared; empty when damaged. The caller's checks find both."""
+    try:
+        return zlib.decompressobj(wbits=-zlib.MAX_WBITS).decompress(data, size + 1)
+    except zlib.error:
+        return b""
 
 
 class TarSource:
@@ -252,10 +381,10 @@ class TarSource:
         digests = {}
         with self._open() as archive:
             for name, member in self._members(archive):
-                if _is_data(name) and name.lower().endswith(IMAGE_SUFFIXES):
+                if is_image(name):
                     _refuse_large(member.size, name=f"{name} in {self.path}")
                     digests[name] = hashlib.sha256(_content(archive, member)).hexdigest()
-        return _digest(iter(sorted(digests.items())))
+        return identity(f"{name}\0{digest}" for name, digest in sorted(digests.items()))
 
 
 def _plain(name: str) -> str:

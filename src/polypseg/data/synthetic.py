@@ -1,7 +1,7 @@
 """Procedural colonoscopy-like frames with exact polyp masks: the data that needs no download.
 
 A frame is a pure function of (camera, seed, index, size). It is painted as a lightness plane (folds, lumen,
-light) multiplied by mucosa colour, with polyps on top; then the camera adds blur, noise, border and overlays.
+light) multiplied by mucosa color, with polyps on top; then the camera adds blur, noise, border and overlays.
 Nothing in here imitates a patient: the overlay digits are random. Bytes are reproducible on one machine with
 one set of library versions; other processors may round differently.
 
@@ -46,7 +46,7 @@ class CameraStyle:
     """Outline of the visible field."""
     border_size: float
     """Corner cut of the octagon or half axes of the ellipse, as a share of the half sides, 0 to 1."""
-    border_colour: tuple[int, int, int]
+    border_color: tuple[int, int, int]
     """RGB outside the field, 0 to 255."""
     vignette: float
     """Loss of light away from the lamp's spot, 0 (none) to about 1 (half the light lost at half a frame)."""
@@ -55,7 +55,7 @@ class CameraStyle:
     polyp_area_spread: float
     """Standard deviation of the logarithm of that share."""
     polyp_contrast: float
-    """Strength of the polyp's own colour and shading; 1 is ordinary, 0 leaves only its texture."""
+    """Strength of the polyp's own color and shading; 1 is ordinary, 0 leaves only its texture."""
     second_polyp_share: float
     """Share of frames with two polyps, 0 to 1."""
     empty_share: float = 0.0
@@ -77,7 +77,7 @@ class CameraStyle:
     blur: tuple[float, float]
     """Lowest and highest standard deviation of the optical blur."""
     noise: float
-    """Standard deviation of the sensor noise in grey levels."""
+    """Standard deviation of the sensor noise in gray levels."""
     interlace_share: float
     """Share of frames whose odd rows are displaced by motion, 0 to 1."""
     jpeg_quality: tuple[int, int] | None
@@ -96,7 +96,7 @@ CAMERAS: dict[str, CameraStyle] = {
         native_width=(540, 625),
         border="octagon",
         border_size=0.42,
-        border_colour=(2, 2, 2),
+        border_color=(2, 2, 2),
         vignette=0.4,
         polyp_area_median=0.130,
         polyp_area_spread=0.72,
@@ -116,14 +116,14 @@ CAMERAS: dict[str, CameraStyle] = {
         text_share=0.7,
         box_share=0.35,
     ),
-    # CVC-ClinicDB-like: smaller polyps, soft, paler, wide dark grey rim, video artefacts.
+    # CVC-ClinicDB-like: smaller polyps, soft, paler, wide dark gray rim, video artifacts.
     "b": CameraStyle(
         name="b",
         native_height=(288, 288),
         native_width=(384, 384),
         border="ellipse",
         border_size=0.96,
-        border_colour=(15, 16, 19),
+        border_color=(15, 16, 19),
         vignette=0.6,
         polyp_area_median=0.076,
         polyp_area_spread=0.75,
@@ -146,7 +146,7 @@ CAMERAS: dict[str, CameraStyle] = {
 }
 
 
-def synthesise_frame(
+def synthesize_frame(
     camera: CameraStyle, *, seed: int, index: int, size: tuple[int, int] | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """-> image (H, W, 3) uint8 RGB, mask (H, W) uint8 in {0, 1}.
@@ -170,8 +170,8 @@ def synthesise_frame(
     light, relief = _lightness(camera, shape, rng)
     channels = _mucosa(camera, light * relief, rng)
     support = np.zeros(shape, np.uint8)
-    for centre, area in _polyp_places(camera, shape, box, rng):
-        _paint_polyp(channels, support, light, centre=centre, area=area, contrast=camera.polyp_contrast, rng=rng)
+    for center, area in _polyp_places(camera, shape, box, rng):
+        _paint_polyp(channels, support, light, center=center, area=area, contrast=camera.polyp_contrast, rng=rng)
     if rng.random() < camera.debris_share:
         _paint_debris(channels, light, rng)
     image = _expose(camera, channels, _gloss(camera, light * relief, rng), rng)
@@ -192,7 +192,7 @@ def _between(rng: Generator, limits: tuple[int, int]) -> int:
 
 @lru_cache(maxsize=32)
 def _grid(shape: tuple[int, int]) -> tuple[Plane, Plane]:
-    """Pixel centres x, y, each (H, W), in units of sqrt(H * W) / 2: a square spans -1 to 1. Read only."""
+    """Pixel centers x, y, each (H, W), in units of sqrt(H * W) / 2: a square spans -1 to 1. Read only."""
     height, width = shape
     unit = 2.0 / np.sqrt(height * width)
     y, x = np.meshgrid(
@@ -250,7 +250,7 @@ def _lightness(camera: CameraStyle, shape: tuple[int, int], rng: Generator) -> t
     light *= np.float32(rng.uniform(0.9, 1.3)) / (1 + np.float32(camera.vignette * rng.uniform(0.8, 3.0)) * away)
     light += np.float32(0.03)
 
-    # Folds: seen from the lumen outwards, a crest jumps out of the dark and fades towards the next one.
+    # Folds: seen from the lumen outwards, a crest jumps out of the dark and fades toward the next one.
     twist = np.float32(rng.uniform(0.1, 0.3)) * np.cos(theta * int(rng.integers(1, 4)) + np.float32(rng.uniform(0, 6)))
     phase = np.float32(rng.uniform(0.7, 1.7)) * np.log(squared + np.float32(0.06)) + twist
     phase += 0.25 * _clouds(rng, shape, cells=5) + np.float32(rng.random())
@@ -269,13 +269,13 @@ def _mucosa(camera: CameraStyle, lightness: Plane, rng: Generator) -> list[Plane
     shape = lightness.shape
     # Green and blue vary together (blood against fat), so that the hue stays between red and tan.
     warm, cool = rng.normal(0, camera.mucosa_jitter, 2)
-    colour = np.asarray(camera.mucosa) * (1.0, np.exp(warm), np.exp(1.1 * warm + 0.7 * cool))
-    # Patches of redder or paler tissue: colour alone must not give the polyp away.
+    color = np.asarray(camera.mucosa) * (1.0, np.exp(warm), np.exp(1.1 * warm + 0.7 * cool))
+    # Patches of redder or paler tissue: color alone must not give the polyp away.
     flush = _clouds(rng, shape, cells=6)
     flush_strength = rng.uniform(0.03, 0.13)
     vessels = _vessels(shape, rng) if rng.random() < camera.vessel_share else None
     channels = []
-    for level, flushes, absorbs in zip(colour, (0.05, 1.0, 0.8), (0.12, 0.45, 0.40), strict=True):
+    for level, flushes, absorbs in zip(color, (0.05, 1.0, 0.8), (0.12, 0.45, 0.40), strict=True):
         plane = lightness * (np.float32(level) - np.float32(level * flushes * flush_strength) * flush)
         if vessels is not None:
             plane *= 1 - np.float32(absorbs) * vessels
@@ -309,7 +309,7 @@ def _vessels(shape: tuple[int, int], rng: Generator) -> Plane:
 def _polyp_places(
     camera: CameraStyle, shape: tuple[int, int], box: tuple[int, int] | None, rng: Generator
 ) -> list[tuple[tuple[float, float], float]]:
-    """Centre (x, y) in grid units and area as a share of the frame, for each polyp of a frame."""
+    """Center (x, y) in grid units and area as a share of the frame, for each polyp of a frame."""
     share = camera.polyp_area_median * np.exp(camera.polyp_area_spread * rng.standard_normal())
     share = float(np.clip(share, 0.012, 0.55))
     kind = rng.random()
@@ -320,7 +320,7 @@ def _polyp_places(
     half_width, half_height = float(x[0, -1]), float(y[-1, 0])
     places = []
     for part in parts:
-        # Eight tries in the inner field; the frame's centre, which nothing covers, is the last resort.
+        # Eight tries in the inner field; the frame's center, which nothing covers, is the last resort.
         reach = 0.72 * np.sqrt(rng.random(8))
         turn = rng.uniform(0, 2 * np.pi, 8)
         tries = [
@@ -328,8 +328,8 @@ def _polyp_places(
             (0.0, 0.0),
         ]
         blocked = (-np.inf, np.inf) if box is None else (float(x[0, box[1] - 1]), float(y[box[0], 0]))
-        centre = next(c for c in tries if c[0] > blocked[0] + 0.05 or c[1] < blocked[1] - 0.05)
-        places.append(((float(centre[0]), float(centre[1])), share * part))
+        center = next(c for c in tries if c[0] > blocked[0] + 0.05 or c[1] < blocked[1] - 0.05)
+        places.append(((float(center[0]), float(center[1])), share * part))
     return places
 
 
@@ -350,7 +350,7 @@ def _paint_polyp(
     support: Bytes,
     light: Plane,
     *,
-    centre: tuple[float, float],
+    center: tuple[float, float],
     area: float,
     contrast: float,
     rng: Generator,
@@ -359,21 +359,21 @@ def _paint_polyp(
     grid_x, grid_y = _grid(light.shape)
     radius = np.sqrt(4 * area / np.pi)
     # The window holds the outline and its shadow; its work is what small polyps save.
-    columns = np.abs(grid_x[0] - centre[0]) < 2.1 * radius
-    rows = np.abs(grid_y[:, 0] - centre[1]) < 2.1 * radius
+    columns = np.abs(grid_x[0] - center[0]) < 2.1 * radius
+    rows = np.abs(grid_y[:, 0] - center[1]) < 2.1 * radius
     window = (
         slice(int(rows.argmax()), int(rows.argmax() + rows.sum())),
         slice(int(columns.argmax()), int(columns.argmax() + columns.sum())),
     )
-    x, y = grid_x[window] - np.float32(centre[0]), grid_y[window] - np.float32(centre[1])
+    x, y = grid_x[window] - np.float32(center[0]), grid_y[window] - np.float32(center[1])
     distance, theta = cv2.cartToPolar(x, y)
     rho = distance / (_radial_outline(theta, rng) * np.float32(radius))
     inside = rho < 1
     pixel = 2 / np.sqrt(light.size)
     alpha = np.clip((1 - rho) * np.float32(radius / (1.6 * pixel)), 0, 1)
 
-    # The lamp sits at the lens: the dome is brighter towards the frame's centre, its shadow falls outwards.
-    to_lamp = np.arctan2(-centre[1], -centre[0]) + rng.normal(0, 0.6)
+    # The lamp sits at the lens: the dome is brighter toward the frame's center, its shadow falls outwards.
+    to_lamp = np.arctan2(-center[1], -center[0]) + rng.normal(0, 0.6)
     facing = (x * np.float32(np.cos(to_lamp)) + y * np.float32(np.sin(to_lamp))) / np.float32(radius)
     dome = np.sqrt(np.clip(1 - rho * rho, 0, 1))
     bulge = contrast * rng.uniform(0.7, 1.25)
@@ -412,9 +412,9 @@ def _paint_debris(channels: list[Plane], light: Plane, rng: Generator) -> None:
         for (x, y), reach in zip(spots, scale * rng.uniform(0.004, 0.02, count), strict=True):
             cv2.circle(canvas, (round(x * 8), round(y * 8)), round(reach * 8), 255, -1, cv2.LINE_AA, 3)
     cover = cv2.GaussianBlur(canvas, (0, 0), max(0.6, 0.004 * scale)).astype(np.float32) * np.float32(0.8 / 255)
-    colour = np.array([0.62, 0.50, 0.12]) * rng.uniform([0.75, 0.9, 0.7], [1.1, 1.1, 1.6])
+    color = np.array([0.62, 0.50, 0.12]) * rng.uniform([0.75, 0.9, 0.7], [1.1, 1.1, 1.6])
     shade = light * (1 + 0.12 * _clouds(rng, shape, cells=40)) * cover
-    for channel, level in zip(channels, colour, strict=True):
+    for channel, level in zip(channels, color, strict=True):
         channel *= 1 - cover
         channel += shade * np.float32(level)
 
@@ -471,7 +471,7 @@ def _frame_overlays(
     camera: CameraStyle, image: Bytes, field: Plane, box: tuple[int, int] | None, rng: Generator
 ) -> Bytes:
     """The image inside its border, with overlay digits and the position box where the camera has them."""
-    border = np.full_like(image, camera.border_colour)
+    border = np.full_like(image, camera.border_color)
     framed = cast(Bytes, cv2.blendLinear(image, border, field, 1 - field))
     if rng.random() < camera.text_share:
         _paint_digits(framed, rng)

@@ -23,7 +23,7 @@ from polypseg.errors import UsageError
 
 THRESHOLD_COUNT = 256
 CREDIBLE_SPREAD = 0.05
-"""A standard deviation of per-image Dice below which a mean over images is not believed. A judgement, no theorem."""
+"""A standard deviation of per-image Dice below which a mean over images is not believed. A judgment, no theorem."""
 Interval = tuple[float, float]
 
 

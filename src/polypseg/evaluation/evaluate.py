@@ -30,10 +30,9 @@ from polypseg.evaluation.receipt import (
     save_receipt,
 )
 from polypseg.files import atomic_path, environment_record, write_csv
-from polypseg.inference.model import SOURCE_SHA256
 from polypseg.inference.operating_point import OPERATING_POINT_KEY
 from polypseg.inference.predictors import PredictionSource, Probability
-from polypseg.provenance.origin import recorded_recipe
+from polypseg.provenance.origin import WEIGHTS_ORIGIN, WeightsOrigin
 from polypseg.provenance.passport import SeenCheck, SplitManifest, kept_manifest
 
 
@@ -93,12 +92,12 @@ class SuiteResult:
         rows = self.rows()
         pixels = [image.pixels for image in self.manifest.images]
         conventions, layout = choose_conventions(self.conventions), Layout.of(self.manifest)
-        origin = {key: value for key, value in self.origin.items() if key != "weights_origin"}
+        origin = {key: value for key, value in self.origin.items() if key != WEIGHTS_ORIGIN}
         collisions = self.seen.collisions
         return {
             "receipt": RECEIPT,
             "name": self.name,
-            "model": model_record(self.origin["weights_origin"]) if "weights_origin" in self.origin else None,
+            "model": model_record(WeightsOrigin.within(self.origin)) if WEIGHTS_ORIGIN in self.origin else None,
             "predictions": origin,
             "dataset": {
                 "name": self.dataset,
@@ -166,15 +165,14 @@ class RenamedPredictions:
         return self.source.predict(dataset, ids)
 
 
-def model_record(weights_origin: dict[str, Any]) -> dict[str, Any]:
+def model_record(origin: WeightsOrigin) -> dict[str, Any]:
     """What a receipt says of a model: digest of its weights, its row of the table and its recipe's seed where known."""
-    recipe = recorded_recipe(weights_origin)
-    row = weights_origin.get("row", weights_origin.get("model_id"))
+    recipe, row = origin.bundled_recipe, origin.row or origin.model_id
     return {
-        "sha256": weights_origin.get(SOURCE_SHA256),
+        "sha256": origin.sha256,
         "row": row if row in {entry.model_id for entry in zoo.ZOO} else None,
         "seed": None if recipe is None else recipe.seed,
-        "weights_origin": weights_origin,
+        WEIGHTS_ORIGIN: origin.content,
     }
 
 

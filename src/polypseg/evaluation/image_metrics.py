@@ -207,9 +207,9 @@ class _Image:
         return float(2 * recall * precision / (recall + precision + _EPS))
 
     def _surface_measures(self, tolerance: float) -> tuple[float, float]:
-        """Normalised surface Dice at ``tolerance`` pixels, and the 95 % Hausdorff distance in pixels.
+        """Normalized surface Dice at ``tolerance`` pixels, and the 95 % Hausdorff distance in pixels.
 
-        A contour is the mask's pixels with a 4-neighbour outside it or outside the frame. Surface Dice: the share of
+        A contour is the mask's pixels with a 4-neighbor outside it or outside the frame. Surface Dice: the share of
         both contours' pixels that lie within the tolerance of the other one. HD95: the larger of the two 95th
         percentiles. Both empty: 1 and 0. One empty: 0 and the frame's diagonal.
         """
@@ -320,7 +320,7 @@ def _box(mask: Bools, *, margin: int) -> tuple[slice, slice]:
 
 
 def _contour(mask: Bools) -> Bools:
-    """The mask's pixels with a 4-neighbour outside it or outside the frame."""
+    """The mask's pixels with a 4-neighbor outside it or outside the frame."""
     inner = cv2.erode(mask.astype(np.uint8), _CROSS, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     return np.asarray(mask & (inner == 0))
 
@@ -343,7 +343,7 @@ def largest_component(mask: Bools) -> int:
     """Pixels of the largest 8-connected component of a mask (H, W); 0 where it is empty."""
     if not mask.any():
         return 0
-    return int(_labelled(mask[_box(mask, margin=0)])[1][1:].max())
+    return int(_labeled(mask[_box(mask, margin=0)])[1][1:].max())
 
 
 def count_lesions(predicted: Bools, truth: Bools) -> dict[str, int]:
@@ -356,7 +356,7 @@ def count_lesions(predicted: Bools, truth: Bools) -> dict[str, int]:
         return dict.fromkeys(_OF_LESIONS, 0)
     box = _box(predicted | truth, margin=0)
     predicted, truth = predicted[box], truth[box]
-    (lesion_of, lesion_areas), (component_of, component_areas) = _labelled(truth), _labelled(predicted)
+    (lesion_of, lesion_areas), (component_of, component_areas) = _labeled(truth), _labeled(predicted)
     common = predicted & truth
     keys, shared = np.unique(
         lesion_of[common].astype(np.int64) * len(component_areas) + component_of[common], return_counts=True
@@ -379,7 +379,7 @@ def count_lesions(predicted: Bools, truth: Bools) -> dict[str, int]:
     }
 
 
-def _labelled(mask: Bools) -> tuple[NDArray[np.int32], Counts]:
+def _labeled(mask: Bools) -> tuple[NDArray[np.int32], Counts]:
     """Labels (H, W) of the 8-connected components, 0 outside the mask, and the areas of the labels."""
     _, labels, facts, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     return labels, facts[:, cv2.CC_STAT_AREA].astype(np.int64)

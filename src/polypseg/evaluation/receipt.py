@@ -27,6 +27,7 @@ from polypseg.evaluation.image_metrics import MEASURES, Floats, ImageMeasures
 from polypseg.evaluation.metrics import mean_with_interval
 from polypseg.files import file_sha256, read_json, write_text
 from polypseg.inference.operating_point import OPERATING_POINT_KEY
+from polypseg.provenance.origin import WeightsOrigin
 from polypseg.provenance.passport import KINDS, SplitManifest
 from polypseg.statistics import RESAMPLES, Interval, draw_means, sample_weights, score_set
 from polypseg.statistics.intervals import interval_of, intervals_of
@@ -101,7 +102,7 @@ def image_rows(
     *,
     largest: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """One row per image: id, clip, centre where the dataset tells it, measures that are numbers, and
+    """One row per image: id, clip, center where the dataset tells it, measures that are numbers, and
     ``convention.output`` where images have such scores.
 
     None where an image has no such score. ``largest``: pixels of each prediction's largest component.
@@ -367,7 +368,7 @@ class ModelRecord(_Record):
     """Id of the table's row."""
     seed: int | None = None
     """Of the recipe."""
-    weights_origin: Mapping[str, Any] | None = None
+    weights_origin: WeightsOrigin | None = None
 
 
 class DatasetRecord(_Record):
@@ -547,9 +548,9 @@ class Receipt(_Record):
         return self.model.sha256 if self.model else None
 
     @property
-    def weights_origin(self) -> Mapping[str, Any]:
-        """The record of the weights; empty where they are unknown."""
-        return (self.model.weights_origin if self.model else None) or {}
+    def origin(self) -> WeightsOrigin:
+        """Where the weights come from; an empty record where that is unknown."""
+        return (self.model.weights_origin if self.model else None) or WeightsOrigin()
 
     @property
     def shows_polyps(self) -> bool:

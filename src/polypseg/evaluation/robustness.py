@@ -19,6 +19,7 @@ from polypseg.evaluation.receipt import CONVENTION
 from polypseg.files import environment_record, write_csv, write_json
 from polypseg.inference.predictors import PredictionSource
 from polypseg.plotting import add_note, save_figure
+from polypseg.provenance.origin import WEIGHTS_ORIGIN, WeightsOrigin
 from polypseg.provenance.passport import kept_manifest, name_partial
 
 matplotlib.use("Agg")
@@ -83,7 +84,7 @@ class RobustnessResult:
             path,
             {
                 "model_id": clean.name,
-                "weights_origin": clean.origin.get("weights_origin", {}),
+                WEIGHTS_ORIGIN: WeightsOrigin.within(clean.origin).content,
                 "dataset": {"name": clean.dataset, "split": clean.split, "part": clean.part}
                 | {"content_id": clean.content_id, "n": len(clean.ids)},
                 "interval": INTERVAL,

@@ -1,4 +1,4 @@
-"""The tests of the generalisation suite, in one table, and one run of all those whose images are at hand."""
+"""The tests of the generalization suite, in one table, and one run of all those whose images are at hand."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,9 +18,9 @@ from polypseg.evaluation.conventions import CONVENTIONS
 from polypseg.evaluation.evaluate import Measured, SuiteResult, score_predictions
 from polypseg.evaluation.receipt import CONVENTION, read_receipt, receipt_path, refuse_other_weights
 from polypseg.files import sole_writer, write_csv, write_json
-from polypseg.inference.model import SOURCE_SHA256
 from polypseg.inference.operating_point import OPERATING_POINT_KEY
 from polypseg.inference.predictors import PredictionSource, model_folder, open_model
+from polypseg.provenance.origin import WeightsOrigin
 from polypseg.provenance.passport import Rule, SeenError, SplitManifest, check_seen, kept_manifest, name_partial
 
 Frames = Literal["all", "with polyp", "without polyp"]
@@ -83,7 +83,7 @@ NEGATIVES_SPEC = DatasetSpec(
 class FramesWithoutPolyp(PolypDataset):
     """Frames of which somebody says that they show no polyp: every mask is empty."""
 
-    def grey_mask(self, record: Record) -> NDArray[np.uint8]:
+    def gray_mask(self, record: Record) -> NDArray[np.uint8]:
         """Zeros (H, W) of the frame's size. Raises PolypSegError naming a frame that is broken."""
         frame = self.frame(record)
         return np.zeros((frame.height, frame.width), dtype=np.uint8)
@@ -316,9 +316,9 @@ def score_images(
     score_predictions raises.
     """
     manifest, seen = check_seen(model_folder, manifest, rule=plan.rule)
-    sha256 = (source.origin.get("weights_origin") or {}).get(SOURCE_SHA256)
-    at_point = OPERATING_POINT_KEY in source.origin
-    refuse_other_weights(receipt_path(plan.output, source.name, manifest, at_operating_point=at_point), sha256=sha256)
+    origin, at_point = WeightsOrigin.within(source.origin), OPERATING_POINT_KEY in source.origin
+    path = receipt_path(plan.output, source.name, manifest, at_operating_point=at_point)
+    refuse_other_weights(path, sha256=origin.sha256)
     return score_predictions(
         source,
         dataset,

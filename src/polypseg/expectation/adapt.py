@@ -17,11 +17,11 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.expectation.calibrate import (
     LEAST_GROUPS,
-    Labelled,
+    Labeled,
     groups_of,
     logits_of,
     open_pairs,
-    read_labelled,
+    read_labeled,
     sure_gain,
 )
 from polypseg.expectation.estimate import estimate
@@ -31,13 +31,13 @@ from polypseg.files import atomic_path, environment_record, file_sha256, sole_wr
 from polypseg.hub.export import export_model, our_model
 from polypseg.inference.expected import EXPECTATION, Expectation, read_expectation
 from polypseg.inference.features import dice
-from polypseg.inference.model import SOURCE_SHA256, build_image_processor, without_shard_bars
+from polypseg.inference.model import build_image_processor, without_shard_bars
 from polypseg.inference.segmenter import Segmenter
 from polypseg.modeling import PolypSegForSemanticSegmentation
 from polypseg.provenance.checksums import write_manifest
+from polypseg.provenance.origin import WeightsOrigin
 from polypseg.provenance.passport import (
     FINETUNING,
-    KEY,
     ImagePrint,
     Passport,
     Seen,
@@ -59,13 +59,13 @@ Floats = NDArray[np.float64]
 RECORD = "adaptation.json"
 """What was tried and what it gained: beside the adapted model, or alone where nothing is shipped."""
 FOLDS = 5
-LABELLED_PLANS: tuple[Plan, ...] = (
+LABELED_PLANS: tuple[Plan, ...] = (
     StatisticsPlan(prior=64),
     TuningPlan(part="decoder", steps=6, learning_rate=3e-4, reduction=0.75),
     TuningPlan(part="network", steps=8, learning_rate=3e-5, reduction=0.75),
 )
 """Small steps: rates ten times as large lost Dice on frames of another hospital (measure_adaptation.py)."""
-UNLABELLED_PLANS: tuple[StatisticsPlan, ...] = (StatisticsPlan(prior=16), StatisticsPlan(prior=64))
+UNLABELED_PLANS: tuple[StatisticsPlan, ...] = (StatisticsPlan(prior=16), StatisticsPlan(prior=64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class Adaptation:
     """Adapted to all frames; None where no gain can be shown."""
     plan: Plan | None
     """The best on all frames; None where the model as it is is best."""
-    labelled: bool
+    labeled: bool
     before: float
     """Mean over clips of the Dice without adaptation; without masks, the expected mean Dice."""
     gain: float
@@ -105,7 +105,7 @@ class Adaptation:
         what = "no method" if self.plan is None else self.plan.words
         judged = (
             f"mean Dice of {self.groups} clips, each scored by a model that did not see it"
-            if self.labelled
+            if self.labeled
             else f"expected mean Dice of {self.frames} frames"
         )
         told = (
@@ -124,7 +124,7 @@ class Adaptation:
         return {
             "adapted": self.model is not None,
             "method": None if self.plan is None else self.plan.words,
-            "labelled": self.labelled,
+            "labelled": self.labeled,
             "before": self.before,
             "gain": self.gain,
             "bound": self.bound,
@@ -132,16 +132,16 @@ class Adaptation:
             "groups": self.groups,
             "tried": [tried.content() for tried in self.tried],
             "score": "mean Dice; a frame without polyp counts 1 where nothing is found and 0 otherwise"
-            if self.labelled
+            if self.labeled
             else "expected mean Dice, if every frame shows a polyp; the bound is of the difference of two estimates",
         }
 
 
-def adapt_labelled(
+def adapt_labeled(
     model: PolypSegForSemanticSegmentation,
-    labelled: Sequence[Labelled],
+    labeled: Sequence[Labeled],
     *,
-    plans: Sequence[Plan] = LABELLED_PLANS,
+    plans: Sequence[Plan] = LABELED_PLANS,
     show_progress: bool = True,
 ) -> Adaptation:
     """Try the plans by cross-validation over clips, and adapt to all frames by the best, if its gain is shown.
@@ -149,20 +149,20 @@ def adapt_labelled(
     Each clip is scored by models that did not see it; the plan that counts for a clip is the best on the others. Raises
     UsageError for fewer than LEAST_GROUPS clips.
     """
-    groups = groups_of(labelled, needed=f"whether adapting helps can be shown from {LEAST_GROUPS} on")
+    groups = groups_of(labeled, needed=f"whether adapting helps can be shown from {LEAST_GROUPS} on")
     count = len(set(groups))
     plans = [plan for plan in plans if isinstance(plan, TuningPlan) or has_statistics(model)]
-    pairs = resize_pairs([one.frame for one in labelled], [one.truth for one in labelled], size=model.config.image_size)
-    scores = np.zeros((len(labelled), 1 + len(plans)))
-    scores[:, 0] = score_frames(model, labelled)
-    folds = list(GroupKFold(n_splits=FOLDS).split(labelled, groups=groups))
+    pairs = resize_pairs([one.frame for one in labeled], [one.truth for one in labeled], size=model.config.image_size)
+    scores = np.zeros((len(labeled), 1 + len(plans)))
+    scores[:, 0] = score_frames(model, labeled)
+    folds = list(GroupKFold(n_splits=FOLDS).split(labeled, groups=groups))
     with tqdm(
         total=len(folds) * len(plans) + 1, desc="adapting", leave=False, disable=None if show_progress else True
     ) as bar:
         for seen, unseen in folds:
             for column, plan in enumerate(plans, start=1):
                 adapted = adapt_model(model, pairs.take(seen), plan)
-                scores[unseen, column] = score_frames(adapted, [labelled[place] for place in unseen])
+                scores[unseen, column] = score_frames(adapted, [labeled[place] for place in unseen])
                 bar.update()
         by_group = np.stack([group_means(column, groups) for column in scores.T], axis=1)  # (G, 1 + plans)
         total = by_group.sum(axis=0)
@@ -175,20 +175,20 @@ def adapt_labelled(
     return Adaptation(
         model=kept,
         plan=plans[best - 1] if best else None,
-        labelled=True,
+        labeled=True,
         before=float(by_group[:, 0].mean()),
         gain=gain,
         bound=bound,
-        frames=len(labelled),
+        frames=len(labeled),
         groups=count,
         tried=tuple(Tried(plan=plan, gain=float(gains[k])) for k, plan in enumerate(plans, start=1)),
     )
 
 
-def score_frames(model: PolypSegForSemanticSegmentation, labelled: Sequence[Labelled]) -> Floats:
+def score_frames(model: PolypSegForSemanticSegmentation, labeled: Sequence[Labeled]) -> Floats:
     """The Dice of each frame at its mask's size, threshold 0.5; 1 where neither mask nor answer shows a polyp."""
     segmenter = _segmenter(model, name="model")
-    return np.array([dice(logits_of(segmenter, one) > 0, one.truth) for one in labelled])
+    return np.array([dice(logits_of(segmenter, one) > 0, one.truth) for one in labeled])
 
 
 def _segmenter(
@@ -197,18 +197,18 @@ def _segmenter(
     return Segmenter(model=model, processor=build_image_processor(model.config), name=name, expectation=expectation)
 
 
-def adapt_unlabelled(
+def adapt_unlabeled(
     model: PolypSegForSemanticSegmentation,
     given: GivenFrames,
     *,
     expectation: Expectation | None,
-    plans: Sequence[StatisticsPlan] = UNLABELLED_PLANS,
+    plans: Sequence[StatisticsPlan] = UNLABELED_PLANS,
     show_progress: bool = True,
 ) -> Adaptation:
     """Adapt to frames without masks, if the expected mean Dice rises by more than the two estimates may err.
 
-    Only methods that do not optimise what the estimate looks at: confidence and agreement. Raises UsageError for a
-    model of which nothing was learnt, or that has no BatchNorm statistics, PolypSegError for frames of which nothing
+    Only methods that do not optimize what the estimate looks at: confidence and agreement. Raises UsageError for a
+    model of which nothing was learned, or that has no BatchNorm statistics, PolypSegError for frames of which nothing
     can be said.
     """
     if expectation is None:
@@ -240,7 +240,7 @@ def adapt_unlabelled(
     return Adaptation(
         model=best[2] if best and bound > 0 else None,
         plan=best[1] if best else None,
-        labelled=False,
+        labeled=False,
         before=before.expected,
         gain=gain,
         bound=bound,
@@ -274,12 +274,12 @@ def adapt_files(
         model = our_model(folder)
         if masks is not None:
             dataset = open_pairs(Path(frames), masks)
-            labelled = _distinct(read_labelled(dataset, clip=clip))
-            found = adapt_labelled(model, labelled, show_progress=show_progress)
-            prints = tuple(image_print(one.name, one.frame, clip=_clip(one), mask=one.truth) for one in labelled)
+            labeled = _distinct(read_labeled(dataset, clip=clip))
+            found = adapt_labeled(model, labeled, show_progress=show_progress)
+            prints = tuple(image_print(one.name, one.frame, clip=_clip(one), mask=one.truth) for one in labeled)
         else:
             given = read_frames([frames], output=output, limit=limit)
-            found = adapt_unlabelled(model, given, expectation=read_expectation(folder), show_progress=show_progress)
+            found = adapt_unlabeled(model, given, expectation=read_expectation(folder), show_progress=show_progress)
             prints = tuple(image_print(one.name, one.image, clip=_clip(one)) for one in given.frames)
         _write(found, prints, output, source=folder)
     return found
@@ -292,17 +292,17 @@ def _check_output(output: Path, *, folder: Path) -> None:
         raise UsageError(f"{output} lies in the folder of the model that is adapted: give another (--output)")
 
 
-def _distinct(labelled: Sequence[Labelled]) -> list[Labelled]:
+def _distinct(labeled: Sequence[Labeled]) -> list[Labeled]:
     """Each picture once: a repeat in another clip would be seen on both sides of a fold."""
-    first: dict[str, Labelled] = {}
-    for one in labelled:
+    first: dict[str, Labeled] = {}
+    for one in labeled:
         first.setdefault(picture_digest(one.frame), one)
     return list(first.values())
 
 
-def _clip(frame: Labelled | GivenFrame) -> str | None:
+def _clip(frame: Labeled | GivenFrame) -> str | None:
     """The clip's name; None for a frame that is a group by itself."""
-    own = frame.name if isinstance(frame, Labelled) else frame.digest
+    own = frame.name if isinstance(frame, Labeled) else frame.digest
     return None if frame.group == own else frame.group
 
 
@@ -324,36 +324,32 @@ def _save_model(found: Adaptation, prints: tuple[ImagePrint, ...], folder: Path,
     """Weights, configuration, processor and passport, as a training run leaves them."""
     model = found.model
     assert model is not None and found.plan is not None
-    origin = dict(model.config.weights_origin or {})
-    passport = find_passport(source, named=origin.get(KEY))
-    origin["adapted"] = {
-        "method": found.plan.words,
-        "labelled": found.labelled,
-        "frames": found.frames,
-        "groups": found.groups,
-        "gain": found.gain,
-        "bound": found.bound,
-        "from": file_sha256(source / SAFE_WEIGHTS_NAME),
-    }
-    for key in (KEY, SOURCE_SHA256):  # of the weights that were adapted
-        origin.pop(key, None)
-    model.config.weights_origin = origin
+    before = WeightsOrigin.within(model.config)
+    passport = find_passport(source, named=before.passport)
+    origin = before.adapted_to(
+        method=found.plan.words,
+        labeled=found.labeled,
+        frames=found.frames,
+        groups=found.groups,
+        gain=found.gain,
+        bound=found.bound,
+        source=file_sha256(source / SAFE_WEIGHTS_NAME),
+    )
+    model.config.weights_origin = origin.content
     with without_shard_bars():
         model.save_pretrained(folder)
     build_image_processor(model.config).save_pretrained(folder)
-    attach_passport(folder, _passport(passport[0] if passport else None, prints, found=found, origin=origin))
+    attach_passport(folder, _passport(passport[0] if passport else None, prints, found=found, model_id=origin.model_id))
 
 
-def _passport(
-    before: Passport | None, prints: tuple[ImagePrint, ...], *, found: Adaptation, origin: dict[str, Any]
-) -> Passport:
+def _passport(before: Passport | None, prints: tuple[ImagePrint, ...], *, found: Adaptation, model_id: str) -> Passport:
     """What the model saw before, and the frames with the digests of their masks."""
-    part = "labelled" if found.labelled else "unlabelled"
+    part = "labelled" if found.labeled else "unlabelled"
     content = hashlib.sha256("".join(sorted(one.pixels for one in prints)).encode()).hexdigest()[:16]
     manifest = SplitManifest(dataset="folder", split="adaptation", part=part, content_id=content, images=prints)
-    words = "with their masks" if found.labelled else "without masks"
+    words = "with their masks" if found.labeled else "without masks"
     seen = Seen(stage=FINETUNING, description=f"frames given to adapt the model to, {words}", manifest=manifest)
     if before is not None:
         return replace(before, seen=(*before.seen, seen))
     unknown = Seen(stage=FINETUNING, description="images that the model before adaptation does not list")
-    return Passport(model_id=str(origin.get("model_id", "unknown")), seen=(unknown, seen))
+    return Passport(model_id=model_id, seen=(unknown, seen))

@@ -1,4 +1,4 @@
-"""An operating point from a few labelled frames: threshold, temperature, minimum area, kept only where shown better."""
+"""An operating point from a few labeled frames: threshold, temperature, minimum area, kept only where shown better."""
 
 import hashlib
 import re
@@ -67,7 +67,7 @@ def open_pairs(frames: Path, masks: Path) -> PolypDataset:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labelled:
+class Labeled:
     """A frame with its mask, and what it counts with as one."""
 
     name: str
@@ -76,7 +76,7 @@ class Labelled:
     truth: NDArray[np.bool_]
 
 
-def read_labelled(dataset: PolypDataset, *, clip: str | None = None) -> list[Labelled]:
+def read_labeled(dataset: PolypDataset, *, clip: str | None = None) -> list[Labeled]:
     """The frames of a dataset; ``clip``: regular expression whose first group, in a frame's name, is its clip.
 
     Raises UsageError for an expression that is none, or that a name does not match.
@@ -94,13 +94,13 @@ def read_labelled(dataset: PolypDataset, *, clip: str | None = None) -> list[Lab
             raise UsageError(f"--clip {clip!r} does not match the name {record.id!r}")
         group = match[1] if match else record.groups.get(CLIP_COLUMN, record.id)
         frame, truth = dataset.pair(record)
-        found.append(Labelled(name=record.id, group=group, frame=frame, truth=truth.astype(bool)))
+        found.append(Labeled(name=record.id, group=group, frame=frame, truth=truth.astype(bool)))
     return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What the labelled frames show."""
+    """What the labeled frames show."""
 
     point: OperatingPoint
     """The default where nothing better is shown."""
@@ -147,35 +147,35 @@ class Calibration:
         }
 
 
-def calibrate(segmenter: Segmenter, labelled: Sequence[Labelled], *, show_progress: bool = True) -> Calibration:
+def calibrate(segmenter: Segmenter, labeled: Sequence[Labeled], *, show_progress: bool = True) -> Calibration:
     """Choose threshold and minimum area by leave-one-clip-out, and a temperature by the pixels' likelihood.
 
     Raises UsageError for fewer than LEAST_GROUPS clips.
     """
-    groups = groups_of(labelled, needed=f"an operating point needs frames of {LEAST_GROUPS} or more")
+    groups = groups_of(labeled, needed=f"an operating point needs frames of {LEAST_GROUPS} or more")
     scores, samples = [], []
-    for one in tqdm(labelled, desc="calibrating", unit="frame", leave=False, disable=None if show_progress else True):
+    for one in tqdm(labeled, desc="calibrating", unit="frame", leave=False, disable=None if show_progress else True):
         logits = logits_of(segmenter, one)
         scores.append(score_grid(logits, one.truth))
         samples.append(_sample(logits, one.truth))
     return choose_point(
-        np.array(scores), groups, samples=samples, polyp_free=sum(not one.truth.any() for one in labelled)
+        np.array(scores), groups, samples=samples, polyp_free=sum(not one.truth.any() for one in labeled)
     )
 
 
-def groups_of(labelled: Sequence[Labelled], *, needed: str) -> list[str]:
+def groups_of(labeled: Sequence[Labeled], *, needed: str) -> list[str]:
     """The clip of each frame. Raises UsageError, which says what is ``needed``, for fewer than LEAST_GROUPS clips."""
-    groups = [one.group for one in labelled]
+    groups = [one.group for one in labeled]
     count = len(set(groups))
     if count < LEAST_GROUPS:
         raise UsageError(
-            f"{count} clip(s) with {len(labelled)} frames are too few: {needed} (say which frames are of one clip with "
+            f"{count} clip(s) with {len(labeled)} frames are too few: {needed} (say which frames are of one clip with "
             "--clip)"
         )
     return groups
 
 
-def logits_of(segmenter: Segmenter, one: Labelled) -> NDArray[np.float32]:
+def logits_of(segmenter: Segmenter, one: Labeled) -> NDArray[np.float32]:
     """Polyp logits (H, W) at the size of the frame's mask."""
     found = segmenter.runtime.polyp_logits(segmenter.prepare([one.frame]), names=[one.name])[0]
     return segmenter.runtime.resize(found, one.truth.shape)
@@ -283,7 +283,7 @@ def calibrate_files(
     ``folder``: the model's, to whose weights the point is bound.
     """
     dataset = open_pairs(frames, masks)
-    found = calibrate(segmenter, read_labelled(dataset, clip=clip))
+    found = calibrate(segmenter, read_labeled(dataset, clip=clip))
     save_calibration(found, output, model=segmenter.name, weights={} if folder is None else weights_digests(folder))
     return found
 

@@ -1,4 +1,4 @@
-"""The cells that the expected Dice is learnt from: models x sets x corruptions, measured once and kept."""
+"""The cells that the expected Dice is learned from: models x sets x corruptions, measured once and kept."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -133,7 +133,7 @@ def needed_margin(mask: NDArray[np.bool_], truth: NDArray[np.bool_]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwappedColours:
+class SwappedColors:
     """A runtime that is fed blue for red: how a correct model is most often broken."""
 
     runtime: Runtime

@@ -14,7 +14,7 @@ from polypseg.expectation.frames import LIMIT, GivenFrames, read_frames
 from polypseg.expectation.intervals import LEVEL, read_interval
 from polypseg.files import environment_record, write_csv, write_json, write_text
 from polypseg.inference.expected import DOUBTFUL, EMPTY, UNLIKE, Expectation
-from polypseg.inference.features import VIEW_FEATURES, look_at, to_colours
+from polypseg.inference.features import VIEW_FEATURES, look_at, to_colors
 from polypseg.inference.gate import MOST_UNLIKE, describe_place
 from polypseg.inference.predictor import read_predictor
 from polypseg.inference.segmenter import Segmenter, draw_overlay, read_logits
@@ -57,7 +57,7 @@ class FrameEstimate:
     name: str
     group: str
     expected_dice: float | None
-    """None for a frame that is unlike those learnt from."""
+    """None for a frame that is unlike those learned from."""
     flag: str
     polyp_share: float
 
@@ -169,7 +169,7 @@ def estimate(
 ) -> Estimate:
     """The expected quality of a model with an expectation on distinct frames.
 
-    Raises UsageError for a model of which nothing was learnt and for fewer than LEAST distinct frames.
+    Raises UsageError for a model of which nothing was learned and for fewer than LEAST distinct frames.
     """
     learnt = segmenter.expectation
     if learnt is None:
@@ -223,8 +223,8 @@ def _look(
 ) -> tuple[FrameEstimate, float | None]:
     """A frame's row, and its part of the mean: an empty mask counts as what is expected of one."""
     pixels = segmenter.prepare([image])[0]
-    colours = to_colours(pixels, segmenter.processor)
-    if learnt.gate.unlike(describe_place(colours)[None])[0]:
+    colors = to_colors(pixels, segmenter.processor)
+    if learnt.gate.unlike(describe_place(colors)[None])[0]:
         return FrameEstimate(name=name, group=group, expected_dice=None, flag=UNLIKE, polyp_share=0.0), None
     look = look_at(segmenter, [image], views=views, names=[name])[0]
     share = float((look.logits > 0).mean())

@@ -1,4 +1,4 @@
-"""What is learnt of a model: its cells gathered, the learner chosen by held-out folds, one JSON file written."""
+"""What is learned of a model: its cells gathered, the learner chosen by held-out folds, one JSON file written."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from polypseg.data.polyps import open_dataset
 from polypseg.data.splits import pinned_split
 from polypseg.errors import UsageError
 from polypseg.evaluation.suite import NEGATIVES, open_negatives
-from polypseg.expectation.calibrate import Calibration, Labelled, calibrate, save_calibration
+from polypseg.expectation.calibrate import Calibration, Labeled, calibrate, save_calibration
 from polypseg.expectation.cells import (
     CLEAN,
     Cell,
     FrameSet,
-    SwappedColours,
+    SwappedColors,
     add_noise,
     choose_frames,
     measure_cells,
@@ -51,9 +51,9 @@ from polypseg.expectation.intervals import (
 )
 from polypseg.expectation.learner import LEARNERS, baselines
 from polypseg.expectation.margins import learn_margin, margin_evidence
-from polypseg.files import environment_record, read_json, write_json
+from polypseg.files import environment_record, write_json
 from polypseg.inference.expected import EXPECTATION, FORMAT, THRESHOLD
-from polypseg.inference.features import SINGLE, to_colours
+from polypseg.inference.features import SINGLE, to_colors
 from polypseg.inference.gate import MOST_UNLIKE, Gate, describe_place, learn_gate
 from polypseg.inference.operating_point import OPERATING_POINT, weights_digests
 from polypseg.inference.predictor import Predictor, Steps
@@ -61,6 +61,7 @@ from polypseg.inference.preparation import FrameProcessor
 from polypseg.inference.runtimes import ONNX_FILES, ONNXRUNTIME, OnnxRuntime, open_runtime
 from polypseg.inference.segmenter import Segmenter
 from polypseg.provenance.checksums import MANIFEST, write_manifest
+from polypseg.provenance.origin import WeightsOrigin
 from polypseg.shift.frame_statistics import measure_frame
 
 Floats = NDArray[np.float64]
@@ -82,7 +83,7 @@ FAILURE = 0.5
 
 
 def open_sets(data_dir: Path | None) -> dict[str, FrameSet]:
-    """Name -> frames of the labelled sets at hand, Kvasir-SEG's validation part first.
+    """Name -> frames of the labeled sets at hand, Kvasir-SEG's validation part first.
 
     Raises UsageError where Kvasir-SEG or CVC-ClinicDB is absent.
     """
@@ -94,9 +95,9 @@ def open_sets(data_dir: Path | None) -> dict[str, FrameSet]:
         choose_frames(TEST, kvasir, parts["test"], most=PER_SET),
         choose_frames("cvc_clinicdb", clinicdb, clinicdb.ids, most=PER_SET),
     ]
-    centre = (data_dir or Path("data")) / "PolypGen-C3"
-    if centre.is_dir():
-        opened = open_dataset("folder", source=centre)
+    center = (data_dir or Path("data")) / "PolypGen-C3"
+    if center.is_dir():
+        opened = open_dataset("folder", source=center)
         sets.append(choose_frames("polypgen_c3", opened, opened.ids, most=100))
     return {one.name: one for one in sets}
 
@@ -128,7 +129,7 @@ def gather(folder: Path, *, data_dir: Path | None, cache: Path, echo: Echo) -> l
 
 
 def open_model(folder: Path) -> Segmenter:
-    """The model in a folder by its ONNX file, without what was learnt of it before."""
+    """The model in a folder by its ONNX file, without what was learned of it before."""
     runtime = open_runtime(folder, runtime=ONNXRUNTIME)
     return Segmenter(runtime=runtime, processor=FrameProcessor.from_pretrained(folder), name=str(folder))
 
@@ -139,9 +140,9 @@ def _some(frames: FrameSet, count: int) -> FrameSet:
 
 
 def _other_models(folder: Path, model: Segmenter, cache: Path) -> list[tuple[str, Segmenter]]:
-    """The model fed swapped colours, with noise on its weights, and in 8 bits."""
+    """The model fed swapped colors, with noise on its weights, and in 8 bits."""
     processor = FrameProcessor.from_pretrained(folder)
-    swapped = Segmenter(runtime=SwappedColours(runtime=model.runtime), processor=processor, name="swapped")
+    swapped = Segmenter(runtime=SwappedColors(runtime=model.runtime), processor=processor, name="swapped")
     found = [("red and blue swapped", swapped)]
     for amount in NOISE:
         path = cache / "noisy" / f"{model.fingerprint()[:16]}.{amount}.onnx"
@@ -161,8 +162,8 @@ _EVERY_TRAINING, _EVERY_NEGATIVE = 6, 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Learnt:
-    """Frames that the model learnt from, described."""
+class Learned:
+    """Frames that the model learned from, described."""
 
     gate: Gate
     measures: Mapping[str, tuple[float, float]]
@@ -171,7 +172,7 @@ class Learnt:
     polyp_free: int
 
 
-def learn_frames(folder: Path, *, data_dir: Path | None) -> Learnt:
+def learn_frames(folder: Path, *, data_dir: Path | None) -> Learned:
     """Describe frames of the training part as they are and corrupted, and polyp-free frames where they are at hand."""
     processor = FrameProcessor.from_pretrained(folder)
     kvasir = open_dataset("kvasir_seg", data_dir=data_dir)
@@ -193,7 +194,7 @@ def learn_frames(folder: Path, *, data_dir: Path | None) -> Learnt:
         described.append(_place(decode_frame(path.read_bytes(), name=str(path)), processor))
         groups.append(path.stem)
     columns = {name: np.array([row[name] for row in measured]) for name in measured[0]}
-    return Learnt(
+    return Learned(
         gate=learn_gate(described, groups),
         measures={name: (float(values.mean()), float(values.std(ddof=1))) for name, values in columns.items()},
         frames=len(ids),
@@ -212,7 +213,7 @@ def polyp_free_frames(data_dir: Path | None, part: str) -> list[Path]:
 
 
 def _place(frame: Image.Image, processor: FrameProcessor) -> Floats:
-    return describe_place(to_colours(processor.prepare(frame), processor))
+    return describe_place(to_colors(processor.prepare(frame), processor))
 
 
 def refusals(gate: Gate, folder: Path, *, data_dir: Path | None, seed: int = 0) -> list[dict[str, Any]]:
@@ -261,7 +262,7 @@ class Candidate:
     error: float
     """Mean absolute, over what was held out."""
     predictor: Callable[[], Predictor]
-    """Learnt from everything."""
+    """Learned from everything."""
 
 
 def candidates(columns: Columns, found: Sequence[Unit]) -> list[Candidate]:
@@ -302,27 +303,26 @@ def choose(made: Sequence[Candidate]) -> Candidate:
 
 
 def learn_expectation(folder: Path, *, data_dir: Path | None, cache: Path, echo: Echo) -> dict[str, Any]:
-    """Everything that is learnt of the model in ``folder``, as the content of its expectation file."""
+    """Everything that is learned of the model in ``folder``, as the content of its expectation file."""
     cells = gather(folder, data_dir=data_dir, cache=cache, echo=echo)
     content = fit_cells(cells)
-    learnt = learn_frames(folder, data_dir=data_dir)
-    refused = refusals(learnt.gate, folder, data_dir=data_dir)
+    learned = learn_frames(folder, data_dir=data_dir)
+    refused = refusals(learned.gate, folder, data_dir=data_dir)
     for row in refused:
         echo(
             f"{row['set']}: {row['unlike']:.0%} of {row['n']} frames unlike, {'' if row['refused'] else 'not '}refused"
         )
-    config = read_json(folder / "config.json")
     return {
         "format": FORMAT,
         "model": {
-            "id": (config.get("weights_origin") or {}).get("model_id", ""),
+            "id": WeightsOrigin.of_folder(folder).model_id,
             "sha256": weights_digests(folder),
             "convention": f"Dice at threshold {THRESHOLD} of frames with a polyp; 0 for an empty mask",
         },
         **content,
-        "gate": learnt.gate.content(),
-        "gate_learnt_from": {"training_frames": learnt.frames, "polyp_free_frames": learnt.polyp_free},
-        "seen": {name: [round(value, 6) for value in pair] for name, pair in learnt.measures.items()},
+        "gate": learned.gate.content(),
+        "gate_learnt_from": {"training_frames": learned.frames, "polyp_free_frames": learned.polyp_free},
+        "seen": {name: [round(value, 6) for value in pair] for name, pair in learned.measures.items()},
         "refusals": refused,
         "environment": environment_record(),
     }
@@ -334,11 +334,11 @@ def learn_point(folder: Path, *, data_dir: Path | None) -> Calibration:
     chosen = sets[VALIDATION]
     for record_id in chosen.ids:
         frame, truth = chosen.dataset.pair(chosen.dataset.by_id[record_id])
-        processed.append(Labelled(name=record_id, group=record_id, frame=frame, truth=truth.astype(bool)))
+        processed.append(Labeled(name=record_id, group=record_id, frame=frame, truth=truth.astype(bool)))
     for path in polyp_free_frames(data_dir, "validation"):
         frame = decode_frame(path.read_bytes(), name=str(path))
         nothing = np.zeros((frame.height, frame.width), dtype=bool)
-        processed.append(Labelled(name=path.stem, group=path.stem, frame=frame, truth=nothing))
+        processed.append(Labeled(name=path.stem, group=path.stem, frame=frame, truth=nothing))
     return calibrate(open_model(folder), processed, show_progress=False)
 
 
@@ -347,13 +347,13 @@ def learn_model(folder: Path, *, data_dir: Path | None, cache: Path, echo: Echo)
 
     Raises UsageError for a folder without ONNX file or where datasets are absent.
     """
-    learnt = learn_expectation(folder, data_dir=data_dir, cache=cache, echo=echo)
+    learned = learn_expectation(folder, data_dir=data_dir, cache=cache, echo=echo)
     found = learn_point(folder, data_dir=data_dir)
     for line in found.lines():
         echo(line)
-    written = write_json(folder / EXPECTATION, learnt)
+    written = write_json(folder / EXPECTATION, learned)
     point = save_calibration(
-        found, folder / OPERATING_POINT, model=learnt["model"]["id"], weights=learnt["model"]["sha256"]
+        found, folder / OPERATING_POINT, model=learned["model"]["id"], weights=learned["model"]["sha256"]
     )
     if (folder / MANIFEST).is_file():
         write_manifest(folder)
@@ -361,7 +361,7 @@ def learn_model(folder: Path, *, data_dir: Path | None, cache: Path, echo: Echo)
 
 
 def fit_cells(cells: Sequence[Cell]) -> dict[str, Any]:
-    """What is learnt from cells alone: predictors, interval, flag, and the evidence from held-out folds."""
+    """What is learned from cells alone: predictors, interval, flag, and the evidence from held-out folds."""
     columns = table(cells)
     found = units(columns, model=SHIPPED, anchor=VALIDATION)
     made = candidates(columns, found)
@@ -442,7 +442,7 @@ def _anchor(columns: Columns) -> dict[str, Any]:
 
 
 def _cells_content(columns: Columns, expected: Floats) -> list[dict[str, Any]]:
-    """Every cell: what was learnt from, what was measured, what was expected without it."""
+    """Every cell: what was learned from, what was measured, what was expected without it."""
     keys = list(dict.fromkeys(zip(*(columns[n].tolist() for n in ("model", "set", "kind", "severity")), strict=True)))
     found = []
     for model, name, kind, severity in keys:

@@ -56,7 +56,7 @@ def held_out(columns: Columns, learn: Learn, *, model: str, anchor: str) -> Floa
 
 
 def held_out_baselines(columns: Columns, *, model: str, anchor: str) -> dict[str, Floats]:
-    """The baselines' values (N,) of every row, from ``model`` on the labelled set ``anchor``, which no row is of."""
+    """The baselines' values (N,) of every row, from ``model`` on the labeled set ``anchor``, which no row is of."""
     source = (columns["set"] == anchor) & (columns["model"] == model)
     found = baselines(columns["features"][source], columns["dice"][source])
     return {name: predict(steps, columns["features"]) for name, steps in found.items()}

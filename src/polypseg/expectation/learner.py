@@ -72,7 +72,7 @@ LEARNERS: Mapping[str, Learn] = {
 
 
 def baselines(anchor: Floats, anchor_dice: Floats) -> dict[str, Steps]:
-    """What is known without learning from anything but one labelled set: name -> a line through one feature.
+    """What is known without learning from anything but one labeled set: name -> a line through one feature.
 
     ``anchor`` (M, len(ALL)) and ``anchor_dice`` (M,) are that set's.
     """

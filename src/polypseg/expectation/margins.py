@@ -1,4 +1,4 @@
-"""Margins learnt from cells: needed widths on the validation frames, coverage elsewhere, and the alarm."""
+"""Margins learned from cells: needed widths on the validation frames, coverage elsewhere, and the alarm."""
 
 from collections.abc import Sequence
 from math import ceil

@@ -11,13 +11,7 @@ from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.receipt import Receipt
 from polypseg.evaluation.receipt_reading import no_results, read_results
 from polypseg.files import read_json
-from polypseg.provenance.origin import (
-    STUDY_RECIPE,
-    Origin,
-    planned_origin,
-    read_origin,
-    recorded_recipe,
-)
+from polypseg.provenance.origin import STUDY_RECIPE, WeightsOrigin
 from polypseg.provenance.passport import PASSPORT, Passport
 from polypseg.recipe import Recipe, load_recipe, parse_recipe
 from polypseg.zoo import ZooEntry
@@ -59,7 +53,7 @@ class ComputeFacts:
 class CardFacts:
     """Everything that a card says."""
 
-    origin: Origin
+    origin: WeightsOrigin
     encoder: str
     """timm name."""
     decoder: str
@@ -67,7 +61,7 @@ class CardFacts:
     """Whether plain transformers loads the model without the repository's own code."""
     inputs: InputFacts
     stage: Stage
-    organisation: str
+    organization: str
     """Owner of the repository."""
     revision: str = f"v{__version__}"
     """Tag that the usage examples pin."""
@@ -86,21 +80,21 @@ class CardFacts:
     @property
     def repo_id(self) -> str:
         """Id of the repository on the Hub."""
-        return f"{self.organisation}/{self.origin.repo_name}"
+        return f"{self.organization}/{self.origin.repo_name}"
 
 
 def collect_facts(
-    folder: Path, *, organisation: str | None = None, revision: str | None = None, run_dir: Path | None = None
+    folder: Path, *, organization: str | None = None, revision: str | None = None, run_dir: Path | None = None
 ) -> CardFacts:
     """The facts of an exported model folder; its results and pictures are found under their fixed names.
 
     ``run_dir``: the run that the weights come from, for its recipe and its cost. Raises UsageError for results of other
     weights, PolypSegError for a folder without configuration.
     """
-    from polypseg.provenance.fetch import organisation as default_organisation
+    from polypseg.provenance.fetch import organization as default_organization
 
     config = read_json(folder / "config.json")
-    origin = read_origin(config.get("weights_origin"))
+    origin = WeightsOrigin.within(config, path=folder / "config.json")
     native = config.get("model_type") == "dpt"
     decoder = config.get("decoder", "dpt")
     encoder = config.get("encoder") or config.get("polypseg", {}).get("encoder")
@@ -113,9 +107,9 @@ def collect_facts(
         native=native,
         inputs=_input_facts(folder / "preprocessor_config.json"),
         stage="published",
-        organisation=organisation or default_organisation(),
+        organization=organization or default_organization(),
         revision=revision or f"v{__version__}",
-        recipe=_run_recipe(run) if run else recorded_recipe(origin.record),
+        recipe=_run_recipe(run) if run else origin.bundled_recipe,
         results=_read_results(folder / "results", origin),
         compute=_compute_facts(run) if run else ComputeFacts(),
         passport=Passport.load(folder) if (folder / PASSPORT).is_file() else None,
@@ -139,22 +133,22 @@ def _input_facts(path: Path) -> InputFacts:
     return InputFacts(size=size, mean=mean, std=std)
 
 
-def planned_facts(entry: ZooEntry, *, organisation: str) -> CardFacts:
+def planned_facts(entry: ZooEntry, *, organization: str) -> CardFacts:
     """The facts of a row without weights: what the model will be when it is trained as the study says."""
     config = entry.config_fields()
     return CardFacts(
-        origin=planned_origin(entry),
+        origin=WeightsOrigin.planned(entry),
         encoder=config["encoder"],
         decoder=entry.decoder,
         native=entry.decoder == "dpt",
         inputs=InputFacts(size=config["image_size"], mean=tuple(config["image_mean"]), std=tuple(config["image_std"])),
         stage="planned",
-        organisation=organisation,
+        organization=organization,
         recipe=load_recipe(STUDY_RECIPE),
     )
 
 
-def measured_facts(folder: Path, *, organisation: str) -> CardFacts:
+def measured_facts(folder: Path, *, organization: str) -> CardFacts:
     """The facts of a small model whose results, but not its weights, are in this repository: results/<model id>."""
     from polypseg.modeling import PolypSegConfig
     from polypseg.modeling.encoders_polypseg import is_plain_vit
@@ -162,11 +156,13 @@ def measured_facts(folder: Path, *, organisation: str) -> CardFacts:
     results = read_results(folder)
     if not results:
         raise no_results(folder)
-    record = {**results[0].weights_origin, "model_id": folder.name}
-    recipe = load_recipe(record["recipe"])
+    origin = results[0].origin.updated(model_id=folder.name)
+    if origin.recipe is None:
+        raise UsageError(f"{results[0].path} does not say with which recipe its model was trained: evaluate again")
+    recipe = load_recipe(origin.recipe)
     epochs = read_epochs(folder / "epochs.csv")
-    record.setdefault("finished", len(epochs) == recipe.training.epochs)
-    origin = read_origin(record)
+    if origin.finished is None:  # a receipt of before this was recorded
+        origin = origin.updated(finished=len(epochs) == recipe.training.epochs)
     decoder = folder.name.split(".")[0].rsplit("_", maxsplit=1)[-1]
     encoder = _encoder_of(folder.name, decoder)
     config = PolypSegConfig(encoder=encoder, decoder=decoder, image_size=recipe.data.image_size)
@@ -180,7 +176,7 @@ def measured_facts(folder: Path, *, organisation: str) -> CardFacts:
             size=config.image_size, mean=tuple(config.image_mean or ()), std=tuple(config.image_std or ())
         ),
         stage="unpublished",
-        organisation=organisation,
+        organization=organization,
         recipe=recipe,
         results=results,
         compute=ComputeFacts(hours=training_hours(epochs, recipe)),
@@ -194,9 +190,9 @@ def _encoder_of(model_id: str, decoder: str) -> str:
     return zoo.ENCODERS.get(name, name)
 
 
-def _read_results(folder: Path, origin: Origin) -> tuple[Receipt, ...]:
+def _read_results(folder: Path, origin: WeightsOrigin) -> tuple[Receipt, ...]:
     results = read_results(folder)
-    ours = origin.record.get("sha256")
+    ours = origin.sha256
     for receipt in results:
         theirs = receipt.model_sha256
         if ours and theirs and ours != theirs:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from polypseg import plotting
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.evaluation.metrics import pixel_counts, score
 from polypseg.evaluation.receipt import Receipt
 from polypseg.files import atomic_path
@@ -71,7 +71,7 @@ def write_card_pictures(
 
 def draw_examples(model: Any, processor: Any, *, camera: str, count: int = FRAMES) -> list[Example]:
     """``count`` synthetic frames of a camera (``a`` or ``b``) with the model's masks; the same for every model."""
-    drawn = [synthesise_frame(CAMERAS[camera], seed=SEED, index=index, size=SIZE) for index in range(count)]
+    drawn = [synthesize_frame(CAMERAS[camera], seed=SEED, index=index, size=SIZE) for index in range(count)]
     frames = [Image.fromarray(image) for image, _ in drawn]
     examples = []
     for index, prediction in enumerate(predict_masks(model, processor, frames)):
@@ -101,9 +101,9 @@ def _write_examples(examples: Mapping[str, Sequence[Example]], path: Path, *, na
         chosen = (ranked[0], ranked[len(ranked) // 2], ranked[-1])
         for axis, column, example in zip(axes[row], columns, chosen, strict=True):
             axis.imshow(example.frame)
-            for mask, colour in ((example.truth, "#00e5ff"), (example.prediction, "#ffd400")):
+            for mask, color in ((example.truth, "#00e5ff"), (example.prediction, "#ffd400")):
                 if mask.any():
-                    axis.contour(mask, levels=[0.5], colors=colour, linewidths=1.6)
+                    axis.contour(mask, levels=[0.5], colors=color, linewidths=1.6)
             axis.set_title(f"{column} of {len(shown)}: Dice {example.dice:.2f}", fontsize=9)
             axis.set_xticks([])
             axis.set_yticks([])

@@ -25,7 +25,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 _log = logging.getLogger(__name__)
 _LICENSE_IDS = {"CC BY 4.0": "cc-by-4.0", "Apache-2.0": "apache-2.0"}
 _OPEN_TERMS = re.compile(r"(CC BY 4\.0|Apache-2\.0)(?= \(procedural|$)")
-"""Terms in the catalogue that one of the Hub's identifiers says completely."""
+"""Terms in the catalog that one of the Hub's identifiers says completely."""
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 

@@ -4,7 +4,7 @@ ViT models become native ``DPTForSemanticSegmentation`` (no remote code); CNN mo
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,8 @@ from polypseg.evaluation.receipt_reading import no_results, read_results, write_
 from polypseg.files import atomic_path, write_text
 from polypseg.hub.dataset_card import TEMPLATES
 from polypseg.inference.model import (
-    SOURCE_SHA256,
     build_image_processor,
-    current_record,
+    current_origin,
     load_model,
     without_shard_bars,
 )
@@ -32,8 +31,8 @@ from polypseg.inference.replay import add_replay
 from polypseg.inference.runtimes import TorchRuntime
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.provenance.checksums import MANIFEST, check_folder, write_manifest
-from polypseg.provenance.origin import Origin, read_origin
-from polypseg.provenance.passport import KEY, PASSPORT, find_passport
+from polypseg.provenance.origin import WeightsOrigin
+from polypseg.provenance.passport import PASSPORT, find_passport
 from polypseg.weights.native_dpt import from_native_dpt, to_native_dpt
 
 FP16_WEIGHTS = "model.fp16.safetensors"
@@ -48,7 +47,7 @@ class Export:
     """What was written."""
 
     folder: Path
-    origin: Origin
+    origin: WeightsOrigin
     results: tuple[str, ...]
     """Names of the receipts that were taken along."""
     left_out: tuple[str, ...]
@@ -57,7 +56,7 @@ class Export:
     """Between the logits of the source and of the written folder."""
 
 
-def export_model(source: Path, output: Path, *, results: Path | None = None, organisation: str | None = None) -> Export:
+def export_model(source: Path, output: Path, *, results: Path | None = None, organization: str | None = None) -> Export:
     """Write the folder that is published, at ``output``, from a model folder such as ``runs/x/best``.
 
     ``results``: folder of receipts, of which those of just these weights are computed again and taken along. The folder
@@ -68,24 +67,24 @@ def export_model(source: Path, output: Path, *, results: Path | None = None, org
     if results is not None and not results.is_dir():
         raise UsageError(f"there is no results folder {results}: give the --output of training_scripts/evaluate.py")
     model = our_model(source)
-    record = model.config.weights_origin or current_record({}, source)  # load_model keeps a record current
-    model.config.weights_origin = record
-    origin = read_origin(record)
+    origin = WeightsOrigin.within(model.config)
+    if not origin.content:  # load_model keeps a record current
+        origin = current_origin(origin, source)
+        model.config.weights_origin = origin.content
+    repo_name = origin.repo_name  # fails for what cannot be named, before the work
     with atomic_path(output) as temporary, without_shard_bars():
         temporary.mkdir()
         write_weights(model, temporary)
         build_image_processor(model.config).save_pretrained(temporary)
         for name in ("handler.py", "requirements.txt"):
             shutil.copyfile(TEMPLATES / "hub_folder" / name, temporary / name)
-        _copy_passport(source, temporary, record=record)
+        _copy_passport(source, temporary, named=origin.passport)
         taken, left_out = _copy_results(results, origin, temporary / RESULTS)
         write_quality(temporary, find_receipts(temporary / RESULTS).values() if taken else ())
         written, processor = load_model(str(temporary))
         difference = largest_difference(model, written)
         add_replay(temporary, SAFE_WEIGHTS_NAME, runtime=TorchRuntime(model=written))
-        _write_card(
-            temporary, written, processor, name=origin.repo_name, run_dir=source.parent, organisation=organisation
-        )
+        _write_card(temporary, written, processor, name=repo_name, run_dir=source.parent, organization=organization)
         write_manifest(temporary)
     return Export(folder=output, origin=origin, results=taken, left_out=left_out, largest_difference=difference)
 
@@ -169,13 +168,13 @@ def largest_difference(model: PolypSegForSemanticSegmentation, written: Any) -> 
     return difference
 
 
-def _copy_passport(source: Path, folder: Path, *, record: Mapping[str, Any]) -> None:
+def _copy_passport(source: Path, folder: Path, *, named: str | None) -> None:
     """What the model saw travels with it. Raises PolypSegError where its record names another passport."""
-    if find_passport(source, named=record.get(KEY)) is not None:
+    if find_passport(source, named=named) is not None:
         shutil.copyfile(source / PASSPORT, folder / PASSPORT)
 
 
-def _copy_results(results: Path | None, origin: Origin, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _copy_results(results: Path | None, origin: WeightsOrigin, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Copy sound receipts of these weights, under whatever name; those of the id's other weights stay out."""
     found = find_receipts(results) if results else {}
     if results and not found:
@@ -183,7 +182,7 @@ def _copy_results(results: Path | None, origin: Origin, folder: Path) -> tuple[t
     taken, left_out = [], []
     for path, receipt in found.items():
         recorded = receipt.model_sha256
-        if recorded == origin.record[SOURCE_SHA256]:
+        if recorded == origin.sha256:
             wrong = receipt.differences()
             if wrong:
                 left_out.append(f"{path.name}: is not what its images give ({wrong[0]})")
@@ -197,11 +196,12 @@ def _copy_results(results: Path | None, origin: Origin, folder: Path) -> tuple[t
 
 
 def _write_card(
-    folder: Path, model: Any, processor: Any, *, name: str, run_dir: Path, organisation: str | None
+    folder: Path, model: Any, processor: Any, *, name: str, run_dir: Path, organization: str | None
 ) -> None:
     """Pictures, then the card that shows them, from the files that the folder already holds."""
+    from polypseg.hub.card_facts import collect_facts
     from polypseg.hub.card_pictures import write_card_pictures
-    from polypseg.hub.model_card import collect_facts, render_card
+    from polypseg.hub.model_card import render_card
 
     write_card_pictures(model, processor, folder, name=name, results=read_results(folder / RESULTS))
-    render_card(collect_facts(folder, organisation=organisation, run_dir=run_dir)).save(folder / "README.md")
+    render_card(collect_facts(folder, organization=organization, run_dir=run_dir)).save(folder / "README.md")

@@ -16,24 +16,20 @@ from polypseg.data.splits import DESCRIPTIONS, pinned_split
 from polypseg.evaluation.receipt import CONVENTION, Receipt, Test
 from polypseg.evaluation.receipt_reading import LIMITS, cell_of, seen_words, size_of
 from polypseg.files import write_text
-from polypseg.hub.card_checks import lint_card, load_card
 from polypseg.hub.card_facts import (
     PICTURES,
     CardFacts,
     ComputeFacts,
-    collect_facts,
     measured_facts,
     planned_facts,
 )
 from polypseg.hub.dataset_card import load_references, load_template
 from polypseg.hub.markdown import all_plain, plain, python_string
 from polypseg.provenance.licence import DISCLAIMER, ModelLicense, model_license
-from polypseg.provenance.origin import Origin, finetuning_dataset, pretrained_entry
+from polypseg.provenance.origin import WeightsOrigin
 from polypseg.recipe import Recipe
 from polypseg.statistics.scores import METRICS
 from polypseg.zoo import ZooEntry
-
-__all__ = ["CardFacts", "collect_facts", "lint_card", "load_card", "render_card", "render_pages", "write_pages"]
 
 NOT_EVALUATED = "not evaluated"
 NOT_RECORDED = "not recorded"
@@ -72,7 +68,6 @@ def render_card(facts: CardFacts) -> ModelCard:
         facts=facts,
         origin=facts.origin,
         entry=facts.origin.entry,
-        record=facts.origin.record,
         disclaimer=DISCLAIMER,
         license=license,
         title=_architecture_title(facts),
@@ -86,7 +81,7 @@ def render_card(facts: CardFacts) -> ModelCard:
         convention=CONVENTION,
         intervals=list(dict.fromkeys(result.bootstrap.by_cluster for result in facts.results)),
         saw=_saw_lines(facts),
-        collision=_split_collision(finetuning_dataset(facts.origin)),
+        collision=_split_collision(facts.origin.finetuning_dataset),
         test_caveats=_test_caveats(facts),
         references=[load_references()[key] for key in _reference_keys(facts)],
         pictures=[(name, *PICTURES[name]) for name in facts.widget_pictures],
@@ -100,23 +95,16 @@ def render_card(facts: CardFacts) -> ModelCard:
 
 def _plain_facts(facts: CardFacts) -> CardFacts:
     """The facts with every text that comes from a file made plain; see ``markdown.plain``."""
-    origin = replace(
-        facts.origin,
-        model_id=plain(facts.origin.model_id),
-        shortcomings=all_plain(facts.origin.shortcomings),
-        suffix=plain(facts.origin.suffix),
-        record=all_plain(facts.origin.record),
-    )
     seen = tuple(
         replace(seen, stage=plain(seen.stage), description=plain(seen.description))
         for seen in (facts.passport.seen if facts.passport else ())
     )
     return replace(
         facts,
-        origin=origin,
+        origin=WeightsOrigin.of(all_plain(facts.origin.content)),
         encoder=plain(facts.encoder),
         decoder=plain(facts.decoder),
-        organisation=plain(facts.organisation),
+        organization=plain(facts.organization),
         revision=plain(facts.revision),
         results=tuple(Receipt.of(all_plain(result.content), path=result.path) for result in facts.results),
         passport=replace(facts.passport, seen=seen) if facts.passport else None,
@@ -129,9 +117,9 @@ def _architecture_title(facts: CardFacts) -> str:
 
 
 def _metadata(facts: CardFacts, license: ModelLicense) -> ModelCardData:
-    origin, entry = facts.origin, pretrained_entry(facts.origin)
+    origin, entry = facts.origin, facts.origin.pretrained_entry
     results = _indexed_results(facts)
-    start = str(origin.record.get("encoder_initialisation", ""))
+    start = origin.encoder_initialisation or ""
     base = start.removeprefix("timm:") if start.startswith("timm:") else ""
     if origin.kind == "converted" and entry:
         base = entry.upstream.timm
@@ -157,13 +145,13 @@ def _metadata(facts: CardFacts, license: ModelLicense) -> ModelCardData:
     )
 
 
-def _corpus_is_published(origin: Origin) -> bool:
+def _corpus_is_published(origin: WeightsOrigin) -> bool:
     """Whether the encoder saw the row's corpus: a pretraining run of one's own records its frames instead."""
-    return not origin.record.get("pretraining")
+    return not origin.pretraining
 
 
 def _tags(facts: CardFacts, entry: ZooEntry | None) -> list[str]:
-    trained_on = finetuning_dataset(facts.origin)
+    trained_on = facts.origin.finetuning_dataset
     tested = [result.dataset.name for result in facts.results]
     tags = ["polyp-segmentation", "colonoscopy", "endoscopy", "medical", "research-only", "semantic-segmentation"]
     tags += [facts.encoder, facts.decoder]
@@ -178,9 +166,9 @@ def _tags(facts: CardFacts, entry: ZooEntry | None) -> list[str]:
     return list(dict.fromkeys(tag.replace("_", "-").lower() for tag in tags))
 
 
-def _is_at_home(origin: Origin, dataset: str) -> bool:
+def _is_at_home(origin: WeightsOrigin, dataset: str) -> bool:
     """Whether a dataset is the one of fine-tuning, under this or another name."""
-    trained_on = finetuning_dataset(origin)
+    trained_on = origin.finetuning_dataset
     return trained_on is not None and _SAME_IMAGES.get(dataset, dataset) == trained_on.name
 
 
@@ -226,13 +214,13 @@ def is_quotable(result: Receipt) -> bool:
 
 def _pretraining_lines(facts: CardFacts) -> list[str]:
     """Where the encoder's weights come from, one line a fact."""
-    origin, entry = facts.origin, pretrained_entry(facts.origin)
+    origin, entry = facts.origin, facts.origin.pretrained_entry
     if entry is None:
         return ["Pretraining: none; the encoder started from random weights."]
     if origin.own_pretraining:
         return [origin.own_pretraining]
     lines = [f"Pretraining: {zoo.METHODS[entry.method]} on {zoo.CORPORA[entry.corpus]}."]
-    if origin.record.get("scale") == "full":
+    if origin.full_size:
         lines += [
             f"Published weights: {entry.upstream.location} ({entry.upstream.file_format}).",
             f"Their licence: {entry.upstream.license}, stated at {entry.upstream.license_source}.",
@@ -244,13 +232,13 @@ def _pretraining_lines(facts: CardFacts) -> list[str]:
                 f"Position embedding: sine-cosine, as the pretraining had it (`{entry.position_embedding}`{frozen})."
             )
     else:
-        lines.append(f"Start of the encoder, as recorded: {origin.record['encoder_initialisation']}.")
+        lines.append(f"Start of the encoder, as recorded: {origin.encoder_initialisation}.")
     return lines
 
 
 def _data_facts(facts: CardFacts) -> dict[str, Any]:
     """The training set and the corpus of pretraining, with what is known of their patients."""
-    spec, entry = finetuning_dataset(facts.origin), pretrained_entry(facts.origin)
+    spec, entry = facts.origin.finetuning_dataset, facts.origin.pretrained_entry
     corpus = DATASETS["hyperkvasir_unlabelled"] if entry and entry.corpus == "hyperkvasir" else None
     return {
         "spec": spec,
@@ -303,7 +291,7 @@ def _recipe_rows(recipe: Recipe | None) -> list[tuple[str, str]]:
 
 def _tests(facts: CardFacts) -> list[Test]:
     """The tests of the card's table: those that the study has, then the others that there are results of."""
-    trained_on = finetuning_dataset(facts.origin)
+    trained_on = facts.origin.finetuning_dataset
     expected = [] if trained_on and is_synthetic(trained_on) else list(EXPECTED_TESTS)
     found = [result.test for result in facts.results]
     return list(dict.fromkeys([*expected, *found]))
@@ -315,7 +303,7 @@ def _test_row(facts: CardFacts, test: Test) -> dict[str, Any]:
     matching = [result for result in facts.results if result.test == test]
     return {
         "title": _title(test, dataset=matching[0].dataset.title if matching else None),
-        "where": where if finetuning_dataset(facts.origin) else "not fine-tuned",
+        "where": where if facts.origin.finetuning_dataset else "not fine-tuned",
         "results": [
             {
                 "n": result.n,
@@ -328,11 +316,11 @@ def _test_row(facts: CardFacts, test: Test) -> dict[str, Any]:
     }
 
 
-def _seen_images(origin: Origin, result: Receipt) -> int:
+def _seen_images(origin: WeightsOrigin, result: Receipt) -> int:
     """How many images of a result were training images, by the committed split lists."""
     if not _is_at_home(origin, result.dataset.name):
         return 0
-    spec, stated = finetuning_dataset(origin), str(origin.record.get("finetuned_on"))
+    spec, stated = origin.finetuning_dataset, origin.finetuned_on or ""
     split = next((name for name in DESCRIPTIONS if name in re.split(r"[ /]", stated)), "")
     lists = pinned_split(spec.name, split) if spec else None
     training = set((lists or {}).get("train", []))
@@ -383,7 +371,7 @@ def _split_collision(spec: DatasetSpec | None) -> dict[str, Any] | None:
 
 def _reference_keys(facts: CardFacts) -> list[str]:
     """The works that a user of the model should cite: the study, data, pretraining, architecture."""
-    entry, spec = pretrained_entry(facts.origin), finetuning_dataset(facts.origin)
+    entry, spec = facts.origin.pretrained_entry, facts.origin.finetuning_dataset
     keys = ["sanderson2024generalisability"]
     keys += (
         ["sanderson2024study"] if facts.origin.kind == "converted" or (entry and entry.corpus == "hyperkvasir") else []
@@ -393,7 +381,7 @@ def _reference_keys(facts: CardFacts) -> list[str]:
     if entry:
         keys += [_METHOD_REFERENCES[entry.method]] if entry.method in _METHOD_REFERENCES else []
         keys += [POPULATIONS["hyperkvasir_unlabelled"].reference] if entry.corpus == "hyperkvasir" else []
-        if facts.origin.record.get("scale") == "full":
+        if facts.origin.full_size:
             keys += [key for part, key in _RECIPE_REFERENCES.items() if part in entry.upstream.location]
     keys += [key for part, key in _ENCODER_REFERENCES.items() if part in facts.encoder]
     keys += [_DECODER_REFERENCES[facts.decoder]] if facts.decoder in _DECODER_REFERENCES else []
@@ -417,14 +405,14 @@ def _compute_lines(compute: ComputeFacts) -> list[str]:
 # -- the repository's pages -------------------------------------------------------------------------------------------
 
 
-def render_pages(results: Path, *, organisation: str) -> dict[str, str]:
+def render_pages(results: Path, *, organization: str) -> dict[str, str]:
     """File name -> text: a card for every row of the table and for every model with results, and their index."""
     rows, extra = (
-        [planned_facts(entry, organisation=organisation) for entry in table] for table in (zoo.ZOO, zoo.EXTRA)
+        [planned_facts(entry, organization=organization) for entry in table] for table in (zoo.ZOO, zoo.EXTRA)
     )
     known = {facts.origin.model_id for facts in [*rows, *extra]}
     folders = sorted(path for path in results.iterdir() if path.is_dir() and path.name not in known)
-    measured = [measured_facts(folder, organisation=organisation) for folder in folders]
+    measured = [measured_facts(folder, organization=organization) for folder in folders]
     pages = {f"{facts.origin.repo_name}.md": str(render_card(facts)) for facts in [*rows, *extra, *measured]}
     index = load_template("index.md.jinja").render(
         rows=[_index_row(facts) for facts in rows],
@@ -454,9 +442,9 @@ def _index_row(facts: CardFacts) -> dict[str, Any]:
     }
 
 
-def write_pages(folder: Path, *, organisation: str) -> list[Path]:
+def write_pages(folder: Path, *, organization: str) -> list[Path]:
     """Write every page into ``folder`` (whose ``results`` they come from) and remove those of models that are gone."""
-    pages = render_pages(folder / "results", organisation=organisation)
+    pages = render_pages(folder / "results", organization=organization)
     for stale in folder.glob("*.md"):
         if stale.name not in pages:
             stale.unlink()

@@ -1,7 +1,7 @@
 """A model folder -> ONNX and OpenVINO files in fp32, fp16 and int8, checked by their outputs against torch.
 
 The layout is the one that transformers.js reads (``onnx/model.onnx``, ``model_fp16.onnx``, ``model_quantized.onnx``).
-Input ``pixel_values`` (B, 3, h, w), normalised, B free, h and w fixed; output ``logits`` (B, 1, h', w') of the polyp.
+Input ``pixel_values`` (B, 3, h, w), normalized, B free, h and w fixed; output ``logits`` (B, 1, h', w') of the polyp.
 """
 
 import importlib
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from polypseg.data.images import decode_frame
 from polypseg.data.polyps import open_dataset
 from polypseg.data.sources import IMAGE_SUFFIXES
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.errors import PolypSegError, UsageError, unknown_name
 from polypseg.files import atomic_path
 from polypseg.inference.model import load_model, polyp_against_background
@@ -201,7 +201,7 @@ def trace(model: Any, processor: FrameProcessor) -> Any:
     return program.model_proto
 
 
-def _optimised(graph: Any, *, keep_casts: bool = False) -> Any:
+def _optimized(graph: Any, *, keep_casts: bool = False) -> Any:
     """Constants folded, BatchNorm fused; with ``keep_casts`` what stands behind a Cast is left as it is."""
     from onnxscript import ir, optimizer
 
@@ -240,7 +240,7 @@ def _compact(graph: Any) -> Any:
     for value in list(small.graph.value_info):  # types of the weights as they were
         if value.name in {cast.output[0] for cast in casts}:
             small.graph.value_info.remove(value)
-    return _optimised(small, keep_casts=True)
+    return _optimized(small, keep_casts=True)
 
 
 def _half(graph: Any) -> Any:
@@ -248,7 +248,7 @@ def _half(graph: Any) -> Any:
     from onnxruntime.transformers.float16 import convert_float_to_float16
     from onnxscript import ir
 
-    model = ir.serde.deserialize_model(convert_float_to_float16(_optimised(graph), keep_io_types=True))
+    model = ir.serde.deserialize_model(convert_float_to_float16(_optimized(graph), keep_io_types=True))
     model.graph.sort()  # the converter puts the casts of input and output last
     return ir.serde.serialize_model(model)
 
@@ -307,7 +307,7 @@ def _write_int8(graph: Any, path: Path, *, pixels: Sequence[NDArray[np.float32]]
     held_out = pixels[::every]
     ranges = [batch for n, batch in enumerate(pixels) if n % every]
     plain = path.with_name("plain.onnx")
-    _save(_optimised(graph), plain)
+    _save(_optimized(graph), plain)
     prepared, cache = path.with_name("prepared.onnx"), path.with_name("ranges.json")
     quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
     wanted = [_probability(OnnxRuntime(prepared), batch) for batch in held_out]
@@ -380,7 +380,7 @@ def _check(runtime: Runtime, model: Any, processor: FrameProcessor, *, precision
     torch_model = TorchRuntime(model=model)
     height, width = processor.size["height"], processor.size["width"]
     noise = np.random.default_rng(0).normal(size=(1, 3, height, width)).astype(np.float32)
-    frames = processor([Image.fromarray(synthesise_frame(CAMERAS["a"], seed=0, index=n)[0]) for n in range(7)])
+    frames = processor([Image.fromarray(synthesize_frame(CAMERAS["a"], seed=0, index=n)[0]) for n in range(7)])
     pixels = frames["pixel_values"]
     wanted, found = [], []
     for batch in (noise, pixels[:2], pixels[2:]):

@@ -13,9 +13,10 @@ from polypseg.evaluation.receipt_reading import write_quality
 from polypseg.files import atomic_path, file_sha256, read_json, write_json
 from polypseg.hub.export import RESULTS, half
 from polypseg.hub.onnx import RuntimeExport, export_runtime
-from polypseg.inference.model import SOURCE_SHA256, build_image_processor, load_model, without_shard_bars
+from polypseg.inference.model import build_image_processor, load_model, without_shard_bars
 from polypseg.modeling import PolypSegForSemanticSegmentation
 from polypseg.provenance.checksums import write_manifest
+from polypseg.provenance.origin import WeightsOrigin
 from polypseg.provenance.passport import PASSPORT
 
 LARGEST = 10_000_000
@@ -44,13 +45,12 @@ def pack_model(source: Path, output: Path, *, calibration: str) -> Packed:
     model, _ = load_model(str(source))
     if not isinstance(model, PolypSegForSemanticSegmentation):
         raise UsageError(f"{source} holds a {type(model).__name__}, which is no model of this package")
-    record = dict(model.config.weights_origin or {})
-    if not record.get("finished"):
+    origin = WeightsOrigin.within(model.config)
+    if not origin.finished:
         raise UsageError(f"the run of {source} has not ended: continue it with --resume")
     if not (source / PASSPORT).is_file():
         raise UsageError(f"{source} has no {PASSPORT}: a packed model must say what it saw")
-    record.pop(SOURCE_SHA256, None)  # of the float32 file
-    model.config.weights_origin = record
+    model.config.weights_origin = origin.without("sha256").content  # that is of the float32 file
     with atomic_path(output) as temporary, without_shard_bars():
         temporary.mkdir()
         model.config.save_pretrained(temporary)

@@ -17,11 +17,11 @@ from tqdm import tqdm
 from polypseg import __version__, zoo
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.files import file_sha256, read_json
-from polypseg.hub.model_card import lint_card, load_card
+from polypseg.hub.card_checks import lint_card, load_card
 from polypseg.provenance.checksums import MANIFEST, NOT_LISTED, describe_problems, find_problems, read_manifest
 from polypseg.provenance.fetch import hub_api, hub_errors
 from polypseg.provenance.licence import ModelLicense, license_contradictions, model_license
-from polypseg.provenance.origin import Origin, read_origin
+from polypseg.provenance.origin import WeightsOrigin
 
 COLLECTION = "Polyp segmentation: twelve pretrained backbones"
 COLLECTION_TEXT = "ResNet50 + DeepLabV3+ and ViT-B + DPT, pretrained in six ways. Research only, not a medical device."
@@ -34,7 +34,7 @@ class PublishPlan:
 
     folder: Path
     repo_id: str
-    origin: Origin
+    origin: WeightsOrigin
     license: str
     tag: str
     private: bool
@@ -86,7 +86,7 @@ def exported_folders(folders: Sequence[Path], *, everything_in: Path | None = No
 def plan_push(
     folder: Path,
     *,
-    organisation: str | None = None,
+    organization: str | None = None,
     private: bool = False,
     tag: str | None = None,
     token: str | None = None,
@@ -98,8 +98,8 @@ def plan_push(
     """
     origin, terms, digests = _check_folder(folder)
     api = hub_api(token=token)
-    with hub_errors(organisation or "your account"):
-        owner = organisation or api.whoami()["name"]
+    with hub_errors(organization or "your account"):
+        owner = organization or api.whoami()["name"]
     repo_id = f"{owner}/{origin.repo_name}"
     tag = tag or f"v{__version__}"
     with hub_errors(repo_id):
@@ -160,7 +160,7 @@ def check_folders(folders: Sequence[Path]) -> list[CheckedFolder]:
 def plan_pushes(
     folders: Sequence[Path],
     *,
-    organisation: str | None = None,
+    organization: str | None = None,
     private: bool = False,
     tag: str | None = None,
     token: str | None = None,
@@ -168,7 +168,7 @@ def plan_pushes(
     """One plan a folder, as ``plan_push``. Raises UsageError too for two folders that claim one repository."""
     plans: dict[str, PublishPlan] = {}
     for folder in folders:
-        plan = plan_push(folder, organisation=organisation, private=private, tag=tag, token=token)
+        plan = plan_push(folder, organization=organization, private=private, tag=tag, token=token)
         if plan.repo_id in plans:
             raise _one_name_twice(plans[plan.repo_id].folder, folder, plan.repo_id)
         plans[plan.repo_id] = plan
@@ -179,8 +179,8 @@ def _one_name_twice(one: Path, other: Path, name: str) -> UsageError:
     return UsageError(f"{one} and {other} would both become {name}: push one of them")
 
 
-def _check_folder(folder: Path) -> tuple[Origin, ModelLicense, dict[str, str]]:
-    """Everything that can be wrong with a folder is found before a byte is sent; its origin, licence and digests."""
+def _check_folder(folder: Path) -> tuple[WeightsOrigin, ModelLicense, dict[str, str]]:
+    """Everything that can be wrong with a folder is found before a byte is sent; its origin, license and digests."""
     if not (folder / MANIFEST).is_file():
         raise UsageError(f"{folder} has no {MANIFEST}: write the folder with `polypseg export`")
     manifest = read_manifest(folder / MANIFEST)
@@ -188,7 +188,7 @@ def _check_folder(folder: Path) -> tuple[Origin, ModelLicense, dict[str, str]]:
     if problems:
         raise UsageError(f"{folder} was changed after its export: {describe_problems(problems)}. Export it again")
     config = read_json(folder / "config.json")
-    origin = read_origin(config.get("weights_origin"))
+    origin = WeightsOrigin.within(config, path=folder / "config.json")
     names = {entry.model_id for entry in zoo.ZOO}
     if origin.repo_name in names and not origin.official:
         raise UsageError(f"{folder} may not be published as {origin.repo_name}: {'; '.join(origin.shortcomings)}")

@@ -21,7 +21,7 @@ from string import Template
 import yaml
 from PIL import Image
 
-from polypseg.data.synthetic import CAMERAS, synthesise_frame
+from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.files import atomic_path, explain_write_errors, read_json, write_json, write_text
 from polypseg.hub.dataset_card import TEMPLATES
@@ -72,18 +72,18 @@ def describe_model(name_or_path: str, *, revision: str | None = None, title: str
     """
     from polypseg.provenance.fetch import fetch, resolve_id
     from polypseg.provenance.licence import model_license
-    from polypseg.provenance.origin import read_origin
+    from polypseg.provenance.origin import UNKNOWN, WeightsOrigin
 
     here = local_folder(name_or_path)
     folder = here or fetch(name_or_path, revision=revision)
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} is no model folder: it has no config.json")
     config = read_json(folder / "config.json")
-    origin = read_origin(config.get("weights_origin"))
+    origin = WeightsOrigin.within(config, path=folder / "config.json")
     terms = model_license(origin)
     return SpaceModel(
         id=resolve_id(name_or_path) if here is None else str(folder),
-        title=title or (folder.resolve().name if origin.model_id == "unknown" else origin.repo_name),
+        title=title or (folder.resolve().name if origin.model_id == UNKNOWN else origin.repo_name),
         licence=terms.name or terms.identifier,
         note=f"{origin.summary} Quality: {read_quality(folder).words}.",
         revision=folder.name if here is None else None,
@@ -170,7 +170,7 @@ def _write_app(folder: Path, models: Sequence[SpaceModel]) -> None:
     write_text(folder / "requirements.txt", "\n".join(needed) + "\n")
     (folder / "examples").mkdir()
     for camera, index in EXAMPLES:
-        frame, _ = synthesise_frame(CAMERAS[camera], seed=0, index=index)
+        frame, _ = synthesize_frame(CAMERAS[camera], seed=0, index=index)
         Image.fromarray(frame).save(folder / "examples" / f"synthetic_camera_{camera}_{index:02d}.png")
 
 

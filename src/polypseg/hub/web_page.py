@@ -27,7 +27,7 @@ from polypseg.evaluation.suite import NEGATIVES
 from polypseg.files import atomic_path, explain_write_errors, read_json
 from polypseg.inference.runtimes import ONNX_FILES
 from polypseg.provenance.licence import model_license
-from polypseg.provenance.origin import read_origin
+from polypseg.provenance.origin import UNKNOWN, WeightsOrigin
 
 BUILT = Path(__file__).resolve().parents[1] / "_web"
 PAGE, BUILD, SERVICE_WORKER = "page.json", "build.json", "service_worker.js"
@@ -76,7 +76,7 @@ def stated_scores(folder: Path) -> list[Score]:
 
     Raises UsageError for a receipt of other weights than those that ``config.json`` records.
     """
-    ours = (read_json(folder / "config.json").get("weights_origin") or {}).get("sha256")
+    ours = WeightsOrigin.of_folder(folder).sha256
     scores = []
     for path, receipt in find_receipts(folder).items():
         theirs = receipt.model_sha256
@@ -104,7 +104,7 @@ def assemble_page(
 
     ``precision``: which of the folder's ``onnx`` files, see ONNX_FILES. ``threshold``: where the slider is first.
     ``min_area``: pixels that a counted lesion has at least. Raises UsageError when the page is not built, the folder
-    has no such file, or its frames are to be prepared in another way than the page's (squash, bicubic, normalise).
+    has no such file, or its frames are to be prepared in another way than the page's (squash, bicubic, normalize).
     """
     if not 0 < threshold < 1 or min_area < 1:
         raise UsageError("the threshold lies between 0 and 1 (both excluded), the minimum area is at least 1 pixel")
@@ -142,8 +142,8 @@ def _network_of(model: Path, precision: str) -> Path:
 
 
 def _facts(model: Path, content: Mapping[str, bytes], *, precision: str) -> dict[str, Any]:
-    origin = read_origin(read_json(model / "config.json").get("weights_origin"))
-    name = model.resolve().name if origin.model_id == "unknown" else origin.repo_name
+    origin = WeightsOrigin.of_folder(model)
+    name = model.resolve().name if origin.model_id == UNKNOWN else origin.repo_name
     terms = model_license(origin)
     side, mean, std = _preparation(model / "preprocessor_config.json")
 

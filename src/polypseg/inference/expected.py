@@ -11,7 +11,7 @@ import numpy as np
 
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.files import read_json
-from polypseg.inference.features import Plane, describe, to_colours
+from polypseg.inference.features import Plane, describe, to_colors
 from polypseg.inference.gate import Gate, describe_place, read_gate
 from polypseg.inference.margin import Margin, read_margin
 from polypseg.inference.operating_point import check_weights
@@ -34,7 +34,7 @@ class FrameExpectation:
     """What may be expected of one mask."""
 
     expected_dice: float | None
-    """Against an expert's mask, if there is a polyp; None for a frame that is unlike those learnt from, and for an
+    """Against an expert's mask, if there is a polyp; None for a frame that is unlike those learned from, and for an
     empty mask."""
     flag: str
     """A key of FLAGS, or empty."""
@@ -42,7 +42,7 @@ class FrameExpectation:
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What was learnt of one model."""
+    """What was learned of one model."""
 
     one_pass: Predictor
     """From the answer to the frame itself."""
@@ -57,23 +57,23 @@ class Expectation:
 
     @property
     def digest(self) -> str:
-        """16 hex digits that tell what was learnt from anything else."""
+        """16 hex digits that tell what was learned from anything else."""
         return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()[:16]
 
     def of_frame(self, logits: Plane, pixels: Plane, processor: Any) -> FrameExpectation:
         """Of the logits (h, w) of a prepared frame (3, h, w)."""
-        colours = to_colours(pixels, processor)
-        if self.gate.unlike(describe_place(colours)[None])[0]:
+        colors = to_colors(pixels, processor)
+        if self.gate.unlike(describe_place(colors)[None])[0]:
             return FrameExpectation(expected_dice=None, flag=UNLIKE)
         if not (logits > 0).any():
             return FrameExpectation(expected_dice=None, flag=EMPTY)
-        features = describe(logits, colours)
+        features = describe(logits, colors)
         expected = float(self.one_pass(np.array([[features[name] for name in self.one_pass.features]]))[0])
         return FrameExpectation(expected_dice=expected, flag=DOUBTFUL if expected < self.doubtful_below else "")
 
 
 def read_expectation(folder: Path) -> Expectation | None:
-    """What was learnt of the model in a folder; None where there is no such file.
+    """What was learned of the model in a folder; None where there is no such file.
 
     Raises UsageError for a file of other weights or of a later version, PolypSegError for a damaged one.
     """

@@ -25,7 +25,7 @@ FRAME_FEATURES = (
 )  # fmt: skip
 """Of the frame alone."""
 VIEW_FEATURES = ("agree_flip", "agree_view", "agree_least", "soft_agreement", "size_spread")
-"""Of two more passes: the frame mirrored, and reduced with its colours changed."""
+"""Of two more passes: the frame mirrored, and reduced with its colors changed."""
 SINGLE = (*MASK_FEATURES, *FRAME_FEATURES)
 ALL = (*SINGLE, *VIEW_FEATURES)
 MEANINGS: Mapping[str, str] = {
@@ -81,17 +81,17 @@ def look_at(segmenter: Any, frames: Sequence[Image.Image], *, views: bool, names
     for number, frame in enumerate(frames):
         name = names[number] if number < len(names) else f"frame {number + 1}"
         pixels = segmenter.prepare([frame])
-        colours = to_colours(pixels[0], segmenter.processor)
+        colors = to_colors(pixels[0], segmenter.processor)
         logits = segmenter.runtime.polyp_logits(pixels, names=[name])[0]
-        features = describe(logits, colours)
+        features = describe(logits, colors)
         if views:
-            features |= agreement(segmenter, pixels[0], colours, logits, name=name)
+            features |= agreement(segmenter, pixels[0], colors, logits, name=name)
         looks.append(Look(logits=logits, features=features))
     return looks
 
 
-def to_colours(pixels: Plane, processor: Any) -> Plane:
-    """A prepared frame (3, h, w) -> its colours, 0 to 1."""
+def to_colors(pixels: Plane, processor: Any) -> Plane:
+    """A prepared frame (3, h, w) -> its colors, 0 to 1."""
     if not getattr(processor, "do_normalize", True):
         return np.clip(pixels, 0, 1)
     mean, deviation = (
@@ -100,14 +100,14 @@ def to_colours(pixels: Plane, processor: Any) -> Plane:
     return np.clip(pixels * deviation + mean, 0, 1)
 
 
-def describe(logits: Plane, colours: Plane) -> dict[str, float]:
-    """Logits (h, w) and colours (3, H, W) in 0 to 1, of any size -> ``SINGLE`` features by name."""
-    if colours.shape[1:] != logits.shape:
-        colours = np.stack([resize_bilinear(plane, logits.shape) for plane in colours])
-    return _describe_mask(logits, colours) | _describe_frame(colours)
+def describe(logits: Plane, colors: Plane) -> dict[str, float]:
+    """Logits (h, w) and colors (3, H, W) in 0 to 1, of any size -> ``SINGLE`` features by name."""
+    if colors.shape[1:] != logits.shape:
+        colors = np.stack([resize_bilinear(plane, logits.shape) for plane in colors])
+    return _describe_mask(logits, colors) | _describe_frame(colors)
 
 
-def _describe_mask(logits: Plane, colours: Plane) -> dict[str, float]:
+def _describe_mask(logits: Plane, colors: Plane) -> dict[str, float]:
     probability = sigmoid(logits)
     mask = logits > 0
     area, pixels = int(mask.sum()), mask.size
@@ -137,17 +137,17 @@ def _describe_mask(logits: Plane, colours: Plane) -> dict[str, float]:
         "largest": float(areas.max() / area),
         "roundness": float(np.log10(length**2 / (4 * np.pi * area))),
         "at_border": float(np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean()),
-        "contrast": float(np.linalg.norm(colours[:, mask].mean(axis=1) - colours[:, ring].mean(axis=1)))
+        "contrast": float(np.linalg.norm(colors[:, mask].mean(axis=1) - colors[:, ring].mean(axis=1)))
         if ring.any()
         else 0.0,
     }
     return found
 
 
-def _describe_frame(colours: Plane) -> dict[str, float]:
-    luma = (colours * _LUMA).sum(axis=0)
-    red = colours[0] / (colours.sum(axis=0) + 1e-3)
-    lightest, darkest = colours.max(axis=0), colours.min(axis=0)
+def _describe_frame(colors: Plane) -> dict[str, float]:
+    luma = (colors * _LUMA).sum(axis=0)
+    red = colors[0] / (colors.sum(axis=0) + 1e-3)
+    lightest, darkest = colors.max(axis=0), colors.min(axis=0)
     inner = luma[1:-1, 1:-1]
     laplacian = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * inner
     return {
@@ -165,14 +165,14 @@ def _describe_frame(colours: Plane) -> dict[str, float]:
     }
 
 
-def agreement(segmenter: Any, pixels: Plane, colours: Plane, logits: Plane, *, name: str) -> dict[str, float]:
+def agreement(segmenter: Any, pixels: Plane, colors: Plane, logits: Plane, *, name: str) -> dict[str, float]:
     """``VIEW_FEATURES`` of a prepared frame (3, h, w) whose own logits are known, by two more passes."""
     height, width = pixels.shape[1:]
     run = segmenter.runtime.polyp_logits
     flipped = run(np.ascontiguousarray(pixels[None, :, :, ::-1]), names=[name])[0][:, ::-1]
     small = (round(height * _VIEW_SCALE), round(width * _VIEW_SCALE))
     top, left = (height - small[0]) // 2, (width - small[1]) // 2
-    reduced = np.stack([resize_bilinear(plane, small) for plane in _changed_colours(colours)])
+    reduced = np.stack([resize_bilinear(plane, small) for plane in _changed_colors(colors)])
     margins = ((0, 0), (top, height - small[0] - top), (left, width - small[1] - left))
     view = to_pixels(np.pad(reduced, margins, mode="edge"), segmenter.processor)
     answer = run(view[None], names=[name])[0]
@@ -203,21 +203,21 @@ def compare_views(logits: Plane, others: Sequence[Plane]) -> dict[str, float]:
     }
 
 
-def to_pixels(colours: Plane, processor: Any) -> Plane:
-    """Colours (3, h, w), 0 to 1 -> a prepared frame, as the processor would give it."""
+def to_pixels(colors: Plane, processor: Any) -> Plane:
+    """Colors (3, h, w), 0 to 1 -> a prepared frame, as the processor would give it."""
     if not getattr(processor, "do_normalize", True):
-        return np.ascontiguousarray(colours, dtype=np.float32)
+        return np.ascontiguousarray(colors, dtype=np.float32)
     mean, deviation = (
         np.array(values, dtype=np.float32)[:, None, None] for values in (processor.image_mean, processor.image_std)
     )
-    return np.ascontiguousarray((colours - mean) / deviation, dtype=np.float32)
+    return np.ascontiguousarray((colors - mean) / deviation, dtype=np.float32)
 
 
-def _changed_colours(colours: Plane) -> Plane:
-    """Darker and paler: gamma, then toward grey."""
-    darker = colours ** np.float32(_VIEW_GAMMA)
-    grey = (darker * _LUMA).sum(axis=0)
-    return np.asarray(grey + np.float32(_VIEW_SATURATION) * (darker - grey), dtype=np.float32)
+def _changed_colors(colors: Plane) -> Plane:
+    """Darker and paler: gamma, then toward gray."""
+    darker = colors ** np.float32(_VIEW_GAMMA)
+    gray = (darker * _LUMA).sum(axis=0)
+    return np.asarray(gray + np.float32(_VIEW_SATURATION) * (darker - gray), dtype=np.float32)
 
 
 def dice(one: Mask, other: Mask) -> float:
@@ -227,7 +227,7 @@ def dice(one: Mask, other: Mask) -> float:
 
 
 def _edge(mask: Mask) -> Mask:
-    """Pixels of the mask with a neighbour by side that is not of it; the frame's border is none."""
+    """Pixels of the mask with a neighbor by side that is not of it; the frame's border is none."""
     padded = np.pad(mask, 1, mode="edge")
     inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     edge: Mask = mask & ~inner

@@ -1,4 +1,4 @@
-"""Whether a frame is like those that the expected Dice was learnt from: colours and texture by place, NumPy alone."""
+"""Whether a frame is like those that the expected Dice was learned from: colors and texture by place, NumPy alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,15 +15,15 @@ GRID = 4
 DIRECTIONS = 20
 """Principal directions that are told apart; the rest counts as one."""
 TOLERATED = 0.005
-"""Share of the frames learnt from that lie outside by construction."""
+"""Share of the frames learned from that lie outside by construction."""
 MOST_UNLIKE = 0.2
 """Share of unlike frames above which nothing is said of a set."""
 
 
-def describe_place(colours: Plane) -> Floats:
-    """Colours (3, h, w) in 0 to 1 -> (66,): lightness, red-green, yellow-blue and spread on a grid, fine texture."""
-    red, green, blue = colours
-    light = colours.mean(axis=0)
+def describe_place(colors: Plane) -> Floats:
+    """Colors (3, h, w) in 0 to 1 -> (66,): lightness, red-green, yellow-blue and spread on a grid, fine texture."""
+    red, green, blue = colors
+    light = colors.mean(axis=0)
     planes = (light, red - green, (red + green) / 2 - blue)
     rows, columns = (np.linspace(0, side, GRID + 1).astype(int) for side in light.shape)
     cells = [(slice(rows[i], rows[i + 1]), slice(columns[j], columns[j + 1])) for i in range(GRID) for j in range(GRID)]
@@ -37,7 +37,7 @@ def describe_place(colours: Plane) -> Floats:
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """A Gaussian of the frames learnt from: principal directions, and one variance for the rest."""
+    """A Gaussian of the frames learned from: principal directions, and one variance for the rest."""
 
     mean: Floats
     """(D,)."""
@@ -46,17 +46,17 @@ class Gate:
     rest: float
     """Variance of each remaining dimension."""
     limit: float
-    """Distance that TOLERATED of the frames learnt from exceed."""
+    """Distance that TOLERATED of the frames learned from exceed."""
     low: Floats
     high: Floats
-    """(D,) least and greatest values of the frames learnt from, a tenth of their range wider."""
+    """(D,) least and greatest values of the frames learned from, a tenth of their range wider."""
 
     def distances(self, descriptions: ArrayLike) -> Floats:
-        """(N, D) -> (N,) distances from the frames learnt from, per dimension."""
-        centred = np.asarray(descriptions, dtype=np.float64) - self.mean
-        within = centred @ self.directions.T
+        """(N, D) -> (N,) distances from the frames learned from, per dimension."""
+        centered = np.asarray(descriptions, dtype=np.float64) - self.mean
+        within = centered @ self.directions.T
         length = np.linalg.norm(self.directions, axis=1)
-        outside = (centred**2).sum(axis=1) - ((within / length) ** 2).sum(axis=1)
+        outside = (centered**2).sum(axis=1) - ((within / length) ** 2).sum(axis=1)
         return ((within**2).sum(axis=1) + np.maximum(outside, 0) / self.rest) / len(self.mean)
 
     def unlike(self, descriptions: ArrayLike) -> NDArray[np.bool_]:

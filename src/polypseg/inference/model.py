@@ -24,14 +24,13 @@ from polypseg.inference.runtimes import refuse_non_finite
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.modeling.configuration_polypseg import LARGEST_SIDE
 from polypseg.provenance.checksums import MANIFEST, read_manifest
+from polypseg.provenance.origin import UNKNOWN, WEIGHTS_ORIGIN, WeightsOrigin
 
 LARGEST_CONFIG = 16 * 2**20
 """Bytes of a model's JSON file; the largest real ones have some hundred kilobytes."""
 ATTENTION = ("eager", "sdpa")
 """Attention of PyTorch itself; any other name makes transformers import or download a kernel."""
 ADAPTER = "adapter_config.json"
-SOURCE_SHA256 = "sha256"
-"""Key of ``weights_origin``: the digest of the weights file that was trained, converted and evaluated."""
 
 
 def build_image_processor(config: PolypSegConfig) -> Any:
@@ -62,7 +61,7 @@ def load_model(name_or_path: str, *, revision: str | None = None, trust_remote_c
     """Any AutoModelForSemanticSegmentation and its image processor, from a folder or the Hub, in evaluation mode.
 
     In float32, whatever the file holds. Raises UsageError when there is no such model, it cannot be read, its weights
-    are not complete and finite, or its configuration asks for a kernel or a quantisation, before either is looked for.
+    are not complete and finite, or its configuration asks for a kernel or a quantization, before either is looked for.
     """
     options = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
     folder = Path(name_or_path)
@@ -97,9 +96,9 @@ def load_model(name_or_path: str, *, revision: str | None = None, trust_remote_c
             f"the weights in {name_or_path!r} hold values that are not finite numbers (NaN or infinity), in "
             f"{', '.join(fold_names(broken, known=model.state_dict()))}: the file is damaged; get it again"
         )
-    record = getattr(model.config, "weights_origin", None)
-    if record and (folder / SAFE_WEIGHTS_NAME).is_file():  # results must say of which weights they are
-        model.config.weights_origin = current_record(record, folder)
+    origin = WeightsOrigin.within(model.config, path=folder / CONFIG_NAME)
+    if origin.content and (folder / SAFE_WEIGHTS_NAME).is_file():  # results must say of which weights they are
+        model.config.weights_origin = current_origin(origin, folder).content
     return model.eval(), processor
 
 
@@ -123,8 +122,8 @@ def refuse_configuration(folder: Path, config: dict[str, Any]) -> None:
                     )
         if key == "quantization_config" and value is not None:
             raise ValueError("config.json asks for quantised weights, which are not read here: give the full ones")
-        if key == "weights_origin" and not isinstance(value, dict | None):
-            raise ValueError(f"weights_origin in config.json is a record (a mapping), not {type(value).__name__}")
+        if key == WEIGHTS_ORIGIN and not isinstance(value, dict | None):
+            raise ValueError(f"{WEIGHTS_ORIGIN} in config.json is a record (a mapping), not {type(value).__name__}")
 
 
 def _walk(content: Any) -> Iterator[tuple[str, Any]]:
@@ -181,16 +180,16 @@ def _by_prefix(names: Collection[str]) -> dict[str, int]:
     return counts
 
 
-def current_record(weights_origin: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A model's record of origin with the digest of the weights that were trained, converted and evaluated.
+def current_origin(origin: WeightsOrigin, folder: Path) -> WeightsOrigin:
+    """Where a folder's weights come from, with the digest of the weights that were trained, converted and evaluated.
 
     An intact export keeps the digest of its source. Anywhere else a recorded digest that is not the file's means that
     the weights were changed since, and ``changed`` says so from then on.
     """
-    digest, recorded = file_sha256(folder / SAFE_WEIGHTS_NAME), weights_origin.get(SOURCE_SHA256)
+    digest, recorded = file_sha256(folder / SAFE_WEIGHTS_NAME), origin.sha256
     if recorded in (None, digest) or _is_intact_export(folder, weights=digest):
-        return weights_origin | {SOURCE_SHA256: recorded or digest}
-    return weights_origin | {SOURCE_SHA256: digest, "changed": True}
+        return origin.updated(sha256=recorded or digest)
+    return origin.updated(sha256=digest, changed=True)
 
 
 def _is_intact_export(folder: Path, *, weights: str) -> bool:
@@ -205,12 +204,14 @@ def results_name(config: Any, name_or_path: str) -> str:
 
     Raises UsageError for a recorded id that cannot name a folder.
     """
-    record = getattr(config, "weights_origin", None) or {}
-    name = record.get("model_id")
-    if name is None:
+    try:
+        name = WeightsOrigin.within(config).model_id
+    except UsageError as error:
+        raise UsageError(f"{name_or_path} has a record that cannot name results: {error}") from error
+    if name == UNKNOWN:
         return Path(name_or_path).name
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]{0,199}", name):
-        raise UsageError(f"{name_or_path} records the id {str(name)[:80]!r}, which cannot name results: correct it")
+    if not re.fullmatch(r"\w[\w.+-]{0,199}", name):
+        raise UsageError(f"{name_or_path} records the id {name[:80]!r}, which cannot name results: correct it")
     return name
 
 
@@ -247,7 +248,7 @@ def polyp_against_background(logits: Tensor, config: Any) -> Tensor:
     """Class logits (B, K, h, w) -> polyp-against-background logits (B, h, w): positive where a polyp is predicted.
 
     One class is taken as it is; of two, the second against the first; of more, the class called polyp against the
-    strongest other. Raises UsageError when more than two classes are not labelled.
+    strongest other. Raises UsageError when more than two classes are not labeled.
     """
     if logits.shape[1] == 1:
         return logits[:, 0]

@@ -20,7 +20,7 @@ OPERATING_POINT_KEY = "operating_point"
 KIND = "polypseg operating point"
 _LARGEST_SHARE = 0.5
 WEIGHTS = ("model.safetensors", "onnx/model.onnx", "onnx/model_quantized.onnx")
-"""Files of a model folder to which what was learnt of the model is bound."""
+"""Files of a model folder to which what was learned of the model is bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def weights_digests(folder: Path) -> dict[str, str]:
 
 
 def check_weights(folder: Path, learnt_from: Mapping[str, str], path: Path) -> None:
-    """Raise UsageError where ``path`` was learnt from other weights than those in a model's folder.
+    """Raise UsageError where ``path`` was learned from other weights than those in a model's folder.
 
     ``learnt_from``: file -> SHA-256; none for what is bound to no weights.
     """

@@ -1,6 +1,6 @@
 """Predictions as files: a folder or archive of masks or probability maps, matched to a dataset's ids by name.
 
-8-bit grey is read as value / 255 and 16-bit as value / 65535; a set whose values are all 0 and 1, or in 16 bits all 0
+8-bit gray is read as value / 255 and 16-bit as value / 65535; a set whose values are all 0 and 1, or in 16 bits all 0
 and 255, is one of masks.
 """
 
@@ -173,7 +173,7 @@ def _unit(pixels: NDArray[Any]) -> Probability:
 def read_map(data: bytes, *, name: str) -> NDArray[Any]:
     """Bytes of an image or NPY file -> (H, W): uint8 or uint16 as stored (bilevel as 0/255), or float in [0, 1].
 
-    Raises PolypSegError for a file that cannot be read, is in colours, or holds other values.
+    Raises PolypSegError for a file that cannot be read, is in colors, or holds other values.
     """
     try:
         if PurePosixPath(name).suffix.lower() == ".npy":
@@ -186,7 +186,7 @@ def read_map(data: bytes, *, name: str) -> NDArray[Any]:
         raise PolypSegError(f"{name} cannot be read as a map ({error}): save it again or remove it") from error
     pixels = np.squeeze(pixels, axis=tuple(k for k in (0, -1) if pixels.ndim == 3 and pixels.shape[k] == 1)[:1])
     if pixels.ndim == 3 and pixels.shape[2] in (3, 4) and pixels.dtype == np.uint8:
-        pixels = _grey(pixels, name)
+        pixels = _gray(pixels, name)
     if pixels.ndim != 2 or not pixels.size:
         raise PolypSegError(f"{name} has the shape {pixels.shape}: a map is grey, (height, width)")
     if pixels.dtype == bool:
@@ -203,8 +203,8 @@ def read_map(data: bytes, *, name: str) -> NDArray[Any]:
     )
 
 
-def _grey(pixels: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
-    """The luminance of (H, W, 3 or 4) pixels that are grey but for what JPEG does to them."""
+def _gray(pixels: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
+    """The luminance of (H, W, 3 or 4) pixels that are gray but for what JPEG does to them."""
     if pixels.shape[2] == 4 and pixels[..., 3].min(initial=255) < 255:
         raise PolypSegError(f"{name} is transparent in places: save grey without alpha")
     if (np.ptp(pixels[..., :3], axis=2) > 64).mean() > 1e-3:
@@ -225,6 +225,6 @@ def save_predictions(
             if form == "npy":
                 np.save(temporary / f"{record_id}.npy", probability, allow_pickle=False)
                 continue
-            grey = np.ceil(probability.astype(np.float64) * 255 - 0.5).astype(np.uint8)
-            (temporary / f"{record_id}.png").write_bytes(images.encode_png(grey))
+            gray = np.ceil(probability.astype(np.float64) * 255 - 0.5).astype(np.uint8)
+            (temporary / f"{record_id}.png").write_bytes(images.encode_png(gray))
     return folder

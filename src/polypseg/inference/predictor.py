@@ -1,4 +1,4 @@
-"""What was learnt, as plain numbers: features of a frame -> its expected Dice, by NumPy alone."""
+"""What was learned, as plain numbers: features of a frame -> its expected Dice, by NumPy alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

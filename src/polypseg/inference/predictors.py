@@ -23,7 +23,7 @@ from polypseg.errors import UsageError, first_line
 from polypseg.files import file_sha256, read_json
 from polypseg.inference.model import (
     build_image_processor,
-    current_record,
+    current_origin,
     default_device,
     finite_images,
     load_model,
@@ -38,6 +38,7 @@ from polypseg.modeling import PolypSegConfig
 from polypseg.provenance.checksums import LOADED, check_folder
 from polypseg.provenance.fetch import fetch
 from polypseg.provenance.local import CONFIG, local_folder
+from polypseg.provenance.origin import WEIGHTS_ORIGIN, WeightsOrigin
 
 Probability = NDArray[np.float32]
 Output = Literal["logits", "probability"]
@@ -72,7 +73,7 @@ class ModelPredictions:
 
     @property
     def origin(self) -> dict[str, Any]:
-        return {"source": "model", "weights_origin": getattr(self.model.config, "weights_origin", None) or {}}
+        return {"source": "model", WEIGHTS_ORIGIN: WeightsOrigin.within(self.model.config).content}
 
     def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
         """Thresholded at 0.5 (strictly), these are predicted_mask's masks."""
@@ -119,7 +120,7 @@ class SmpPredictions:
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxPredictions:
-    """An ONNX file: input (B, 3, h, w) of a normalised RGB frame, output (B, 1 or 2, h, w) of logits or probabilities.
+    """An ONNX file: input (B, 3, h, w) of a normalized RGB frame, output (B, 1 or 2, h, w) of logits or probabilities.
 
     ``image_size`` is needed only when the file leaves its input's size open. Without ``processor``, frames are prepared
     as the file's model folder says, or, for a file alone, with ImageNet's mean and standard deviation.
@@ -284,8 +285,9 @@ def open_model(
         raise UsageError("--image-size and --gives-probabilities are of ONNX and segmentation_models_pytorch models")
     check_folder(folder)
     network, processor = load_model(str(folder), trust_remote_code=trust_remote_code)
-    if not getattr(network.config, "weights_origin", None) and (folder / SAFE_WEIGHTS_NAME).is_file():
-        network.config.weights_origin = current_record({}, folder)  # the digest at least
+    origin = WeightsOrigin.within(network.config)
+    if not origin.content and (folder / SAFE_WEIGHTS_NAME).is_file():
+        network.config.weights_origin = current_origin(origin, folder).content  # the digest at least
     return ModelPredictions(
         name=name or results_name(network.config, model),
         model=network,

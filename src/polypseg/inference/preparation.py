@@ -30,7 +30,7 @@ class Prepared(dict[str, Any]):
 
 @dataclass(frozen=True, kw_only=True)
 class FrameProcessor:
-    """Squash a frame to the model's size, scale its values and normalise them; called as transformers' processors."""
+    """Squash a frame to the model's size, scale its values and normalize them; called as transformers' processors."""
 
     size: dict[str, int]
     """``{"height": ..., "width": ...}`` in pixels."""
@@ -93,7 +93,7 @@ class FrameProcessor:
 
     @cached_property
     def _tables(self) -> NDArray[np.float32]:
-        """(3, 256): what each grey value of each channel becomes, in transformers' order of rounding."""
+        """(3, 256): what each gray value of each channel becomes, in transformers' order of rounding."""
         values = np.arange(256, dtype=np.uint8)
         scaled = values.astype(np.float64) * self.rescale_factor if self.do_rescale else values
         table: NDArray[np.float32] = np.repeat(scaled.astype(np.float32)[:, None], 3, axis=1)

@@ -76,7 +76,7 @@ def measure_regions(values: NDArray[np.float32], *, mask: NDArray[np.bool_]) -> 
 
 
 def _join(starts: NDArray[np.int64], ends: NDArray[np.int64], *, stride: int) -> NDArray[np.int64]:
-    """Number of the region of each run, counted from 0; runs touch when those of neighbouring rows share a corner."""
+    """Number of the region of each run, counted from 0; runs touch when those of neighboring rows share a corner."""
     first = np.searchsorted(ends, starts - stride)  # runs above that end at our start's corner or later
     last = np.searchsorted(starts, ends - stride, side="right")
     touching = last - first

@@ -65,10 +65,10 @@ def add_replay(folder: Path, file: str, *, runtime: Runtime | None = None) -> No
 
     ``runtime`` computes the file; without, it is opened.
     """
-    from polypseg.data.synthetic import CAMERAS, synthesise_frame
+    from polypseg.data.synthetic import CAMERAS, synthesize_frame
 
     if not (folder / FRAME).is_file():
-        frame, _ = synthesise_frame(CAMERAS["a"], seed=0, index=1, size=(200, 224))
+        frame, _ = synthesize_frame(CAMERAS["a"], seed=0, index=1, size=(200, 224))
         with atomic_path(folder / FRAME) as temporary:
             Image.fromarray(frame).save(temporary, format="PNG", optimize=True)
     kept: dict[str, Any] = {"format": FORMAT, "outputs": {}}

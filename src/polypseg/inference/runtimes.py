@@ -34,7 +34,7 @@ OPENVINO_FILES: dict[str, str] = {
     "int8": "openvino/openvino_model_quantized.xml",
 }
 INPUT, OUTPUT = "pixel_values", "logits"
-"""Names in the exported files: (B, 3, h, w) normalised RGB, and (B, 1, h', w') logits of the polyp."""
+"""Names in the exported files: (B, 3, h, w) normalized RGB, and (B, 1, h', w') logits of the polyp."""
 WEIGHTS = "model.safetensors"
 _INSTALL = {TORCH: f"{PIP} polypseg", ONNXRUNTIME: f"{PIP} onnxruntime", OPENVINO: f"{PIP} openvino"}
 
@@ -347,7 +347,7 @@ def resize_bilinear(values: Logits, size: tuple[int, int]) -> Logits:
 
 
 def _interpolate(values: Logits, length: int) -> Logits:
-    """(n, m) -> (length, m), linear between neighbouring rows; places are rounded to float32 where torch does it."""
+    """(n, m) -> (length, m), linear between neighboring rows; places are rounded to float32 where torch does it."""
     count = len(values)
     if count == length:
         return values

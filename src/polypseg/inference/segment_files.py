@@ -98,7 +98,7 @@ class SegmentReport:
     flicker: tuple[tuple[str, str], ...] = ()
     """Video, its flicker index in words."""
     flags: Mapping[str, int] = field(default_factory=dict)
-    """Flag -> frames that bear it, where something was learnt of the model's quality."""
+    """Flag -> frames that bear it, where something was learned of the model's quality."""
     margin: tuple[str, ...] = ()
     """What the margin holds, and when that cannot be expected."""
 
@@ -356,18 +356,18 @@ def _check_margin(segmenter: Segmenter, margin: float, point: OperatingPoint) ->
 def _margin_lines(segmenter: Segmenter, rows: Sequence[Mapping[str, str]], margin: float) -> tuple[str, ...]:
     """What is guaranteed, and an alarm for every video, and for all images together, on which it cannot hold."""
     assert segmenter.expectation is not None
-    learnt = segmenter.expectation.margin
+    learned = segmenter.expectation.margin
     empty = sum(row["polyp_pixels"] == "0" for row in rows)
     lines = [
         f"margins/: 90 % of the polyp lies inside in {margin:.0%} of frames with a polyp that are like the "
-        f"{len(learnt.needs)} calibrated on; nothing is said of the {empty} frame(s) with an empty mask"
+        f"{len(learned.needs)} calibrated on; nothing is said of the {empty} frame(s) with an empty mask"
     ]
     batches: dict[str, list[float | None]] = {}
     for row in rows:
         name = row["file"] if row["frame"] else "the images"
         batches.setdefault(name, []).append(float(row["expected_dice"]) if row["expected_dice"] else None)
     for name, expected in batches.items():
-        alarm = learnt.alarm(expected) if len(expected) >= _ALARM_FRAMES else ""
+        alarm = learned.alarm(expected) if len(expected) >= _ALARM_FRAMES else ""
         if alarm:
             lines.append(f"ALARM, {name}: {alarm}")
     return tuple(lines)
@@ -861,7 +861,7 @@ def _stem(row: dict[str, str]) -> str:
 
 
 def _file_state(path: Path) -> dict[str, str]:
-    """By what a changed file is recognised: its size, and its time of change (UTC)."""
+    """By what a changed file is recognized: its size, and its time of change (UTC)."""
     state = path.stat()
     changed = datetime.fromtimestamp(state.st_mtime, UTC).isoformat(timespec="microseconds")
     return {"file_bytes": str(state.st_size), "file_modified": changed}

@@ -45,7 +45,7 @@ Frame: TypeAlias = Image.Image | NDArray[np.uint8] | str | Path
 MIN_AREA = 64
 """Pixels; smaller connected regions are in the mask but not in the list of lesions."""
 OUTLINE, HALO = (0, 229, 255), (0, 0, 0)
-"""Cyan stands out from red mucosa for every kind of colour vision; the dark halo keeps it visible on highlights."""
+"""Cyan stands out from red mucosa for every kind of color vision; the dark halo keeps it visible on highlights."""
 FILL_OPACITY = 0.22
 
 
@@ -77,8 +77,8 @@ class Prediction:
     lesions: tuple[Lesion, ...]
     """Largest first."""
     expected_dice: float | None = None
-    """Expected against an expert's mask, if there is a polyp; None where nothing was learnt of the model, for another
-    threshold than 0.5, for an empty mask and for a frame unlike those learnt from."""
+    """Expected against an expert's mask, if there is a polyp; None where nothing was learned of the model, for another
+    threshold than 0.5, for an empty mask and for a frame unlike those learned from."""
     flag: str = ""
     """``doubtful``, ``unlike`` or ``no mask`` (``inference.expected.FLAGS`` says what each means); empty otherwise."""
     frame: Image.Image | None = field(default=None, repr=False, compare=False)
@@ -137,7 +137,7 @@ class Segmenter:
         """A transformers ``model``, or a ``runtime`` that computes one; ``processor`` prepares frames for it.
 
         ``name`` is what results call the model, ``revision`` the commit of a Hub repository, ``quality`` what is known
-        of its scores, ``expectation`` what was learnt of its quality on frames without masks, ``operating_point`` how
+        of its scores, ``expectation`` what was learned of its quality on frames without masks, ``operating_point`` how
         its logits become masks. Raises UsageError unless exactly one of ``model`` and ``runtime`` is given.
         """
         if (model is None) == (runtime is None):
@@ -432,7 +432,7 @@ def _with_caption(picture: Image.Image, caption: str) -> Image.Image:
 
 
 def _boundary(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Pixels of the mask with a neighbour by side that is not of it; so is all that lies outside the picture."""
+    """Pixels of the mask with a neighbor by side that is not of it; so is all that lies outside the picture."""
     padded = np.pad(mask, 1)
     inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask & ~inner

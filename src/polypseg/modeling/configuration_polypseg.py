@@ -36,11 +36,11 @@ class PolypSegConfig(PreTrainedConfig):
     image_size: int = 224
     """Side in pixels to which the image processor resizes; the model itself takes other sizes too."""
     image_mean: list[float] | None = None
-    """Per-channel mean of the input normalisation, in [0, 1] units; None takes what timm records of the encoder."""
+    """Per-channel mean of the input normalization, in [0, 1] units; None takes what timm records of the encoder."""
     image_std: list[float] | None = None
-    """Per-channel standard deviation of the input normalisation; None takes what timm records of the encoder."""
+    """Per-channel standard deviation of the input normalization; None takes what timm records of the encoder."""
     weights_origin: dict[str, Any] | None = None
-    """Where the weights come from (model id, initialisation, recipe, data); None for a bare architecture."""
+    """Where the weights come from (model id, initialization, recipe, data); None for a bare architecture."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         if kwargs.get("num_labels") not in (None, 2):

@@ -40,7 +40,7 @@ class PolypSegForSemanticSegmentation(PreTrainedModel):
         self.post_init()
 
     def _build_encoder(self) -> Any:
-        """A new encoder as timm and the reference initialise it."""
+        """A new encoder as timm and the reference initialize it."""
         config = self.config
         if is_plain_vit(config.encoder):
             return build_vit_encoder(
@@ -130,7 +130,7 @@ class PolypSegForSemanticSegmentation(PreTrainedModel):
         self.encoder.set_grad_checkpointing(enable)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The reference's initialisation of everything that a checkpoint did not bring.
+        """The reference's initialization of everything that a checkpoint did not bring.
 
         Encoder: timm's own, which has happened already unless the model was built without memory (``from_pretrained``).
         DeepLabV3+: Kaiming uniform (fan in) convolutions, Xavier uniform head. DPT: PyTorch's defaults, which for
@@ -142,7 +142,7 @@ class PolypSegForSemanticSegmentation(PreTrainedModel):
             self._fill_encoder()
 
     def _fill_encoder(self) -> None:
-        """Give each tensor of the encoder that was not loaded its value in a newly initialised encoder."""
+        """Give each tensor of the encoder that was not loaded its value in a newly initialized encoder."""
         fresh = _tensors(self._build_encoder())
         for name, tensor in _tensors(self.encoder).items():
             init.copy_(tensor, fresh[name])  # leaves what was loaded

@@ -68,7 +68,7 @@ class BarlowTwins(nn.Module):
 
 
 def cross_correlation(z1: Tensor, z2: Tensor) -> Tensor:
-    """Standardised embeddings (N, D) of this process, twice -> their correlation (D, D) over all processes.
+    """Standardized embeddings (N, D) of this process, twice -> their correlation (D, D) over all processes.
 
     The gradient is the true one at any number of processes once data-parallel training has averaged it. The authors'
     code gives it divided by the number of processes, which their learning rate of the biases includes.

@@ -15,7 +15,7 @@ from polypseg.modeling.encoders_polypseg import sincos_position_embedding
 
 @dataclass
 class PretrainingOutput:
-    """What a method's forward gives: the loss to minimise and detached embeddings (N, D) to watch for collapse."""
+    """What a method's forward gives: the loss to minimize and detached embeddings (N, D) to watch for collapse."""
 
     loss: Tensor
     embedding: Tensor

@@ -1,4 +1,4 @@
-"""What a finished pretraining run leaves: the encoder for timm and for fine-tuning, curves, and what it learnt."""
+"""What a finished pretraining run leaves: the encoder for timm and for fine-tuning, curves, and what it learned."""
 
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,19 @@ from polypseg.data.corpus import FrameStore
 from polypseg.files import file_sha256, read_json, write_text
 from polypseg.pretraining.loop import PretrainingProgress, build_feed, build_method
 from polypseg.pretraining.mae import MAE
-from polypseg.pretraining.probes.labelled import LabelledFrames
+from polypseg.pretraining.probes.labelled import LabeledFrames
 from polypseg.pretraining.probes.report import (
     draw_loss_curve,
     draw_reconstructions,
     embed,
     normalise,
-    normalised_batches,
+    normalized_batches,
     score_cell,
     write_report,
 )
 from polypseg.pretraining.recipe import PretrainingRecipe
-from polypseg.provenance.passport import KEY, PASSPORT
+from polypseg.provenance.origin import PretrainingRecord
+from polypseg.provenance.passport import PASSPORT
 from polypseg.recipe import changes_from_bundled
 from polypseg.tables import Column, Table
 from polypseg.weights.loading import PRETRAINING_KEY, write_timm_encoder
@@ -55,26 +56,26 @@ def export_encoder(
     ``config.json`` say what it was trained with and on. ``corpus`` is what the ids of models call the frames where they
     are not the row's, such as ``natural_images``.
     """
-    origin = {
-        "method": recipe.method,
-        "encoder": recipe.encoder,
-        "recipe": recipe.name,
-        "recipe_changes": changes_from_bundled(recipe),
-        "seed": recipe.seed,
-        "image_size": recipe.data.image_size,
-        "steps": progress.step,
-        "epochs": progress.epoch,
-        "total_batch_size": recipe.training.total_batch_size,
-        "frames": len(frames),
-        "source": frames.path.name,
-        "content_id": frames.content_id,
-    }
+    origin = PretrainingRecord(
+        method=recipe.method,
+        encoder=recipe.encoder,
+        recipe=recipe.name,
+        recipe_changes=changes_from_bundled(recipe),
+        seed=recipe.seed,
+        image_size=recipe.data.image_size,
+        steps=progress.step,
+        epochs=progress.epoch,
+        total_batch_size=recipe.training.total_batch_size,
+        frames=len(frames),
+        source=frames.path.name,
+        content_id=frames.content_id,
+    )
     if corpus is not None:
-        origin["corpus"] = corpus
+        origin = origin.updated(corpus=corpus)
     known = method.encoder.pretrained_cfg
     passport = folder.parent / PASSPORT
     if passport.is_file():
-        origin[KEY] = file_sha256(passport)
+        origin = origin.updated(passport=file_sha256(passport))
     written = write_timm_encoder(
         folder,
         {key: value.detach().cpu() for key, value in method.encoder.state_dict().items()},
@@ -96,9 +97,9 @@ def write_run_report(
     frames: FrameStore,
     *,
     folder: Path,
-    labelled: LabelledFrames | None,
+    labelled: LabeledFrames | None,
 ) -> list[Path]:
-    """The loss curve, for MAE reconstructions, and with labelled frames the representation report; return the files."""
+    """The loss curve, for MAE reconstructions, and with labeled frames the representation report; return the files."""
     title = f"{recipe.method} {recipe.encoder}, {len(frames)} frames, {progress.step} steps"
     note = f"recipe {recipe.name}, {recipe.data.image_size} px, batch {recipe.training.total_batch_size}, one seed"
     written = [
@@ -127,14 +128,14 @@ def write_run_report(
     return written
 
 
-def _untrained(recipe: PretrainingRecipe, labelled: LabelledFrames, *, device: torch.device) -> Any:
+def _untrained(recipe: PretrainingRecipe, labelled: LabeledFrames, *, device: torch.device) -> Any:
     """The run's start. BatchNorm's initial statistics, 0 and 1, would understate it, so they are estimated."""
     method = build_method(recipe).to(device)
-    update_bn(normalised_batches(labelled, mean=IMAGENET_MEAN, std=IMAGENET_STD, device=device), method.encoder)
+    update_bn(normalized_batches(labelled, mean=IMAGENET_MEAN, std=IMAGENET_STD, device=device), method.encoder)
     return method.eval()
 
 
-def _embed(method: Any, labelled: LabelledFrames) -> NDArray[np.float32]:
+def _embed(method: Any, labelled: LabeledFrames) -> NDArray[np.float32]:
     device = next(method.parameters()).device
     return embed(method.represent, labelled, mean=IMAGENET_MEAN, std=IMAGENET_STD, device=device)
 

@@ -57,10 +57,10 @@ class MAE(nn.Module):
         )
         self.decoder_norm = norm(decoder_width)
         self.decoder_pred = nn.Linear(decoder_width, 3 * self.patch_size**2)
-        self._initialise()
+        self._initialize()
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Xavier uniform everywhere, Q, K and V as one matrix; the patch projection as if it were a linear layer."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -119,7 +119,7 @@ class MAE(nn.Module):
     def reconstruct(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W), noise (B, L) -> the images with hidden patches at zero, and with them painted.
 
-        With normalised targets, each painted patch gets the true patch's mean and deviation, as the authors show it.
+        With normalized targets, each painted patch gets the true patch's mean and deviation, as the authors show it.
         """
         tokens, mask, rank = self.encode(images, noise)
         painted, truth = self.decode(tokens, rank).float(), patchify(images, size=self.patch_size)

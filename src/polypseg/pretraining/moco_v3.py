@@ -27,7 +27,7 @@ from polypseg.training.distributed import at_least_float32, gather_rows, process
 class MoCoV3(nn.Module):
     """Online encoder, projector and predictor; momentum encoder and projector.
 
-    A CNN has a projector of 2 layers and a predictor without last normalisation; a ViT has 3 layers, a normalised
+    A CNN has a projector of 2 layers and a predictor without last normalization; a ViT has 3 layers, a normalized
     predictor, fixed sine-cosine positions and a frozen random patch projection (section 4 and appendix of the paper).
     ``encoder_chunk`` encodes so many images at a time (see ``encode``). Raises UsageError for it with a BatchNorm
     encoder.
@@ -49,19 +49,19 @@ class MoCoV3(nn.Module):
         refuse_chunks_with_batchnorm(encoder, chunk=encoder_chunk)
         vit = is_vit(encoder)
         if vit:
-            initialise_vit(encoder)
+            initialize_vit(encoder)
         width = feature_width(encoder)
         layers = 3 if vit else 2
         self.encoder = encoder
-        self.projector = mlp([width, *[hidden_width] * (layers - 1), output_width], normalise_output=True)
-        self.predictor = mlp([output_width, hidden_width, output_width], normalise_output=vit)
+        self.projector = mlp([width, *[hidden_width] * (layers - 1), output_width], normalize_output=True)
+        self.predictor = mlp([output_width, hidden_width, output_width], normalize_output=vit)
         self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
         self.temperature, self.momentum, self.encoder_chunk = temperature, momentum, encoder_chunk
 
     @torch.no_grad()
     def start_step(self, share_done: float) -> None:
-        """Move the momentum branch towards the online one: p' <- m p' + (1 - m) p, parameters only.
+        """Move the momentum branch toward the online one: p' <- m p' + (1 - m) p, parameters only.
 
         m rises from ``momentum`` to 1 on a half cosine of ``share_done`` in [0, 1], the share of all epochs done.
         """
@@ -82,7 +82,7 @@ class MoCoV3(nn.Module):
         return PretrainingOutput(loss=loss, embedding=h1.detach())
 
     def _contrast(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """One direction of the symmetrised loss, in float32 and against the keys of all processes."""
+        """One direction of the symmetrized loss, in float32 and against the keys of all processes."""
         q, k = (F.normalize(at_least_float32(x), dim=1) for x in (queries, keys))
         return contrastive_loss(q, gather_rows(k), temperature=self.temperature, process=process_index())
 
@@ -101,20 +101,20 @@ def contrastive_loss(queries: Tensor, keys: Tensor, *, temperature: float, proce
     return 2 * temperature * F.cross_entropy(logits, positives)
 
 
-def mlp(widths: list[int], *, normalise_output: bool) -> nn.Sequential:
+def mlp(widths: list[int], *, normalize_output: bool) -> nn.Sequential:
     """Linear layers without bias, BatchNorm and ReLU between them; optionally a last BatchNorm without affine part."""
     layers: list[nn.Module] = []
     for number, (before, after) in enumerate(pairwise(widths), start=2):
         layers.append(nn.Linear(before, after, bias=False))
         if number < len(widths):
             layers += [nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
-        elif normalise_output:
+        elif normalize_output:
             layers.append(nn.BatchNorm1d(after, affine=False))
     return nn.Sequential(*layers)
 
 
 @torch.no_grad()
-def initialise_vit(encoder: VisionTransformer) -> None:
+def initialize_vit(encoder: VisionTransformer) -> None:
     """MoCo v3's ViT: Xavier uniform with Q, K and V apart, sine-cosine positions, a frozen random patch projection."""
     for name, module in encoder.named_modules():
         if not isinstance(module, nn.Linear):

@@ -1,4 +1,4 @@
-"""Optimisers and schedules of the three methods, per step: LARS, parameter groups, warm-up and half cosine."""
+"""Optimizers and schedules of the three methods, per step: LARS, parameter groups, warm-up and half cosine."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017) as the pretraining literature uses it.
 
     A parameter p of more than one axis: d = g + wd p, d <- d * trust * |p| / |d| (factor 1 where a norm is 0). Others,
-    biases and normalisation: d = g, neither decay nor scaling. Buffer b <- momentum b + d, then p <- p - lr b.
+    biases and normalization: d = g, neither decay nor scaling. Buffer b <- momentum b + d, then p <- p - lr b.
     """
 
     def __init__(

@@ -70,12 +70,12 @@ class PretrainingDataRecipe(RecipeSection):
 
 
 class PretrainingTrainingRecipe(RecipeSection):
-    """The optimisation."""
+    """The optimization."""
 
     epochs: int = Field(ge=1, le=LARGEST_COUNT)
     """Passes over the corpus; the schedules span them."""
     total_batch_size: int = Field(ge=2, le=LARGEST_COUNT)
-    """Images per optimiser step, over all processes; the last short batch is dropped."""
+    """Images per optimizer step, over all processes; the last short batch is dropped."""
     accumulation_steps: int = Field(ge=1, le=LARGEST_COUNT)
     """Micro-batches of each process's share; only where images of a batch do not meet in the loss (MAE)."""
     precision: Precision
@@ -93,10 +93,10 @@ class OptimiserRecipe(RecipeSection):
     base_learning_rate: float = Field(gt=0, le=1e30)
     """Peak for a total batch of 256; the peak grows with the batch."""
     bias_base_learning_rate: float | None = Field(gt=0, le=1e30)
-    """The same for biases and normalisation; null: as the weights."""
+    """The same for biases and normalization; null: as the weights."""
     weight_decay: float = Field(ge=0, le=1000)
     decay_everything: bool
-    """Whether AdamW's weight decay reaches biases and normalisation too."""
+    """Whether AdamW's weight decay reaches biases and normalization too."""
     betas: tuple[Beta, Beta]
     """Of AdamW."""
     warmup_epochs: float = Field(ge=0, le=LARGEST_COUNT)
@@ -201,7 +201,7 @@ class MAERecipe(PretrainingRecipe):
 
 
 class SupervisedRecipe(PretrainingRecipe):
-    """Classification of labelled images."""
+    """Classification of labeled images."""
 
     method: Literal["supervised"]
     supervised: SupervisedSection

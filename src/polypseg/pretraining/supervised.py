@@ -1,4 +1,4 @@
-"""Supervised pretraining: classification of labelled images, the baseline of the self-supervised methods."""
+"""Supervised pretraining: classification of labeled images, the baseline of the self-supervised methods."""
 
 from collections.abc import Sequence
 from pathlib import PurePosixPath

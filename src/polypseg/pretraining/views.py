@@ -39,7 +39,7 @@ class ViewSettings:
     contrast: float
     saturation: float
     hue: float
-    """Shift drawn from [-h, h], in turns of the colour wheel."""
+    """Shift drawn from [-h, h], in turns of the color wheel."""
     grayscale_probability: float
     blur_probability: float
     blur_sigma: tuple[float, float]
@@ -68,7 +68,7 @@ def draw_box(
 ) -> Box:
     """A random box of a frame, distributed as torchvision's RandomResizedCrop draws it.
 
-    Area uniform in ``scale``, aspect ratio log-uniform in ``ratio``; after ten boxes that do not fit, the centre.
+    Area uniform in ``scale``, aspect ratio log-uniform in ``ratio``; after ten boxes that do not fit, the center.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -150,7 +150,7 @@ def _crop(image: Image.Image, box: Box, *, reduction: int, size: int, interpolat
 
 
 def grayscale(image: Image8) -> Image8:
-    """Pillow's grey in all three channels."""
+    """Pillow's gray in all three channels."""
     return np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
 
 

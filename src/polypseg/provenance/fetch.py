@@ -38,7 +38,7 @@ from polypseg.provenance.checksums import (
 )
 from polypseg.provenance.local import STARTER, local_folder
 
-ORGANISATION = "polypseg"
+ORGANIZATION = "polypseg"
 """Whose models a bare model id or short name means; ``POLYPSEG_ORGANISATION`` replaces it."""
 _PAGE = re.compile(
     r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+?)(?:/(?:tree|blob)/(?P<revision>[^/]+).*)?/?"
@@ -46,9 +46,9 @@ _PAGE = re.compile(
 _log = logging.getLogger(__name__)
 
 
-def organisation() -> str:
-    """The Hub user or organisation whose models bare ids mean."""
-    return os.environ.get("POLYPSEG_ORGANISATION") or ORGANISATION
+def organization() -> str:
+    """The Hub user or organization whose models bare ids mean."""
+    return os.environ.get("POLYPSEG_ORGANISATION") or ORGANIZATION
 
 
 def resolve_id(name: str) -> str:
@@ -67,7 +67,7 @@ def resolve_id(name: str) -> str:
     known = names.get(name)
     if known is None and "." not in name:  # no id of the table's grammar: most likely a mistyped short name
         raise unknown_name("model", name, [STARTER, *names])
-    return f"{organisation()}/{known or name}"
+    return f"{organization()}/{known or name}"
 
 
 def fetch(

@@ -1,4 +1,4 @@
-"""The licence that a model carries: what its pretraining weights, its conversion and its training data impose.
+"""The license that a model carries: what its pretraining weights, its conversion and its training data impose.
 
 Not legal advice: the chain names each link and where it is stated, so that a reader can check it.
 """
@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 from polypseg import zoo
 from polypseg.data.catalog import DATASETS, DatasetSpec, is_synthetic
 from polypseg.errors import UsageError
-from polypseg.files import read_json
-from polypseg.provenance.local import local_folder
-from polypseg.provenance.origin import Origin, planned_origin, read_origin
+from polypseg.provenance.local import CONFIG, local_folder
+from polypseg.provenance.origin import WeightsOrigin
 from polypseg.zoo import RANDOM, STARTERS
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
 UNKNOWN = "unknown"
-"""The Hub's identifier for a licence that nobody has stated."""
+"""The Hub's identifier for a license that nobody has stated."""
 MODELS_PAGE = "https://huggingface.co/docs/hub/repositories-licenses"
 SSL4GIE = "https://github.com/ESandML/SSL4GIE"
 APACHE_2 = "https://www.apache.org/licenses/LICENSE-2.0"
@@ -29,7 +28,7 @@ APACHE_2 = "https://www.apache.org/licenses/LICENSE-2.0"
 
 @dataclass(frozen=True, kw_only=True)
 class _Terms:
-    """A licence in plain English, for whoever uses or passes on the weights."""
+    """A license in plain English, for whoever uses or passes on the weights."""
 
     link: str
     may: tuple[str, ...]
@@ -71,12 +70,12 @@ _TERMS = {
         may_not=("use the authors' trademarks",),
     ),
 }
-"""Licences that say by themselves what may be done; all are identifiers of the Hub's list."""
+"""Licenses that say by themselves what may be done; all are identifiers of the Hub's list."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLicense:
-    """What a model's card says of its licence."""
+    """What a model's card says of its license."""
 
     identifier: str
     """The Hub's ``license``: one of its identifiers, or ``other``."""
@@ -89,7 +88,7 @@ class ModelLicense:
     chain: tuple[str, ...]
     """The links, one sentence each, from code to result."""
     weights: str
-    """Licence of the weights by themselves, without the images' terms."""
+    """License of the weights by themselves, without the images' terms."""
     images: tuple[DatasetSpec, ...] = ()
     """The known sets that the weights were made from, fine-tuning first."""
 
@@ -126,11 +125,11 @@ class ModelLicense:
         return tuple(dict.fromkeys([self.link, *weights, *images]))
 
 
-def model_license(origin: Origin) -> ModelLicense:
-    """The licence of a model from where its weights come from.
+def model_license(origin: WeightsOrigin) -> ModelLicense:
+    """The license of a model from where its weights come from.
 
     Weights converted from the reference's files keep their CC BY-NC-SA 4.0. Published non-commercial pretraining
-    weights (MoCo v3, MAE, everything from Hyperkvasir) make the model CC BY-NC 4.0. Otherwise the weights' own licence
+    weights (MoCo v3, MAE, everything from Hyperkvasir) make the model CC BY-NC 4.0. Otherwise the weights' own license
     is permissive, but the images of fine-tuning, and those of a pretraining of one's own, may be for research and
     education only, which no identifier says: ``other``.
     """
@@ -146,9 +145,7 @@ def model_license(origin: Origin) -> ModelLicense:
     corpus, data = _own_corpus(origin), _finetuning_set(origin)
     chain += [f"Pretraining images: {corpus.title}, {corpus.license}."] if corpus else []
     chain += [f"Training images: {data.title}, {data.license}."] if data else []
-    chain += (
-        ["Adapted to frames of the publisher, whose terms are not recorded."] if origin.record.get("adapted") else []
-    )
+    chain += ["Adapted to frames of the publisher, whose terms are not recorded."] if origin.adapted else []
     images = tuple({spec.name: spec for spec in (data, corpus) if spec}.values())
     bound = [spec for spec in images if not _is_open(spec)]
     if weights == UNKNOWN:
@@ -184,11 +181,11 @@ def model_license(origin: Origin) -> ModelLicense:
     )
 
 
-def license_contradictions(origin: Origin, card: "ModelCard", config: Mapping[str, Any]) -> list[str]:
-    """What a model folder's card and config.json say of its licence against what its weights' origin demands.
+def license_contradictions(origin: WeightsOrigin, card: "ModelCard", config: Mapping[str, Any]) -> list[str]:
+    """What a model folder's card and config.json say of its license against what its weights' origin demands.
 
     One phrase each; empty when they agree, so that nobody publishes non-commercial weights as MIT by editing a line. A
-    licence that is not known is a finding too.
+    license that is not known is a finding too.
     """
     terms = model_license(origin)
     if terms.identifier == UNKNOWN:
@@ -202,7 +199,7 @@ def license_contradictions(origin: Origin, card: "ModelCard", config: Mapping[st
         findings.append(f"config.json states the licence {config['license']!r}, not {terms.identifier!r}")
     if terms.chain[-1] not in card.text:
         findings.append(f"its section Licence does not say: {terms.chain[-1]}")
-    random = origin.kind == "trained" and origin.record.get("encoder_initialisation") == RANDOM
+    random = origin.kind == "trained" and origin.random_start
     if random and not origin.model_id.endswith(f".{RANDOM}"):
         findings.append(f"its id {origin.model_id} claims pretrained weights and its record a random start")
     return findings
@@ -210,7 +207,7 @@ def license_contradictions(origin: Origin, card: "ModelCard", config: Mapping[st
 
 @dataclass(frozen=True, kw_only=True)
 class LicenseReport:
-    """The licence of a named model, step by step."""
+    """The license of a named model, step by step."""
 
     model: str
     """The name under which the weights are, or would be, published."""
@@ -245,7 +242,7 @@ class LicenseReport:
 
 
 def report_license(model: str, *, revision: str | None = None) -> LicenseReport:
-    """The licence of a model folder, of a row of the table (id or short name), or of a model on the Hub.
+    """The license of a model folder, of a row of the table (id or short name), or of a model on the Hub.
 
     A row stands for what it will be: trained by the study's recipe on Kvasir-SEG. Of a Hub model only config.json is
     fetched. Raises UsageError for a name that is none of these, PolypSegError when the Hub cannot be reached.
@@ -255,19 +252,19 @@ def report_license(model: str, *, revision: str | None = None) -> LicenseReport:
     rows = {name: row for row in zoo.rows() for name in (row.model_id, row.short_name)}
     folder = local_folder(model) or Path(model)
     if folder.exists():
-        origin, planned = _recorded_origin(folder / "config.json"), False
+        origin, planned = _recorded_origin(folder), False
     elif model in rows:
-        origin, planned = planned_origin(rows[model]), True
+        origin, planned = WeightsOrigin.planned(rows[model]), True
     else:
-        origin, planned = _recorded_origin(_fetch_config(resolve_id(model), revision=revision)), False
+        origin, planned = _recorded_origin(_fetch_config(resolve_id(model), revision=revision).parent), False
     known = origin.model_id != UNKNOWN
     return LicenseReport(model=origin.repo_name if known else model, planned=planned, terms=model_license(origin))
 
 
-def _recorded_origin(config: Path) -> Origin:
-    if not config.is_file():
-        raise UsageError(f"{config.parent} is no model folder: it has no config.json. Give a run's best/ folder")
-    return read_origin(read_json(config).get("weights_origin"))
+def _recorded_origin(folder: Path) -> WeightsOrigin:
+    if not (folder / CONFIG).is_file():
+        raise UsageError(f"{folder} is no model folder: it has no {CONFIG}. Give a run's best/ folder")
+    return WeightsOrigin.of_folder(folder)
 
 
 def _fetch_config(repo_id: str, *, revision: str | None) -> Path:
@@ -276,7 +273,7 @@ def _fetch_config(repo_id: str, *, revision: str | None) -> Path:
     from polypseg.provenance.fetch import hub_errors
 
     with hub_errors(repo_id, revision=revision):
-        return Path(hf_hub_download(repo_id, "config.json", revision=revision))
+        return Path(hf_hub_download(repo_id, CONFIG, revision=revision))
 
 
 def _plain(
@@ -293,10 +290,10 @@ def _plain(
     )
 
 
-def _encoder_license(origin: Origin) -> tuple[str, str]:
-    """The licence that the encoder's start imposes, and the sentence that says so."""
-    start, own = origin.record.get("encoder_initialisation"), origin.record.get("pretraining")
-    row = origin.entry if origin.record.get("scale") == "full" else None
+def _encoder_license(origin: WeightsOrigin) -> tuple[str, str]:
+    """The license that the encoder's start imposes, and the sentence that says so."""
+    start, own = origin.encoder_initialisation, origin.pretraining
+    row = origin.entry if origin.full_size else None
     if start == RANDOM:
         return "apache-2.0", "Pretraining weights: none, the encoder started at random."
     if start in STARTERS.values():
@@ -305,9 +302,9 @@ def _encoder_license(origin: Origin) -> tuple[str, str]:
         stated = _timm_license(start)
         return stated or UNKNOWN, f"Pretraining weights: {start}; licence {stated or 'not known here'}."
     if own:
-        corpus = own.get("source", "frames of their own")
+        corpus = own.source or "frames of their own"
         return "apache-2.0", f"Pretraining weights: made by the publisher on {corpus}, whose terms apply to them."
-    if start is not None and origin.record.get("scale") != "full":
+    if start is not None and not origin.full_size:
         return UNKNOWN, f"Pretraining weights: {start}; licence not known here."
     if start is None or row is None:
         return UNKNOWN, f"Pretraining weights: {start or 'not recorded'}; their licence is not known here."
@@ -318,7 +315,7 @@ def _encoder_license(origin: Origin) -> tuple[str, str]:
 
 
 def _timm_license(start: str) -> str | None:
-    """The licence that timm records of ``timm:<name>.<tag>``; None for none, or for one without a link here."""
+    """The license that timm records of ``timm:<name>.<tag>``; None for none, or for one without a link here."""
     import timm
 
     try:
@@ -329,15 +326,15 @@ def _timm_license(start: str) -> str | None:
     return stated if stated in _TERMS else None
 
 
-def _finetuning_set(origin: Origin) -> DatasetSpec | None:
+def _finetuning_set(origin: WeightsOrigin) -> DatasetSpec | None:
     """The set that the model was fine-tuned on; None for none, or for one that the table does not have."""
-    return DATASETS.get(str(origin.record.get("finetuned_on", "")).split(" ", maxsplit=1)[0])
+    return DATASETS.get((origin.finetuned_on or "").split(" ", maxsplit=1)[0])
 
 
-def _own_corpus(origin: Origin) -> DatasetSpec | None:
+def _own_corpus(origin: WeightsOrigin) -> DatasetSpec | None:
     """The set of a pretraining of one's own, known by the recorded name of its folder or archive; None for another."""
-    own = origin.record.get("pretraining") or {}
-    return _datasets_by_folder().get(_folder_key(str(own.get("source", ""))))
+    own = origin.pretraining
+    return _datasets_by_folder().get(_folder_key((own.source if own else None) or ""))
 
 
 @cache

@@ -1,23 +1,32 @@
 """Where a model's weights come from, and what name that earns them.
 
-Every model carries ``config.weights_origin``. Nothing but full-size weights, trained by the study's recipes or
-converted from the reference's own files, may bear one of the twelve ids; everything else says in its name what it is.
-Their authors publish no checksums, so the record is believed and the file's own digest stands in it and on the card.
+Every model carries ``config.weights_origin``; no other file knows its keys, the package reads a ``WeightsOrigin``.
+Nothing but full-size weights, trained by the study's recipes or converted from the reference's own files, may bear one
+of the twelve ids; everything else says in its name what it is. Their authors publish no checksums, so the record is
+believed and the file's own digest stands in it and on the card.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from polypseg import zoo
 from polypseg.data.catalog import DATASETS, DatasetSpec
-from polypseg.errors import UsageError
+from polypseg.errors import PolypSegError, UsageError
+from polypseg.files import read_json
+from polypseg.provenance.local import CONFIG
 from polypseg.recipe import Recipe, load_recipe
 from polypseg.zoo import RANDOM, STARTERS, ZooEntry
 
 Kind = Literal["trained", "converted", "untrained"]
 
+WEIGHTS_ORIGIN = "weights_origin"
+"""Under which config.json, and what describes predictions, hold the record."""
+UNKNOWN = "unknown"
+"""The id, and other facts, of weights whose record has none."""
 STUDY_RECIPE = "finetune"
 STUDY_DATA = "kvasir_seg reference/train"
 STUDY_TRAINING_IMAGES = 800
@@ -28,25 +37,243 @@ HARMLESS_PRETRAINING_CHANGES = ("training.precision", "training.checkpoint_steps
 """Settings of a pretraining recipe that change where or how fast it runs, not what it computes."""
 RANDOM_MARK = "*"
 """Ends the short name of a row whose encoder started at random instead of from the pretraining in its name."""
-CORPUS_FRAMES = {"hyperkvasir": 99_417, "imagenet1k": 1_281_167}
+CORPUS_FRAMES = {"hyperkvasir": 99_417, "imagenet1k": 1_281_167, "imagenet1k_only": 1_281_167}
 """Frames of a complete corpus; a hundredth of them may be unreadable."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """What is known of a model's weights."""
+# -- the record --------------------------------------------------------------------------------------------------------
 
-    kind: Kind
-    model_id: str
-    """The recorded id; ``unknown`` where there is none."""
-    entry: ZooEntry | None
-    """The row that the weights stand for, or that they descend from at a smaller scale; None for neither."""
-    shortcomings: tuple[str, ...]
-    """Why the weights may not bear one of the twelve ids; empty when they may."""
-    suffix: str
-    """What the name says besides the id: ``smoke``, ``small``, ``random`` and so on; empty for official weights."""
-    record: Mapping[str, Any]
-    """The record itself, ``config.weights_origin``."""
+
+class _Record(BaseModel):
+    """What is read of a record in JSON; null and {} are as absent, and unknown keys stay in ``content``."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    content: dict[str, Any] = Field(default_factory=dict, repr=False)
+    """The JSON itself, in the order in which it is written."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_content(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        content = {key: value.content if isinstance(value, _Record) else value for key, value in given.items()}
+        return {key: value for key, value in given.items() if value is not None and value != {}} | {"content": content}
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any] | None, *, path: Path | str = CONFIG) -> Self:
+        """From JSON; ``path`` is the file that held it. Raises UsageError that names the first wrong field."""
+        try:
+            return cls.model_validate({} if content is None else content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field, what = ".".join(map(str, first["loc"])), first["msg"]
+            raise UsageError(
+                f"{path} has a damaged {WEIGHTS_ORIGIN} ({f'{field}: ' if field else ''}{what}): export the model again"
+            ) from error
+
+    def updated(self, **fields: Any) -> Self:
+        """With these fields set."""
+        return self.of(self.content | fields)
+
+    def without(self, *names: str) -> Self:
+        """Without these fields."""
+        return self.of({key: value for key, value in self.content.items() if key not in names})
+
+
+class ConversionRecord(_Record):
+    """The published file that weights were converted from."""
+
+    format: str = UNKNOWN
+    file: str = UNKNOWN
+    sha256: str = UNKNOWN
+    upstream: str = UNKNOWN
+
+
+class PretrainingRecord(_Record):
+    """How an encoder was pretrained, as its file says: in a run of the publisher's own, or by whom it was converted."""
+
+    method: str | None = None
+    encoder: str | None = None
+    """timm name."""
+    recipe: str | None = None
+    recipe_changes: Sequence[str] = ()
+    seed: int | None = None
+    image_size: int | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    total_batch_size: int | None = None
+    frames: int = 0
+    source: str | None = None
+    """Name of the folder or archive of the frames."""
+    content_id: str | None = None
+    corpus: str | None = None
+    """What ids of models call the frames, where they are not the row's."""
+    passport: str | None = None
+    """SHA-256 of the passport beside the encoder."""
+    sha256: str | None = None
+    """Of the encoder's file."""
+    converted_from: ConversionRecord | None = None
+
+    @property
+    def frames_in_words(self) -> str:
+        """``1000 frames of hyperkvasir``."""
+        return f"{self.frames} frames of {self.source or 'an unnamed source'}"
+
+
+class ContinuationRecord(_Record):
+    """The fine-tuned model that training went on from."""
+
+    sha256: str | None = None
+    recipe: str | None = None
+    finetuned_on: str | None = None
+
+
+class AdaptationRecord(_Record):
+    """The frames that weights were adapted to, and what that gained on frames left out."""
+
+    method: str
+    labelled: bool
+    frames: int
+    groups: int
+    gain: float
+    bound: float
+    """Lower bound of the gain, one-sided 95 %."""
+    source: str = Field(alias="from")
+    """SHA-256 of the weights before."""
+
+
+class WeightsOrigin(_Record):
+    """What is known of a model's weights: ``config.weights_origin``, and what name that earns them."""
+
+    model_id: str = UNKNOWN
+    row: str | None = None
+    """Id of the row of the table that the weights stand for."""
+    encoder_initialisation: str | None = None
+    """What the encoder started from, as ``weights.loading.describe_source`` words it."""
+    scale: str | None = None
+    """``full`` or ``small``."""
+    pretraining: PretrainingRecord | None = None
+    continued_from: ContinuationRecord | None = None
+    converted_from: ConversionRecord | None = None
+    adapted: AdaptationRecord | None = None
+    recipe: str | None = None
+    """Of fine-tuning."""
+    recipe_changes: Sequence[str] = ()
+    finetuned_on: str | None = None
+    """``<dataset> <split>/<part>``; of converted weights, words."""
+    n: int | None = None
+    """Training images."""
+    negatives: str | None = None
+    """The list of polyp-free frames that were trained on too."""
+    negatives_n: int | None = None
+    finished: bool | None = None
+    """Whether the training run came to its end; None where that was not recorded."""
+    passport: str | None = None
+    """SHA-256 of the passport beside the weights."""
+    sha256: str | None = None
+    """Of the weights file that was trained, converted and evaluated."""
+    changed: bool = False
+    """Whether the weights were changed after ``sha256`` was recorded."""
+
+    @classmethod
+    def within(cls, holder: Any, *, path: Path | str = CONFIG) -> Self:
+        """The record in a configuration, read from JSON or a model's; empty where it has none."""
+        held = holder.get(WEIGHTS_ORIGIN) if isinstance(holder, Mapping) else getattr(holder, WEIGHTS_ORIGIN, None)
+        return cls.of(held, path=path)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Self:
+        """The record in a model folder's config.json. Raises PolypSegError where that is none."""
+        config = read_json(folder / CONFIG)
+        if not isinstance(config, dict):
+            raise PolypSegError(f"{folder / CONFIG} is no model's configuration: get the folder again")
+        return cls.within(config, path=folder / CONFIG)
+
+    @classmethod
+    def planned(cls, entry: ZooEntry) -> Self:
+        """Of a row without weights: what the model will be when it is trained as the study says."""
+        start = f"timm:{entry.upstream.timm}" if entry.upstream.timm else "weights as published"
+        return cls(
+            model_id=entry.model_id,
+            row=entry.model_id,
+            encoder_initialisation=RANDOM if entry.method == "none" else start,
+            scale="full",
+            recipe=STUDY_RECIPE,
+            recipe_changes=[],
+            finetuned_on=STUDY_DATA,
+            n=STUDY_TRAINING_IMAGES,
+            finished=True,
+        )
+
+    def continued(self, *, sha256: str) -> Self:
+        """The start of further training: the encoder's own, and these fine-tuned weights, whose digest is given."""
+        kept = ("model_id", "row", "encoder_initialisation", "scale", "pretraining")
+        before = {"sha256": sha256, "recipe": self.recipe, "finetuned_on": self.finetuned_on}
+        start = {key: self.content[key] for key in kept if key in self.content}
+        return self.of(start | {"continued_from": before})
+
+    def adapted_to(
+        self, *, method: str, labeled: bool, frames: int, groups: int, gain: float, bound: float, source: str
+    ) -> Self:
+        """After adaptation, without the digests of the weights that were adapted; see ``AdaptationRecord``."""
+        adapted = {"method": method, "labelled": labeled, "frames": frames, "groups": groups}
+        adapted |= {"gain": gain, "bound": bound, "from": source}
+        return self.updated(adapted=adapted).without("passport", "sha256")
+
+    # -- what it means ---------------------------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> Kind:
+        """How the weights came to be. Raises UsageError for a trained or converted model without an id."""
+        kind: Kind = "converted" if self.converted_from else "trained" if self.recipe else "untrained"
+        if kind != "untrained" and self.model_id == UNKNOWN:
+            raise UsageError(f"{CONFIG} has a {WEIGHTS_ORIGIN} without a model_id: export the model again")
+        return kind
+
+    @property
+    def random_start(self) -> bool:
+        """Whether the encoder is recorded to have started at random."""
+        return self.encoder_initialisation == RANDOM
+
+    @property
+    def full_size(self) -> bool:
+        """Whether the encoder is the study's."""
+        return self.scale == "full"
+
+    @property
+    def stated_row(self) -> ZooEntry | None:
+        """The row that the record names. Raises UsageError for an unknown one."""
+        return zoo.get(self.row) if self.row is not None else None
+
+    @cached_property
+    def entry(self) -> ZooEntry | None:
+        """The row that the weights stand for, or that they descend from at a smaller scale; None for neither.
+
+        By id, else the row that the record names, else the row of the same decoder and pretraining:
+        ``resnet50_dpt.moco_v3_imagenet1k`` has VT-IN-MC's decoder and pretraining and descends from RN-IN-MC all the
+        same.
+        """
+        stated, named = self.stated_row, "" if self.model_id == UNKNOWN else self.model_id
+        exact = next((entry for entry in zoo.rows() if entry.model_id == named), None)
+        if exact is None and stated is not None and named.endswith(f".{stated.tag}"):
+            return stated
+        alike = (entry for entry in zoo.rows() if named.endswith(f"_{entry.decoder}.{entry.tag}"))
+        return exact or next(alike, stated)
+
+    @cached_property
+    def _reasons(self) -> tuple[tuple[str, str], ...]:
+        return tuple(_reasons(self))
+
+    @property
+    def shortcomings(self) -> tuple[str, ...]:
+        """Why the weights may not bear one of the twelve ids; empty when they may."""
+        return tuple(reason for _, reason in self._reasons)
+
+    @property
+    def suffix(self) -> str:
+        """What the name says besides the id: ``smoke``, ``small``, ``random`` and so on; empty for official weights."""
+        return "-".join(dict.fromkeys(suffix for suffix, _ in self._reasons if suffix))
 
     @property
     def official(self) -> bool:
@@ -65,159 +292,178 @@ class Origin:
         ``resnet10t-NI-MC`` is a small encoder pretrained with MoCo v3 on natural images that are no ImageNet-1k. A row
         keeps its name when its encoder started at random for lack of weights; RANDOM_MARK then ends it.
         """
-        row = zoo.get(self.record["row"]) if "row" in self.record else self.entry
+        row = self.stated_row or self.entry
         if row is None:
             return self.model_id
-        mark = RANDOM_MARK if self.record.get("encoder_initialisation") == RANDOM and row.method != "none" else ""
+        mark = RANDOM_MARK if self.random_start and row.method != "none" else ""
         architecture, named = self.model_id.split(".", maxsplit=1)[0], row.corpus
-        if not mark:
-            named = (self.record.get("pretraining") or {}).get("corpus", row.corpus)
+        if not mark and self.pretraining and self.pretraining.corpus:
+            named = self.pretraining.corpus
         if named == row.corpus and architecture == row.model_id.split(".", maxsplit=1)[0]:
             return row.short_name + mark
         _, corpus, method = row.short_name.split("-")
         if named != row.corpus:
-            corpus = "".join(word[0] for word in named.split("_")).upper()
+            corpus = "".join(word[:1] for word in named.split("_")).upper()
         encoder = architecture.removesuffix(f"_{row.decoder}").split("_patch", maxsplit=1)[0]
         return f"{encoder}-{corpus}-{method}{mark}"
 
     @property
     def own_pretraining(self) -> str:
         """One sentence on the publisher's own pretraining run; empty without one."""
-        run = self.record.get("pretraining")
+        run = self.pretraining
         if not run:
             return ""
-        changes = f" changed by {', '.join(run['recipe_changes'])}" if run.get("recipe_changes") else ""
+        changes = f" changed by {', '.join(run.recipe_changes)}" if run.recipe_changes else ""
+        method = zoo.METHODS.get(str(run.method), run.method or "a method that is not recorded")
         return (
-            f"Pretraining: {zoo.METHODS[run['method']]}, run by the publisher with recipe `{run['recipe']}`{changes}, "
-            f"on {run['frames']} frames of {run.get('source', 'an unnamed source')}."
+            f"Pretraining: {method}, run by the publisher with recipe `{run.recipe}`{changes}, on "
+            f"{run.frames_in_words}."
         )
 
     @property
     def adaptation(self) -> str:
         """One sentence on the frames that the weights were adapted to; empty where they were not."""
-        adapted = self.record.get("adapted")
+        adapted = self.adapted
         if not adapted:
             return ""
-        labels = "with their masks" if adapted["labelled"] else "without masks"
+        labels = "with their masks" if adapted.labelled else "without masks"
         return (
-            f"Then adapted to {adapted['frames']} frames of {adapted['groups']} clips, {labels}, from weights with the "
-            f"SHA-256 {adapted['from'][:12]}: {adapted['method']}; on frames that it did not see this gained "
-            f"{adapted['gain']:+.3f} of Dice (at least {adapted['bound']:+.3f}, one-sided 95 %). Their terms bind it."
+            f"Then adapted to {adapted.frames} frames of {adapted.groups} clips, {labels}, from weights with the "
+            f"SHA-256 {adapted.source[:12]}: {adapted.method}; on frames that it did not see this gained "
+            f"{adapted.gain:+.3f} of Dice (at least {adapted.bound:+.3f}, one-sided 95 %). Their terms bind it."
         )
 
     @property
     def summary(self) -> str:
         """One sentence on where the weights come from."""
-        if self.kind == "converted":
-            source = self.record["converted_from"]
+        if self.converted_from:
+            source = self.converted_from
             return (
-                f"Converted from {source['file']} (sha256 {source['sha256'][:12]}) as published by the authors of "
-                f"{source['upstream']}; the outputs were compared before writing."
+                f"Converted from {source.file} (sha256 {source.sha256[:12]}) as published by the authors of "
+                f"{source.upstream}; the outputs were compared before writing."
             )
-        start = str(self.record.get("encoder_initialisation", "unknown"))
-        encoder = "a randomly initialised encoder" if start == RANDOM else f"an encoder from {start}"
+        start = self.encoder_initialisation or UNKNOWN
+        encoder = "a randomly initialised encoder" if self.random_start else f"an encoder from {start}"
         if self.kind == "untrained":
             return f"Not trained for segmentation: {encoder} and a random decoder. Its masks mean nothing."
-        changes = self.record.get("recipe_changes") or []
-        recipe = f"recipe {self.record['recipe']}" + (f" with {', '.join(changes)}" if changes else "")
-        return (
-            f"Fine-tuned on {self.record['finetuned_on']} (n = {self.record.get('n')}) with {recipe}, from {encoder}."
-        )
+        recipe = f"recipe {self.recipe}" + (f" with {', '.join(self.recipe_changes)}" if self.recipe_changes else "")
+        data = self.finetuned_on or "data that is not recorded"
+        return f"Fine-tuned on {data} (n = {self.n}) with {recipe}, from {encoder}."
+
+    # -- what it names ---------------------------------------------------------------------------------------------
+
+    @property
+    def bundled_recipe(self) -> Recipe | None:
+        """The recipe that the record names, with its changes; None where this package has none of that name."""
+        try:
+            return load_recipe(self.recipe, overrides=list(self.recipe_changes)) if self.recipe else None
+        except UsageError:
+            return None
+
+    @property
+    def finetuning_dataset(self) -> DatasetSpec | None:
+        """The dataset that the weights were fine-tuned on, from its name or title in the record; None for none."""
+        stated = self.finetuned_on or ""
+        for spec in DATASETS.values():
+            if stated.split(" ", maxsplit=1)[0] == spec.name or stated.startswith(spec.title):
+                return spec
+        return None
+
+    @property
+    def pretrained_entry(self) -> ZooEntry | None:
+        """The row whose pretraining the encoder really has; None for a random start."""
+        entry, at_random = self.entry, self.random_start or self.encoder_initialisation is None
+        if entry is None or entry.method == "none" or (at_random and self.kind != "converted"):
+            return None
+        return entry
 
 
-def read_origin(weights_origin: Mapping[str, Any] | None) -> Origin:
-    """The meaning of a config's ``weights_origin``; None and {} are an untrained model of unknown origin.
+def read_origin(weights_origin: Mapping[str, Any] | None) -> WeightsOrigin:
+    """A record that is to be named; None and {} are an untrained model of unknown origin.
 
-    Raises UsageError for a record without a model id that claims to be trained or converted.
+    Raises UsageError for a record without a model id that claims to be trained or converted, or of an unknown row.
     """
-    record = dict(weights_origin or {})
-    kind: Kind = "converted" if "converted_from" in record else "trained" if "recipe" in record else "untrained"
-    if kind != "untrained" and "model_id" not in record:
-        raise UsageError("config.json has a weights_origin without a model_id: export the model again")
-    entry = _row(record)
-    reasons = list(_reasons(record, kind, entry))
-    suffixes = [suffix for suffix, _ in reasons if suffix]
-    return Origin(
-        kind=kind,
-        model_id=str(record.get("model_id", "unknown")),
-        entry=entry,
-        shortcomings=tuple(reason for _, reason in reasons),
-        suffix="-".join(dict.fromkeys(suffixes)),
-        record=record,
-    )
+    origin = WeightsOrigin.of(weights_origin)
+    _ = origin.kind, origin.entry
+    return origin
 
 
-def _row(record: Mapping[str, Any]) -> ZooEntry | None:
-    """By id, else the row that the record names, else the row of the same decoder and pretraining.
+def describe_start(entry: ZooEntry, start: str) -> str:
+    """What a row's encoder started from, for tables; ``start`` as a run's record says it."""
+    wanted = f"{zoo.METHODS[entry.method]}, {zoo.CORPORA[entry.corpus]}"
+    if entry.method == "none":
+        return "random, as the row says"
+    if start == RANDOM:
+        return f"RANDOM: no {wanted} at this scale"
+    if start in STARTERS.values():
+        return f"{wanted} (starter package)"
+    if start == f"timm:{entry.upstream.timm}":
+        return wanted
+    file = start.removeprefix("file ").rpartition(" (")[0]
+    return f"{wanted} (given: {file or Path(start).name})"
 
-    ``resnet50_dpt.moco_v3_imagenet1k`` has VT-IN-MC's decoder and pretraining and descends from RN-IN-MC all the same.
-    """
-    model_id = str(record.get("model_id", ""))
-    stated = zoo.get(record["row"]) if "row" in record else None
-    exact = next((entry for entry in zoo.rows() if entry.model_id == model_id), None)
-    if exact is None and stated is not None and model_id.endswith(f".{stated.tag}"):
-        return stated
-    alike = (entry for entry in zoo.rows() if model_id.endswith(f"_{entry.decoder}.{entry.tag}"))
-    return exact or next(alike, stated)
+
+# -- what separates weights from the study's ---------------------------------------------------------------------------
 
 
-def _reasons(record: Mapping[str, Any], kind: Kind, entry: ZooEntry | None) -> Iterator[tuple[str, str]]:
+def _reasons(origin: WeightsOrigin) -> Iterator[tuple[str, str]]:
     """Pairs (suffix of the name, sentence), one for each thing that separates the weights from the study's."""
-    if record.get("changed"):
+    kind, entry, data = origin.kind, origin.entry, origin.finetuned_on
+    if origin.changed:
         yield "changed", "its weights were changed after their origin was recorded"
-    if kind == "converted" and "recipe" in record:
-        yield "finetuned", f"it was trained further with recipe {record['recipe']}"
-    if record.get("adapted"):
+    if kind == "converted" and origin.recipe is not None:
+        yield "finetuned", f"it was trained further with recipe {origin.recipe}"
+    if origin.adapted:
         yield "adapted", "it was adapted to further frames"
     if kind == "untrained":
         yield "untrained", "it has not been trained for segmentation"
-    if record.get("scale") != "full":
+    if not origin.full_size:
         # A small encoder already gives the model another id, so the name needs no suffix for it.
-        yield ("" if entry and record["model_id"] != entry.model_id else "small"), "its encoder is not the study's size"
+        yield ("" if entry and origin.model_id != entry.model_id else "small"), "its encoder is not the study's size"
     if entry is None:
         yield "", "it belongs to no row of the table"
     elif entry in zoo.EXTRA:
         yield "", "it is an extra model beside the study's"
     if kind == "trained":
-        yield from _training_reasons(record)
-    elif kind == "converted" and not str(record.get("finetuned_on", "")).startswith("Kvasir-SEG"):
-        known = "cvc_clinicdb" if str(record.get("finetuned_on", "")).startswith("CVC-ClinicDB") else "unknown-data"
-        yield known, f"it was fine-tuned on {record.get('finetuned_on')}, not on Kvasir-SEG"
-    if kind == "trained" and entry is not None and record.get("scale") == "full":
-        yield from _encoder_reasons(record, entry)
+        yield from _training_reasons(origin)
+    elif kind == "converted" and not (data or "").startswith("Kvasir-SEG"):
+        known = "cvc_clinicdb" if (data or "").startswith("CVC-ClinicDB") else "unknown-data"
+        yield known, f"it was fine-tuned on {data}, not on Kvasir-SEG"
+    if kind == "trained" and entry is not None and origin.full_size:
+        yield from _encoder_reasons(origin, entry)
 
 
-def _training_reasons(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    recipe, data = str(record["recipe"]), str(record.get("finetuned_on", "unknown data"))
+def _training_reasons(origin: WeightsOrigin) -> Iterator[tuple[str, str]]:
+    recipe, data = origin.recipe or "", origin.finetuned_on or "unknown data"
     if recipe != STUDY_RECIPE:
         short = recipe.removeprefix("finetune_")
-        suffix = "" if short == "small" and record.get("scale") == "small" else short.replace("_", "-")
+        suffix = "" if short == "small" and origin.scale == "small" else short.replace("_", "-")
         yield suffix, f"it was trained with recipe {recipe}, not {STUDY_RECIPE}"
-    changes = _beyond(record, HARMLESS_CHANGES)
+    changes = _beyond(origin.recipe_changes, HARMLESS_CHANGES)
     if changes:
         yield "variant", f"its recipe was changed: {', '.join(changes)}"
     if data != STUDY_DATA:
         suffix = "" if data.startswith("kvasir_seg ") else data.split(" ", maxsplit=1)[0]
         yield suffix or "variant", f"it was fine-tuned on {data}, not on {STUDY_DATA}"
-    elif record.get("n") != STUDY_TRAINING_IMAGES:
-        yield "part", f"it saw {record.get('n')} training images, not {STUDY_TRAINING_IMAGES}"
-    if record.get("continued_from"):
+    elif origin.n != STUDY_TRAINING_IMAGES:
+        yield "part", f"it saw {origin.n} training images, not {STUDY_TRAINING_IMAGES}"
+    if origin.continued_from:
         known = recipe.endswith("further")
         yield "" if known else "continued", "it went on from another fine-tuned model"
-    if not record.get("finished"):
+    if not origin.finished:
         yield "unfinished", "its training run did not end"
 
 
-def _beyond(record: Mapping[str, Any], harmless: Sequence[str]) -> list[str]:
-    """The changes of a record's recipe that are not harmless."""
-    return [change for change in record.get("recipe_changes") or [] if change.partition("=")[0] not in harmless]
+def _beyond(changes: Sequence[str], harmless: Sequence[str]) -> list[str]:
+    """The changes of a recipe that are not harmless."""
+    return [change for change in changes if change.partition("=")[0] not in harmless]
 
 
-def _encoder_reasons(record: Mapping[str, Any], entry: ZooEntry) -> Iterator[tuple[str, str]]:
+def _encoder_reasons(origin: WeightsOrigin, entry: ZooEntry) -> Iterator[tuple[str, str]]:
     """Whether the encoder's start is the row's own."""
-    start, pretraining = str(record.get("encoder_initialisation", RANDOM)), record.get("pretraining")
+    start, pretraining = origin.encoder_initialisation or RANDOM, origin.pretraining
     if start == RANDOM:
-        row = zoo.get(record["row"]) if "row" in record else entry
+        row = origin.stated_row or entry
         if entry.method != "none":
             yield "random", f"its encoder started at random, not from {zoo.METHODS[entry.method]}"
         elif row.position_embedding != entry.position_embedding:
@@ -229,69 +475,7 @@ def _encoder_reasons(record: Mapping[str, Any], entry: ZooEntry) -> Iterator[tup
     if pretraining and entry.method != "none":
         wanted = f"pretrain_{entry.method}_{entry.encoder}"
         frames = CORPUS_FRAMES[entry.corpus]
-        if pretraining.get("recipe") != wanted or _beyond(pretraining, HARMLESS_PRETRAINING_CHANGES):
+        if pretraining.recipe != wanted or _beyond(pretraining.recipe_changes, HARMLESS_PRETRAINING_CHANGES):
             yield "variant", f"its encoder was not pretrained with the unchanged recipe {wanted}"
-        elif not 0.99 * frames <= pretraining.get("frames", 0) <= frames:
-            yield "variant", f"its encoder saw {pretraining.get('frames')} frames, not {frames} ({entry.corpus})"
-
-
-def recorded_recipe(record: Mapping[str, Any]) -> Recipe | None:
-    """The recipe that a model's record names, with its changes; None where this package has none of that name."""
-    name = record.get("recipe")
-    try:
-        return load_recipe(str(name), overrides=list(record.get("recipe_changes") or [])) if name else None
-    except UsageError:
-        return None
-
-
-def finetuning_dataset(origin: Origin) -> DatasetSpec | None:
-    """The dataset that the weights were fine-tuned on, from its name or title in the record; None for none."""
-    stated = str(origin.record.get("finetuned_on", ""))
-    for spec in DATASETS.values():
-        if stated.split(" ", maxsplit=1)[0] == spec.name or stated.startswith(spec.title):
-            return spec
-    return None
-
-
-def pretrained_entry(origin: Origin) -> ZooEntry | None:
-    """The row whose pretraining the encoder really has; None for a random start."""
-    entry = origin.entry
-    start = origin.record.get("encoder_initialisation", RANDOM)
-    if entry is None or entry.method == "none" or (start == RANDOM and origin.kind != "converted"):
-        return None
-    return entry
-
-
-def describe_start(entry: ZooEntry, initialisation: str) -> str:
-    """What a row's encoder started from, for tables; ``initialisation`` as a run's record says it."""
-    wanted = f"{zoo.METHODS[entry.method]}, {zoo.CORPORA[entry.corpus]}"
-    if entry.method == "none":
-        return "random, as the row says"
-    if initialisation == RANDOM:
-        return f"RANDOM: no {wanted} at this scale"
-    if initialisation in STARTERS.values():
-        return f"{wanted} (starter package)"
-    if initialisation == f"timm:{entry.upstream.timm}":
-        return wanted
-    file = initialisation.removeprefix("file ").rpartition(" (")[0]
-    return f"{wanted} (given: {file or Path(initialisation).name})"
-
-
-def planned_origin(entry: ZooEntry) -> Origin:
-    """The record of a row without weights: what the model will be when it is trained as the study says."""
-    start = f"timm:{entry.upstream.timm}" if entry.upstream.timm else "weights as published"
-    if entry.method == "none":
-        start = RANDOM
-    return read_origin(
-        {
-            "model_id": entry.model_id,
-            "row": entry.model_id,
-            "encoder_initialisation": start,
-            "scale": "full",
-            "recipe": STUDY_RECIPE,
-            "recipe_changes": [],
-            "finetuned_on": STUDY_DATA,
-            "n": STUDY_TRAINING_IMAGES,
-            "finished": True,
-        }
-    )
+        elif not 0.99 * frames <= pretraining.frames <= frames:
+            yield "variant", f"its encoder saw {pretraining.frames} frames, not {frames} ({entry.corpus})"

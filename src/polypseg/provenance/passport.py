@@ -1,7 +1,7 @@
 """Split passports: what a model saw, image by image, kept beside its weights, so that a test on it is noticed.
 
 An image is kept as its id, a hash of its decoded pixels and a perceptual hash; no picture can be restored from them.
-JPEG decoders may differ in single grey levels, which changes the first hash: the second still finds the image.
+JPEG decoders may differ in single gray levels, which changes the first hash: the second still finds the image.
 """
 
 import contextlib
@@ -29,13 +29,11 @@ from polypseg.data.images import decode_frame
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import PolypSegError, UsageError, unknown_name
 from polypseg.files import cache_folder, file_sha256, read_json, write_text
+from polypseg.provenance.local import CONFIG
+from polypseg.provenance.origin import UNKNOWN, WEIGHTS_ORIGIN, WeightsOrigin
 
-CONFIG_NAME = "config.json"
-"""As in transformers, without the time to import it."""
 PASSPORT = "passport.json"
 """File name beside the weights."""
-KEY = "passport"
-"""Key of ``weights_origin``: SHA-256 of the passport beside the weights."""
 FORMAT = 1
 STAGES = PRETRAINING, FINETUNING, VALIDATION = "pretraining", "fine-tuning", "validation"
 """Validation: images by which the weights were chosen."""
@@ -361,22 +359,22 @@ def frames_manifest(frames: FrameStore, *, left_out: Collection[int] = ()) -> Sp
     return SplitManifest(dataset=name, split="full", part="full", content_id=frames.content_id, images=prints)
 
 
-def seen_by_encoder(encoder_weights: str | None, record: Mapping[str, Any]) -> tuple[Seen, ...]:
-    """What a model's encoder saw before fine-tuning, from ``weights_origin`` and the passport beside its file.
+def seen_by_encoder(encoder_weights: str | None, origin: WeightsOrigin) -> tuple[Seen, ...]:
+    """What a model's encoder saw before fine-tuning, from its record and the passport beside its file.
 
     Published weights and runs without passport are stages whose images are not listed. Raises PolypSegError for a
     passport that is damaged or not the one that the encoder's record names.
     """
-    start, pretraining = str(record["encoder_initialisation"]), record.get("pretraining")
-    if start == zoo.RANDOM:
+    start, pretraining = origin.encoder_initialisation or UNKNOWN, origin.pretraining
+    if origin.random_start:
         return ()
     if pretraining:
-        found = find_passport(Path(str(encoder_weights)).parent, named=pretraining.get("passport"))
+        found = find_passport(Path(str(encoder_weights)).parent, named=pretraining.passport)
         if found is not None:
             return found[0].seen
-        start = f"{pretraining['frames']} frames of {pretraining.get('source', 'an unnamed source')}"
-    elif start not in zoo.STARTERS.values():
-        start = f"{zoo.CORPORA[zoo.get(record['row']).corpus]}, as {start}"
+        start = pretraining.frames_in_words
+    elif origin.stated_row and start not in zoo.STARTERS.values():
+        start = f"{zoo.CORPORA[origin.stated_row.corpus]}, as {start}"
     return (Seen(stage=PRETRAINING, description=start),)
 
 
@@ -404,9 +402,10 @@ def finetuning_passport(
 def attach_passport(folder: Path, passport: Passport) -> Path:
     """Write a passport into a model's folder and its digest into config.json; return the passport's path."""
     path = passport.save(folder)
-    config = read_json(folder / CONFIG_NAME)
-    config["weights_origin"] = (config.get("weights_origin") or {}) | {KEY: file_sha256(path)}
-    write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")  # as transformers writes it
+    config = read_json(folder / CONFIG)
+    origin = WeightsOrigin.within(config, path=folder / CONFIG).updated(passport=file_sha256(path))
+    config[WEIGHTS_ORIGIN] = origin.content
+    write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")  # as transformers writes it
     return path
 
 
@@ -463,8 +462,7 @@ def check_seen(
     """
     if folder is None:
         return manifest, SeenCheck(rule=rule)
-    config = read_json(folder / CONFIG_NAME)
-    carried = find_passport(folder, named=(config.get("weights_origin") or {}).get(KEY))
+    carried = find_passport(folder, named=WeightsOrigin.of_folder(folder).passport)
     if carried is None:
         return manifest, SeenCheck(rule=rule, reason=f"the model has no {PASSPORT}: what it saw is not known")
     passport, digest = carried

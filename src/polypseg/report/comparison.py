@@ -14,7 +14,7 @@ from polypseg import plotting
 from polypseg.data.polyps import PolypDataset
 from polypseg.evaluation.receipt import BY_CLUSTER, CONVENTION, Receipt, read_score_set
 from polypseg.files import environment_record, write_csv, write_json
-from polypseg.provenance.origin import describe_start
+from polypseg.provenance.origin import UNKNOWN, describe_start
 from polypseg.report import write_report
 from polypseg.report.gallery import read_mask
 from polypseg.report.receipts import entry_of, table_name
@@ -28,7 +28,6 @@ from polypseg.statistics import (
 )
 from polypseg.statistics.scores import METRICS
 from polypseg.tables import Column, Table
-from polypseg.zoo import RANDOM
 
 SAMPLES = 2
 """Frames of each dataset that the overlay figure shows."""
@@ -152,7 +151,7 @@ def write_comparison(
 def start_of(row: str, receipt: Receipt) -> str:
     """What the encoder of a row started from, by its receipt."""
     entry = entry_of(row)
-    start = str(receipt.weights_origin.get("encoder_initialisation", "unknown"))
+    start = receipt.origin.encoder_initialisation or UNKNOWN
     return start if entry is None else describe_start(entry, start)
 
 
@@ -167,17 +166,15 @@ def drawn_models(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def caveat(receipts: Mapping[str, Sequence[Receipt]], *, scale: str) -> str:
     """What every table and figure must say about itself."""
-    origins = {name: pair[0].weights_origin for name, pair in receipts.items()}
-    recipe = next(iter(origins.values())).get("recipe")
+    origins = {name: pair[0].origin for name, pair in receipts.items()}
+    recipe = next(iter(origins.values())).recipe
     parts = [f"{scale} scale, {recipe} recipe, one training run per row: no claim of differences"]
     if any(receipt.dataset.synthetic for pair in receipts.values() for receipt in pair):
         parts.append("SYNTHETIC frames: no statement about patients")
-    if any(origin.get("scale") == "small" for origin in origins.values()):
+    if any(origin.scale == "small" for origin in origins.values()):
         parts.append("small encoders stand in for ResNet50 and ViT-B")
     substituted = sum(
-        origin.get("encoder_initialisation") == RANDOM
-        and (entry := entry_of(name)) is not None
-        and entry.method != "none"
+        origin.random_start and (entry := entry_of(name)) is not None and entry.method != "none"
         for name, origin in origins.items()
     )
     if substituted:

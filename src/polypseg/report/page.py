@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -11,7 +10,7 @@ from polypseg import zoo
 from polypseg.evaluation.receipt import ClusterCounts, Receipt, Test
 from polypseg.evaluation.receipt_reading import seen_words
 from polypseg.provenance.licence import ModelLicense, model_license
-from polypseg.provenance.origin import RANDOM_MARK, read_origin
+from polypseg.provenance.origin import RANDOM_MARK, WeightsOrigin
 from polypseg.report.analysis import Analysis
 from polypseg.report.answer import answer_sentences, noise_sentences
 from polypseg.report.document import render_document
@@ -22,7 +21,6 @@ from polypseg.report.receipts import Material, entry_of
 from polypseg.report.tables import METRIC_TITLES, metric_cell, slug
 from polypseg.report.wording import no_verdict, number, rank_change_verdict
 from polypseg.tables import Cell, Column, Table
-from polypseg.zoo import RANDOM
 
 WORST = 5
 """Images of each test named as the worst of a model."""
@@ -67,7 +65,7 @@ def render_page(
         "report.html.jinja",
         title=title,
         scale=scale_sentences(material),
-        small=any(r.weights_origin.get("scale") == "small" for r in material.receipts),
+        small=any(r.origin.scale == "small" for r in material.receipts),
         answer=answer_sentences(analysis),
         noise=noise_sentences(analysis),
         samples=sample_table(analysis),
@@ -108,11 +106,11 @@ def scale_sentences(material: Material) -> list[str]:
         if marked
         else []
     )
-    small = [r for r in material.receipts if r.weights_origin and r.weights_origin.get("scale") != "full"]
+    small = [r for r in material.receipts if r.origin.content and not r.origin.full_size]
     if not small:
         return stars
     stand_ins = [f"{material.names[key]} for {title}" for key, title in _ENCODERS.items() if key in material.names]
-    corpora = dict.fromkeys(_corpus(receipt.weights_origin) for receipt in small)
+    corpora = dict.fromkeys(_corpus(receipt.origin) for receipt in small)
     pretrained = [corpus for corpus in corpora if corpus]
     return [
         f"Small encoders stand in for the study’s: {', '.join(stand_ins)}." if stand_ins else "Small encoders.",
@@ -122,15 +120,13 @@ def scale_sentences(material: Material) -> list[str]:
     ]
 
 
-def _corpus(origin: Mapping[str, Any]) -> str:
+def _corpus(origin: WeightsOrigin) -> str:
     """What an encoder was pretrained on, in words; empty for a random start."""
-    run = origin.get("pretraining")
+    run = origin.pretraining
     if run:
-        name = str(run.get("corpus") or run.get("source", "frames not recorded"))
-        count = run.get("frames")
-        return f"pretraining on {name}" + (f" ({count:,} frames)" if isinstance(count, int) else "")
-    start = str(origin.get("encoder_initialisation", "weights not recorded"))
-    return "" if start == RANDOM else start
+        name = run.corpus or run.source or "frames not recorded"
+        return f"pretraining on {name}" + (f" ({run.frames:,} frames)" if run.frames else "")
+    return "" if origin.random_start else origin.encoder_initialisation or "weights not recorded"
 
 
 def sample_table(analysis: Analysis) -> Table:
@@ -191,7 +187,7 @@ def model_section(analysis: Analysis, model: str) -> ModelSection:
     material = analysis.material
     receipts = material.of(model)
     first = receipts[0]
-    origin = read_origin(first.weights_origin) if first.weights_origin else None
+    origin = first.origin if first.origin.content else None
     weights = dict.fromkeys((str(r.seed), r.model_sha256 or "not recorded") for r in receipts)
     tests = [test for test in material.tests if material.used(model, test)]
     scored = [test for test in tests if test in material.polyp_tests]
@@ -211,12 +207,12 @@ def model_section(analysis: Analysis, model: str) -> ModelSection:
 
 def _row_title(receipt: Receipt) -> str:
     """The row in words, and the id of the weights that stand for it."""
-    entry, model_id = entry_of(receipt.row), receipt.weights_origin.get("model_id")
+    entry, model_id = entry_of(receipt.row), receipt.origin.model_id
     if entry is None:
         return "not a row of the table"
     corpus = "" if entry.corpus == "none" else f" on {zoo.CORPORA[entry.corpus]}"
     title = f"{_ENCODERS.get(entry.encoder, entry.encoder)} + {_DECODERS.get(entry.decoder, entry.decoder)}"
-    stand_in = "" if receipt.weights_origin.get("scale") == "full" else f"; in its place {model_id}"
+    stand_in = "" if receipt.origin.full_size else f"; in its place {model_id}"
     return f"{title}, {zoo.METHODS[entry.method]}{corpus}{stand_in}"
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -14,7 +14,7 @@ from polypseg import zoo
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.receipt import CONVENTION, Receipt, Test, find_receipts
 from polypseg.evaluation.receipt_reading import LIMITS
-from polypseg.provenance.origin import read_origin
+from polypseg.provenance.origin import WeightsOrigin
 
 _OF_ONE_RUN = ("row", "seed", "sha256", "passport")
 """Fields of ``weights_origin`` that differ between runs of the same training."""
@@ -25,9 +25,8 @@ def training_of(receipt: Receipt) -> str:
 
     Equal lines are repeated runs: rows that start at random with one recipe are runs of one model.
     """
-    origin = {key: value for key, value in receipt.weights_origin.items() if key not in _OF_ONE_RUN}
-    changes = [change for change in origin.get("recipe_changes") or [] if not change.startswith("seed=")]
-    return json.dumps(origin | {"recipe_changes": changes}, sort_keys=True)
+    changes = [change for change in receipt.origin.recipe_changes if not change.startswith("seed=")]
+    return json.dumps(receipt.origin.without(*_OF_ONE_RUN).updated(recipe_changes=changes).content, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Material:
 
     @cached_property
     def _labels(self) -> dict[str, str]:
-        labels = {model: _label(model, self.of(model)[0].weights_origin) for model in self.models}
+        labels = {model: _label(model, self.of(model)[0].origin) for model in self.models}
         shared = {label for label, count in Counter(labels.values()).items() if count > 1}
         return {m: f"{label} ({table_name(m)})" if label in shared else label for m, label in labels.items()}
 
@@ -103,8 +102,8 @@ class Material:
         return frozenset(
             model
             for model in self.models
-            for entry, origin in [(entry_of(model), self.of(model)[0].weights_origin)]
-            if entry is not None and entry.method != "none" and origin.get("encoder_initialisation") == zoo.RANDOM
+            for entry, origin in [(entry_of(model), self.of(model)[0].origin)]
+            if entry is not None and entry.method != "none" and origin.random_start
         )
 
     @cached_property
@@ -113,7 +112,7 @@ class Material:
         return frozenset(
             model
             for model in self.models
-            for entry, origin in [(entry_of(model), self.of(model)[0].weights_origin)]
+            for entry, origin in [(entry_of(model), self.of(model)[0].origin)]
             if entry is not None and not _start_is_known(entry, origin)
         )
 
@@ -130,14 +129,14 @@ class Material:
         """What stands for the table's families and corpora in small studies: key of the table -> words."""
         found: dict[str, dict[str, None]] = {}
         for receipt in self.receipts:
-            entry, origin = entry_of(receipt.row), receipt.weights_origin
-            if entry is None or not origin or origin.get("scale") == "full":
+            entry, origin = entry_of(receipt.row), receipt.origin
+            if entry is None or not origin.content or origin.full_size:
                 continue
-            encoder = str(origin.get("model_id", "")).split(".", maxsplit=1)[0].removesuffix(f"_{entry.decoder}")
+            encoder = origin.model_id.split(".", maxsplit=1)[0].removesuffix(f"_{entry.decoder}")
             found.setdefault(entry.encoder, {})[encoder.split("_patch", maxsplit=1)[0]] = None
-            corpus = (origin.get("pretraining") or {}).get("corpus")
+            corpus = origin.pretraining.corpus if origin.pretraining else None
             if corpus and entry.corpus != "none":
-                found.setdefault(entry.corpus, {})[str(corpus).replace("_", " ")] = None
+                found.setdefault(entry.corpus, {})[corpus.replace("_", " ")] = None
         return {key: " and ".join(words) for key, words in found.items()}
 
     def test_title(self, test: Test) -> str:
@@ -165,20 +164,20 @@ class Material:
         return found
 
 
-def _label(model: str, weights_origin: Mapping[str, Any]) -> str:
-    if weights_origin and entry_of(model) is not None:
-        return read_origin({**weights_origin, "row": model}).label
-    return read_origin(weights_origin).label if weights_origin.get("scale") == "small" else table_name(model)
+def _label(model: str, origin: WeightsOrigin) -> str:
+    if origin.content and entry_of(model) is not None:
+        return origin.updated(row=model).label
+    return origin.label if origin.scale == "small" else table_name(model)
 
 
-def _start_is_known(entry: zoo.ZooEntry, origin: Mapping[str, Any]) -> bool:
+def _start_is_known(entry: zoo.ZooEntry, origin: WeightsOrigin) -> bool:
     """Whether the encoder is recorded to have started at random or from the row's own kind of pretraining."""
-    if "converted_from" in origin:
+    if origin.converted_from:
         return True
-    start, run = origin.get("encoder_initialisation"), origin.get("pretraining") or {}
-    if start is None or start == zoo.RANDOM:
-        return start is not None
-    return entry.method != "none" and run.get("method", entry.method) == entry.method
+    if origin.encoder_initialisation is None or origin.random_start:
+        return origin.random_start
+    pretrained_with = origin.pretraining.method if origin.pretraining else None
+    return entry.method != "none" and pretrained_with in (None, entry.method)
 
 
 def table_name(model: str) -> str:
@@ -254,11 +253,7 @@ def _must_agree(a: Receipt, b: Receipt) -> list[tuple[bool, str, tuple[Any, Any]
         (a.test[0] == b.test[0], "the dataset’s content", (a.dataset.content_id, b.dataset.content_id)),
         (a.test == b.test, "the number of images", (len(a.images), len(b.images))),
         (a.test == b.test, "the images", (a.dataset.manifest, b.dataset.manifest)),
-        (same_model, "the model", (a.weights_origin.get("model_id"), b.weights_origin.get("model_id"))),
-        (
-            bool(a.weights_origin and b.weights_origin),
-            "scale",
-            (a.weights_origin.get("scale"), b.weights_origin.get("scale")),
-        ),
+        (same_model, "the model", (a.origin.model_id, b.origin.model_id)),
+        (bool(a.origin.content and b.origin.content), "scale", (a.origin.scale, b.origin.scale)),
         (same_run, "the model’s sha256", (a.model_sha256, b.model_sha256)),
     ]

@@ -14,7 +14,6 @@ from polypseg.report.wording import between, number, percent, rank, short_p
 from polypseg.statistics import Comparison, Interval
 from polypseg.statistics.scores import METRICS
 from polypseg.tables import Cell, Column, Table
-from polypseg.zoo import RANDOM
 
 METRIC_TITLES = {"dice": "Dice", "iou": "IoU", "precision": "Precision", "recall": "Recall"}
 CALIBRATION = {
@@ -72,15 +71,15 @@ def _model_column(material: Material, key: str = "model") -> Column:
 
 def start_words(material: Material, model: str) -> str:
     """What the encoder of a row's weights started from, in a few words."""
-    origin, entry = material.of(model)[0].weights_origin, entry_of(model)
-    start, run = str(origin.get("encoder_initialisation", "")), origin.get("pretraining")
-    if start == RANDOM:
+    origin, entry = material.of(model)[0].origin, entry_of(model)
+    run = origin.pretraining
+    if origin.random_start:
         return "random" if entry is None or entry.method == "none" else "random, for want of weights"
     if run:
-        method = zoo.METHODS.get(str(run.get("method")), run.get("method"))
-        return f"{method or run.get('recipe')}, {run.get('corpus') or run.get('source')}"
-    if entry is None or origin.get("scale") != "full":
-        return start
+        method = zoo.METHODS.get(str(run.method), run.method)
+        return f"{method or run.recipe}, {run.corpus or run.source}"
+    if entry is None or not origin.full_size:
+        return origin.encoder_initialisation or ""
     return f"{zoo.METHODS[entry.method]}, {zoo.CORPORA[entry.corpus]}"
 
 

@@ -96,7 +96,7 @@ class Comparison:
     """How well a linear classifier of the measures tells the sets apart: 0.5 not at all, 1 always."""
     embedding_auc: Interval | None = None
     embedding_distance: Interval | None = None
-    """Squared kernel distance (KID: unbiased MMD with (x y / D + 1)^3) of standardised embeddings."""
+    """Squared kernel distance (KID: unbiased MMD with (x y / D + 1)^3) of standardized embeddings."""
     embedding_floor: tuple[float, float] | None = None
     """2.5 and 97.5 % of the same distance between random halves of one set: what no shift looks like."""
 
@@ -129,7 +129,7 @@ def compare_sets(a: MeasuredSet, b: MeasuredSet, *, resamples: int = RESAMPLES, 
     features = [np.stack([one.values[name] for name in names], axis=1) for one in (a, b)]
     embedded = a.embeddings is not None and b.embeddings is not None
     vectors = [np.asarray(one.embeddings, dtype=np.float64) for one in (a, b)] if embedded else None
-    scaled = None if vectors is None else _standardised(vectors)
+    scaled = None if vectors is None else _standardized(vectors)
     common: dict[str, Any] = {"resamples": resamples, "seed": seed}
     return Comparison(
         titles=(a.title, b.title),
@@ -195,8 +195,8 @@ def classifier_auc(
     return Interval(estimate=float(roc_auc_score(y, scores)), low=float(low), high=float(high))
 
 
-def _standardised(vectors: Sequence[Floats]) -> list[Floats]:
-    """Both sets centred and scaled by the first one's mean and standard deviation."""
+def _standardized(vectors: Sequence[Floats]) -> list[Floats]:
+    """Both sets centered and scaled by the first one's mean and standard deviation."""
     mean, std = vectors[0].mean(axis=0), vectors[0].std(axis=0)
     return [(part - mean) / np.where(std > 1e-6, std, 1) for part in vectors]
 

@@ -17,7 +17,7 @@ from scipy.optimize import brentq
 from polypseg.data.corruptions import frame_length, jpeg, low_resolution, specular_glare, to_bytes
 from polypseg.data.polyps import PolypDataset
 from polypseg.shift.comparison import MeasuredSet
-from polypseg.shift.frame_statistics import Bools, Frame, centre_distance, highlights, measure_frame, visible_field
+from polypseg.shift.frame_statistics import Bools, Frame, center_distance, highlights, measure_frame, visible_field
 
 Mask: TypeAlias = NDArray[np.uint8]
 Render: TypeAlias = Callable[[Frame, Mask, float, str], tuple[Frame, Mask]]
@@ -41,7 +41,7 @@ class Look:
     """A sample."""
     fields: tuple[Bools, ...]
     """Visible field of each."""
-    border_colour: NDArray[np.float64]
+    border_color: NDArray[np.float64]
     """(3,) median RGB outside the fields."""
 
 
@@ -57,7 +57,7 @@ def typical_look(dataset: PolypDataset, ids: Sequence[str], measured: MeasuredSe
         polyp_share=None if shares is None else float(np.exp(np.log(shares).mean())),
         frames=frames,
         fields=fields,
-        border_colour=np.median(np.concatenate(outside), axis=0) if outside else np.zeros(3),
+        border_color=np.median(np.concatenate(outside), axis=0) if outside else np.zeros(3),
     )
 
 
@@ -95,7 +95,7 @@ def _in_lab(frame: Frame, change: Callable[[NDArray[np.float32], Bools], NDArray
     return np.where(field[..., None], changed, frame).astype(np.uint8)
 
 
-def fit_colour(source: Look, target: Look) -> Render:
+def fit_color(source: Look, target: Look) -> Render:
     """Shift and stretch each CIELAB channel by the sets' difference and ratio (after Reinhard et al. 2001).
 
     A frame keeps its own deviation from its set: L' = m + (L - m) k^t + t (m_b - m_a), k the ratio of mean spreads.
@@ -120,7 +120,7 @@ def fit_illumination(source: Look, target: Look) -> Render:
 
     def render(frame: Frame, mask: Mask, strength: float, key: str) -> tuple[Frame, Mask]:
         height, width = frame.shape[:2]
-        radius = centre_distance(*np.mgrid[:height, :width], shape=(height, width))
+        radius = center_distance(*np.mgrid[:height, :width], shape=(height, width))
 
         def change(lab: NDArray[np.float32], field: Bools) -> NDArray[np.float32]:
             lab = lab.copy()
@@ -186,7 +186,7 @@ def fit_border(source: Look, target: Look) -> Render:
         filled = _nearest_tissue(frame, visible_field(frame))
         chosen = target.fields[crc32(key.encode()) % len(target.fields)].astype(np.float32)
         field = cv2.resize(chosen, (width, height), interpolation=cv2.INTER_LINEAR)
-        painted = filled * field[..., None] + target.border_colour * (1 - field[..., None])
+        painted = filled * field[..., None] + target.border_color * (1 - field[..., None])
         kept = (1 - strength * (1 - field)) > 0.5
         return to_bytes(frame * (1 - strength) + painted * strength), (mask * kept).astype(np.uint8)
 
@@ -198,9 +198,9 @@ def _nearest_tissue(frame: Frame, field: Bools) -> Frame:
         return frame
     inner = cv2.erode(field.astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=1)
     _, labels = cv2.distanceTransformWithLabels(1 - inner, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
-    colours = np.zeros((int(labels.max()) + 1, 3), dtype=np.uint8)
-    colours[labels[inner == 1]] = frame[inner == 1]
-    return np.where(field[..., None], frame, colours[labels]).astype(np.uint8)
+    colors = np.zeros((int(labels.max()) + 1, 3), dtype=np.uint8)
+    colors[labels[inner == 1]] = frame[inner == 1]
+    return np.where(field[..., None], frame, colors[labels]).astype(np.uint8)
 
 
 def fit_compression(source: Look, target: Look) -> Render:
@@ -263,7 +263,7 @@ def fit_specular(source: Look, target: Look) -> Render:
 FACTORS: tuple[Factor, ...] = (
     Factor(name="scale", measures=("polyp_share",), fit=fit_scale),
     Factor(name="border", measures=("border_share",), fit=fit_border),
-    Factor(name="colour", measures=tuple(f"lab_{c}_{m}" for c in "lab" for m in ("mean", "std")), fit=fit_colour),
+    Factor(name="colour", measures=tuple(f"lab_{c}_{m}" for c in "lab" for m in ("mean", "std")), fit=fit_color),
     Factor(name="illumination", measures=("falloff",), fit=fit_illumination),
     Factor(name="specular", measures=("specular_share",), fit=fit_specular),
     Factor(name="sharpness", measures=("sharpness",), fit=fit_sharpness),

@@ -1,4 +1,4 @@
-"""Interpretable measures of one frame: colour, illumination, sharpness, border, polyp and compression.
+"""Interpretable measures of one frame: color, illumination, sharpness, border, polyp and compression.
 
 Pixels are measured inside the visible field at a common scale, sqrt(height * width) = 256, so that sets of different
 resolution compare; blockiness and size are measured on the frame as it is.
@@ -30,7 +30,7 @@ def at_common_scale(frame: Frame) -> Frame:
 def visible_field(frame: Frame) -> Bools:
     """(H, W, 3) -> (H, W), True inside the endoscope's field: the convex hull of the largest lit region.
 
-    Lit: the brightest channel, median-filtered, exceeds 0.3 of its median, kept within 14 to 32 grey levels. A box
+    Lit: the brightest channel, median-filtered, exceeds 0.3 of its median, kept within 14 to 32 gray levels. A box
     in a corner is partly inside the hull. A frame without any lit pixel is all field.
     """
     level = frame.max(axis=2)
@@ -47,12 +47,12 @@ def visible_field(frame: Frame) -> Bools:
 def measure_frame(frame: Frame, mask: NDArray[np.uint8] | None = None) -> dict[str, float]:
     """Measures of a frame (H, W, 3) uint8 RGB and its mask (H, W) in {0, 1}, by name.
 
-    lab_{l,a,b}_{mean,std}: CIELAB (L* 0 to 100). falloff: slope of L* over the distance from the frame's centre, per
+    lab_{l,a,b}_{mean,std}: CIELAB (L* 0 to 100). falloff: slope of L* over the distance from the frame's center, per
     half diagonal. sharpness: log10 of the mean squared Laplacian of L* over its variance. border_share: share of the
     frame outside the field. blockiness: log of the mean step across 8-pixel boundaries over that elsewhere.
     specular_share: share of the field that is nearly white (L* above 90, chroma below 15). native_side: sqrt(H * W) in
     pixels. native_aspect: W / H. With a mask that is not empty polyp_share, its share of the frame, and polyp_offset,
-    the distance of its centre from the frame's, per half diagonal.
+    the distance of its center from the frame's, per half diagonal.
     """
     common = at_common_scale(frame)
     field = visible_field(common)
@@ -86,18 +86,18 @@ def _white(lab: NDArray[np.float32]) -> Bools:
 
 def _offset(mask: NDArray[np.uint8]) -> float:
     y, x = (float(places.mean()) for places in np.nonzero(mask))
-    return float(centre_distance(y, x, shape=mask.shape))
+    return float(center_distance(y, x, shape=mask.shape))
 
 
-def centre_distance(y: Any, x: Any, *, shape: tuple[int, ...]) -> Any:
-    """Distance of rows y and columns x from the centre of a frame of ``shape`` (H, W), in half diagonals."""
+def center_distance(y: Any, x: Any, *, shape: tuple[int, ...]) -> Any:
+    """Distance of rows y and columns x from the center of a frame of ``shape`` (H, W), in half diagonals."""
     height, width = shape
     return np.hypot(y - (height - 1) / 2, x - (width - 1) / 2) / (np.hypot(height, width) / 2)
 
 
 def _falloff(lightness: Plane, field: Bools) -> float:
     height, width = lightness.shape
-    radius = centre_distance(*np.mgrid[:height, :width], shape=(height, width))[field]
+    radius = center_distance(*np.mgrid[:height, :width], shape=(height, width))[field]
     spread = float(radius.var())
     return 0.0 if spread == 0 else float(np.mean((radius - radius.mean()) * lightness[field]) / spread)
 
@@ -110,9 +110,9 @@ def _sharpness(lightness: Plane, field: Bools) -> float:
 
 
 def _blockiness(frame: Frame) -> float:
-    grey = frame.mean(axis=2)
+    gray = frame.mean(axis=2)
     edge, other = [], []
-    for steps in (np.abs(np.diff(grey, axis=0)).mean(axis=1), np.abs(np.diff(grey, axis=1)).mean(axis=0)):
+    for steps in (np.abs(np.diff(gray, axis=0)).mean(axis=1), np.abs(np.diff(gray, axis=1)).mean(axis=0)):
         at_edge = np.arange(len(steps)) % 8 == 7
         edge.append(steps[at_edge].mean() if at_edge.any() else steps.mean())
         other.append(steps[~at_edge].mean())

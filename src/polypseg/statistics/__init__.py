@@ -1,4 +1,4 @@
-"""Statistics of generalisation: intervals, comparisons, gaps and rankings that respect clips, repeats and seeds."""
+"""Statistics of generalization: intervals, comparisons, gaps and rankings that respect clips, repeats and seeds."""
 
 from polypseg.statistics.comparisons import Comparison, compare_models, effect_sizes, holm, sign_flip_p_values
 from polypseg.statistics.generalisation import Contrast, Gap, generalisation_gaps, group_contrasts, study_groups

@@ -66,9 +66,9 @@ def one_order_p_value(inside: Draws, outside: Draws) -> float:
 
 
 def common_order(inside: Floats, outside: Floats, noise: tuple[float, float]) -> Ints:
-    """(B, M) models from best to worst by the sum of both sets' centred means (B, M), each over its noise variance."""
-    centred = (means - means.mean(axis=1, keepdims=True) for means in (inside, outside))
-    weighted = [means / variance for means, variance in zip(centred, noise, strict=True)]
+    """(B, M) models from best to worst by the sum of both sets' centered means (B, M), each over its noise variance."""
+    centered = (means - means.mean(axis=1, keepdims=True) for means in (inside, outside))
+    weighted = [means / variance for means, variance in zip(centered, noise, strict=True)]
     return np.argsort(-(weighted[0] + weighted[1]), axis=1, kind="stable")
 
 
@@ -76,8 +76,8 @@ def _noise(inside: Draws, outside: Draws) -> tuple[float, float]:
     """Each set's variance over draws of a model's distance from the mean of all, with M - 1 as divisor over models."""
     variances = []
     for draws in (inside, outside):
-        centred = draws.values - draws.values.mean(axis=1, keepdims=True)
-        variances.append(max(float(centred.var(axis=0).sum()) / (len(draws.models) - 1), 1e-24))
+        centered = draws.values - draws.values.mean(axis=1, keepdims=True)
+        variances.append(max(float(centered.var(axis=0).sum()) / (len(draws.models) - 1), 1e-24))
     return variances[0], variances[1]
 
 

@@ -22,7 +22,7 @@ from polypseg.errors import PolypSegError, UsageError
 from polypseg.modeling import PolypSegForSemanticSegmentation
 from polypseg.modeling.modeling_polypseg import SMALLEST_SIDE
 from polypseg.recipe import AugmentationRecipe
-from polypseg.training.augmentation import Normalisation, PairedAugmentation
+from polypseg.training.augmentation import Normalization, PairedAugmentation
 from polypseg.training.fast_convolutions import interleaved_convolutions
 from polypseg.training.finetune import dice_of_polyps
 from polypseg.training.loader import keep_opencv_to_one_thread, resize_pair, to_example
@@ -66,8 +66,8 @@ class Pairs:
 
 def resize_pairs(frames: Sequence[Image.Image], masks: Sequence[NDArray[np.bool_]], *, size: int) -> Pairs:
     """RGB frames and their masks (H, W) of any size -> pairs of ``size`` pixels, resized as in training."""
-    grey = (mask.astype(np.uint8) * 255 for mask in masks)
-    pictures, resized = zip(*(resize_pair(*pair, size=size) for pair in zip(frames, grey, strict=True)), strict=True)
+    gray = (mask.astype(np.uint8) * 255 for mask in masks)
+    pictures, resized = zip(*(resize_pair(*pair, size=size) for pair in zip(frames, gray, strict=True)), strict=True)
     return Pairs(images=np.stack(pictures), masks=np.stack(resized))
 
 
@@ -136,8 +136,8 @@ def mix_statistics(model: PolypSegForSemanticSegmentation, images: Image8, *, pr
     if not has_statistics(model):
         raise UsageError(f"the encoder {model.config.encoder} has no BatchNorm statistics to adapt: give masks")
     places = np.linspace(0, len(images) - 1, min(MOST_FOR_STATISTICS, len(images))).round().astype(int)
-    normalise = _normalisation(model)
-    pixels = torch.stack([torch.from_numpy(normalise(images[place])).permute(2, 0, 1) for place in places])
+    normalize = _normalization(model)
+    pixels = torch.stack([torch.from_numpy(normalize(images[place])).permute(2, 0, 1) for place in places])
     with _before_each(model, lambda layer, x: _mix(layer, x, share=len(images) / (len(images) + prior))):
         model(pixels.to(memory_format=torch.channels_last))
 
@@ -235,5 +235,5 @@ def _statistics(model: PolypSegForSemanticSegmentation) -> dict[str, Any]:
     return {"mean": model.config.image_mean, "std": model.config.image_std}
 
 
-def _normalisation(model: PolypSegForSemanticSegmentation) -> Normalisation:
-    return Normalisation(**_statistics(model))
+def _normalization(model: PolypSegForSemanticSegmentation) -> Normalization:
+    return Normalization(**_statistics(model))

@@ -1,7 +1,7 @@
 """The paired augmentation of fine-tuning (paper section 3.2), with OpenCV instead of Pillow and tensors.
 
-The operations and their distributions are the reference's: on the 8-bit image colour jitter in random order and a
-Gaussian blur, then, after normalisation, flips and one affine warp of image and mask. OpenCV makes it ten times faster.
+The operations and their distributions are the reference's: on the 8-bit image color jitter in random order and a
+Gaussian blur, then, after normalization, flips and one affine warp of image and mask. OpenCV makes it ten times faster.
 """
 
 import math
@@ -17,7 +17,7 @@ from polypseg.data.corruptions import CORRUPTIONS, corrupt
 from polypseg.recipe import AppearanceRecipe, AugmentationRecipe
 
 Image8 = NDArray[np.uint8]
-_GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601 luma, as Pillow's "L"
+_GRAY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601 luma, as Pillow's "L"
 _INTERPOLATION = {"nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR}
 
 
@@ -27,20 +27,20 @@ def adjust_brightness(image: Image8, factor: float) -> Image8:
 
 
 def adjust_contrast(image: Image8, factor: float) -> Image8:
-    """Blend with the mean grey of the image."""
+    """Blend with the mean gray of the image."""
     mean = int(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).mean() + 0.5)
     table = np.clip(np.arange(256) * factor + mean * (1 - factor), 0, 255).astype(np.uint8)
     return cv2.LUT(image, table)
 
 
 def adjust_saturation(image: Image8, factor: float) -> Image8:
-    """Blend with the grey image."""
-    matrix = factor * np.eye(3, dtype=np.float32) + (1 - factor) * _GREY[None, :]
+    """Blend with the gray image."""
+    matrix = factor * np.eye(3, dtype=np.float32) + (1 - factor) * _GRAY[None, :]
     return cv2.transform(image, matrix)
 
 
 def adjust_hue(image: Image8, shift: float) -> Image8:
-    """Turn the colour wheel by ``shift`` turns, in steps of 1/255 as Pillow does."""
+    """Turn the color wheel by ``shift`` turns, in steps of 1/255 as Pillow does."""
     steps = int(shift * 255)
     if steps == 0:
         return image
@@ -73,7 +73,7 @@ def gaussian_blur(image: Image8, *, kernel: int, sigma: float) -> Image8:
 
 @dataclass(frozen=True, kw_only=True)
 class Affine:
-    """One affine warp about the image's centre, in torchvision's convention."""
+    """One affine warp about the image's center, in torchvision's convention."""
 
     angle: float
     """Degrees, clockwise."""
@@ -88,8 +88,8 @@ class Affine:
         angle, shear = math.radians(self.angle), math.radians(self.shear)
         cos, sin, tan = math.cos(angle), math.sin(angle), math.tan(shear)
         linear = self.scale * np.array([[cos, -cos * tan - sin], [sin, -sin * tan + cos]])
-        centre, out_centre = np.full(2, (side - 1) / 2), np.full(2, ((out_side or side) - 1) / 2)
-        shift = out_centre + np.array(self.translation) - linear @ centre
+        center, out_center = np.full(2, (side - 1) / 2), np.full(2, ((out_side or side) - 1) / 2)
+        shift = out_center + np.array(self.translation) - linear @ center
         return np.column_stack([linear, shift])
 
     def warp(
@@ -182,10 +182,10 @@ def exchange_amplitudes(image: Image8, other: Image8, *, reach: float, amount: f
 
 
 class PairedAugmentation:
-    """Image (S, S, 3) and mask (S, S), both uint8 -> normalised float32 (S, S, 3) and soft mask [0, 1] (S, S)."""
+    """Image (S, S, 3) and mask (S, S), both uint8 -> normalized float32 (S, S, 3) and soft mask [0, 1] (S, S)."""
 
     def __init__(self, recipe: AugmentationRecipe, *, mean: list[float], std: list[float]):
-        self.recipe, self.normalise = recipe, Normalisation(mean=mean, std=std)
+        self.recipe, self.normalize = recipe, Normalization(mean=mean, std=std)
 
     def __call__(
         self,
@@ -211,7 +211,7 @@ class PairedAugmentation:
         sigma = rng.uniform(*recipe.blur_sigma)
         if recipe.blur_kernel:
             image = gaussian_blur(image, kernel=recipe.blur_kernel, sigma=sigma)
-        pixels = self.normalise(image)
+        pixels = self.normalize(image)
         target: NDArray[np.float32] = mask.astype(np.float32) / np.float32(255)
         if rng.random() < recipe.horizontal_flip:
             pixels, target = pixels[:, ::-1], target[:, ::-1]
@@ -237,7 +237,7 @@ class PairedAugmentation:
         )
 
 
-class Normalisation:
+class Normalization:
     """(H, W, 3) uint8 -> float32, (x / 255 - mean) / std."""
 
     def __init__(self, *, mean: list[float], std: list[float]):

@@ -56,7 +56,7 @@ def synchronise_batchnorm(model: nn.Module, accelerator: Accelerator) -> nn.Modu
 
 
 def global_batch_norm(x: Tensor, norm: Any) -> Tensor:
-    """Normalise (B, C) or (B, C, H, W) with mean and variance over all processes; gradients flow through both.
+    """Normalize (B, C) or (B, C, H, W) with mean and variance over all processes; gradients flow through both.
 
     Uses the module's running statistics in evaluation mode, and updates them (unbiased variance) in training mode.
     Every process must hold the same number of values.
@@ -67,8 +67,8 @@ def global_batch_norm(x: Tensor, norm: Any) -> Tensor:
     others = [0, *range(2, x.ndim)]
     shape = (1, -1, *[1] * (x.ndim - 2))
     mean = _average_over_processes(values.mean(others))
-    centred = values - mean.view(shape)  # two passes: E[x^2] - E[x]^2 cancels where the mean is large
-    variance = _average_over_processes(centred.square().mean(others))
+    centered = values - mean.view(shape)  # two passes: E[x^2] - E[x]^2 cancels where the mean is large
+    variance = _average_over_processes(centered.square().mean(others))
     with torch.no_grad():
         count = x.numel() / x.shape[1] * process_count()
         norm.num_batches_tracked += 1
@@ -76,8 +76,8 @@ def global_batch_norm(x: Tensor, norm: Any) -> Tensor:
         norm.running_var.lerp_(variance.detach() * count / (count - 1), norm.momentum)
     scale = torch.rsqrt(variance + norm.eps)
     if not norm.affine:
-        return (centred * scale.view(shape)).to(x.dtype)
-    return (centred * (norm.weight * scale).view(shape) + norm.bias.view(shape)).to(x.dtype)
+        return (centered * scale.view(shape)).to(x.dtype)
+    return (centered * (norm.weight * scale).view(shape) + norm.bias.view(shape)).to(x.dtype)
 
 
 def _average_over_processes(local: Tensor) -> Tensor:

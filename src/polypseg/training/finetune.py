@@ -29,8 +29,8 @@ from polypseg.files import atomic_path, file_sha256, read_json, write_csv, write
 from polypseg.inference.model import build_image_processor, load_model, without_shard_bars
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.modeling.modeling_polypseg import soft_dice_loss
+from polypseg.provenance.origin import WEIGHTS_ORIGIN, WeightsOrigin
 from polypseg.provenance.passport import (
-    KEY,
     PASSPORT,
     Passport,
     attach_passport,
@@ -127,15 +127,18 @@ def build_model(
     if loaded != RANDOM and entry.method == "none":
         raise UsageError(f"{entry.short_name} stands for random initialisation: choose the row of {encoder_weights}")
     full = config.encoder == fields["encoder"]
-    corpus = (pretraining or {}).get("corpus", entry.corpus)
+    corpus = (pretraining.corpus if pretraining else None) or entry.corpus
     tag = RANDOM if loaded == RANDOM else f"{entry.method}_{corpus}"
-    config.weights_origin = {
-        "model_id": f"{entry.encoder if full else config.encoder}_{config.decoder}.{tag}",
-        "row": entry.model_id,
-        "encoder_initialisation": loaded,
-        "scale": "full" if full else "small",
-    } | ({"pretraining": pretraining} if pretraining else {})
-    model.encoder_seen = seen_by_encoder(encoder_weights, config.weights_origin)
+    origin = WeightsOrigin(
+        model_id=f"{entry.encoder if full else config.encoder}_{config.decoder}.{tag}",
+        row=entry.model_id,
+        encoder_initialisation=loaded,
+        scale="full" if full else "small",
+    )
+    if pretraining:
+        origin = origin.updated(pretraining=pretraining)
+    config.weights_origin = origin.content
+    model.encoder_seen = seen_by_encoder(encoder_weights, origin)
     return model
 
 
@@ -146,8 +149,8 @@ def continued_model(entry: ZooEntry, recipe: Recipe, *, folder: Path) -> PolypSe
     or decoder is not the recipe's, or it is not of the row.
     """
     model, _ = load_model(str(folder))
-    origin = dict(getattr(model.config, "weights_origin", None) or {})
-    if not isinstance(model, PolypSegForSemanticSegmentation) or origin.get("row") != entry.model_id:
+    origin = WeightsOrigin.within(model.config)
+    if not isinstance(model, PolypSegForSemanticSegmentation) or origin.row != entry.model_id:
         raise UsageError(f"{folder} is no fine-tuned model of {entry.short_name}: choose its own row")
     wanted = PolypSegConfig(**(entry.config_fields() | recipe.model.model_dump(exclude_none=True))).to_dict()
     architecture = ("encoder", "decoder", "decoder_channels", "decoder_dropout")
@@ -159,14 +162,8 @@ def continued_model(entry: ZooEntry, recipe: Recipe, *, folder: Path) -> PolypSe
     except ValueError as error:
         raise UsageError(str(error)) from error
     model.config.image_size = recipe.data.image_size
-    passport = find_passport(folder, named=origin.get(KEY))
-    origin["continued_from"] = {
-        "sha256": file_sha256(folder / SAFE_WEIGHTS_NAME),
-        "recipe": origin.get("recipe"),
-        "finetuned_on": origin.get("finetuned_on"),
-    }
-    stages = ("model_id", "row", "encoder_initialisation", "scale", "pretraining", "continued_from")
-    model.config.weights_origin = {key: origin[key] for key in stages if key in origin}
+    passport = find_passport(folder, named=origin.passport)
+    model.config.weights_origin = origin.continued(sha256=file_sha256(folder / SAFE_WEIGHTS_NAME)).content
     model.encoder_seen = passport[0].seen if passport else ()
     return model
 
@@ -264,19 +261,19 @@ class _Run:
                 listed = negatives.split(str(recipe.data.negatives))["train"]
                 empty = cache_pairs(negatives, listed, image_size=recipe.data.image_size)
         self.config = model.config
-        self.config.weights_origin = (self.config.weights_origin or {}) | {
-            "recipe": recipe.name,
-            "recipe_changes": changes_from_bundled(recipe),
-            "finetuned_on": f"{dataset.spec.name} {split}/train",
-            "n": len(train),
-            "finished": False,
-        }
+        origin = WeightsOrigin.within(self.config).updated(
+            recipe=recipe.name,
+            recipe_changes=changes_from_bundled(recipe),
+            finetuned_on=f"{dataset.spec.name} {split}/train",
+            n=len(train),
+            finished=False,
+        )
         if empty is not None:
-            self.config.weights_origin |= {"negatives": f"{recipe.data.negatives}/train", "negatives_n": len(empty)}
-        described = self.config.to_dict()
-        described["weights_origin"].pop("recipe_changes")  # the record holds the recipe itself
+            origin = origin.updated(negatives=f"{recipe.data.negatives}/train", negatives_n=len(empty))
+        self.config.weights_origin = origin.content
+        stated = origin.without("recipe_changes").content  # the record holds the recipe itself
         self.record = {
-            "model": described,
+            "model": self.config.to_dict() | {WEIGHTS_ORIGIN: stated},
             "recipe": recipe.model_dump(mode="json"),
             "data": {
                 "dataset": dataset.spec.name,
@@ -363,7 +360,7 @@ class _Run:
 
     @cached_property
     def _passport(self) -> Passport:
-        model_id = str((self.config.weights_origin or {}).get("model_id", "unknown"))
+        model_id = WeightsOrigin.within(self.config).model_id
         negatives = (self.negatives, str(self.recipe.data.negatives)) if self.negatives else None
         return finetuning_passport(
             self.dataset, split=self.split, model_id=model_id, encoder_seen=self.encoder_seen, negatives=negatives
@@ -475,15 +472,13 @@ def dice_of_polyps(logits: Tensor, labels: Tensor) -> Tensor:
 def _mark_finished(config: Path) -> None:
     """Say in the best model's config that its run came to its end: until then it is nobody's final model."""
     content = read_json(config)
-    content["weights_origin"]["finished"] = True
+    content[WEIGHTS_ORIGIN] = WeightsOrigin.within(content, path=config).updated(finished=True).content
     write_json(config, content)
 
 
 def _is_marked_finished(config: Path) -> bool:
     """Whether _mark_finished was reached: a kill may come between the last checkpoint and it."""
-    if not config.is_file():
-        return False
-    return (read_json(config).get("weights_origin") or {}).get("finished") is True
+    return config.is_file() and WeightsOrigin.of_folder(config.parent).finished is True
 
 
 def _dice_sum(logits: Tensor, labels: Tensor) -> Tensor:
@@ -553,7 +548,7 @@ def run_is_finished(
     record = read_json(path)
     if record["recipe"] != recipe.model_dump(mode="json"):
         return False
-    if record["model"]["weights_origin"]["encoder_initialisation"] != start:
+    if WeightsOrigin.within(record["model"], path=path).encoder_initialisation != start:
         return False
     if dataset is not None:
         trained_on = (record["data"]["content_id"], record["data"]["split"])

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError
 from polypseg.files import atomic_path, cache_folder
-from polypseg.training.augmentation import Normalisation, PairedAugmentation
+from polypseg.training.augmentation import Normalization, PairedAugmentation
 
 Example = dict[str, torch.Tensor]
 
@@ -83,7 +83,7 @@ def _write_pairs(dataset: PolypDataset, ids: Sequence[str], *, image_size: int, 
     for index, record_id in enumerate(
         tqdm(ids, desc=f"reading {dataset.spec.title}", unit="image", leave=False, disable=None)
     ):
-        frame, mask = dataset.grey_pair(dataset.by_id[record_id])
+        frame, mask = dataset.gray_pair(dataset.by_id[record_id])
         frames[index], masks[index] = resize_pair(frame, mask, size=image_size)
     frames.flush()
     masks.flush()
@@ -139,16 +139,16 @@ class TrainingFeed(Dataset[Example]):
 
 
 class ValidationFeed(Dataset[Example]):
-    """Examples as they are: normalised frames, masks in [0, 1]."""
+    """Examples as they are: normalized frames, masks in [0, 1]."""
 
     def __init__(self, pairs: CachedPairs, *, mean: list[float], std: list[float]):
-        self.pairs, self.normalise = pairs, Normalisation(mean=mean, std=std)
+        self.pairs, self.normalize = pairs, Normalization(mean=mean, std=std)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Example:
-        return to_example(self.normalise(self.pairs.images[index]), self.pairs.masks[index].astype(np.float32) / 255)
+        return to_example(self.normalize(self.pairs.images[index]), self.pairs.masks[index].astype(np.float32) / 255)
 
 
 class GlobalBatches(Sampler[list[Key]]):

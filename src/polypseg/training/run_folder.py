@@ -197,7 +197,7 @@ def save_checkpoint(
 
 
 def step_bar(accelerator: Accelerator, *, total: int, done: int) -> "tqdm[Any]":
-    """A progress bar over optimiser steps, on one process only; refreshed rarely where it goes into a log file."""
+    """A progress bar over optimizer steps, on one process only; refreshed rarely where it goes into a log file."""
     return tqdm(
         total=total,
         initial=done,

@@ -19,20 +19,21 @@ from polypseg.errors import PolypSegError, UsageError
 from polypseg.files import atomic_path, file_sha256
 from polypseg.inference.model import build_image_processor, without_shard_bars
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
+from polypseg.provenance.origin import ConversionRecord, PretrainingRecord, WeightsOrigin
 from polypseg.weights.formats import (
     AUGREG,
     OURS,
     SSL4GIE_RESNET,
     SSL4GIE_VIT,
-    Recognised,
+    Recognized,
+    count_and_first,
     empty_state,
     position_layout,
     read_arrays,
     read_content,
-    recognise,
+    recognize,
     with_counters,
 )
-from polypseg.weights.key_maps import count_and_first
 from polypseg.weights.loading import (
     CONVERSION_KEY,
     PRETRAINING_KEY,
@@ -116,7 +117,7 @@ class FileReport:
 def inspect_file(path: Path) -> FileReport:
     """Say what a weights file is, without converting it. Raises UsageError and PolypSegError as ``read_content``."""
     content = read_content(path)
-    found = recognise(content, path=path)
+    found = recognize(content, path=path)
     method = recorded_method(content, path=path) or found.method
     rows = _possible_rows(found, method=method)
     if found.format.whole_model and len({row.method for row in rows}) == 1:
@@ -152,7 +153,7 @@ def convert_file(path: Path, output: Path, *, model: str | None = None) -> Path:
     content = read_content(path)
     if {PRETRAINING_KEY, CONVERSION_KEY} & set(content.metadata):
         raise UsageError(f"{path} is already in this package's format: give it to finetune.py --encoder-weights")
-    found = recognise(content, path=path)
+    found = recognize(content, path=path)
     if found.format.whole_model:
         _convert_model(path, output, found, entry)
     else:
@@ -173,11 +174,8 @@ def _convert_encoder(path: Path, output: Path, entry: ZooEntry | None) -> None:
     method = _encoder_method(path, found, entry)
     state = with_counters(found.state, empty_state(name))
     _prove_encoder(path, found, state)
-    origin = {
-        "method": method,
-        "encoder": name,
-        "converted_from": {"format": found.format.name, "file": path.name, "sha256": file_sha256(path)},
-    }
+    source = ConversionRecord(format=found.format.name, file=path.name, sha256=file_sha256(path))
+    origin = PretrainingRecord(method=method, encoder=name, converted_from=source)
     facts = timm.get_pretrained_cfg(name)
     if facts is None:
         raise PolypSegError(f"timm has no facts of {name}: install a version that the package allows")
@@ -213,7 +211,7 @@ def _differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
     return ", ".join(count_and_first(keys, kind=kind) for kind, keys in problems.items() if keys)
 
 
-def _encoder_method(path: Path, found: Recognised, entry: ZooEntry | None) -> str | None:
+def _encoder_method(path: Path, found: Recognized, entry: ZooEntry | None) -> str | None:
     """The file's method, which must be the row's; where the file does not tell, the row's."""
     if entry is None:
         return found.method
@@ -229,7 +227,7 @@ def _encoder_method(path: Path, found: Recognised, entry: ZooEntry | None) -> st
     return entry.method
 
 
-def _prove_encoder(path: Path, found: Recognised, state: dict[str, Tensor]) -> None:
+def _prove_encoder(path: Path, found: Recognized, state: dict[str, Tensor]) -> None:
     """Compare the features of this package's encoder with those of the file's own tensors."""
     is_vit = found.architecture == ENCODERS["vit_base"]
     config = PolypSegConfig(encoder=str(found.architecture), decoder="dpt" if is_vit else "deeplabv3plus")
@@ -265,22 +263,19 @@ def _compare(
 # -- fine-tuned models ------------------------------------------------------------------------------------
 
 
-def _convert_model(path: Path, output: Path, found: Recognised, entry: ZooEntry | None) -> None:
+def _convert_model(path: Path, output: Path, found: Recognized, entry: ZooEntry | None) -> None:
     entry, dataset = _identify_row(path, found, entry)
     config = entry.config()
-    config.weights_origin = {
-        "model_id": entry.model_id,
-        "scale": "full",
-        "encoder_initialisation": _initialisation(entry),
-        "finetuned_on": dataset,
-        "finished": True,
-        "converted_from": {
-            "format": found.format.name,
-            "file": path.name,
-            "sha256": file_sha256(path),
-            "upstream": UPSTREAM,
-        },
-    }
+    config.weights_origin = WeightsOrigin(
+        model_id=entry.model_id,
+        scale="full",
+        encoder_initialisation=_initialization(entry),
+        finetuned_on=dataset,
+        finished=True,
+        converted_from=ConversionRecord(
+            format=found.format.name, file=path.name, sha256=file_sha256(path), upstream=UPSTREAM
+        ),
+    ).content
     with torch.device("meta"):
         model = PolypSegForSemanticSegmentation(config)
     expected = model.state_dict()
@@ -296,13 +291,13 @@ def _convert_model(path: Path, output: Path, found: Recognised, entry: ZooEntry 
         build_image_processor(config).save_pretrained(temporary)
 
 
-def _initialisation(entry: ZooEntry) -> str:
+def _initialization(entry: ZooEntry) -> str:
     if entry.method == "none":
         return zoo.RANDOM
     return f"{METHODS[entry.method]} on {CORPORA[entry.corpus]}, as loaded by the authors of {UPSTREAM}"
 
 
-def _identify_row(path: Path, found: Recognised, entry: ZooEntry | None) -> tuple[ZooEntry, str]:
+def _identify_row(path: Path, found: Recognized, entry: ZooEntry | None) -> tuple[ZooEntry, str]:
     """The row and what the file was fine-tuned on, from the file's name and ``--model``, checked against its content.
 
     Raises UsageError where they contradict each other or leave the row open.
@@ -344,7 +339,7 @@ def _row_of_name(named: re.Match[str]) -> ZooEntry | None:
     return next((row for row in zoo.ZOO if (row.encoder, row.method, row.corpus) == wanted), None)
 
 
-def _possible_rows(found: Recognised, *, method: str | None) -> list[ZooEntry]:
+def _possible_rows(found: Recognized, *, method: str | None) -> list[ZooEntry]:
     """The rows that nothing in the file contradicts."""
     if not found.format.whole_model:
         encoder = next((short for short, name in ENCODERS.items() if name == found.architecture), None)
@@ -353,7 +348,7 @@ def _possible_rows(found: Recognised, *, method: str | None) -> list[ZooEntry]:
     return [row for row in zoo.ZOO if not _contradiction(found, row)]
 
 
-def _contradiction(found: Recognised, row: ZooEntry) -> str:
+def _contradiction(found: Recognized, row: ZooEntry) -> str:
     """What in a fine-tuned file speaks against a row; empty for nothing."""
     if row.encoder != _ENCODER_OF[found.format.name]:
         return f"it is a {found.format.name}"

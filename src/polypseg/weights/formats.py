@@ -1,11 +1,12 @@
-"""Published weights files, read safely and recognised by what they hold: whose layout it is, what is kept of it.
+"""Published weights files, read safely and recognized by what they hold: whose layout it is, what is kept of it.
 
 Every layout is a table of rows; each key of a file is renamed by one, left out by a named one, or an error later on.
 """
 
 import argparse
+import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.modeling.encoders_polypseg import sincos_position_embedding
-from polypseg.weights.key_maps import Drop, Keep, map_keys
 from polypseg.zoo import ENCODERS
 
 RESNET_MARK, VIT_MARK = "conv1.weight", "patch_embed.proj.weight"
@@ -26,6 +26,61 @@ TABLE_TOLERANCE = 1e-5
 """Largest difference of a stored sine-cosine table from the formula; published codes differ by up to 7e-7."""
 AUGREG_FIRST = "embedding/kernel"
 COUNTER = "num_batches_tracked"
+
+
+# -- tables that rename tensors: the first row whose pattern matches decides ------------------------------------------
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Keys that match ``pattern`` as a whole are renamed to ``replacement`` (with ``\\1`` for groups)."""
+
+    pattern: str
+    replacement: str
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Keys that match ``pattern`` as a whole are left out, because they are ``what``."""
+
+    pattern: str
+    what: str
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """What a table makes of a list of keys."""
+
+    kept: dict[str, str] = field(default_factory=dict)
+    """Old key -> new key."""
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+    """What was left out -> its keys."""
+    unknown: list[str] = field(default_factory=list)
+    """Keys that no row matches."""
+
+
+def map_keys(keys: Iterable[str], rows: Iterable[Keep | Drop]) -> KeyMap:
+    """Apply the first matching row to each key; the order of ``keys`` is kept. Nothing is left out silently."""
+    table = [(re.compile(row.pattern), row) for row in rows]
+    result = KeyMap()
+    for key in keys:
+        row, match = next(((row, m) for pattern, row in table if (m := pattern.fullmatch(key))), (None, None))
+        if isinstance(row, Keep) and match is not None:
+            result.kept[key] = match.expand(row.replacement)
+        elif isinstance(row, Drop):
+            result.dropped.setdefault(row.what, []).append(key)
+        else:
+            result.unknown.append(key)
+    return result
+
+
+def count_and_first(keys: Iterable[str], *, kind: str = "") -> str:
+    """``3 missing (first conv1.weight)``, for error messages; ``0`` for none."""
+    names = sorted(keys)
+    return " ".join(filter(None, (str(len(names)), kind, f"(first {names[0]})" if names else "")))
+
+
+# -- layouts ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +213,7 @@ class Content:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recognised:
+class Recognized:
     """A file whose layout is known."""
 
     format: Format
@@ -261,10 +316,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         raise PolypSegError(f"{path} is damaged or not an archive of plain arrays: download it again") from error
 
 
-# -- recognising ------------------------------------------------------------------------------------------
+# -- recognizing ------------------------------------------------------------------------------------------
 
 
-def recognise(content: Content, *, path: Path) -> Recognised:
+def recognize(content: Content, *, path: Path) -> Recognized:
     """Tell the layout of a file from its entries and keys, and sort its tensors by the layout's rows.
 
     A file of tensors of no known layout is PLAIN: everything is kept as it is. Raises PolypSegError for a file that
@@ -280,7 +335,7 @@ def recognise(content: Content, *, path: Path) -> Recognised:
         raise PolypSegError(f"{path} holds no encoder, only {held}: give the file that the encoder is in")
     state = {new: source[old] for old, new in keys.kept.items()}
     others = {} if not container else {k: type(v).__name__ for k, v in content.entries.items() if k != container}
-    return Recognised(
+    return Recognized(
         format=layout,
         source=source,
         state=state,

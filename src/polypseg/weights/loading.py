@@ -17,20 +17,21 @@ from torch import Tensor, nn
 from polypseg.errors import PolypSegError, UsageError, first_line
 from polypseg.files import atomic_path, file_sha256, write_json
 from polypseg.modeling import PolypSegForSemanticSegmentation
+from polypseg.provenance.origin import PretrainingRecord
 from polypseg.weights.formats import (
     PLAIN,
     RESNET,
     VIT,
     Content,
     Format,
-    Recognised,
+    Recognized,
+    count_and_first,
     not_a_state_dict,
     read_content,
-    recognise,
+    recognize,
     require_file,
     with_counters,
 )
-from polypseg.weights.key_maps import count_and_first
 from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD, RANDOM, STARTERS
 
 STARTER_ENCODER = "tf_efficientnet_lite0"
@@ -60,7 +61,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def describe_source(source: str | None, *, encoder: str = STARTER_ENCODER) -> str:
     """What a run's record says of the encoder's start; a file is known by its content. See ``load_encoder_weights``.
 
-    None and "random" are the random initialisation; ``encoder`` is whose starter weights are meant. Raises UsageError
+    None and "random" are the random initialization; ``encoder`` is whose starter weights are meant. Raises UsageError
     for a missing file or an encoder without starter weights, PolypSegError for a file that cannot be read.
     """
     if source is None or source == RANDOM:
@@ -81,14 +82,14 @@ def _describe_file(path: Path, layout: Format) -> str:
     return f"file {path.name} ({kind}sha256 {file_sha256(path)[:12]})"
 
 
-def identify_encoder(path: Path) -> Recognised:
+def identify_encoder(path: Path) -> Recognized:
     """What a weights file is: its layout, pretraining ``method`` where it tells, tensors under timm's names.
 
     Raises UsageError for a missing file or a whole fine-tuned model, PolypSegError for a file that cannot be read or
     holds no encoder.
     """
     content = read_content(path)
-    found = recognise(content, path=path)
+    found = recognize(content, path=path)
     if found.format.whole_model:
         raise UsageError(
             f"{path} is a {found.format.name}, not an encoder: make a model of it with `polypseg convert {path.name}`"
@@ -109,23 +110,21 @@ def recorded_method(content: Content, *, path: Path) -> str | None:
     """
     for key in (PRETRAINING_KEY, CONVERSION_KEY):
         if key in content.metadata:
-            method: str | None = _header_record(content.metadata[key], path=path).get("method")
-            return method
+            return _header_record(content.metadata[key], path=path).method
     return None
 
 
-def _header_record(text: str, *, path: Path) -> dict[str, Any]:
-    """A record in a safetensors header. Raises PolypSegError for what is not a JSON object."""
+def _header_record(text: str, *, path: Path) -> PretrainingRecord:
+    """A record in a safetensors header. Raises PolypSegError for what is none."""
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
-        raise PolypSegError(f"{path} has a damaged record of its pretraining in its header: make or download it again")
-    return record
+        return PretrainingRecord.of(json.loads(text), path=path)
+    except (ValueError, RecursionError, UsageError) as error:
+        raise PolypSegError(
+            f"{path} has a damaged record of its pretraining in its header: make or download it again"
+        ) from error
 
 
-def pretraining_origin(source: str | None) -> dict[str, Any] | None:
+def pretraining_origin(source: str | None) -> PretrainingRecord | None:
     """How an encoder file of ``pretrain.py`` was made, with the file's sha256; None for every other source.
 
     Raises PolypSegError for a file whose record is damaged.
@@ -140,7 +139,7 @@ def pretraining_origin(source: str | None) -> dict[str, Any] | None:
         return None  # reading the tensors will say what is wrong
     if text is None:
         return None
-    return _header_record(text, path=path) | {"sha256": file_sha256(path)}
+    return _header_record(text, path=path).updated(sha256=file_sha256(path))
 
 
 def write_timm_encoder(
@@ -150,7 +149,7 @@ def write_timm_encoder(
     architecture: str,
     num_features: int,
     facts: Mapping[str, Any],
-    origin: Mapping[str, Any],
+    origin: PretrainingRecord,
     key: str,
 ) -> Path:
     """Write ``folder``, which timm loads as ``local-dir:<folder>``; return the path of its ``model.safetensors``.
@@ -163,14 +162,14 @@ def write_timm_encoder(
         "num_classes": 0,
         "num_features": num_features,
         "pretrained_cfg": {**facts, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "num_classes": 0},
-        key: origin,
+        key: origin.content,
     }
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         safetensors.torch.save_file(
             {name: value.contiguous() for name, value in state.items()},
             temporary / "model.safetensors",
-            metadata={"format": "pt", key: json.dumps(origin)},
+            metadata={"format": "pt", key: json.dumps(origin.content)},
         )
         write_json(temporary / "config.json", config)
     return folder / "model.safetensors"

@@ -18,7 +18,7 @@ from transformers import DPTConfig, DPTForSemanticSegmentation
 from polypseg.errors import UsageError
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.modeling.encoders_polypseg import sincos_position_embedding, vit_block_indices
-from polypseg.weights.key_maps import Drop, Keep, count_and_first, map_keys
+from polypseg.weights.formats import Drop, Keep, count_and_first, map_keys
 
 CONFIG_KEY = "polypseg"
 """Where a native config keeps the fields of ours that DPTConfig has no place for."""

@@ -1,1 +1,1 @@
-"""What an encoder's embeddings are worth: labelled frames, k-NN and linear probes, their report."""
+"""What an encoder's embeddings are worth: labeled frames, k-NN and linear probes, their report."""

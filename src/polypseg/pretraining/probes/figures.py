@@ -1,4 +1,4 @@
-"""The figures of a pretraining run: nearest neighbours, reconstructions, the loss beside the spread of embeddings."""
+"""The figures of a pretraining run: nearest neighbors, reconstructions, the loss beside the spread of embeddings."""
 
 import textwrap
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from polypseg.plotting import CNN_COLOUR, VIT_COLOUR, add_note, save_figure
+from polypseg.plotting import CNN_COLOR, VIT_COLOR, add_note, save_figure
 
 SAME_CLASS, OTHER_CLASS = "#1a9641", "#d7191c"
 MEDIAN_POINTS = 400
@@ -19,45 +19,45 @@ SHEET_DPI = 80
 """Of sheets of frames, which are small themselves: more would only make heavy files."""
 
 
-def _show(axis: Axes, image: NDArray[np.uint8], *, colour: str, width: float) -> None:
+def _show(axis: Axes, image: NDArray[np.uint8], *, color: str, width: float) -> None:
     """One framed tile."""
     axis.imshow(image)
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():
-        spine.set(color=colour, linewidth=width)
+        spine.set(color=color, linewidth=width)
 
 
 def _shorten(name: str, *, length: int = 21) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
-def draw_neighbours(
+def draw_neighbors(
     path: Path,
     *,
     images: NDArray[np.uint8],
     names: Sequence[str],
     queries: NDArray[np.int64],
-    neighbours: NDArray[np.int64],
+    neighbors: NDArray[np.int64],
     similarities: NDArray[np.float32],
     title: str,
     note: str,
 ) -> Path:
     """Rows: query frames; columns: the query, then its nearest frames, green and ✓ where the class agrees, else red, ✗.
 
-    images (N, S, S, 3) with N class names; queries (Q,), neighbours (Q, K) indices; similarities (Q, K).
+    images (N, S, S, 3) with N class names; queries (Q,), neighbors (Q, K) indices; similarities (Q, K).
     """
-    rows, columns = neighbours.shape
+    rows, columns = neighbors.shape
     figure, axes = _grid(rows, [1, 0.1, *[1] * columns], tile=(1.4, 1.4), gap=(0.1, 0.34), head=0.7, foot=0.15)
     for row, query in enumerate(queries):
-        _show(axes[row][0], images[query], colour="black", width=1)
+        _show(axes[row][0], images[query], color="black", width=1)
         axes[row][0].set_title(_shorten(names[query]), fontsize=7, fontweight="bold", pad=3)
         axes[row][1].set_axis_off()
-        for axis, other, similarity in zip(axes[row][2:], neighbours[row], similarities[row], strict=True):
+        for axis, other, similarity in zip(axes[row][2:], neighbors[row], similarities[row], strict=True):
             alike = names[other] == names[query]
-            colour = SAME_CLASS if alike else OTHER_CLASS
-            _show(axis, images[other], colour=colour, width=3)
-            axis.set_title(f"{'✓' if alike else '✗'} {_shorten(names[other])}", fontsize=7, color=colour, pad=3)
+            color = SAME_CLASS if alike else OTHER_CLASS
+            _show(axis, images[other], color=color, width=3)
+            axis.set_title(f"{'✓' if alike else '✗'} {_shorten(names[other])}", fontsize=7, color=color, pad=3)
             axis.set_xlabel(f"{similarity:.3f}", fontsize=6, labelpad=2)
     _add_heading(figure, f"{title}: query (left) and its nearest frames")
     add_note(figure, note)
@@ -121,7 +121,7 @@ def draw_reconstructions(
     figure, axes = _grid(len(originals), [1, 1, 1], tile=tile, gap=(0.06, 0.06), head=0.3, foot=0.02)
     for column, (title, images) in enumerate(columns.items()):
         for row, image in enumerate(images):
-            _show(axes[row][column], image, colour="0.6", width=0.5)
+            _show(axes[row][column], image, color="0.6", width=0.5)
         axes[0][column].set_title(title, fontsize=9)
     add_note(figure, note)
     return save_figure(figure, path, dpi=SHEET_DPI)
@@ -138,13 +138,13 @@ def draw_loss_curve(path: Path, *, losses: Sequence[float], spreads: Sequence[fl
     figure, (upper, lower) = plt.subplots(
         2, 1, figsize=(7, 5), sharex=True, gridspec_kw={"height_ratios": [2, 1], "hspace": 0.08}
     )
-    _draw_series(upper, np.asarray(losses, dtype=np.float64), colour=CNN_COLOUR)
+    _draw_series(upper, np.asarray(losses, dtype=np.float64), color=CNN_COLOR)
     upper.set(ylabel="loss", title=title)
     measured = np.asarray(losses)[np.isfinite(losses)]
     if len(measured) and 0 < measured.min() < measured.max() / 20:
         upper.set_yscale("log")
     upper.legend(fontsize=8)
-    _draw_series(lower, np.asarray(spreads, dtype=np.float64), colour=VIT_COLOUR)
+    _draw_series(lower, np.asarray(spreads, dtype=np.float64), color=VIT_COLOR)
     lower.set(xlabel="step", ylim=(-0.05, 1.05))
     lower.set_ylabel("spread\n(0 collapsed, 1 even)", fontsize=8)
     figure.align_ylabels()
@@ -153,7 +153,7 @@ def draw_loss_curve(path: Path, *, losses: Sequence[float], spreads: Sequence[fl
     return save_figure(figure, path)
 
 
-def _draw_series(axis: Axes, values: NDArray[np.float64], *, colour: str) -> None:
+def _draw_series(axis: Axes, values: NDArray[np.float64], *, color: str) -> None:
     """Every finite step thin, the running median bold."""
     steps = np.flatnonzero(np.isfinite(values))
     axis.grid(alpha=0.3)
@@ -161,9 +161,9 @@ def _draw_series(axis: Axes, values: NDArray[np.float64], *, colour: str) -> Non
         axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center", color="0.4")
         return
     marker = "." if len(steps) <= 50 else ""
-    axis.plot(steps + 1, values[steps], lw=0.6, color=colour, alpha=0.45, marker=marker, ms=3, label="each step")
+    axis.plot(steps + 1, values[steps], lw=0.6, color=color, alpha=0.45, marker=marker, ms=3, label="each step")
     at, median, width = running_median(values[steps])
-    axis.plot(steps[at] + 1, median, lw=1.8, color=colour, label=f"running median of {width}")
+    axis.plot(steps[at] + 1, median, lw=1.8, color=color, label=f"running median of {width}")
 
 
 def running_median(values: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64], int]:

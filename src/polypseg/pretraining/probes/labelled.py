@@ -17,14 +17,14 @@ from polypseg.data.images import decode_frame
 from polypseg.errors import UsageError
 
 FOLDS = 5
-"""Parts into which labelled frames are divided for cross-validation."""
+"""Parts into which labeled frames are divided for cross-validation."""
 ALIKE_HASH, ALIKE_THUMBNAIL = 40, 12.0
 """Frames so alike stay in one fold. Wider than for near-duplicates, which miss most frames of one video: on HyperKvasir
 frames the scores of an untrained encoder fall by a tenth."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledFrames:
+class LabeledFrames:
     """Frames of known class on which encoders are compared."""
 
     names: tuple[str, ...]
@@ -41,7 +41,7 @@ class LabelledFrames:
         return len(self.names)
 
 
-def load_labelled(path: Path, *, image_size: int) -> LabelledFrames:
+def load_labeled(path: Path, *, image_size: int) -> LabeledFrames:
     """Frames of a folder, archive or shards with one sub-folder a class, resized whole (bicubic) to a square.
 
     Raises UsageError when there are fewer than two classes or a class has fewer distinct frames than there are folds,
@@ -56,7 +56,7 @@ def load_labelled(path: Path, *, image_size: int) -> LabelledFrames:
         frame = decode_frame(store.read(i), name=name)
         prints[name] = fingerprint(frame)
         images[i] = np.asarray(frame.resize((image_size, image_size), Image.Resampling.BICUBIC))
-    frames = LabelledFrames(
+    frames = LabeledFrames(
         names=names,
         labels=labels,
         classes=classes,
@@ -89,7 +89,7 @@ def _alike_groups(prints: dict[str, Fingerprint]) -> NDArray[np.int64]:
     return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
-def check_folds(frames: LabelledFrames, *, folds: int) -> None:
+def check_folds(frames: LabeledFrames, *, folds: int) -> None:
     """Raise UsageError unless every class can be in every fold."""
     for index, name in enumerate(frames.classes):
         distinct = len(np.unique(frames.groups[frames.labels == index]))
@@ -97,6 +97,6 @@ def check_folds(frames: LabelledFrames, *, folds: int) -> None:
             raise UsageError(f"class {name!r} has {distinct} distinct frames, fewer than the {folds} folds: add frames")
 
 
-def majority_share(frames: LabelledFrames) -> float:
+def majority_share(frames: LabeledFrames) -> float:
     """The accuracy of always naming the most frequent class."""
     return float(np.bincount(frames.labels).max() / len(frames))

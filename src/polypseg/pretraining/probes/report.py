@@ -1,7 +1,7 @@
-"""What an encoder's embeddings are worth without fine-tuning: collapse, neighbours and a linear probe.
+"""What an encoder's embeddings are worth without fine-tuning: collapse, neighbors and a linear probe.
 
-Every self-supervised run leaves this report: the trained encoder beside the same encoder at random initialisation, on
-the same folds of labelled frames. Near-duplicate frames never lie on both sides of a fold.
+Every self-supervised run leaves this report: the trained encoder beside the same encoder at random initialization, on
+the same folds of labeled frames. Near-duplicate frames never lie on both sides of a fold.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from polypseg.files import environment_record, write_json, write_text
-from polypseg.pretraining.probes.figures import draw_loss_curve, draw_neighbours, draw_reconstructions
-from polypseg.pretraining.probes.labelled import FOLDS, LabelledFrames, load_labelled, majority_share
+from polypseg.pretraining.probes.figures import draw_loss_curve, draw_neighbors, draw_reconstructions
+from polypseg.pretraining.probes.labelled import FOLDS, LabeledFrames, load_labeled, majority_share
 from polypseg.pretraining.probes.scores import (
     INTERVAL,
-    NEIGHBOURS,
+    NEIGHBORS,
     PROBE_C,
     REPEATS,
     FoldScores,
@@ -34,21 +34,21 @@ from polypseg.tables import Column, Table
 
 __all__ = [
     "FoldScores",
-    "LabelledFrames",
+    "LabeledFrames",
     "difference",
     "draw_loss_curve",
-    "draw_neighbours",
+    "draw_neighbors",
     "draw_reconstructions",
     "embed",
     "embedding_spread",
     "knn_scores",
-    "load_labelled",
+    "load_labeled",
     "majority_share",
     "probe_scores",
     "write_report",
 ]
 
-SHEET_QUERIES, SHEET_NEIGHBOURS = 8, 6
+SHEET_QUERIES, SHEET_NEIGHBORS = 8, 6
 LIMITS = (
     "One pretraining run beside one random start: the intervals cover the choice of frames, not the seeds. Folds keep "
     "frames that look alike together, but folders name no videos or patients: frames of one video can lie on both "
@@ -71,12 +71,12 @@ def embedding_spread(z: Tensor) -> Tensor:
 
 def normalise(pixels: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(..., H, W, 3) uint8 -> (..., 3, H, W) float32, (x / 255 - mean) / std; channels last in memory."""
-    centre, scale = (torch.tensor(values, dtype=torch.float32, device=pixels.device) for values in (mean, std))
-    return ((pixels.float() / 255 - centre) / scale).movedim(-1, -3)
+    center, scale = (torch.tensor(values, dtype=torch.float32, device=pixels.device) for values in (mean, std))
+    return ((pixels.float() / 255 - center) / scale).movedim(-1, -3)
 
 
-def normalised_batches(
-    frames: LabelledFrames,
+def normalized_batches(
+    frames: LabeledFrames,
     *,
     mean: Sequence[float],
     std: Sequence[float],
@@ -92,7 +92,7 @@ def normalised_batches(
 @torch.inference_mode()
 def embed(
     features: Callable[[Tensor], Tensor],
-    frames: LabelledFrames,
+    frames: LabeledFrames,
     *,
     mean: Sequence[float],
     std: Sequence[float],
@@ -104,7 +104,7 @@ def embed(
     mean and std are per channel in [0, 1] units. Raises ValueError when the embeddings are not (B, D), PolypSegError
     when they are not finite.
     """
-    batches = normalised_batches(frames, mean=mean, std=std, batch_size=batch_size, device=device)
+    batches = normalized_batches(frames, mean=mean, std=std, batch_size=batch_size, device=device)
     total = -(-len(frames) // batch_size)
     bar = tqdm(batches, total=total, desc="embedding", unit="batch", leave=False, disable=None)
     embeddings = torch.cat([features(batch).float().cpu() for batch in bar]).numpy()
@@ -117,13 +117,13 @@ def write_report(
     *,
     trained: NDArray[np.float32],
     untrained: NDArray[np.float32],
-    frames: LabelledFrames,
+    frames: LabeledFrames,
     title: str,
     facts: dict[str, Any],
 ) -> Path:
     """Write ``representation.json``, ``representation.md`` and ``neighbours.png``; return the Markdown's path.
 
-    trained, untrained: embeddings (N, D) by the trained encoder and by the same one at random initialisation. ``facts``
+    trained, untrained: embeddings (N, D) by the trained encoder and by the same one at random initialization. ``facts``
     (JSON values) is repeated as it is. Raises UsageError for too few frames, PolypSegError for embeddings that are not
     finite or a folder that cannot be written.
     """
@@ -133,9 +133,9 @@ def write_report(
     return write_text(folder / "representation.md", _render_markdown(numbers))
 
 
-def _compare(trained: NDArray[np.float32], untrained: NDArray[np.float32], frames: LabelledFrames) -> dict[str, Any]:
+def _compare(trained: NDArray[np.float32], untrained: NDArray[np.float32], frames: LabeledFrames) -> dict[str, Any]:
     """Every number of the report."""
-    k = min(NEIGHBOURS, smallest_training_part(frames, folds=FOLDS, repeats=REPEATS, seed=0))
+    k = min(NEIGHBORS, smallest_training_part(frames, folds=FOLDS, repeats=REPEATS, seed=0))
     knn = [knn_scores(embeddings, frames, k=k) for embeddings in (trained, untrained)]
     probe = [probe_scores(embeddings, frames) for embeddings in (trained, untrained)]
     spreads = [float(embedding_spread(torch.from_numpy(embeddings))) for embeddings in (trained, untrained)]
@@ -227,7 +227,7 @@ def score_cell(value: Mapping[str, Any], *, sign: str = "") -> str:
     return f"{value['mean']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
 
 
-def choose_queries(frames: LabelledFrames) -> NDArray[np.int64]:
+def choose_queries(frames: LabeledFrames) -> NDArray[np.int64]:
     """Indices of up to 8 frames, evenly spaced over the classes and within each."""
     wanted = np.arange(SHEET_QUERIES) * len(frames.classes) // SHEET_QUERIES
     chosen: list[int] = []
@@ -238,7 +238,7 @@ def choose_queries(frames: LabelledFrames) -> NDArray[np.int64]:
 
 
 def nearest_elsewhere(
-    embeddings: NDArray[np.float32], frames: LabelledFrames, queries: NDArray[np.int64], *, count: int
+    embeddings: NDArray[np.float32], frames: LabeledFrames, queries: NDArray[np.int64], *, count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Indices and cosine similarities (Q, count) of the nearest frames that are no near-duplicates of the query."""
     directions = F.normalize(torch.from_numpy(embeddings), dim=1).numpy()
@@ -248,18 +248,18 @@ def nearest_elsewhere(
     return order, np.take_along_axis(similarity, order, axis=1)
 
 
-def _draw_sheet(path: Path, embeddings: NDArray[np.float32], frames: LabelledFrames, *, title: str) -> None:
+def _draw_sheet(path: Path, embeddings: NDArray[np.float32], frames: LabeledFrames, *, title: str) -> None:
     check_embeddings(embeddings, frames)
     queries = choose_queries(frames)
-    neighbours, similarities = nearest_elsewhere(embeddings, frames, queries, count=SHEET_NEIGHBOURS)
-    alike = frames.labels[neighbours] == frames.labels[queries][:, None]
+    neighbors, similarities = nearest_elsewhere(embeddings, frames, queries, count=SHEET_NEIGHBORS)
+    alike = frames.labels[neighbors] == frames.labels[queries][:, None]
     share = np.bincount(frames.labels)[frames.labels[queries]].mean() / len(frames)
-    draw_neighbours(
+    draw_neighbors(
         path,
         images=frames.images,
         names=[frames.classes[label] for label in frames.labels],
         queries=queries,
-        neighbours=neighbours,
+        neighbors=neighbors,
         similarities=similarities,
         title=title,
         note=f"Trained encoder, cosine similarity, near-duplicates of the query left out. {alike.sum()} of "

@@ -1,4 +1,4 @@
-"""How well frozen embeddings separate known classes: k nearest neighbours and a linear probe on grouped folds."""
+"""How well frozen embeddings separate known classes: k nearest neighbors and a linear probe on grouped folds."""
 
 import hashlib
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.pretraining.probes.labelled import FOLDS, LabelledFrames, check_folds
+from polypseg.pretraining.probes.labelled import FOLDS, LabeledFrames, check_folds
 
-REPEATS, NEIGHBOURS = 5, 20
+REPEATS, NEIGHBORS = 5, 20
 PROBE_C = 0.1
-"""Inverse strength of the probe's L2 penalty (scikit-learn's C) on standardised features; see ``probe_scores``."""
+"""Inverse strength of the probe's L2 penalty (scikit-learn's C) on standardized features; see ``probe_scores``."""
 INTERVAL = (
     "mean over the test folds of repeated stratified grouped cross-validation; 95 % t-interval with the corrected "
     "variance (1/J + test/train) s^2 of Nadeau & Bengio (2003) over the J fold scores, which share frames and are not "
@@ -83,14 +83,14 @@ def difference(a: FoldScores, b: FoldScores) -> FoldScores:
 
 def knn_scores(
     embeddings: NDArray[np.float32],
-    frames: LabelledFrames,
+    frames: LabeledFrames,
     *,
-    k: int = NEIGHBOURS,
+    k: int = NEIGHBORS,
     folds: int = FOLDS,
     repeats: int = REPEATS,
     seed: int = 0,
 ) -> FoldScores:
-    """Scores of k-nearest-neighbour classification: cosine distance, votes weighted by inverse distance.
+    """Scores of k-nearest-neighbor classification: cosine distance, votes weighted by inverse distance.
 
     Raises UsageError for too few frames or a k that a training part cannot serve.
     """
@@ -103,15 +103,15 @@ def knn_scores(
 
 def probe_scores(
     embeddings: NDArray[np.float32],
-    frames: LabelledFrames,
+    frames: LabeledFrames,
     *,
     folds: int = FOLDS,
     repeats: int = REPEATS,
     seed: int = 0,
 ) -> FoldScores:
-    """Scores of a linear probe: standardised features, multinomial logistic regression with L2 penalty, C = 0.1.
+    """Scores of a linear probe: standardized features, multinomial logistic regression with L2 penalty, C = 0.1.
 
-    The penalty was settled on randomly initialised encoders and is fixed, so that no encoder has more tries than
+    The penalty was settled on randomly initialized encoders and is fixed, so that no encoder has more tries than
     another. Raises UsageError for too few frames.
     """
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=PROBE_C, max_iter=2000))
@@ -122,7 +122,7 @@ Fold = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Indices of the training part and of the test part."""
 
 
-def grouped_folds(frames: LabelledFrames, *, folds: int, repeats: int, seed: int) -> list[Fold]:
+def grouped_folds(frames: LabeledFrames, *, folds: int, repeats: int, seed: int) -> list[Fold]:
     """``repeats`` times ``folds`` stratified folds that keep near-duplicates together; the same for every encoder.
 
     Raises UsageError when a class has fewer distinct frames than there are folds.
@@ -149,13 +149,13 @@ def _fold_of_frames(labels: bytes, groups: bytes, folds: int, seed: int) -> NDAr
     return fold_of
 
 
-def smallest_training_part(frames: LabelledFrames, *, folds: int, repeats: int, seed: int) -> int:
+def smallest_training_part(frames: LabeledFrames, *, folds: int, repeats: int, seed: int) -> int:
     """Frames of the smallest training part of all folds."""
     return min(len(train) for train, _ in grouped_folds(frames, folds=folds, repeats=repeats, seed=seed))
 
 
 def _cross_validate(
-    classifier: Any, embeddings: NDArray[np.float32], frames: LabelledFrames, *, folds: int, repeats: int, seed: int
+    classifier: Any, embeddings: NDArray[np.float32], frames: LabeledFrames, *, folds: int, repeats: int, seed: int
 ) -> FoldScores:
     """Fit on each training part, score on its test part."""
     check_embeddings(embeddings, frames)
@@ -171,7 +171,7 @@ def _cross_validate(
     )
 
 
-def check_embeddings(embeddings: NDArray[np.float32], frames: LabelledFrames) -> None:
+def check_embeddings(embeddings: NDArray[np.float32], frames: LabeledFrames) -> None:
     if embeddings.ndim != 2 or len(embeddings) != len(frames):
         raise ValueError(f"embeddings of {len(frames)} frames must be ({len(frames)}, D), not {embeddings.shape}")
     if not np.isfinite(embeddings).all():

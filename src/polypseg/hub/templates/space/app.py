@@ -28,7 +28,7 @@ MIN_AREA = 64  # pixels; smaller regions are drawn but not counted
 LARGEST = 20_000_000  # pixels of a frame
 LARGEST_UPLOAD = "20mb"
 FIRST, SECOND, BOTH = (0, 229, 255), (255, 214, 10), (255, 255, 255)
-"""Cyan and yellow differ in hue and lightness for every kind of colour vision, and from red mucosa."""
+"""Cyan and yellow differ in hue and lightness for every kind of color vision, and from red mucosa."""
 
 WARNING = (
     "<b>Research only. Not a medical device.</b> Do not use it for diagnosis, screening, treatment or the management "
@@ -132,12 +132,12 @@ def predict(image, title, threshold):
     return 1 / (1 + np.exp(-logits)), logits > math.log(threshold / (1 - threshold))
 
 
-def outline(pixels, mask, colour, *, fill):
+def outline(pixels, mask, color, *, fill):
     """Draw a mask on RGB pixels (H, W, 3), which are changed: outline with a dark halo, filled with that opacity."""
-    pixels[mask] = ((1 - fill) * pixels[mask] + fill * np.array(colour)).astype(np.uint8)
+    pixels[mask] = ((1 - fill) * pixels[mask] + fill * np.array(color)).astype(np.uint8)
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     width = max(2, round(min(mask.shape) / 160))
-    for line, shade in ((2 * width + 1, (0, 0, 0)), (width, colour)):
+    for line, shade in ((2 * width + 1, (0, 0, 0)), (width, color)):
         cv2.drawContours(pixels, contours, -1, shade, line, cv2.LINE_AA)
 
 
@@ -179,15 +179,15 @@ def show_two(image, first, second, threshold, shown):
         return WAITING, None, None
     found = [predict(image, title, threshold) for title in (first, second)]
     rows, masks, drawn = [], [], np.array(image)
-    for title, colour, (probability, mask) in zip((first, second), (FIRST, SECOND), found, strict=True):
-        outline(drawn, mask, colour, fill=0)
+    for title, color, (probability, mask) in zip((first, second), (FIRST, SECOND), found, strict=True):
+        outline(drawn, mask, color, fill=0)
         masks.append(mask)
         cells = (f"{100 * mask.mean():.1f} %", f"{mask.sum():,}", count_lesions(mask), f"{probability.max():.2f}")
-        rows.append(f"<tr><th>{chip(colour)}{escape(title)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        rows.append(f"<tr><th>{chip(color)}{escape(title)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     (one, two), total = masks, int(sum(mask.sum() for mask in masks))
     difference = np.repeat((0.55 * np.array(image.convert("L")))[:, :, None], 3, axis=2).astype(np.uint8)
-    for where, colour in ((one & ~two, FIRST), (two & ~one, SECOND), (one & two, BOTH)):
-        difference[where] = (0.35 * difference[where] + 0.65 * np.array(colour)).astype(np.uint8)
+    for where, color in ((one & ~two, FIRST), (two & ~one, SECOND), (one & two, BOTH)):
+        difference[where] = (0.35 * difference[where] + 0.65 * np.array(color)).astype(np.uint8)
     dice = f"{2 * (one & two).sum() / total:.3f}" if total else "both masks are empty"
     head = "".join(f"<th>{name}</th>" for name in ("model", "area", "px", "lesions", "max. prob."))
     return (
@@ -200,13 +200,13 @@ def show_two(image, first, second, threshold, shown):
     )
 
 
-def chip(colour):
-    """A small square of that colour."""
-    return f'<span class="chip" style="background: rgb{colour}"></span>'
+def chip(color):
+    """A small square of that color."""
+    return f'<span class="chip" style="background: rgb{color}"></span>'
 
 
 def about(title):
-    """Licence and origin of a model."""
+    """License and origin of a model."""
     entry = MODELS[title]
     link = f'<a href="https://huggingface.co/{escape(entry["id"])}" target="_blank">{escape(entry["id"])}</a>'
     where = "a folder of this app" if (HERE / entry["id"]).is_dir() else link
@@ -218,7 +218,7 @@ def about(title):
 
 
 def about_two(first, second):
-    """Licence and origin of both."""
+    """License and origin of both."""
     return "".join(f"{chip(c)}<b>{escape(t)}</b>{about(t)}" for c, t in ((FIRST, first), (SECOND, second)))
 
 
@@ -263,7 +263,7 @@ with gr.Blocks(title="Polyp segmentation", analytics_enabled=False, delete_cache
                 with gr.Row():
                     pair_drawn = panel("Outlines at the threshold", height=300, min_width=260)
                     legend = ((FIRST, "first only"), (SECOND, "second only"), (BOTH, "both"))
-                    names = " ".join(f"<span>{chip(colour)}{name}</span>" for colour, name in legend)
+                    names = " ".join(f"<span>{chip(color)}{name}</span>" for color, name in legend)
                     pair_difference = panel(names, height=300, min_width=260)
                 pair_about = gr.HTML(about_two(titles[0], titles[-1]))
     shown = gr.State(False)
