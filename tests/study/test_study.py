@@ -110,6 +110,10 @@ class TestPlan:
             assert describe_start(cell.entry, cell.weights).startswith("RANDOM: no") == cell.lacks_weights
         assert len({recipe_of(grid, cell).seed for cell in cells}) == 12
 
+    def test_a_row_by_both_its_names_is_one_run(self):
+        cells = grid_cells(scale_grid("smoke", models=["RN-NA-NA", "resnet50_deeplabv3plus.random", "VT-NA-NA"]))
+        assert [cell.name for cell in cells] == ["resnet50_deeplabv3plus.random", "vit_base_dpt.random"]
+
     def test_an_override_of_the_encoder_beats_the_scales(self):
         grid = scale_grid("smoke", models=["RN-NA-NA"], overrides=["model.encoder=resnet34"])
         (cell,) = grid_cells(grid)
