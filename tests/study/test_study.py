@@ -171,6 +171,20 @@ class TestPlan:
         assert told[1] == "vit_base_dpt.mae_imagenet1k  start: RANDOM: no MAE, ImageNet-1k at this scale"
 
 
+def test_claims_of_a_killed_study_keep_the_next_one_waiting_for_nobody(tmp_path, monkeypatch):
+    lease = tmp_path / "out" / "claims" / "finetune_vit_base_dpt.random.lease"
+    lease.parent.mkdir(parents=True)
+    lease.touch()
+
+    def look(tasks, claims, *, console):
+        assert claims == lease.parent and not lease.exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "work_through", look)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(scale_grid("smoke", models=["VT-NA-NA"]), output=tmp_path / "out")
+
+
 def test_start_is_described_by_what_the_run_recorded():
     row = zoo.get("RN-IN-SL")
     assert describe_start(zoo.get("RN-NA-NA"), "random") == "random, as the row says"
