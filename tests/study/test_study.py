@@ -110,6 +110,10 @@ class TestPlan:
             assert describe_start(cell.entry, cell.weights).startswith("RANDOM: no") == cell.lacks_weights
         assert len({recipe_of(grid, cell).seed for cell in cells}) == 12
 
+    def test_a_row_by_both_its_names_is_one_run(self):
+        cells = grid_cells(scale_grid("smoke", models=["RN-NA-NA", "resnet50_deeplabv3plus.random", "VT-NA-NA"]))
+        assert [cell.name for cell in cells] == ["resnet50_deeplabv3plus.random", "vit_base_dpt.random"]
+
     def test_an_override_of_the_encoder_beats_the_scales(self):
         grid = scale_grid("smoke", models=["RN-NA-NA"], overrides=["model.encoder=resnet34"])
         (cell,) = grid_cells(grid)
@@ -165,6 +169,20 @@ class TestPlan:
         assert all(f"{key}={value}" in told[0] for key, value in (("rows", '["VT-IN-MA"]'), ("comparison.limit", "3")))
         assert 'finetuning.overrides=["seed=1"]' in told[0]
         assert told[1] == "vit_base_dpt.mae_imagenet1k  start: RANDOM: no MAE, ImageNet-1k at this scale"
+
+
+def test_claims_of_a_killed_study_keep_the_next_one_waiting_for_nobody(tmp_path, monkeypatch):
+    lease = tmp_path / "out" / "claims" / "finetune_vit_base_dpt.random.lease"
+    lease.parent.mkdir(parents=True)
+    lease.touch()
+
+    def look(tasks, claims, *, console):
+        assert claims == lease.parent and not lease.exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "work_through", look)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(scale_grid("smoke", models=["VT-NA-NA"]), output=tmp_path / "out")
 
 
 def test_start_is_described_by_what_the_run_recorded():

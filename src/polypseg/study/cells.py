@@ -149,7 +149,8 @@ def _cell(grid: Grid, architecture: Architecture, start: StartPlan, *, share: fl
 def _row_cells(grid: Grid) -> list[Cell]:
     """The listed rows, each with the weights that are given for it, or that timm or the starter package has of it."""
     given = {zoo.get(name).model_id: weights for name, weights in grid.weights.items()}
-    cells = [_row_cell(grid, zoo.get(name), given=given) for name in dict.fromkeys(grid.rows)]
+    rows = dict.fromkeys(zoo.get(name) for name in grid.rows)
+    cells = [_row_cell(grid, row, given=given) for row in rows]
     missing = [cell.entry.model_id for cell in cells if cell.lacks_weights]
     if missing and grid.missing_weights == "refuse":
         raise UsageError(

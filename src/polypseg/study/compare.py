@@ -1,7 +1,7 @@
 """A study at a scale: train and test the rows that a grid lists on two sets, then compare them in one report."""
 
-import contextlib
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,9 @@ def _run(grid: Grid, data: GridData, tasks: list[Task]) -> Path:
     console = Console()
     _print_plan(grid, tasks, console=console)
     claims = data.output / "claims"
+    shutil.rmtree(claims, ignore_errors=True)  # of a killed study: nobody else writes here
     work_through(tasks, claims, console=console)
-    with contextlib.suppress(OSError):
-        claims.rmdir()
+    shutil.rmtree(claims, ignore_errors=True)
     compared = [task for task in tasks if isinstance(task, CompareTask)]
     report = write_comparison(
         {task.trained.label: task.receipts() for task in compared},
