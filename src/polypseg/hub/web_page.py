@@ -82,9 +82,10 @@ def stated_scores(folder: Path) -> list[Score]:
         theirs = receipt.model_sha256
         if ours and theirs and theirs != ours:
             raise UsageError(f"{path} is of other weights ({theirs[:12]}, not {ours[:12]}): evaluate again")
+        if receipt.operating_point is not None or receipt.dataset.name == NEGATIVES:
+            continue
         dice = receipt.stated["dice"] if CONVENTION in receipt.scores_by_cluster else None
-        without_polyps = receipt.dataset.name == NEGATIVES or dice is None or dice.mean is None
-        if receipt.operating_point is not None or without_polyps:
+        if dice is None or dice.mean is None:
             continue
         dataset = receipt.dataset
         part = "" if (dataset.split, dataset.part) == ("full", "full") else f" {dataset.part}"
