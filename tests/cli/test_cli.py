@@ -24,6 +24,8 @@ from polypseg.cli.app import COMMANDS, app
 from polypseg.cli.console import print_table, run_app, run_script
 from polypseg.data.catalog import DATASETS
 from polypseg.errors import PolypSegError
+from polypseg.inference.quality import read_quality
+from polypseg.provenance.local import STARTER_FOLDER, vouched_results
 from polypseg.tables import Column, Table
 from polypseg.zoo import ZOO
 
@@ -107,6 +109,14 @@ def test_models_prints_every_id_whole_behind_a_pipe():
             assert cell in shown.stdout
     missing = [entry.model_id for entry in ZOO if entry.model_id not in shown.stdout]
     assert not missing, f"cut off or absent:\n{shown.stdout}"
+
+
+def test_models_states_the_packages_results_from_any_folder(polypseg, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shown = " ".join(polypseg("models").out.split())
+    assert read_quality(STARTER_FOLDER).words in shown and "license apache-2.0-and-kvasir-seg-terms" in shown
+    assert all(folder.name in shown for folder in vouched_results().iterdir())
+    assert polypseg("models", "--results", "nothing").out.endswith("name a folder of them with --results\n")
 
 
 def test_data_list_prints_every_name_whole_behind_a_pipe():

@@ -13,6 +13,13 @@ CONFIG = "config.json"
 """As in transformers, without the time to import it."""
 
 
+def vouched_results() -> Path:
+    """Receipts of the models that this repository vouches for, which come with the package: in the wheel, else in the
+    checkout."""
+    packaged = Path(__file__).resolve().parents[1] / "_results"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[3] / "model_cards" / "results"
+
+
 def local_folder(name: str | Path) -> Path | None:
     """The folder of a model that is here: the shipped one's, or ``name`` itself; None for the name of a Hub model.
 
