@@ -9,11 +9,11 @@ from PIL import Image
 
 from polypseg.cli.evaluate import evaluate
 from polypseg.data import open_dataset
-from polypseg.data.catalog import DATASETS
+from polypseg.data.catalog import DATASETS, NEGATIVES
 from polypseg.data.splits import pinned_split
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.receipt import check_receipt, find_receipts
-from polypseg.evaluation.suite import NEGATIVES, SUITE, SuitePlan, run_suite
+from polypseg.evaluation.suite import SUITE, SuitePlan, run_suite
 from polypseg.files import read_json, write_json
 from polypseg.provenance.passport import Passport, Seen, attach_passport, make_manifest
 from tiny_models import SMOKE_ORIGIN, write_tiny_model

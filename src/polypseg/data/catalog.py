@@ -246,6 +246,10 @@ DATASETS: dict[str, DatasetSpec] = {
 }
 
 
+NEGATIVES = "negatives"
+"""Test and dataset of a folder of frames without polyps."""
+
+
 def get_spec(name: str) -> DatasetSpec:
     """The row of a dataset. Raises UsageError for another name, with the closest one."""
     if name not in DATASETS:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from polypseg.data.catalog import DATASETS, DatasetSpec, get_spec
+from polypseg.data.catalog import DATASETS, NEGATIVES, DatasetSpec, get_spec
 from polypseg.data.polyps import PolypDataset, Record, find_source, index_records, open_dataset
 from polypseg.data.sources import open_source
 from polypseg.errors import PolypSegError, UsageError, first_line, unknown_name
@@ -24,8 +24,6 @@ from polypseg.provenance.origin import WeightsOrigin
 from polypseg.provenance.passport import Rule, SeenError, SplitManifest, check_seen, kept_manifest, name_partial
 
 Frames = Literal["all", "with polyp", "without polyp"]
-NEGATIVES = "negatives"
-"""Test and dataset of a folder of frames without polyps."""
 CENTRE = "centre"
 """Split of PolypGen by hospital, and of its frames without polyp."""
 

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.isotonic import IsotonicRegression
 
+from polypseg.data.catalog import NEGATIVES
 from polypseg.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from polypseg.data.images import decode_frame
 from polypseg.data.polyps import open_dataset
 from polypseg.data.splits import pinned_split
 from polypseg.errors import UsageError
-from polypseg.evaluation.suite import NEGATIVES, open_negatives
+from polypseg.evaluation.suite import open_negatives
 from polypseg.expectation.calibrate import Calibration, Labeled, calibrate, save_calibration
 from polypseg.expectation.cells import (
     CLEAN,

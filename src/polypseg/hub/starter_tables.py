@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from polypseg.data.catalog import DATASETS
+from polypseg.data.catalog import DATASETS, NEGATIVES
 from polypseg.evaluation.receipt import Receipt, find_receipts
 from polypseg.evaluation.receipt_reading import cell_of, size_of
-from polypseg.evaluation.suite import NEGATIVES
 from polypseg.files import read_json, write_text
 from polypseg.hub.card_facts import read_epochs, training_hours
 from polypseg.hub.export import RESULTS

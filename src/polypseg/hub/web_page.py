@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from polypseg.data.catalog import NEGATIVES
 from polypseg.errors import UsageError, unknown_name
 from polypseg.evaluation.receipt import CONVENTION, find_receipts
-from polypseg.evaluation.suite import NEGATIVES
 from polypseg.files import atomic_path, explain_write_errors, read_json
 from polypseg.inference.runtimes import ONNX_FILES
 from polypseg.provenance.licence import model_license
