@@ -306,6 +306,8 @@ def test_telling_images_are_the_extremes():
     dice = np.array([[0.9, 0.1, 0.5, 0.9, 0.55, 0.45], [0.9, 0.1, 0.5, 0.1, 0.55, 0.45]])
     found = {place: why for why, place in telling_images(dice)}
     assert found[0].startswith("best") and found[1].startswith("worst") and "most disputed" in found[3]
+    alone = [why for why, _ in telling_images(np.array([np.arange(12) / 12]))]
+    assert alone == ["best"] * 2 + ["median"] * 2 + ["worst"] * 4
 
 
 def test_outline_of_a_square_is_its_corners():

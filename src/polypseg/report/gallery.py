@@ -137,14 +137,17 @@ def chosen_models(material: Material, test: Test) -> tuple[str, ...]:
 
 
 def telling_images(dice: NDArray[np.float64]) -> list[tuple[str, int]]:
-    """Scores (M, N) -> reason and image: two each of the best, the middle, the worst and the most disputed."""
+    """Scores (M, N) -> reason and image: two each of the best, the middle, the worst and the most disputed.
+
+    One model disputes nothing: of it the four worst are told.
+    """
     mean, spread = dice.mean(axis=0), dice.std(axis=0)
     order, middle = np.argsort(-mean, kind="stable"), dice.shape[1] // 2
     groups = {
         "best": order[:2],
         "median": order[max(0, middle - 1) : middle + 1],
-        "worst": order[::-1][:2],
-        "most disputed": np.argsort(-spread, kind="stable")[:2],
+        "worst": order[::-1][: 2 if len(dice) > 1 else 4],
+        "most disputed": np.argsort(-spread, kind="stable")[: 2 if len(dice) > 1 else 0],
     }
     found: dict[int, str] = {}
     for why, places in groups.items():
@@ -158,6 +161,8 @@ def _scores(
 ) -> list[tuple[str, str]]:
     by_model = dict(zip(seeds, dice, strict=True))
     shown = [(model, number(by_model[model], digits=2)) for model in chosen]
+    if len(by_model) < 2:
+        return shown
     return [*shown, (f"all {len(by_model)}", f"{number(dice.mean(), digits=2)} ± {number(dice.std(), digits=2)}")]
 
 
