@@ -100,6 +100,7 @@ def killed_in_writing(kind: Kind, call: str, folder: Path, *, tries: int) -> Non
         fine_tune(whole)
         counted.write_text(str(len(calls)))
 
+    forked(lambda: fine_tune(folder / "before"), folder / "log")  # caches are filled
     code = forked(count, folder / "log")
     if code:
         kind.count(f"the whole run ended with {code}: {last_words(folder / 'log')}")
