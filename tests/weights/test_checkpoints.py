@@ -25,6 +25,7 @@ from polypseg.weights.loading import (
     load_encoder_weights,
     pretraining_origin,
     read_state_dict,
+    serialize_tensors,
 )
 
 DECODERS = {"resnet18": "deeplabv3plus", "vit_tiny_patch16_224": "dpt", STARTER_ENCODER: "deeplabv3plus"}
@@ -173,6 +174,17 @@ def test_load_encoder_weights_refuses_a_truncated_file(resnet, tmp_path, refused
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
     assert "is damaged or not a file of tensors" in refused(path)
+
+
+def test_a_file_with_a_record_has_the_same_bytes_again(tmp_path):
+    tensors = {"b": torch.arange(6.0).reshape(2, 3).T, "a": torch.tensor(3), "é": torch.ones(2, dtype=torch.float16)}
+    metadata = {"format": "pt", PRETRAINING_KEY: '{"method": "mae", "source": "é"}', "y": "2", "z": "3"}
+    files = {serialize_tensors(tensors, metadata=metadata) for _ in range(12)}  # the library gives several
+    assert len(files) == 1
+    (tmp_path / "a.safetensors").write_bytes(files.pop())
+    with safetensors.safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert file.metadata() == metadata and set(file.keys()) == set(tensors)
+        assert all(torch.equal(file.get_tensor(name), value) for name, value in tensors.items())
 
 
 @pytest.mark.parametrize("record", ["{not json", "[1]"])

@@ -166,13 +166,27 @@ def write_timm_encoder(
     }
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        safetensors.torch.save_file(
-            {name: value.contiguous() for name, value in state.items()},
-            temporary / "model.safetensors",
-            metadata={"format": "pt", key: json.dumps(origin.content)},
-        )
+        content = serialize_tensors(state, metadata={"format": "pt", key: json.dumps(origin.content)})
+        (temporary / "model.safetensors").write_bytes(content)
         write_json(temporary / "config.json", config)
     return folder / "model.safetensors"
+
+
+def serialize_tensors(state: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file, the same bytes for the same tensors and metadata.
+
+    The library writes metadata of several keys in another order in every process, so that the digest of a file, which
+    records of weights name, would not be that of the same training done again.
+    """
+    content = safetensors.torch.save(
+        {name: value.contiguous() for name, value in state.items()}, metadata=dict(metadata)
+    )
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def stated_method(source: str | None) -> str | None:
