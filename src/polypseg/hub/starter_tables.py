@@ -160,7 +160,7 @@ def put_between(page: Path, marks: tuple[str, str], text: str) -> Path:
 
 
 def exports_table(folder: Path) -> str:
-    """What benchmarks/export_table.py wrote to ``exports.*.json`` of a folder as Markdown, a table per model."""
+    """What benchmarks/export_table.py wrote to ``exports.MODEL.json`` of a folder as Markdown, a table per model."""
     columns = [
         Column("runtime", "description"),
         Column("precision", "precision"),
@@ -174,7 +174,8 @@ def exports_table(folder: Path) -> str:
     for file in sorted(folder.glob("exports.*.json")):
         found = read_json(file)
         table = Table(columns=columns, records=found["rows"]).markdown()
-        tables.append(f"{found['title']}; torch takes {found['torch_milliseconds']:.0f} ms a frame:\n\n{table}")
+        model, tested = file.name.split(".")[1], found["title"].partition(" on ")[2]
+        tables.append(f"{model} on {tested}; torch takes {found['torch_milliseconds']:.0f} ms a frame:\n\n{table}")
     return "\n\n".join(tables)
 
 
