@@ -52,7 +52,8 @@ def frames_per_second(page: Any, count: int) -> float:
             shutil.copyfile(samples[number % len(samples)], folder / f"{number:03d}.jpg")
         began = time.perf_counter()
         page.set_input_files("#folders", str(folder))
-        page.wait_for_function(f"document.querySelectorAll('#rows tr').length === {count}")
+        while page.locator("#rows tr").count() < count:
+            page.wait_for_timeout(20)
         page.wait_for_selector("#save-table:enabled")
         return count / (time.perf_counter() - began)
 
