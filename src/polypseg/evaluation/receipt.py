@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scipy.stats import binomtest
 
+from polypseg.data.catalog import NEGATIVES
 from polypseg.errors import PolypSegError, UsageError, unknown_name
 from polypseg.evaluation.conventions import CONVENTIONS, Convention
 from polypseg.evaluation.image_metrics import MEASURES, Floats, ImageMeasures
@@ -514,6 +515,14 @@ class Receipt(_Record):
     def stated(self) -> Mapping[str, Score]:
         """metric -> mean with its interval by cluster, by CONVENTION: what tables and cards state."""
         return self.scores_by_cluster[CONVENTION]
+
+    @property
+    def plain_dice(self) -> Score | None:
+        """The mean Dice of masks at 0.5, which words about a model state; None for others and for polyp-free frames."""
+        without_polyps = self.dataset.name == NEGATIVES or CONVENTION not in self.scores_by_cluster
+        if self.operating_point is not None or without_polyps or self.stated["dice"].mean is None:
+            return None
+        return self.stated["dice"]
 
     @property
     def mean_dice(self) -> float:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from polypseg.data.catalog import NEGATIVES
 from polypseg.errors import UsageError
 from polypseg.evaluation.receipt import CONVENTION, SUFFIX, Receipt, Score, find_receipts
 from polypseg.files import write_json
@@ -71,9 +70,7 @@ def write_quality(folder: Path, receipts: Iterable[Receipt]) -> Path | None:
     """
     tests: dict[str, Receipt] = {}
     for receipt in sorted(receipts, key=lambda receipt: receipt.n):
-        real = not receipt.dataset.synthetic and CONVENTION in receipt.scores_by_cluster
-        real = real and receipt.operating_point is None
-        if real and receipt.stated["dice"].mean is not None and receipt.dataset.name != NEGATIVES:
+        if not receipt.dataset.synthetic and receipt.plain_dice is not None:
             tests[receipt.dataset.title] = receipt
     if not tests:
         return None

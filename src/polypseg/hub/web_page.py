@@ -21,9 +21,8 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from polypseg.data.catalog import NEGATIVES
 from polypseg.errors import UsageError, unknown_name
-from polypseg.evaluation.receipt import CONVENTION, find_receipts
+from polypseg.evaluation.receipt import find_receipts
 from polypseg.files import atomic_path, explain_write_errors, read_json
 from polypseg.inference.runtimes import ONNX_FILES
 from polypseg.provenance.licence import model_license
@@ -82,9 +81,7 @@ def stated_scores(folder: Path) -> list[Score]:
         theirs = receipt.model_sha256
         if ours and theirs and theirs != ours:
             raise UsageError(f"{path} is of other weights ({theirs[:12]}, not {ours[:12]}): evaluate again")
-        if receipt.operating_point is not None or receipt.dataset.name == NEGATIVES:
-            continue
-        dice = receipt.stated["dice"] if CONVENTION in receipt.scores_by_cluster else None
+        dice = receipt.plain_dice
         if dice is None or dice.mean is None:
             continue
         dataset = receipt.dataset
