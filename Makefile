@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Waiting threads sleep rather than spin: two processes on few cores would otherwise stall each other.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Compiled modules are kept, whatever the environment says: each start would otherwise compile torch anew (11 s).
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-long check fast-test format bench bench-full faults hub hub-configs cards web docs release clean
 
