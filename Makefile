@@ -14,7 +14,7 @@ demo: $(INSTALLED)  ## the shipped model on three real frames, then all twelve r
 	@echo "== The shipped model on three real frames (PolypGen, CC BY 4.0; results in runs/demo/first-masks)"
 	$(BIN)/polypseg segment "src/polypseg/sample_frames/*.jpg" --output runs/demo/first-masks
 	@echo "== Training and testing the twelve rows at smoke scale on synthetic frames (results in runs/demo)"
-	$(BIN)/polypseg study --scale smoke --output runs/demo
+	$(BIN)/polypseg study --scale smoke --workers 2 --output runs/demo
 
 test: $(INSTALLED)  ## every test; those on real data run where ../shared/data or $$POLYPSEG_DATA is present
 	@echo "== Running all tests"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import save_file
@@ -24,6 +25,7 @@ from polypseg.study.cells import Cell, grid_cells
 from polypseg.study.compare import next_step, open_sets, run_study
 from polypseg.study.schema import SCALES, Grid, load_grid, scale_grid
 from polypseg.study.tasks import grid_tasks
+from polypseg.study.workers import claims_folder
 from receipt_factory import SKILLS, write_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -160,7 +162,7 @@ class TestPlan:
         assert not (tmp_path / "new").exists()
 
     def test_options_are_told_as_changes_of_the_grid(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(compare, "work_through", lambda *a, **k: None)
+        monkeypatch.setattr(compare, "work_together", lambda *a, **k: None)
         monkeypatch.setattr(compare, "write_comparison", lambda *a, **k: tmp_path / "report.html")
         monkeypatch.setattr("polypseg.study.tasks.CompareTask.receipts", lambda task: [])
         run_study(scale_grid("smoke", models=["VT-IN-MA"], overrides=["seed=1"], limit=3), output=tmp_path / "out")
@@ -176,11 +178,11 @@ def test_claims_of_a_killed_study_keep_the_next_one_waiting_for_nobody(tmp_path,
     lease.parent.mkdir(parents=True)
     lease.touch()
 
-    def look(tasks, claims, *, console):
-        assert claims == lease.parent and not lease.exists()
+    def look(grid, data, tasks, **options):
+        assert claims_folder(data) == lease.parent and not lease.exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, "work_through", look)
+    monkeypatch.setattr(compare, "work_together", look)
     with pytest.raises(KeyboardInterrupt):
         run_study(scale_grid("smoke", models=["VT-NA-NA"]), output=tmp_path / "out")
 
@@ -270,8 +272,16 @@ def test_study_continues_from_rows_of_finetune_and_refuses_those_of_another_star
         other.run()
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
-def test_study_runs_end_to_end_and_a_second_call_changes_nothing(tmp_path, capsys):
+def test_study_runs_end_to_end_and_a_second_call_changes_nothing(tmp_path, capsys, one_thread):
     grid = scale_grid(
         "smoke",
         models=("RN-NA-NA", "VT-IN-MA"),
@@ -306,3 +316,9 @@ def test_study_runs_end_to_end_and_a_second_call_changes_nothing(tmp_path, capsy
     assert before == (result.stat().st_mtime_ns, weights.stat().st_mtime_ns, report.read_text())
     printed = capsys.readouterr().out.strip().splitlines()
     assert "report.html" in printed[-2] and printed[-1].startswith("next:")
+
+    shared = tmp_path / "shared"
+    run_study(grid, output=shared, workers=2)  # with one thread each, as the one before: equal to the last bit
+    assert "tasks are done" in (shared / "worker-2.log").read_text()
+    for file in ("comparison.csv", weights.relative_to(tmp_path / "study")):
+        assert (shared / file).read_bytes() == (tmp_path / "study" / file).read_bytes()

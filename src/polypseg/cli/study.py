@@ -49,6 +49,9 @@ def study(
     frames: Annotated[list[str] | None, Option(help="CORPUS=PATH of a grid's corpus. Repeat for several.")] = None,
     negatives: Annotated[Path | None, Option(help="Folder of frames without polyps, for a grid's tests.")] = None,
     plan: Annotated[bool, Option("--plan", help="Of a grid: print what is left and its cost, and stop.")] = False,
+    workers: Annotated[
+        int, Option(min=1, help="Processes of this machine that share the rows and its cores; small models gain.")
+    ] = 1,
 ) -> None:
     """Train and evaluate rows of the table on two datasets and write the paper's comparison; or fill a grid."""
     from polypseg.study.schema import load_grid, scale_grid
@@ -68,7 +71,7 @@ def study(
         if chosen.comparison is not None:
             refuse_options({"--in-distribution": in_distribution, "--allow-partial": allow_partial}, because=told)
             refuse_options(of_grids, because=f"it is of a grid without a comparison, and {chosen.name} has one")
-            _compare(chosen, output=output, split=split, source=source, mask_values=mask_values)
+            _compare(chosen, output=output, split=split, source=source, mask_values=mask_values, workers=workers)
             return
         _fill_grid(
             chosen,
@@ -81,6 +84,7 @@ def study(
             negatives=negatives,
             allow_partial=allow_partial,
             only_plan=plan,
+            workers=workers,
         )
         return
     refuse_options(of_grids, because="it is of a grid (--grid)")
@@ -95,11 +99,17 @@ def study(
         limit=limit,
         allow_partial=allow_partial,
     )
-    _compare(chosen, output=output, split=split, source=source, mask_values=mask_values)
+    _compare(chosen, output=output, split=split, source=source, mask_values=mask_values, workers=workers)
 
 
 def _compare(
-    grid: "Grid", *, output: Path, split: str, source: list[str] | None, mask_values: list[str] | None
+    grid: "Grid",
+    *,
+    output: Path,
+    split: str,
+    source: list[str] | None,
+    mask_values: list[str] | None,
+    workers: int,
 ) -> None:
     """Train and test the rows of a grid and write their comparison."""
     from polypseg.errors import UsageError
@@ -111,7 +121,7 @@ def _compare(
     if outside == inside and sources[0] == sources[1]:
         raise UsageError(f"a study of {outside} against itself compares nothing: name another --out-of-distribution")
     values = named_mask_values(mask_values, names=("in", "out"))
-    run_study(grid, output=output, split=split, sources=sources, mask_values=values)
+    run_study(grid, output=output, split=split, sources=sources, mask_values=values, workers=workers)
 
 
 def _fill_grid(
@@ -126,6 +136,7 @@ def _fill_grid(
     negatives: Path | None,
     allow_partial: bool,
     only_plan: bool,
+    workers: int,
 ) -> None:
     """Print what is left of a grid and its cost, and do it unless ``only_plan``.
 
@@ -161,7 +172,7 @@ def _fill_grid(
     if waiting:
         console.print(cost_table(plan_cost(waiting)).rich())
     if not only_plan:
-        run_grid(grid, data, console=console)
+        run_grid(grid, data, console=console, workers=workers)
 
 
 def report(

@@ -17,7 +17,7 @@ from polypseg.report.comparison import ComparedSet, write_comparison
 from polypseg.study.cells import grid_cells
 from polypseg.study.schema import Grid
 from polypseg.study.tasks import CompareTask, FinetuneTask, GridData, Task, grid_tasks
-from polypseg.study.workers import work_through
+from polypseg.study.workers import claims_folder, work_together
 
 
 def open_sets(
@@ -48,11 +48,12 @@ def run_study(
     split: str = "reference",
     sources: tuple[Path | None, Path | None] = (None, None),
     mask_values: Mapping[str, str] | None = None,
+    workers: int = 1,
 ) -> Path:
     """Run a grid that compares to its report; return the report's path. A second call continues an interrupted study.
 
-    Places and values as for ``open_sets``. Raises UsageError for a wrong grid or several processes, and whatever
-    training and evaluation raise.
+    Places and values as for ``open_sets``; ``workers``: processes of this machine that share the rows and its cores.
+    Raises UsageError for a wrong grid or several launched processes, and whatever training and evaluation raise.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
@@ -64,15 +65,15 @@ def run_study(
     data = open_sets(grid, output=output, split=split, sources=sources, mask_values=mask_values)
     tasks = grid_tasks(grid, data)
     with sole_writer(output):
-        return _run(grid, data, tasks)
+        return _run(grid, data, tasks, workers=workers)
 
 
-def _run(grid: Grid, data: GridData, tasks: list[Task]) -> Path:
+def _run(grid: Grid, data: GridData, tasks: list[Task], *, workers: int) -> Path:
     console = Console()
     _print_plan(grid, tasks, console=console)
-    claims = data.output / "claims"
+    claims = claims_folder(data)
     shutil.rmtree(claims, ignore_errors=True)  # of a killed study: nobody else writes here
-    work_through(tasks, claims, console=console)
+    work_together(grid, data, tasks, console=console, workers=workers)
     shutil.rmtree(claims, ignore_errors=True)
     compared = [task for task in tasks if isinstance(task, CompareTask)]
     report = write_comparison(

@@ -4,15 +4,18 @@ The lease is refreshed while its worker lives and expires when it dies; another 
 checkpoint. A worker that loses its lease stops at its next step, as if it had been interrupted.
 """
 
+import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import SoftFileLease, Timeout
 from rich.console import Console
 
@@ -25,16 +28,83 @@ LEASE = 120.0
 """Seconds without a sign of life after which a worker is taken to be dead."""
 PAUSE = 5.0
 """Seconds between two looks for work while others hold all that is left."""
+_SHORT_PAUSE = 1.0
+"""The same among processes of one machine."""
+_GRACE = 60.0
+"""Seconds in which an interrupted process has to leave its checkpoint."""
 
 
-def run_grid(grid: Grid, data: GridData, *, console: Console) -> None:
+def run_grid(grid: Grid, data: GridData, *, console: Console, workers: int = 1) -> None:
     """Do what is left of a grid, beside any number of other workers, and return when all of it is done.
 
-    Raises UsageError when the folder holds another grid, and whatever a task raises: the finished tasks stay.
+    ``workers``: as for ``work_together``. Raises UsageError when the folder holds another grid, and whatever a task
+    raises: the finished tasks stay.
     """
     tasks = grid_tasks(grid, data)
     record_grid(grid, data)
-    work_through(tasks, data.output / "claims", console=console)
+    work_together(grid, data, tasks, console=console, workers=workers)
+
+
+def work_together(grid: Grid, data: GridData, tasks: Sequence[Task], *, console: Console, workers: int) -> None:
+    """Do the ``tasks`` of a grid by so many processes of this machine, which share its cores; return when all are done.
+
+    Each process but this one writes what it prints to ``worker-<number>.log`` in the grid's folder. What one of them
+    fails at this one tries again, and raises.
+    """
+    threads = torch.get_num_threads()
+    with _coworkers(grid, data, count=workers - 1, threads=max(1, threads // workers), console=console):
+        torch.set_num_threads(max(1, threads // workers))
+        try:
+            work_through(tasks, claims_folder(data), console=console, pause=PAUSE if workers == 1 else _SHORT_PAUSE)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def claims_folder(data: GridData) -> Path:
+    """Where the leases of a grid's workers are."""
+    return data.output / "claims"
+
+
+@contextmanager
+def _coworkers(grid: Grid, data: GridData, *, count: int, threads: int, console: Console) -> Iterator[None]:
+    """``count`` more processes that do a grid's tasks during the block; they are interrupted where the block fails."""
+    start = multiprocessing.get_context("spawn").Process  # a forked child would share OpenCV's and torch's threads
+    logs = [data.output / f"worker-{number}.log" for number in range(2, count + 2)]
+    processes = [start(target=_help, args=(grid, data, log, threads)) for log in logs]
+    try:
+        for process in processes:
+            process.start()
+        yield
+    except BaseException:
+        for process in processes:
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, signal.SIGINT)
+        raise
+    finally:
+        for process, log in zip(processes, logs, strict=True):
+            if process.pid is None:
+                continue
+            process.join(_GRACE)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            if process.exitcode not in (0, _INTERRUPTED):
+                console.print(f"a worker ended with code {process.exitcode}: {log}", highlight=False, soft_wrap=True)
+
+
+_INTERRUPTED = 130
+
+
+def _help(grid: Grid, data: GridData, log: Path, threads: int) -> None:
+    """Be one of the other processes."""
+    with log.open("a") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    torch.set_num_threads(threads)
+    try:
+        work_through(grid_tasks(grid, data), claims_folder(data), console=Console(), pause=_SHORT_PAUSE)
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
 
 
 def work_through(
