@@ -51,6 +51,8 @@ OPSET = 18
 """Antialias-free Resize, ReduceMean with axes as input: read by onnxruntime-web, OpenVINO and transformers.js."""
 CALIBRATION_FRAMES, HELD_OUT = 100, 12
 """Frames whose activations set the ranges of int8, and others by which the layers to keep in float are chosen."""
+_KEPT_FIRST = (0, 1, 2, 4, 8, 12, 16, 20, 24)
+"""How many of a network's first convolutions an int8 file may keep in float."""
 _EXACT, _HALF = 1e-4, 0.05
 """Largest difference of logits, relative to their largest magnitude, of an fp32 and of an fp16 file."""
 _WORTH_A_CAST = 2048
@@ -297,8 +299,8 @@ def _spread(readers: Sequence[Any], count: int) -> list[Image.Image]:
 def _write_int8(graph: Any, path: Path, *, pixels: Sequence[NDArray[np.float32]]) -> tuple[str, ...]:
     """Write a static QDQ file (8-bit activations, weights per channel); return the layers that stay in fp32.
 
-    The last convolution always does: it costs little and gives every logit. Whether the first one does, and those of
-    the decoder, is chosen by the difference of probabilities on frames that set no ranges.
+    The last convolution always does: it costs little and gives every logit. How many of the first ones do is chosen by
+    the difference of probabilities on frames that set no ranges.
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -345,16 +347,19 @@ def _probability(runtime: Runtime, batch: NDArray[np.float32]) -> NDArray[np.flo
 
 
 def _candidates(path: Path) -> Iterator[tuple[str, ...]]:
-    """Names of the nodes to keep in float: the last convolution; the first too; the last three and the first."""
+    """Names of the nodes to keep in float: the last convolution, and more and more of the first, up to a third of all.
+
+    The first ones see the frame's fine gray levels and have few channels: they lose most by 8 bits and weigh least.
+    """
     import onnx
 
     convolutions = [node.name for node in onnx.load(str(path)).graph.node if node.op_type == "Conv"]
     if not convolutions:
         yield ()
         return
-    yield tuple(convolutions[-1:])
-    yield tuple(dict.fromkeys([convolutions[0], convolutions[-1]]))
-    yield tuple(dict.fromkeys([convolutions[0], *convolutions[-3:]]))
+    for first in _KEPT_FIRST:
+        if first <= max(1, len(convolutions) // 3):
+            yield tuple(dict.fromkeys([*convolutions[:first], convolutions[-1]]))
 
 
 class _Batches:
