@@ -133,6 +133,18 @@ def test_compact_files_compute_the_same_in_fewer_bytes(tmp_path):
     assert 0.9 * weights.size * 2 < saved < 1.1 * weights.size * 2
 
 
+def test_the_same_network_gives_the_same_bytes_in_whatever_order_its_attributes_come(tmp_path):
+    for name, attributes in (("one", ("pads", "strides")), ("two", ("strides", "pads"))):
+        node = helper.make_node("Conv", ["x", "w"], ["y"])
+        node.attribute.extend(helper.make_attribute(key, [1, 1] * (1 + (key == "pads"))) for key in attributes)
+        ends = [helper.make_tensor_value_info(end, TensorProto.FLOAT, ["batch", 4, 9, 9]) for end in "xy"]
+        weights = numpy_helper.from_array(np.ones((4, 4, 3, 3), np.float32), "w")
+        graph = helper.make_graph([node], "g", ends[:1], ends[1:], [weights])
+        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        module._save(made, tmp_path / f"{name}.onnx")
+    assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
+
+
 def test_a_file_that_computes_something_else_is_refused(tmp_path):
     class Wrong:
         def polyp_logits(self, pixels):

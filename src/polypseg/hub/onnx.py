@@ -256,8 +256,13 @@ def _half(graph: Any) -> Any:
 
 
 def _save(graph: Any, path: Path) -> None:
+    """Write a model, the same bytes in every process: the exporter orders a node's attributes by chance."""
     import onnx
 
+    for node in graph.graph.node:
+        attributes = sorted(node.attribute, key=lambda attribute: attribute.name)
+        del node.attribute[:]
+        node.attribute.extend(attributes)
     onnx.checker.check_model(graph)
     onnx.save(graph, path)
 
