@@ -19,7 +19,7 @@ from polypseg.report.gallery import outline, permission, telling_images
 from polypseg.report.other_results import read_document
 from polypseg.report.receipts import parse_test, part_words, read_material
 from polypseg.report.wording import number, p_value, percent, rank_change_verdict
-from polypseg.statistics import analyse_rank_change, mean_intervals, score_set
+from polypseg.statistics import analyze_rank_change, mean_intervals, score_set
 from receipt_factory import (
     INSIDE,
     OUTSIDE,
@@ -112,7 +112,7 @@ def test_verdict_and_its_numbers_are_those_of_the_rank_analysis(page):
     sets = [
         score_set_of({m: material.used(m, t) for m in material.models}) for t in (material.inside, material.outside)
     ]
-    change = analyse_rank_change(*sets, resamples=300)
+    change = analyze_rank_change(*sets, resamples=300)
     verdict, sentences = rank_change_verdict(change, label=str)
     assert verdict in page and p_value(change.agreement.p_one_order).replace("<", "&lt;") in page
     assert f"{sum(pair['flipped'] for pair in change.pairs)} of 3 pairs stand in opposite orders" in sentences[0]
@@ -349,13 +349,13 @@ def study_of(inside, outside, *, n=200, noise=0.02):
 )
 def test_verdict_fits_what_is_true(inside, outside, noise, answer, words):
     verdict, sentences = rank_change_verdict(
-        analyse_rank_change(*study_of(inside, outside, noise=noise), resamples=300), label=str
+        analyze_rank_change(*study_of(inside, outside, noise=noise), resamples=300), label=str
     )
     assert verdict.startswith(answer) and words in " ".join(sentences)
 
 
 def test_verdict_tells_the_order_from_its_pairs():
-    found = analyse_rank_change(*study_of([0.9, 0.8, 0.7], [0.6, 0.7, 0.8]), resamples=100)
+    found = analyze_rank_change(*study_of([0.9, 0.8, 0.7], [0.6, 0.7, 0.8]), resamples=100)
     unsure = dataclasses.replace(found, pairs=tuple(pair | {"p_flip_holm": 0.4} for pair in found.pairs))
     assert rank_change_verdict(unsure, label=str)[0].startswith("Yes for the order as a whole; no single pair")
     kept = dataclasses.replace(found, agreement=dataclasses.replace(found.agreement, p_one_order=0.3))

@@ -18,7 +18,7 @@ from polypseg.evaluation.receipt import check_receipt, find_receipts, read_score
 from polypseg.provenance.origin import describe_start
 from polypseg.recipe import Recipe
 from polypseg.report.comparison import Comparison, drawn_models, rank
-from polypseg.statistics import analyse_rank_change
+from polypseg.statistics import analyze_rank_change
 from polypseg.study import compare
 from polypseg.study.cells import Cell, grid_cells
 from polypseg.study.compare import next_step, open_sets, run_study
@@ -62,7 +62,7 @@ def test_comparison_shows_the_receipts_scores_by_clip_their_gap_and_the_rank_cha
 
 def test_comparison_analyses_a_ranking_of_three_models_or_more(receipts):
     sets = [read_score_set({name: [pair[k]] for name, pair in receipts.items()}) for k in (0, 1)]
-    expected = analyse_rank_change(*sets).agreement
+    expected = analyze_rank_change(*sets).agreement
     assert Comparison.of(receipts).change.agreement == expected
     two = Comparison.of(dict(list(receipts.items())[:2]))
     assert two.change is None and len(two.gaps) == 2

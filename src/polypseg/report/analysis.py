@@ -17,9 +17,9 @@ from polypseg.statistics import (
     RankChange,
     RunVariation,
     ScoreSet,
-    analyse_rank_change,
+    analyze_rank_change,
     compare_models,
-    generalisation_gaps,
+    generalization_gaps,
     group_contrasts,
     mean_rows,
     run_variation,
@@ -123,7 +123,7 @@ def analyse(material: Material, *, resamples: int = RESAMPLES) -> Analysis:
         **common,  # type: ignore[arg-type]
         inside=inside,
         outside=outside,
-        gaps=tuple(generalisation_gaps(inside, outside, resamples=resamples)),
+        gaps=tuple(generalization_gaps(inside, outside, resamples=resamples)),
         contrasts=tuple(
             _contrast_with_runs(contrast, runs, seeds=inside.seeds)
             for contrast in group_contrasts(inside, outside, groups, resamples=resamples)
@@ -135,7 +135,7 @@ def analyse(material: Material, *, resamples: int = RESAMPLES) -> Analysis:
             )
             for which, scores in sets.items()
         ),
-        change=analyse_rank_change(inside, outside, resamples=resamples) if several else None,
+        change=analyze_rank_change(inside, outside, resamples=resamples) if several else None,
         runs=runs,
     )
 

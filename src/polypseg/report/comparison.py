@@ -23,8 +23,8 @@ from polypseg.statistics import (
     RankChange,
     ScoreSet,
     agreement_row,
-    analyse_rank_change,
-    generalisation_gaps,
+    analyze_rank_change,
+    generalization_gaps,
 )
 from polypseg.statistics.scores import METRICS
 from polypseg.tables import Column, Table
@@ -55,8 +55,8 @@ class Comparison:
     def of(cls, results: Mapping[str, Sequence[Receipt]]) -> "Comparison":
         """Compare receipts of the same images. Raises UsageError where they are of different ones."""
         inside, outside = (_dice(results, where) for where in (0, 1))
-        change = analyse_rank_change(inside, outside) if len(results) >= RANKED else None
-        return cls(results=results, gaps=tuple(generalisation_gaps(inside, outside)), change=change)
+        change = analyze_rank_change(inside, outside) if len(results) >= RANKED else None
+        return cls(results=results, gaps=tuple(generalization_gaps(inside, outside)), change=change)
 
     def rows(self, starts: Mapping[str, str]) -> list[dict[str, Any]]:
         """One row a model: start, both sets' four means, the Dice's effective n, its gap, both ranks and the change.

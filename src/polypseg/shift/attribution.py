@@ -25,7 +25,7 @@ from polypseg.statistics import (
     Comparison,
     Interval,
     compare_models,
-    generalisation_gaps,
+    generalization_gaps,
     mean_intervals,
     score_set,
 )
@@ -179,7 +179,7 @@ def attribute_shift(
     )
     common: dict[str, Any] = {"resamples": resamples, "seed": seed}
     plain = score_set({PLAIN: dice[PLAIN]}, title=inside.measured.title, clusters=inside.measured.clusters)
-    (gap,) = generalisation_gaps(plain, elsewhere, **common)
+    (gap,) = generalization_gaps(plain, elsewhere, **common)
     return Attribution(
         model=source.name,
         titles=(inside.measured.title, outside.measured.title),

@@ -23,7 +23,7 @@ from polypseg.data.catalog import CLIP_COLUMN
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError
 from polypseg.shift.frame_statistics import measure_frame
-from polypseg.statistics import RESAMPLES, Gap, Interval, generalisation_gaps, score_set
+from polypseg.statistics import RESAMPLES, Gap, Interval, generalization_gaps, score_set
 
 Floats = NDArray[np.float64]
 Embed = Callable[[Sequence[Image.Image]], NDArray[np.float32]]
@@ -148,7 +148,7 @@ def _measure_rows(
     sets = [
         score_set({name: one.values[name] for name in names}, title=one.title, clusters=one.clusters) for one in (b, a)
     ]
-    gaps: Sequence[Gap] = generalisation_gaps(*sets, resamples=resamples, seed=seed)
+    gaps: Sequence[Gap] = generalization_gaps(*sets, resamples=resamples, seed=seed)
     rows = []
     for gap in gaps:
         x, y = a.values[gap.model], b.values[gap.model]

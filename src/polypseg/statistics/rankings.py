@@ -125,7 +125,7 @@ def _rank_cells(where: str, ranking: Ranking, model: int) -> dict[str, float]:
     }
 
 
-def analyse_rank_change(
+def analyze_rank_change(
     inside: ScoreSet, outside: ScoreSet, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> RankChange:
     """Rank the models of two sets on joint draws and compare the rankings.

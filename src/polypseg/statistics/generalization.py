@@ -68,7 +68,7 @@ class Contrast:
         }
 
 
-def generalisation_gaps(inside: ScoreSet, outside: ScoreSet, *, resamples: int = RESAMPLES, seed: int = 0) -> list[Gap]:
+def generalization_gaps(inside: ScoreSet, outside: ScoreSet, *, resamples: int = RESAMPLES, seed: int = 0) -> list[Gap]:
     """The gap of every model, with intervals. Raises ValueError when the sets are not of the same models and seeds."""
     draws = draw_both(inside, outside, resamples=resamples, seed=seed)
     gaps = []
