@@ -17,7 +17,7 @@ from polypseg.errors import UsageError
 from polypseg.evaluation.receipt import check_receipt, find_receipts, read_score_set
 from polypseg.provenance.origin import describe_start
 from polypseg.recipe import Recipe
-from polypseg.report.comparison import Comparison, drawn_models, rank
+from polypseg.report.comparison import ComparedRows, drawn_models, rank
 from polypseg.statistics import analyze_rank_change
 from polypseg.study import compare
 from polypseg.study.cells import Cell, grid_cells
@@ -43,7 +43,7 @@ def receipts(tmp_path_factory):
 
 
 def test_comparison_shows_the_receipts_scores_by_clip_their_gap_and_the_rank_change(receipts):
-    rows = {row["model"]: row for row in Comparison.of(receipts).rows(dict.fromkeys(receipts, "x"))}
+    rows = {row["model"]: row for row in ComparedRows.of(receipts).rows(dict.fromkeys(receipts, "x"))}
     dice = {name: [r.per_image("dice").mean() for r in receipts[name]] for name in rows}
     order = [sorted(dice, key=lambda name, k=k: -dice[name][k]) for k in (0, 1)]
     assert order[0] != order[1]
@@ -63,15 +63,15 @@ def test_comparison_shows_the_receipts_scores_by_clip_their_gap_and_the_rank_cha
 def test_comparison_analyses_a_ranking_of_three_models_or_more(receipts):
     sets = [read_score_set({name: [pair[k]] for name, pair in receipts.items()}) for k in (0, 1)]
     expected = analyze_rank_change(*sets).agreement
-    assert Comparison.of(receipts).change.agreement == expected
-    two = Comparison.of(dict(list(receipts.items())[:2]))
+    assert ComparedRows.of(receipts).change.agreement == expected
+    two = ComparedRows.of(dict(list(receipts.items())[:2]))
     assert two.change is None and len(two.gaps) == 2
 
 
 def test_comparison_refuses_receipts_of_different_images(receipts):
     (first, pair), (second, other) = list(receipts.items())[:2]
     with pytest.raises(UsageError, match="differ in the images"):
-        Comparison.of({first: pair, second: other[::-1]})
+        ComparedRows.of({first: pair, second: other[::-1]})
 
 
 def recipe_of(grid: Grid, cell: Cell) -> Recipe:

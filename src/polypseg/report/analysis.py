@@ -10,10 +10,10 @@ from polypseg.report.receipts import Material
 from polypseg.report.wording import ALPHA
 from polypseg.statistics import (
     RESAMPLES,
-    Comparison,
     Contrast,
     Gap,
     Interval,
+    PairComparison,
     RankChange,
     RunVariation,
     ScoreSet,
@@ -48,7 +48,7 @@ class Analysis:
     """Dice of the compared rows."""
     gaps: tuple[Gap, ...] = ()
     contrasts: tuple[Contrast, ...] = ()
-    comparisons: tuple[tuple[Comparison, ...], ...] = ()
+    comparisons: tuple[tuple[PairComparison, ...], ...] = ()
     """All pairs in distribution, then out of it."""
     change: RankChange | None = None
     runs: Mapping[str, RunVariation] = field(default_factory=dict)

@@ -41,7 +41,7 @@ def rank(values: dict[str, float]) -> dict[str, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class ComparedRows:
     """What the receipts of several models on both sets say."""
 
     results: Mapping[str, Sequence[Receipt]]
@@ -52,7 +52,7 @@ class Comparison:
     """Of the ranking by Dice; None for fewer than RANKED models."""
 
     @classmethod
-    def of(cls, results: Mapping[str, Sequence[Receipt]]) -> "Comparison":
+    def of(cls, results: Mapping[str, Sequence[Receipt]]) -> "ComparedRows":
         """Compare receipts of the same images. Raises UsageError where they are of different ones."""
         inside, outside = (_dice(results, where) for where in (0, 1))
         change = analyze_rank_change(inside, outside) if len(results) >= RANKED else None
@@ -108,7 +108,7 @@ def write_comparison(
     ``receipts``: row -> its receipts in and out of distribution; ``sets``: the two sets in that order; ``results``: the
     folder of receipts and masks; ``grid``: what was run, for the record. Prints the table too.
     """
-    comparison = Comparison.of(receipts)
+    comparison = ComparedRows.of(receipts)
     first = next(iter(receipts.values()))
     labels = {name: table_name(name) for name in receipts}
     rows = comparison.rows({name: start_of(name, pair[0]) for name, pair in receipts.items()})

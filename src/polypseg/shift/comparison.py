@@ -85,7 +85,7 @@ def measure_set(dataset: PolypDataset, ids: Sequence[str], *, title: str, embed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class SetComparison:
     """Set a against set b."""
 
     titles: tuple[str, str]
@@ -117,7 +117,7 @@ class Comparison:
         }
 
 
-def compare_sets(a: MeasuredSet, b: MeasuredSet, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+def compare_sets(a: MeasuredSet, b: MeasuredSet, *, resamples: int = RESAMPLES, seed: int = 0) -> SetComparison:
     """Everything that is known about how two sets differ.
 
     Raises UsageError for sets of fewer frames or clips than there are folds.
@@ -131,7 +131,7 @@ def compare_sets(a: MeasuredSet, b: MeasuredSet, *, resamples: int = RESAMPLES, 
     vectors = [np.asarray(one.embeddings, dtype=np.float64) for one in (a, b)] if embedded else None
     scaled = None if vectors is None else _standardized(vectors)
     common: dict[str, Any] = {"resamples": resamples, "seed": seed}
-    return Comparison(
+    return SetComparison(
         titles=(a.title, b.title),
         sizes=(len(a), len(b)),
         measures=tuple(_measure_rows(a, b, names, **common)),

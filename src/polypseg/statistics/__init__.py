@@ -1,6 +1,6 @@
 """Statistics of generalization: intervals, comparisons, gaps and rankings that respect clips, repeats and seeds."""
 
-from polypseg.statistics.comparisons import Comparison, compare_models, effect_sizes, holm, sign_flip_p_values
+from polypseg.statistics.comparisons import PairComparison, compare_models, effect_sizes, holm, sign_flip_p_values
 from polypseg.statistics.generalization import Contrast, Gap, generalization_gaps, group_contrasts, study_groups
 from polypseg.statistics.intervals import (
     Interval,
@@ -19,11 +19,11 @@ from polypseg.statistics.scores import ScoreSet, score_set
 __all__ = [
     "RESAMPLES",
     "Agreement",
-    "Comparison",
     "Contrast",
     "Draws",
     "Gap",
     "Interval",
+    "PairComparison",
     "RankChange",
     "Ranking",
     "RunVariation",
