@@ -5,7 +5,15 @@ import pytest
 
 from polypseg import zoo
 from polypseg.errors import UsageError
-from polypseg.statistics import generalization_gaps, group_contrasts, mean_intervals, score_set, study_groups
+from polypseg.statistics import (
+    analyze_generalization,
+    analyze_rank_change,
+    generalization_gaps,
+    group_contrasts,
+    mean_intervals,
+    score_set,
+    study_groups,
+)
 
 CLIPS = np.repeat(range(30), [8] * 15 + [20] * 15)
 
@@ -133,3 +141,13 @@ def test_study_groups_divide_the_twelve_rows_by_the_studys_questions():
     assert all(model.startswith("vit") for model in groups["ViT-B - ResNet50"][0])
     only_resnets = [entry.model_id for entry in zoo.ZOO if entry.encoder == "resnet50"]
     assert "ViT-B - ResNet50" not in study_groups(only_resnets)
+
+
+def test_generalization_is_the_gaps_and_the_change_of_ranking_of_two_models_or_more():
+    inside, outside = two_sets(np.random.default_rng(4), [0.9, 0.8], [0.6, 0.7])
+    found = analyze_generalization(inside, outside, resamples=300, seed=2)
+    assert list(found.gaps) == generalization_gaps(inside, outside, resamples=300, seed=2)
+    assert found.change.content() == analyze_rank_change(inside, outside, resamples=300, seed=2).content()
+    one = score_set({"a": [0.8, 0.9, 0.7]})
+    alone = analyze_generalization(one, one, resamples=300)
+    assert alone.change is None and [gap.model for gap in alone.gaps] == ["a"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from polypseg.statistics import agreement_row, analyze_rank_change, draw_both, score_set
+from polypseg.statistics import agreement_row, analyze_rank_change, competition_ranks, draw_both, score_set
 from polypseg.statistics.orders import kendall_tau, one_order_p_value, order_signs, same_order_taus
 
 CLIPS = np.repeat(range(29), 21)
@@ -192,3 +192,7 @@ def test_one_clip_gives_ranks_but_no_interval_of_tau():
     inside = score_set({"a": [0.1, 0.2, 0.4], "b": [0.3, 0.1, 0.2]})
     outside = score_set({"a": [0.1, 0.2], "b": [0.3, 0.1]}, clusters=["x", "x"])
     assert analyze_rank_change(inside, outside, resamples=50).agreement.tau.low is None
+
+
+def test_competition_ranks_share_ties():
+    assert competition_ranks({"a": 0.5, "b": 0.9, "c": 0.5, "d": 0.1}) == {"b": 1, "a": 2, "c": 2, "d": 4}

@@ -17,7 +17,7 @@ from polypseg.errors import UsageError
 from polypseg.evaluation.receipt import check_receipt, find_receipts, read_score_set
 from polypseg.provenance.origin import describe_start
 from polypseg.recipe import Recipe
-from polypseg.report.comparison import ComparedRows, drawn_models, rank
+from polypseg.report.comparison import ComparedRows, drawn_models
 from polypseg.statistics import analyze_rank_change
 from polypseg.study import compare
 from polypseg.study.cells import Cell, grid_cells
@@ -27,10 +27,6 @@ from polypseg.study.tasks import grid_tasks
 from receipt_factory import SKILLS, write_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def test_ranks_share_ties():
-    assert rank({"a": 0.5, "b": 0.9, "c": 0.5, "d": 0.1}) == {"b": 1, "a": 2, "c": 2, "d": 4}
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,8 @@ from polypseg.statistics import (
     RankChange,
     RunVariation,
     ScoreSet,
-    analyze_rank_change,
+    analyze_generalization,
     compare_models,
-    generalization_gaps,
     group_contrasts,
     mean_rows,
     run_variation,
@@ -110,7 +109,7 @@ def analyse(material: Material, *, resamples: int = RESAMPLES) -> Analysis:
         score_set_of({model: material.used(model, test) for model in material.compared})
         for test in (material.inside, material.outside)
     )
-    several = len(material.compared) > 1
+    found = analyze_generalization(inside, outside, resamples=resamples)
     groups = study_groups(
         list(material.compared),
         names=material.names,
@@ -118,12 +117,12 @@ def analyse(material: Material, *, resamples: int = RESAMPLES) -> Analysis:
         unknown_starts=material.unknown_starts,
     )
     runs = _measure_runs(material)
-    sets = {"inside": inside, "outside": outside} if several else {}
+    sets = {"inside": inside, "outside": outside} if found.change else {}
     return Analysis(
         **common,  # type: ignore[arg-type]
         inside=inside,
         outside=outside,
-        gaps=tuple(generalization_gaps(inside, outside, resamples=resamples)),
+        gaps=found.gaps,
         contrasts=tuple(
             _contrast_with_runs(contrast, runs, seeds=inside.seeds)
             for contrast in group_contrasts(inside, outside, groups, resamples=resamples)
@@ -135,7 +134,7 @@ def analyse(material: Material, *, resamples: int = RESAMPLES) -> Analysis:
             )
             for which, scores in sets.items()
         ),
-        change=analyze_rank_change(inside, outside, resamples=resamples) if several else None,
+        change=found.change,
         runs=runs,
     )
 

@@ -5,6 +5,7 @@ plots, after the idea of Wiesenfarth et al., Scientific Reports 11, 2021). Share
 is; they are not p-values. Rank 1 is the greatest mean; tied models share their ranks evenly.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -111,6 +112,11 @@ def agreement_row(agreement: Agreement) -> dict[str, Any]:
     names = ("expected_tau", "noise_share", "p_one_order", "retest_inside", "retest_outside")
     winner = ("same_winner", "winner_stays")
     return {**agreement.tau.cells("tau"), **{name: getattr(agreement, name) for name in (*names, *winner)}}
+
+
+def competition_ranks(values: Mapping[str, float]) -> dict[str, int]:
+    """Rank of each key by value, 1 for the greatest; ties share the better rank (1, 2, 2, 4)."""
+    return {name: 1 + sum(other > value for other in values.values()) for name, value in values.items()}
 
 
 def _rank_cells(where: str, ranking: Ranking, model: int) -> dict[str, float]:
