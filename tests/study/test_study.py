@@ -155,6 +155,13 @@ class TestPlan:
             run_study(scale_grid(**({"scale": "smoke"} | options)), output=tmp_path / "new")
         assert not (tmp_path / "new").exists()
 
+    def test_a_grids_weights_for_a_row_that_it_does_not_list_are_refused(self):
+        listed = {"rows": ("RN-IN-SL",), "weights": {"resnet50_deeplabv3plus.supervised_imagenet1k": "random"}}
+        grid = scale_grid("smoke").model_copy(update=listed)
+        assert [cell.weights for cell in grid_cells(grid)] == ["random"]
+        with pytest.raises(UsageError, match=r"vit_base_dpt\.random, which this study does not include"):
+            grid_cells(grid.model_copy(update={"weights": {"VT-NA-NA": "x"}}))
+
     def test_options_are_told_as_changes_of_the_grid(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(compare, "work_through", lambda *a, **k: None)
         monkeypatch.setattr(compare, "write_comparison", lambda *a, **k: tmp_path / "report.html")
