@@ -31,6 +31,15 @@ def words(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def with_bounds(value: float, low: float | None, high: float | None, *, sign: str = "") -> str:
+    """``0.871 [0.837, 0.899]`` in plain text; the value alone where there is no interval. ``sign``: ``+`` for a change.
+
+    Pages of the report write numbers by report.wording, with a true minus sign.
+    """
+    interval = "" if low is None or high is None else f" [{low:{sign}.3f}, {high:{sign}.3f}]"
+    return f"{value:{sign}.3f}{interval}"
+
+
 @dataclass(frozen=True)
 class Column:
     """A column: its heading, which value of a record it shows, and how."""

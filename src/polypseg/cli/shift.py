@@ -133,8 +133,10 @@ def _title(found: "SetComparison") -> str:
 
 
 def _separability(found: "SetComparison") -> str:
+    from polypseg.tables import with_bounds
+
     def words(value: Any) -> str:
-        return f"{value.estimate:.3f} [{value.low:.3f}, {value.high:.3f}]"
+        return with_bounds(value.estimate, value.low, value.high)
 
     parts = [f"a linear classifier of the measures tells the sets apart with AUC {words(found.measures_auc)}"]
     if found.embedding_auc is not None and found.embedding_floor is not None:
