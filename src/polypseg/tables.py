@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polypseg.files import csv_text
@@ -164,16 +165,24 @@ def _markdown_line(cells: Any) -> str:
 
 @cache
 def _html_template() -> "jinja2.Template":
+    return template_environment(escape=True).from_string(_HTML)
+
+
+def template_environment(folder: Path | None = None, *, escape: bool) -> "jinja2.Environment":
+    """Templates strict about names: a missing value is an error, never an empty place; lines of blocks leave none.
+
+    ``folder``: of the templates; ``escape``: whether values are text in HTML.
+    """
     import jinja2
 
-    environment = jinja2.Environment(
+    return jinja2.Environment(
+        loader=None if folder is None else jinja2.FileSystemLoader(folder),
         undefined=jinja2.StrictUndefined,
-        autoescape=True,
+        autoescape=escape,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.from_string(_HTML)
 
 
 _HTML = """\
