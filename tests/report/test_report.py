@@ -15,7 +15,7 @@ from polypseg.report import write_report
 from polypseg.report.analysis import analyse, score_set_of
 from polypseg.report.author_text import render_reading
 from polypseg.report.figures import inline_svg
-from polypseg.report.gallery import outline, permission, telling_images
+from polypseg.report.gallery import build_galleries, outline, permission, telling_images
 from polypseg.report.other_results import read_document
 from polypseg.report.receipts import parse_test, part_words, read_material
 from polypseg.report.wording import number, p_value, percent, rank_change_verdict
@@ -290,6 +290,28 @@ def test_gallery_shows_only_what_may_be_shown(page):
     assert (
         permission("polypgen") is not None and permission("etis_larib") is None and permission("cvc_clinicdb") is None
     )
+
+
+@pytest.mark.parametrize("name", ["folder", "kvasir_seg"])
+def test_two_folders_of_ones_own_are_two_sets_but_a_dataset_is_one(tmp_path, name):
+    """As of ``polypseg study --in-distribution folder --out-of-distribution folder``, with a source each."""
+    tests = ((6, "reference", "test"), (9, "full", "full"))
+    for count, split, part in tests:
+        dataset = DrawnDataset(name, count)
+        write_receipt(tmp_path, zoo.get("RN-NA-NA"), seed=0, dataset=dataset, split=split, part=part, skill=1.0)
+    inside, outside = ((name, split, part) for _, split, part in tests)
+    if name == "kvasir_seg":
+        with pytest.raises(UsageError, match="differ in the dataset’s content"):
+            read_material(tmp_path, inside=inside, outside=outside)
+        return
+    material = read_material(tmp_path, inside=inside, outside=outside)
+    first, second = build_galleries(material, masks=None, sources={})
+    ids = [{case.id for case in gallery.cases} for gallery in (first, second)]
+    assert first.title != second.title and ids[0] <= {f"{k:03d}" for k in range(1, 7)} and ids[1] - ids[0]
+    other = DrawnDataset(name, 8)  # a third set in the place of the second
+    write_receipt(tmp_path, zoo.get("VT-NA-NA"), seed=0, dataset=other, split="full", part="full", skill=1.0)
+    with pytest.raises(UsageError, match="differ in the dataset’s content"):
+        read_material(tmp_path, inside=inside, outside=outside)
 
 
 def test_masks_of_another_evaluation_are_refused(receipts, tmp_path):
