@@ -15,12 +15,12 @@ from typing import Annotated
 
 from typer import Option
 
-import polypseg
 from polypseg.cli.console import run_script
+from polypseg.files import SAMPLE_FRAMES
 from polypseg.provenance.local import STARTER_FOLDER
 from side_by_side import BASELINE, Neighbours, Row, show, side_by_side
 
-FRAME = Path(polypseg.__file__).parent / "sample_frames" / "polypgen_1.jpg"
+FRAME = SAMPLE_FRAMES / "polypgen_1.jpg"
 CARD = """
 import sys
 from PIL import Image

@@ -26,6 +26,7 @@ from polypseg.cli.console import run_script
 from polypseg.data.polyps import SyntheticOptions, open_dataset
 from polypseg.evaluation.conventions import CONVENTIONS
 from polypseg.evaluation.evaluate import score_predictions
+from polypseg.files import SAMPLE_FRAMES
 from polypseg.hub.onnx import export_runtime
 from polypseg.inference.model import build_image_processor, load_model
 from polypseg.inference.predictors import open_model
@@ -36,7 +37,6 @@ from polypseg.recipe import load_recipe
 from polypseg.training.finetune import build_model
 from side_by_side import BASELINE, Neighbours, Row, show, side_by_side
 
-FRAMES = Path(polypseg.__file__).parent / "sample_frames"
 FULL_SIZE = {"RN-NA-NA": 1, "VT-NA-NA": 8}
 """Row of the table -> frames per forward pass."""
 
@@ -78,7 +78,7 @@ def shipped_rows(*, frames: int, repeats: int) -> Iterator[Row]:
     yield from forward_rows(STARTER_FOLDER, "the shipped model", batch=1, ways=ways, repeats=repeats)
     model, processor = load_model(str(STARTER_FOLDER))
     with tempfile.TemporaryDirectory() as name:
-        folder, samples = Path(name), sorted(FRAMES.glob("*.jpg"))
+        folder, samples = Path(name), sorted(SAMPLE_FRAMES.glob("*.jpg"))
         inputs = folder / "frames"
         inputs.mkdir()
         for number in range(frames):

@@ -22,10 +22,10 @@ from torch import Tensor
 from torchvision import transforms as T
 from typer import Option
 
-import polypseg
 from polypseg.cli.console import run_script
 from polypseg.data.corpus import open_frames
 from polypseg.data.shards import write_shards
+from polypseg.files import SAMPLE_FRAMES
 from polypseg.pretraining.loader import FrameFeed
 from polypseg.pretraining.recipe import load_pretraining_recipe
 from polypseg.pretraining.views import ViewSettings
@@ -102,7 +102,7 @@ def rows(*, images: int = 6, repeats: int = 5) -> list[Row]:
     """Views of the package's sample frames from JPEG, two of MoCo v3 and one of MAE."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    frames, found = Path(polypseg.__file__).parent / "sample_frames", list[Row]()
+    frames, found = SAMPLE_FRAMES, list[Row]()
     count = len(open_frames(frames))
     for method, recipe in METHODS.items():
         settings = tuple(view.settings() for view in load_pretraining_recipe(recipe).views)

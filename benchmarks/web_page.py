@@ -18,13 +18,12 @@ from typing import Annotated, Any
 
 from typer import Option
 
-import polypseg
 from polypseg.cli.console import run_script
 from polypseg.errors import UsageError
+from polypseg.files import SAMPLE_FRAMES
 from polypseg.hub.web_page import PageServer, assemble_page
 from polypseg.provenance.local import STARTER_FOLDER
 
-FRAMES = Path(polypseg.__file__).parent / "sample_frames"
 PATIENCE = 120_000
 """Milliseconds."""
 
@@ -46,7 +45,7 @@ def first_mask(browser: Any, address: str, frame: Path, **options: Any) -> tuple
 def frames_per_second(page: Any, count: int) -> float:
     """Of a folder of the sample frames, in the page that is open, listing included."""
     with tempfile.TemporaryDirectory() as name:
-        folder, samples = Path(name) / "frames", sorted(FRAMES.glob("*.jpg"))
+        folder, samples = Path(name) / "frames", sorted(SAMPLE_FRAMES.glob("*.jpg"))
         folder.mkdir()
         for number in range(count):
             shutil.copyfile(samples[number % len(samples)], folder / f"{number:03d}.jpg")
@@ -75,7 +74,7 @@ def main(
     print(f"{len(content)} files, {sum(map(len, content.values())) / 1e6:.1f} MB stored")
     server: ThreadingHTTPServer = PageServer(content)
     Thread(target=server.serve_forever, daemon=True).start()
-    address, frame = f"http://127.0.0.1:{server.server_port}", FRAMES / "polypgen_1.jpg"
+    address, frame = f"http://127.0.0.1:{server.server_port}", SAMPLE_FRAMES / "polypgen_1.jpg"
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=str(chromium), args=["--no-sandbox"])
         seconds = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from polypseg.tables import Cell, Column, Table
+from polypseg.tables import Cell, Column, Table, with_bounds
 
 
 @dataclass(frozen=True)
@@ -75,3 +75,9 @@ def test_page_escapes_and_sorts_by_the_value():
 
 def test_columns_are_left_out_by_their_heading():
     assert TABLE.without(["Dice"]).markdown().splitlines()[0] == "| model | both |"
+
+
+def test_a_number_has_its_interval_where_there_is_one():
+    assert with_bounds(0.8714, 0.8366, 0.8991) == "0.871 [0.837, 0.899]"
+    assert with_bounds(0.021, -0.009, 0.034, sign="+") == "+0.021 [-0.009, +0.034]"
+    assert with_bounds(0.5, None, None) == "0.500"

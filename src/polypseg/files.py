@@ -379,6 +379,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("POLYPSEG_CACHE") or Path(base) / "polypseg")
 
 
+SAMPLE_FRAMES = Path(__file__).parent / "sample_frames"
+"""Three real frames that come with the package; ATTRIBUTION.md beside them says where they are from."""
+
+
 def bundled_folder(name: str) -> Path:
     """A folder of hub_configs, which comes with the package: in the wheel, else in the checkout."""
     packaged = Path(__file__).parent / "_hub_configs" / name

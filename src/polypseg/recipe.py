@@ -251,6 +251,8 @@ class NamedRecipe(RecipeSection):
 class Recipe(NamedRecipe):
     """One experiment, apart from the model's row, the data and the place of the output."""
 
+    further_stage: bool = Field(default=False, exclude_if=_is_unset)
+    """Whether it is made to go on from a fine-tuned model (``--initial-model``): then its name tells that already."""
     seed: int = Field(ge=0, le=LARGEST_SEED)
     model: ModelRecipe
     data: DataRecipe

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polypseg.files import csv_text
@@ -29,6 +30,15 @@ class Cell:
 def words(value: Any) -> str:
     """A value as it is; empty for None."""
     return "" if value is None else str(value)
+
+
+def with_bounds(value: float, low: float | None, high: float | None, *, sign: str = "") -> str:
+    """``0.871 [0.837, 0.899]`` in plain text; the value alone where there is no interval. ``sign``: ``+`` for a change.
+
+    Pages of the report write numbers by report.wording, with a true minus sign.
+    """
+    interval = "" if low is None or high is None else f" [{low:{sign}.3f}, {high:{sign}.3f}]"
+    return f"{value:{sign}.3f}{interval}"
 
 
 @dataclass(frozen=True)
@@ -155,16 +165,24 @@ def _markdown_line(cells: Any) -> str:
 
 @cache
 def _html_template() -> "jinja2.Template":
+    return template_environment(escape=True).from_string(_HTML)
+
+
+def template_environment(folder: Path | None = None, *, escape: bool) -> "jinja2.Environment":
+    """Templates strict about names: a missing value is an error, never an empty place; lines of blocks leave none.
+
+    ``folder``: of the templates; ``escape``: whether values are text in HTML.
+    """
     import jinja2
 
-    environment = jinja2.Environment(
+    return jinja2.Environment(
+        loader=None if folder is None else jinja2.FileSystemLoader(folder),
         undefined=jinja2.StrictUndefined,
-        autoescape=True,
+        autoescape=escape,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.from_string(_HTML)
 
 
 _HTML = """\

@@ -130,12 +130,9 @@ def test_tuning_moves_its_part_alone_and_is_the_same_again(good, labeled):
     before = {name: value.clone() for name, value in good.state_dict().items()}
     plan = TuningPlan(part="decoder", steps=2, learning_rate=1e-3, batch=2)
     whole, again = (adapt_model(good, pairs, plan).state_dict() for _ in range(2))
-    half = adapt_model(good, pairs, TuningPlan(**(vars(plan) | {"keep": 0.5}))).state_dict()
     moved = {name for name in before if not torch.equal(before[name], whole[name])}
     assert moved and all(name.startswith("decoder.") and "running" not in name for name in moved)
     assert all(torch.equal(whole[name], again[name]) for name in before)
-    name = "decoder.head.weight"
-    assert torch.allclose(half[name], (before[name] + whole[name]) / 2, atol=1e-6)
     network = adapt_model(good, pairs, TuningPlan(part="network", steps=1, learning_rate=1e-3, batch=2)).state_dict()
     assert any(not torch.equal(before[key], network[key]) for key in before if key.startswith("encoder."))
     assert all(torch.equal(before[key], value) for key, value in good.state_dict().items())  # the model itself stays

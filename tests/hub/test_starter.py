@@ -11,7 +11,7 @@ import polypseg
 from polypseg.data.splits import pinned_split
 from polypseg.evaluation.receipt import check_receipt, find_receipts
 from polypseg.evaluation.receipt_reading import write_quality
-from polypseg.files import file_sha256
+from polypseg.files import SAMPLE_FRAMES, file_sha256
 from polypseg.hub.export import RESULTS
 from polypseg.hub.pack import LARGEST, add_results
 from polypseg.hub.starter_tables import starter_texts
@@ -22,7 +22,7 @@ from polypseg.provenance.local import STARTER_FOLDER
 from polypseg.provenance.passport import Passport
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-FRAMES = sorted((REPOSITORY / "src" / "polypseg" / "sample_frames").glob("*.jpg"))
+FRAMES = sorted(SAMPLE_FRAMES.glob("*.jpg"))
 
 
 def test_the_folder_is_whole_and_small():

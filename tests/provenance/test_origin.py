@@ -263,3 +263,14 @@ def test_adaptation_drops_the_digests_of_the_weights_before():
     )
     assert after.sha256 is None and after.passport is None and after.suffix == "adapted"
     assert after.content["adapted"]["from"] == "ab" * 32 and "20 frames of 5 clips, without masks" in after.adaptation
+
+
+@pytest.mark.parametrize(
+    ("recipe", "suffix"),
+    [("starter_finish", "starter-finish"), ("starter", "starter-continued"), ("own", "own-continued")],
+)
+def test_a_model_that_went_on_from_another_says_so_unless_its_recipe_is_made_for_that(recipe, suffix):
+    """Recipes say so themselves, by ``further_stage``."""
+    before = {"sha256": "ab" * 32, "recipe": "starter", "finetuned_on": "kvasir_seg reference/train"}
+    origin = read_origin(trained("RN-IN-SL", recipe=recipe, continued_from=before))
+    assert origin.suffix == suffix and "went on from another fine-tuned model" in " ".join(origin.shortcomings)

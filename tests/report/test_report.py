@@ -15,11 +15,11 @@ from polypseg.report import write_report
 from polypseg.report.analysis import analyse, score_set_of
 from polypseg.report.author_text import render_reading
 from polypseg.report.figures import inline_svg
-from polypseg.report.gallery import outline, permission, telling_images
+from polypseg.report.gallery import build_galleries, outline, permission, telling_images
 from polypseg.report.other_results import read_document
 from polypseg.report.receipts import parse_test, part_words, read_material
 from polypseg.report.wording import number, p_value, percent, rank_change_verdict
-from polypseg.statistics import analyse_rank_change, mean_intervals, score_set
+from polypseg.statistics import analyze_rank_change, mean_intervals, score_set
 from receipt_factory import (
     INSIDE,
     OUTSIDE,
@@ -112,7 +112,7 @@ def test_verdict_and_its_numbers_are_those_of_the_rank_analysis(page):
     sets = [
         score_set_of({m: material.used(m, t) for m in material.models}) for t in (material.inside, material.outside)
     ]
-    change = analyse_rank_change(*sets, resamples=300)
+    change = analyze_rank_change(*sets, resamples=300)
     verdict, sentences = rank_change_verdict(change, label=str)
     assert verdict in page and p_value(change.agreement.p_one_order).replace("<", "&lt;") in page
     assert f"{sum(pair['flipped'] for pair in change.pairs)} of 3 pairs stand in opposite orders" in sentences[0]
@@ -292,6 +292,28 @@ def test_gallery_shows_only_what_may_be_shown(page):
     )
 
 
+@pytest.mark.parametrize("name", ["folder", "kvasir_seg"])
+def test_two_folders_of_ones_own_are_two_sets_but_a_dataset_is_one(tmp_path, name):
+    """As of ``polypseg study --in-distribution folder --out-of-distribution folder``, with a source each."""
+    tests = ((6, "reference", "test"), (9, "full", "full"))
+    for count, split, part in tests:
+        dataset = DrawnDataset(name, count)
+        write_receipt(tmp_path, zoo.get("RN-NA-NA"), seed=0, dataset=dataset, split=split, part=part, skill=1.0)
+    inside, outside = ((name, split, part) for _, split, part in tests)
+    if name == "kvasir_seg":
+        with pytest.raises(UsageError, match="differ in the dataset’s content"):
+            read_material(tmp_path, inside=inside, outside=outside)
+        return
+    material = read_material(tmp_path, inside=inside, outside=outside)
+    first, second = build_galleries(material, masks=None, sources={})
+    ids = [{case.id for case in gallery.cases} for gallery in (first, second)]
+    assert first.title != second.title and ids[0] <= {f"{k:03d}" for k in range(1, 7)} and ids[1] - ids[0]
+    other = DrawnDataset(name, 8)  # a third set in the place of the second
+    write_receipt(tmp_path, zoo.get("VT-NA-NA"), seed=0, dataset=other, split="full", part="full", skill=1.0)
+    with pytest.raises(UsageError, match="differ in the dataset’s content"):
+        read_material(tmp_path, inside=inside, outside=outside)
+
+
 def test_masks_of_another_evaluation_are_refused(receipts, tmp_path):
     folder = rendered_report().parent
     for mask in receipts.glob("*seed0/masks/kvasir_seg/*.png"):
@@ -349,13 +371,13 @@ def study_of(inside, outside, *, n=200, noise=0.02):
 )
 def test_verdict_fits_what_is_true(inside, outside, noise, answer, words):
     verdict, sentences = rank_change_verdict(
-        analyse_rank_change(*study_of(inside, outside, noise=noise), resamples=300), label=str
+        analyze_rank_change(*study_of(inside, outside, noise=noise), resamples=300), label=str
     )
     assert verdict.startswith(answer) and words in " ".join(sentences)
 
 
 def test_verdict_tells_the_order_from_its_pairs():
-    found = analyse_rank_change(*study_of([0.9, 0.8, 0.7], [0.6, 0.7, 0.8]), resamples=100)
+    found = analyze_rank_change(*study_of([0.9, 0.8, 0.7], [0.6, 0.7, 0.8]), resamples=100)
     unsure = dataclasses.replace(found, pairs=tuple(pair | {"p_flip_holm": 0.4} for pair in found.pairs))
     assert rank_change_verdict(unsure, label=str)[0].startswith("Yes for the order as a whole; no single pair")
     kept = dataclasses.replace(found, agreement=dataclasses.replace(found.agreement, p_one_order=0.3))

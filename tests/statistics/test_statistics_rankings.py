@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from polypseg.statistics import agreement_row, analyse_rank_change, draw_both, score_set
+from polypseg.statistics import agreement_row, analyze_rank_change, competition_ranks, draw_both, score_set
 from polypseg.statistics.orders import kendall_tau, one_order_p_value, order_signs, same_order_taus
 
 CLIPS = np.repeat(range(29), 21)
@@ -47,7 +47,7 @@ def test_two_identical_models_share_their_ranks_and_flip_with_probability_a_half
     rng = np.random.default_rng(0)
     values = rng.random((2, 50))
     sets = [score_set({"a": v, "b": v, "worse": v - 0.5}) for v in values]
-    change = analyse_rank_change(*sets, resamples=500)
+    change = analyze_rank_change(*sets, resamples=500)
     for ranking in (change.inside, change.outside):
         assert ranking.ranks.tolist() == [1.5, 1.5, 3.0]
         assert ranking.probability == pytest.approx(np.array([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]]))
@@ -66,7 +66,7 @@ def test_two_identical_models_share_their_ranks_and_flip_with_probability_a_half
 
 
 def test_a_clear_reversal_is_a_flip_beyond_doubt():
-    change = analyse_rank_change(*two_sets(np.random.default_rng(1), [0.9, 0.7, 0.5], [0.4, 0.6, 0.8], noise=0.05))
+    change = analyze_rank_change(*two_sets(np.random.default_rng(1), [0.9, 0.7, 0.5], [0.4, 0.6, 0.8], noise=0.05))
     assert change.agreement.tau.estimate == -1 and change.agreement.p_one_order < 0.01
     assert change.flips[0, 2] > 0.999
     assert change.agreement.same_winner < 0.001 and change.agreement.winner_stays < 0.001
@@ -78,7 +78,7 @@ def test_a_clear_reversal_is_a_flip_beyond_doubt():
 
 
 def test_a_firm_common_order_stays():
-    change = analyse_rank_change(*two_sets(np.random.default_rng(2), [0.9, 0.7, 0.5], [0.8, 0.6, 0.4], noise=0.05))
+    change = analyze_rank_change(*two_sets(np.random.default_rng(2), [0.9, 0.7, 0.5], [0.8, 0.6, 0.4], noise=0.05))
     agreement = change.agreement
     assert agreement.tau.estimate == 1 and agreement.tau.low == 1 and agreement.expected_tau > 0.99
     assert agreement.winner_stays > 0.99 and agreement.same_winner > 0.99 and agreement.p_one_order == 1
@@ -87,7 +87,7 @@ def test_a_firm_common_order_stays():
 
 
 def test_flip_probability_of_independent_sets_is_that_of_opposite_orders():
-    change = analyse_rank_change(*two_sets(np.random.default_rng(3), [0.8, 0.79], [0.6, 0.62]), resamples=20_000)
+    change = analyze_rank_change(*two_sets(np.random.default_rng(3), [0.8, 0.79], [0.6, 0.62]), resamples=20_000)
     above = change.inside.above[0, 1], change.outside.above[0, 1]
     expected = above[0] * (1 - above[1]) + (1 - above[0]) * above[1]
     assert 0.05 < expected < 0.95 and change.flips[0, 1] == pytest.approx(expected, abs=0.015)
@@ -95,7 +95,7 @@ def test_flip_probability_of_independent_sets_is_that_of_opposite_orders():
 
 def test_rank_probabilities_are_doubly_stochastic_and_agree_with_counted_ranks():
     sets = two_sets(np.random.default_rng(4), [0.8, 0.79, 0.81, 0.8], [0.6] * 4)
-    change = analyse_rank_change(*sets, resamples=2000, seed=5)
+    change = analyze_rank_change(*sets, resamples=2000, seed=5)
     draws, _ = draw_both(*sets, resamples=2000, seed=5)
     ranks = stats.rankdata(-draws.values, axis=1)
     counted = np.array([[(ranks[:, m] == r).mean() for r in range(1, 5)] for m in range(4)])
@@ -113,7 +113,7 @@ def test_flip_test_rarely_errs_when_the_orders_are_equal():
     rng = np.random.default_rng(6)
     claims = 0
     for case in range(100):
-        change = analyse_rank_change(*two_sets(rng, [0.8, 0.7], [0.6001, 0.6]), resamples=20, seed=case)
+        change = analyze_rank_change(*two_sets(rng, [0.8, 0.7], [0.6001, 0.6]), resamples=20, seed=case)
         claims += change.pairs[0]["p_flip"] <= 0.05
     assert claims <= 8  # at the border of the hypothesis one direction of two counts: 2.5 % are expected
 
@@ -154,14 +154,14 @@ def test_expected_tau_is_near_the_tau_of_data_with_one_order():
 
 def test_noise_alone_explains_the_disagreement_of_equal_models():
     sets = two_sets(np.random.default_rng(10), [0.8] * 8, [0.6] * 8)
-    agreement = analyse_rank_change(*sets, resamples=1000).agreement
+    agreement = analyze_rank_change(*sets, resamples=1000).agreement
     assert abs(agreement.expected_tau) < 0.3 and agreement.noise_share > 0.6 and agreement.p_one_order > 0.05
     assert agreement.same_winner < 0.5
 
 
 def test_retest_tau_of_a_firm_ranking_is_one_and_of_a_loose_one_lower():
-    firm = analyse_rank_change(*two_sets(np.random.default_rng(0), [0.9, 0.6, 0.3], [0.9, 0.6, 0.3]), resamples=500)
-    loose = analyse_rank_change(*two_sets(np.random.default_rng(0), [0.8, 0.8, 0.8], [0.6] * 3), resamples=500)
+    firm = analyze_rank_change(*two_sets(np.random.default_rng(0), [0.9, 0.6, 0.3], [0.9, 0.6, 0.3]), resamples=500)
+    loose = analyze_rank_change(*two_sets(np.random.default_rng(0), [0.8, 0.8, 0.8], [0.6] * 3), resamples=500)
     assert firm.agreement.retest_inside == 1 == firm.agreement.retest_outside
     assert loose.agreement.retest_inside < 0.9
 
@@ -169,26 +169,30 @@ def test_retest_tau_of_a_firm_ranking_is_one_and_of_a_loose_one_lower():
 def test_rank_change_repeats_with_its_seed_and_goes_into_json():
     sets = two_sets(np.random.default_rng(4), [0.8, 0.79, 0.81], [0.6, 0.62, 0.61])
     content = [
-        json.dumps(analyse_rank_change(*sets, resamples=300, seed=s).content(), allow_nan=False) for s in (1, 1, 2)
+        json.dumps(analyze_rank_change(*sets, resamples=300, seed=s).content(), allow_nan=False) for s in (1, 1, 2)
     ]
     assert content[0] == content[1] != content[2]
     kept = json.loads(content[0])
     assert kept["titles"] == ["in", "out"] and kept["models"] == ["m0", "m1", "m2"]
     assert sum(kept["tau_histogram"]["draws"]) == 300 == sum(kept["tau_histogram"]["same_order"])
-    assert kept["agreement"] == agreement_row(analyse_rank_change(*sets, resamples=300, seed=1).agreement)
+    assert kept["agreement"] == agreement_row(analyze_rank_change(*sets, resamples=300, seed=1).agreement)
     assert len(kept["pairs"]) == 3 and len(kept["rows"]) == 3
 
 
 def test_one_model_or_other_models_have_no_ranking_to_compare():
     one = score_set({"a": [0.1, 0.2]})
     with pytest.raises(ValueError, match="at least two models"):
-        analyse_rank_change(one, one)
+        analyze_rank_change(one, one)
     two = score_set({"a": [0.1, 0.2], "b": [0.3, 0.1]})
     with pytest.raises(ValueError, match="same models and seeds"):
-        analyse_rank_change(two, score_set({"b": [0.1, 0.2], "a": [0.3, 0.1]}))
+        analyze_rank_change(two, score_set({"b": [0.1, 0.2], "a": [0.3, 0.1]}))
 
 
 def test_one_clip_gives_ranks_but_no_interval_of_tau():
     inside = score_set({"a": [0.1, 0.2, 0.4], "b": [0.3, 0.1, 0.2]})
     outside = score_set({"a": [0.1, 0.2], "b": [0.3, 0.1]}, clusters=["x", "x"])
-    assert analyse_rank_change(inside, outside, resamples=50).agreement.tau.low is None
+    assert analyze_rank_change(inside, outside, resamples=50).agreement.tau.low is None
+
+
+def test_competition_ranks_share_ties():
+    assert competition_ranks({"a": 0.5, "b": 0.9, "c": 0.5, "d": 0.1}) == {"b": 1, "a": 2, "c": 2, "d": 4}

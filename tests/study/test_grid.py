@@ -16,6 +16,8 @@ from PIL import Image
 from rich.console import Console
 
 from polypseg import zoo
+from polypseg.cli.app import app
+from polypseg.cli.console import run_app
 from polypseg.data import open_dataset
 from polypseg.data.corpus import FrameSubset, open_frames
 from polypseg.data.polyps import SyntheticOptions
@@ -277,6 +279,19 @@ def test_plan_cost_counts_what_is_left_without_training(tmp_path, toys):
     }
     assert all(cost.hours == pytest.approx(cost.tasks * cost.steps * cost.seconds / 3600) for cost in costs.values())
     assert not (tmp_path / "out").exists()
+
+
+def test_processes_of_one_launch_are_refused_by_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    """Its workers are processes of their own: as ranks of one run each would wait for the others' part of a step."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = ["study", "--grid", str(write_grid(tmp_path)), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["polypseg", *command, "--frames", f"toys={tmp_path}"])
+    with pytest.raises(SystemExit) as caught:
+        run_app(app)
+    told = capsys.readouterr()
+    assert caught.value.code == 2 and not told.out and not (tmp_path / "out").exists()
+    (line,) = told.err.splitlines()
+    assert line.startswith("error: a grid's worker is one process") and "accelerate launch" in line
 
 
 def test_grid_without_the_place_of_a_corpus_fails_before_any_work(tmp_path):

@@ -18,8 +18,8 @@ from polypseg.errors import UsageError
 from polypseg.evaluation.receipt import check_receipt, find_receipts, read_score_set
 from polypseg.provenance.origin import describe_start
 from polypseg.recipe import Recipe
-from polypseg.report.comparison import Comparison, drawn_models, rank
-from polypseg.statistics import analyse_rank_change
+from polypseg.report.comparison import ComparedRows, drawn_models
+from polypseg.statistics import analyze_rank_change
 from polypseg.study import compare
 from polypseg.study.cells import Cell, grid_cells
 from polypseg.study.compare import next_step, open_sets, run_study
@@ -29,10 +29,6 @@ from polypseg.study.workers import claims_folder
 from receipt_factory import SKILLS, write_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def test_ranks_share_ties():
-    assert rank({"a": 0.5, "b": 0.9, "c": 0.5, "d": 0.1}) == {"b": 1, "a": 2, "c": 2, "d": 4}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +41,7 @@ def receipts(tmp_path_factory):
 
 
 def test_comparison_shows_the_receipts_scores_by_clip_their_gap_and_the_rank_change(receipts):
-    rows = {row["model"]: row for row in Comparison.of(receipts).rows(dict.fromkeys(receipts, "x"))}
+    rows = {row["model"]: row for row in ComparedRows.of(receipts).rows(dict.fromkeys(receipts, "x"))}
     dice = {name: [r.per_image("dice").mean() for r in receipts[name]] for name in rows}
     order = [sorted(dice, key=lambda name, k=k: -dice[name][k]) for k in (0, 1)]
     assert order[0] != order[1]
@@ -64,16 +60,16 @@ def test_comparison_shows_the_receipts_scores_by_clip_their_gap_and_the_rank_cha
 
 def test_comparison_analyses_a_ranking_of_three_models_or_more(receipts):
     sets = [read_score_set({name: [pair[k]] for name, pair in receipts.items()}) for k in (0, 1)]
-    expected = analyse_rank_change(*sets).agreement
-    assert Comparison.of(receipts).change.agreement == expected
-    two = Comparison.of(dict(list(receipts.items())[:2]))
+    expected = analyze_rank_change(*sets).agreement
+    assert ComparedRows.of(receipts).change.agreement == expected
+    two = ComparedRows.of(dict(list(receipts.items())[:2]))
     assert two.change is None and len(two.gaps) == 2
 
 
 def test_comparison_refuses_receipts_of_different_images(receipts):
     (first, pair), (second, other) = list(receipts.items())[:2]
     with pytest.raises(UsageError, match="differ in the images"):
-        Comparison.of({first: pair, second: other[::-1]})
+        ComparedRows.of({first: pair, second: other[::-1]})
 
 
 def recipe_of(grid: Grid, cell: Cell) -> Recipe:
@@ -160,6 +156,13 @@ class TestPlan:
         with pytest.raises(UsageError, match=message):
             run_study(scale_grid(**({"scale": "smoke"} | options)), output=tmp_path / "new")
         assert not (tmp_path / "new").exists()
+
+    def test_a_grids_weights_for_a_row_that_it_does_not_list_are_refused(self):
+        listed = {"rows": ("RN-IN-SL",), "weights": {"resnet50_deeplabv3plus.supervised_imagenet1k": "random"}}
+        grid = scale_grid("smoke").model_copy(update=listed)
+        assert [cell.weights for cell in grid_cells(grid)] == ["random"]
+        with pytest.raises(UsageError, match=r"vit_base_dpt\.random, which this study does not include"):
+            grid_cells(grid.model_copy(update={"weights": {"VT-NA-NA": "x"}}))
 
     def test_options_are_told_as_changes_of_the_grid(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(compare, "work_together", lambda *a, **k: None)

@@ -29,8 +29,6 @@ NamedMaskValues = Annotated[
         "(study: in or out; shift: a or b) or a test's dataset. Repeat for several.",
     ),
 ]
-OWN_FOLDER = "folder"
-"""The dataset of the table that stands for anybody's own images and masks."""
 SourceOption = Annotated[
     list[str] | None,
     Option("--source", help="Folder or archive of the dataset, or NAME=PATH for a dataset of several; repeatable."),
@@ -65,6 +63,8 @@ def two_places(sources: Sequence[str] | None, first: str, second: str) -> tuple[
 
     Raises UsageError as ``places``.
     """
+    from polypseg.data.catalog import OWN_FOLDER
+
     if first == second == OWN_FOLDER and len(sources or []) == 2:
         here, there = (Path(text.removeprefix(f"{OWN_FOLDER}=")) for text in sources or [])
         return here, there

@@ -18,7 +18,7 @@ from polypseg.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from polypseg.shift import Comparison
+    from polypseg.shift import SetComparison
     from polypseg.shift.attribution import Attribution, ShiftSet
     from polypseg.shift.comparison import Embed
 
@@ -127,14 +127,16 @@ def _open(
     return ShiftSet(dataset=opened, ids=ids, measured=measured, look=typical_look(opened, ids, measured))
 
 
-def _title(found: "Comparison") -> str:
+def _title(found: "SetComparison") -> str:
     (a, b), (n_a, n_b) = found.titles, found.sizes
     return f"a: {a} (n = {n_a}); b: {b} (n = {n_b})"
 
 
-def _separability(found: "Comparison") -> str:
+def _separability(found: "SetComparison") -> str:
+    from polypseg.tables import with_bounds
+
     def words(value: Any) -> str:
-        return f"{value.estimate:.3f} [{value.low:.3f}, {value.high:.3f}]"
+        return with_bounds(value.estimate, value.low, value.high)
 
     parts = [f"a linear classifier of the measures tells the sets apart with AUC {words(found.measures_auc)}"]
     if found.embedding_auc is not None and found.embedding_floor is not None:
@@ -147,7 +149,7 @@ def _separability(found: "Comparison") -> str:
     return "; ".join(parts)
 
 
-def _print_comparison(found: "Comparison") -> None:
+def _print_comparison(found: "SetComparison") -> None:
     from polypseg.tables import Column, Table
 
     columns = [

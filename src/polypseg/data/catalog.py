@@ -82,6 +82,8 @@ class DatasetSpec:
 
 _SIMULA = "https://datasets.simula.no/downloads"
 _RESEARCH_ONLY = "research and education only; commercial use needs the owners' written permission"
+OWN_FOLDER = "folder"
+"""The dataset of the table that stands for anybody's own images and masks: two of that name may be two sets."""
 
 DATASETS: dict[str, DatasetSpec] = {
     spec.name: spec
@@ -220,7 +222,7 @@ DATASETS: dict[str, DatasetSpec] = {
             request="Join https://www.kaggle.com/competitions/bkai-igh-neopolyp, accept its rules and download.",
         ),
         DatasetSpec(
-            name="folder",
+            name=OWN_FOLDER,
             title="a folder of images and masks",
             license="yours to state",
             citation="",

@@ -7,6 +7,7 @@ from polypseg.errors import UsageError
 from polypseg.evaluation.receipt import CONVENTION, SUFFIX, Receipt, Score, find_receipts
 from polypseg.files import write_json
 from polypseg.inference.quality import FILE
+from polypseg.tables import with_bounds
 
 LIMITS = {
     "first": ", only the first {count}",
@@ -39,8 +40,8 @@ def no_results(folder: Path) -> UsageError:
 
 def cell_of(value: Score) -> str:
     """``mean [low, high]`` of one of a receipt's scores, for a table."""
-    interval = "" if value.low is None else f" [{value.low:.3f}, {value.high:.3f}]"
-    return f"{value.mean:.3f}{interval}"
+    assert value.mean is not None, "of images that define the score"
+    return with_bounds(value.mean, value.low, value.high)
 
 
 def size_of(receipt: Receipt) -> str:

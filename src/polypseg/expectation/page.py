@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
-
 from polypseg.expectation.estimate import LEAST
 from polypseg.expectation.fit import WORTH
 from polypseg.inference.expected import FLAGS
 from polypseg.report.document import TEMPLATES
+from polypseg.tables import template_environment
 
 _NAMES = {"set": "real set", "corruption": "corruption", "model": "other model"}
 Rows = list[tuple[str, ...]]
@@ -18,13 +17,7 @@ def render_page(learnt: Mapping[str, Any], point: Mapping[str, Any]) -> str:
     """The page as Markdown, of an expectation file's content and an operating point's."""
     evidence, cells = learnt["evidence"], learnt["learnt_from"]
     name, digest = next(iter(learnt["model"]["sha256"].items()))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = template_environment(TEMPLATES, escape=False)
     return environment.get_template("estimate.md.jinja").render(
         least=LEAST,
         worth=WORTH,

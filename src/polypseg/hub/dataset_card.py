@@ -19,6 +19,7 @@ from polypseg.data.catalog import DatasetSpec, get_spec, is_synthetic, may_be_pu
 from polypseg.data.splits import DESCRIPTIONS
 from polypseg.errors import UsageError
 from polypseg.provenance.licence import DISCLAIMER
+from polypseg.tables import template_environment
 
 TEMPLATES = Path(__file__).parent / "templates"
 """What cards, the published folder and the Space are made from."""
@@ -32,15 +33,7 @@ _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000
 @cache
 def load_template(name: str) -> jinja2.Template:
     """A template of this folder, strict about names: a missing fact is an error, never an empty place."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-    return environment.get_template(name)
+    return template_environment(TEMPLATES, escape=False).get_template(name)
 
 
 @cache

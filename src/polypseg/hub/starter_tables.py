@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from polypseg.data.catalog import DATASETS, NEGATIVES
 from polypseg.evaluation.receipt import Receipt, find_receipts
@@ -12,7 +11,7 @@ from polypseg.hub.card_facts import read_epochs, training_hours
 from polypseg.hub.export import RESULTS
 from polypseg.provenance.local import STARTER_FOLDER
 from polypseg.recipe import load_recipe
-from polypseg.tables import Column, Table
+from polypseg.tables import Column, Table, with_bounds
 
 STARTER_MARKS = ("<!-- starter -->", "<!-- /starter -->")
 RUNS_MARKS = ("<!-- runs -->", "<!-- /runs -->")
@@ -110,20 +109,20 @@ def robustness_table(file: Path) -> str:
     columns = [
         Column("corruption", "corruption"),
         *(Column(f"mDice at severity {severity}", str(severity), "{:.3f}".format) for severity in _SHOWN_SEVERITIES),
-        Column(f"loss at {_STATED_SEVERITY}, 95 % interval", "", _loss),
+        Column(
+            f"loss at {_STATED_SEVERITY}, 95 % interval",
+            "",
+            lambda row: with_bounds(row["drop_mean"], row["drop_low"], row["drop_high"]),
+        ),
         Column("as a fraction", "relative_drop", "{:.0%}".format),
     ]
     tested, clean = found["dataset"], found["clean"]
     title = (
         f"{_title(tested['name'])}, {tested['split']} {tested['part']} part, n = {tested['n']}; clean "
-        f"{clean['mean']:.3f} [{clean['low']:.3f}, {clean['high']:.3f}]; over all kinds and severities "
+        f"{with_bounds(clean['mean'], clean['low'], clean['high'])}; over all kinds and severities "
         f"{found['mean_relative_drop']:.0%} of it is lost:"
     )
     return f"{title}\n\n{Table(columns=columns, records=records).markdown()}"
-
-
-def _loss(row: dict[str, Any]) -> str:
-    return f"{row['drop_mean']:.3f} [{row['drop_low']:.3f}, {row['drop_high']:.3f}]"
 
 
 def _title(dataset: str) -> str:
@@ -135,21 +134,21 @@ def shift_table(file: Path) -> str:
     found = read_json(file)
     columns = [
         Column("frames re-rendered in", "factor"),
-        Column("cost in mean Dice, 95 % interval", "", _cost),
+        Column(
+            "cost in mean Dice, 95 % interval",
+            "",
+            lambda row: with_bounds(row["cost"], row["cost_low"], row["cost_high"], sign="+"),
+        ),
         Column("p (Holm)", "p_holm", "{:.3f}".format),
         Column("of its shift covered", "covered", lambda share: "–" if share is None else f"{share:.0%}"),
     ]
     inside, outside, drop = (found[name] for name in ("inside", "outside", "drop"))
     title = (
         f"{found['titles'][0]} (n = {found['n'][0]}, mean Dice {inside['estimate']:.3f}) toward {found['titles'][1]} "
-        f"(n = {found['n'][1]}, {outside['estimate']:.3f}); the difference is {drop['estimate']:+.3f} "
-        f"[{drop['low']:+.3f}, {drop['high']:+.3f}]:"
+        f"(n = {found['n'][1]}, {outside['estimate']:.3f}); the difference is "
+        f"{with_bounds(drop['estimate'], drop['low'], drop['high'], sign='+')}:"
     )
     return f"{title}\n\n{Table(columns=columns, records=found['factors']).markdown()}"
-
-
-def _cost(row: dict[str, Any]) -> str:
-    return f"{row['cost']:+.3f} [{row['cost_low']:+.3f}, {row['cost_high']:+.3f}]"
 
 
 def put_between(page: Path, marks: tuple[str, str], text: str) -> Path:

@@ -27,8 +27,6 @@ WEIGHTS_ORIGIN = "weights_origin"
 """Under which config.json, and what describes predictions, hold the record."""
 UNKNOWN = "unknown"
 """The id, and other facts, of weights whose record has none."""
-FURTHER_STAGES = ("starter_further", "starter_finish")
-"""Recipes that are made to go on from another's model: their names say so."""
 STUDY_RECIPE = "finetune"
 STUDY_DATA = "kvasir_seg reference/train"
 STUDY_TRAINING_IMAGES = 800
@@ -450,7 +448,8 @@ def _training_reasons(origin: WeightsOrigin) -> Iterator[tuple[str, str]]:
     elif origin.n != STUDY_TRAINING_IMAGES:
         yield "part", f"it saw {origin.n} training images, not {STUDY_TRAINING_IMAGES}"
     if origin.continued_from:
-        yield "" if recipe in FURTHER_STAGES else "continued", "it went on from another fine-tuned model"
+        stage = origin.bundled_recipe  # whose name says it already, where it is made for that
+        yield "" if stage and stage.further_stage else "continued", "it went on from another fine-tuned model"
     if not origin.finished:
         yield "unfinished", "its training run did not end"
 

@@ -10,16 +10,15 @@ from polypseg.report.receipts import Material
 from polypseg.report.wording import ALPHA
 from polypseg.statistics import (
     RESAMPLES,
-    Comparison,
     Contrast,
     Gap,
     Interval,
+    PairComparison,
     RankChange,
     RunVariation,
     ScoreSet,
-    analyse_rank_change,
+    analyze_generalization,
     compare_models,
-    generalisation_gaps,
     group_contrasts,
     mean_rows,
     run_variation,
@@ -48,7 +47,7 @@ class Analysis:
     """Dice of the compared rows."""
     gaps: tuple[Gap, ...] = ()
     contrasts: tuple[Contrast, ...] = ()
-    comparisons: tuple[tuple[Comparison, ...], ...] = ()
+    comparisons: tuple[tuple[PairComparison, ...], ...] = ()
     """All pairs in distribution, then out of it."""
     change: RankChange | None = None
     runs: Mapping[str, RunVariation] = field(default_factory=dict)
@@ -110,7 +109,7 @@ def analyse(material: Material, *, resamples: int = RESAMPLES) -> Analysis:
         score_set_of({model: material.used(model, test) for model in material.compared})
         for test in (material.inside, material.outside)
     )
-    several = len(material.compared) > 1
+    found = analyze_generalization(inside, outside, resamples=resamples)
     groups = study_groups(
         list(material.compared),
         names=material.names,
@@ -118,12 +117,12 @@ def analyse(material: Material, *, resamples: int = RESAMPLES) -> Analysis:
         unknown_starts=material.unknown_starts,
     )
     runs = _measure_runs(material)
-    sets = {"inside": inside, "outside": outside} if several else {}
+    sets = {"inside": inside, "outside": outside} if found.change else {}
     return Analysis(
         **common,  # type: ignore[arg-type]
         inside=inside,
         outside=outside,
-        gaps=tuple(generalisation_gaps(inside, outside, resamples=resamples)),
+        gaps=found.gaps,
         contrasts=tuple(
             _contrast_with_runs(contrast, runs, seeds=inside.seeds)
             for contrast in group_contrasts(inside, outside, groups, resamples=resamples)
@@ -135,7 +134,7 @@ def analyse(material: Material, *, resamples: int = RESAMPLES) -> Analysis:
             )
             for which, scores in sets.items()
         ),
-        change=analyse_rank_change(inside, outside, resamples=resamples) if several else None,
+        change=found.change,
         runs=runs,
     )
 

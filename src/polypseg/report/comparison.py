@@ -12,19 +12,19 @@ from rich.console import Console
 
 from polypseg import plotting
 from polypseg.data.polyps import PolypDataset
-from polypseg.evaluation.receipt import BY_CLUSTER, CONVENTION, Receipt, read_score_set
+from polypseg.evaluation.receipt import BY_CLUSTER, Receipt
 from polypseg.files import environment_record, write_csv, write_json
 from polypseg.provenance.origin import UNKNOWN, describe_start
 from polypseg.report import write_report
+from polypseg.report.analysis import score_set_of
 from polypseg.report.gallery import read_mask
 from polypseg.report.receipts import entry_of, table_name
 from polypseg.statistics import (
     Gap,
     RankChange,
-    ScoreSet,
     agreement_row,
-    analyse_rank_change,
-    generalisation_gaps,
+    analyze_generalization,
+    competition_ranks,
 )
 from polypseg.statistics.scores import METRICS
 from polypseg.tables import Column, Table
@@ -35,13 +35,8 @@ RANKED = 3
 """Models from which on a change of their ranking is analysed."""
 
 
-def rank(values: dict[str, float]) -> dict[str, int]:
-    """Rank of each key by value, 1 for the greatest; ties share the better rank."""
-    return {name: 1 + sum(other > value for other in values.values()) for name, value in values.items()}
-
-
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class ComparedRows:
     """What the receipts of several models on both sets say."""
 
     results: Mapping[str, Sequence[Receipt]]
@@ -52,11 +47,11 @@ class Comparison:
     """Of the ranking by Dice; None for fewer than RANKED models."""
 
     @classmethod
-    def of(cls, results: Mapping[str, Sequence[Receipt]]) -> "Comparison":
+    def of(cls, results: Mapping[str, Sequence[Receipt]]) -> "ComparedRows":
         """Compare receipts of the same images. Raises UsageError where they are of different ones."""
-        inside, outside = (_dice(results, where) for where in (0, 1))
-        change = analyse_rank_change(inside, outside) if len(results) >= RANKED else None
-        return cls(results=results, gaps=tuple(generalisation_gaps(inside, outside)), change=change)
+        inside, outside = (score_set_of({name: [pair[k]] for name, pair in results.items()}) for k in (0, 1))
+        found = analyze_generalization(inside, outside)
+        return cls(results=results, gaps=found.gaps, change=found.change if len(results) >= RANKED else None)
 
     def rows(self, starts: Mapping[str, str]) -> list[dict[str, Any]]:
         """One row a model: start, both sets' four means, the Dice's effective n, its gap, both ranks and the change.
@@ -64,7 +59,7 @@ class Comparison:
         Every mean and gap has its interval by cluster. A positive change of rank is a rise.
         """
         dice = {name: [result.mean_dice for result in pair] for name, pair in self.results.items()}
-        inside, outside = (rank({name: pair[k] for name, pair in dice.items()}) for k in (0, 1))
+        inside, outside = (competition_ranks({name: pair[k] for name, pair in dice.items()}) for k in (0, 1))
         rows = []
         for (name, pair), gap in zip(self.results.items(), self.gaps, strict=True):
             row: dict[str, Any] = {"model": name, "start": starts[name]}
@@ -78,10 +73,6 @@ class Comparison:
             row |= {"rank_in": inside[name], "rank_out": outside[name], "rank_change": inside[name] - outside[name]}
             rows.append(row)
         return rows
-
-
-def _dice(results: Mapping[str, Sequence[Receipt]], where: int) -> ScoreSet:
-    return read_score_set({name: [pair[where]] for name, pair in results.items()}, metric=f"{CONVENTION}.dice")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +99,7 @@ def write_comparison(
     ``receipts``: row -> its receipts in and out of distribution; ``sets``: the two sets in that order; ``results``: the
     folder of receipts and masks; ``grid``: what was run, for the record. Prints the table too.
     """
-    comparison = Comparison.of(receipts)
+    comparison = ComparedRows.of(receipts)
     first = next(iter(receipts.values()))
     labels = {name: table_name(name) for name in receipts}
     rows = comparison.rows({name: start_of(name, pair[0]) for name, pair in receipts.items()})

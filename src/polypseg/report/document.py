@@ -5,9 +5,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from polypseg import __version__
+from polypseg.tables import template_environment
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -15,17 +14,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 def render_document(template: str, **values: Any) -> str:
     """A template with the report's style and script in it, strict about names: a missing value is an error."""
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "report.js"))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(
+    environment = template_environment(TEMPLATES, escape=True)
+    page = environment.get_template(template).render(
         style=style,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         version=__version__,
         **values,
     )
+    return page.removesuffix("\n")  # as in all pages so far: the same input gives the same bytes

@@ -11,7 +11,7 @@ from polypseg.evaluation.receipt import FalseAlarms, Receipt, Test
 from polypseg.report.analysis import SIDES, Analysis
 from polypseg.report.receipts import Material, entry_of, part_words
 from polypseg.report.wording import between, number, percent, rank, short_p
-from polypseg.statistics import Comparison, Interval
+from polypseg.statistics import Interval, PairComparison
 from polypseg.statistics.scores import METRICS
 from polypseg.tables import Cell, Column, Table
 
@@ -409,8 +409,8 @@ def _sides(material: Material, groups: tuple[tuple[str, ...], tuple[str, ...]]) 
 class _Pair(NamedTuple):
     """Two models' difference in both tests, and whether their order turns."""
 
-    inside: Comparison
-    outside: Comparison
+    inside: PairComparison
+    outside: PairComparison
     flip: Mapping[str, Any]
 
 

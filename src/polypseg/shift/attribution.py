@@ -22,10 +22,10 @@ from polypseg.shift.factors import FACTORS, SAMPLE, Factor, Look, Render
 from polypseg.shift.frame_statistics import measure_frame
 from polypseg.statistics import (
     RESAMPLES,
-    Comparison,
     Interval,
+    PairComparison,
     compare_models,
-    generalisation_gaps,
+    generalization_gaps,
     mean_intervals,
     score_set,
 )
@@ -102,7 +102,7 @@ class Attribution:
     """Mean Dice on the other set."""
     drop: Interval
     """Inside minus outside."""
-    costs: tuple[Comparison, ...]
+    costs: tuple[PairComparison, ...]
     """As it is minus re-rendered, one a factor and one for all together; p_holm over all of them."""
     cross_talk: dict[str, dict[str, float]]
     """Factor -> measure -> share of the difference between the sets that the re-rendering covers: 1 all, 0 nothing.
@@ -179,7 +179,7 @@ def attribute_shift(
     )
     common: dict[str, Any] = {"resamples": resamples, "seed": seed}
     plain = score_set({PLAIN: dice[PLAIN]}, title=inside.measured.title, clusters=inside.measured.clusters)
-    (gap,) = generalisation_gaps(plain, elsewhere, **common)
+    (gap,) = generalization_gaps(plain, elsewhere, **common)
     return Attribution(
         model=source.name,
         titles=(inside.measured.title, outside.measured.title),

@@ -23,7 +23,7 @@ from polypseg.data.catalog import CLIP_COLUMN
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError
 from polypseg.shift.frame_statistics import measure_frame
-from polypseg.statistics import RESAMPLES, Gap, Interval, generalisation_gaps, score_set
+from polypseg.statistics import RESAMPLES, Gap, Interval, generalization_gaps, score_set
 
 Floats = NDArray[np.float64]
 Embed = Callable[[Sequence[Image.Image]], NDArray[np.float32]]
@@ -85,7 +85,7 @@ def measure_set(dataset: PolypDataset, ids: Sequence[str], *, title: str, embed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class SetComparison:
     """Set a against set b."""
 
     titles: tuple[str, str]
@@ -117,7 +117,7 @@ class Comparison:
         }
 
 
-def compare_sets(a: MeasuredSet, b: MeasuredSet, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+def compare_sets(a: MeasuredSet, b: MeasuredSet, *, resamples: int = RESAMPLES, seed: int = 0) -> SetComparison:
     """Everything that is known about how two sets differ.
 
     Raises UsageError for sets of fewer frames or clips than there are folds.
@@ -131,7 +131,7 @@ def compare_sets(a: MeasuredSet, b: MeasuredSet, *, resamples: int = RESAMPLES, 
     vectors = [np.asarray(one.embeddings, dtype=np.float64) for one in (a, b)] if embedded else None
     scaled = None if vectors is None else _standardized(vectors)
     common: dict[str, Any] = {"resamples": resamples, "seed": seed}
-    return Comparison(
+    return SetComparison(
         titles=(a.title, b.title),
         sizes=(len(a), len(b)),
         measures=tuple(_measure_rows(a, b, names, **common)),
@@ -148,7 +148,7 @@ def _measure_rows(
     sets = [
         score_set({name: one.values[name] for name in names}, title=one.title, clusters=one.clusters) for one in (b, a)
     ]
-    gaps: Sequence[Gap] = generalisation_gaps(*sets, resamples=resamples, seed=seed)
+    gaps: Sequence[Gap] = generalization_gaps(*sets, resamples=resamples, seed=seed)
     rows = []
     for gap in gaps:
         x, y = a.values[gap.model], b.values[gap.model]

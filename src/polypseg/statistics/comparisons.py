@@ -30,7 +30,7 @@ _BLOCK = 10**7
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class PairComparison:
     """Model a minus model b on the same observations."""
 
     a: str
@@ -74,7 +74,7 @@ def compare_models(
     margin: float = MARGIN,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> list[Comparison]:
+) -> list[PairComparison]:
     """Compare pairs of models (default: each with each) as one family of tests.
 
     Raises UsageError for an unknown model, ValueError for a margin that is not positive.
@@ -95,7 +95,7 @@ def compare_models(
     adjusted = holm(p_values)
     draws = draw_means(scores, resamples=resamples, seed=seed)
     return [
-        Comparison(
+        PairComparison(
             a=a,
             b=b,
             difference=difference_interval(draws, a, b),

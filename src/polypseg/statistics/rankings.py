@@ -5,6 +5,7 @@ plots, after the idea of Wiesenfarth et al., Scientific Reports 11, 2021). Share
 is; they are not p-values. Rank 1 is the greatest mean; tied models share their ranks evenly.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -113,6 +114,11 @@ def agreement_row(agreement: Agreement) -> dict[str, Any]:
     return {**agreement.tau.cells("tau"), **{name: getattr(agreement, name) for name in (*names, *winner)}}
 
 
+def competition_ranks(values: Mapping[str, float]) -> dict[str, int]:
+    """Rank of each key by value, 1 for the greatest; ties share the better rank (1, 2, 2, 4)."""
+    return {name: 1 + sum(other > value for other in values.values()) for name, value in values.items()}
+
+
 def _rank_cells(where: str, ranking: Ranking, model: int) -> dict[str, float]:
     shares = ranking.probability[model]
     low, high = (int(np.searchsorted(shares.cumsum(), tail - 1e-12)) + 1 for tail in (0.025, 0.975))
@@ -125,7 +131,7 @@ def _rank_cells(where: str, ranking: Ranking, model: int) -> dict[str, float]:
     }
 
 
-def analyse_rank_change(
+def analyze_rank_change(
     inside: ScoreSet, outside: ScoreSet, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> RankChange:
     """Rank the models of two sets on joint draws and compare the rankings.

@@ -12,7 +12,7 @@ from polypseg.data.corpus import FrameStore, FrameSubset
 from polypseg.errors import UsageError
 from polypseg.pretraining.recipe import PretrainingRecipe, load_pretraining_recipe
 from polypseg.recipe import Recipe, load_recipe
-from polypseg.study.schema import Architecture, Grid, PretrainingPlan, StartPlan
+from polypseg.study.schema import Architecture, Grid, PretrainingPlan, StartPlan, weights_by_row
 from polypseg.weights.loading import STARTER_ENCODER, starter_installed
 from polypseg.zoo import RANDOM, ZooEntry
 
@@ -148,7 +148,7 @@ def _cell(grid: Grid, architecture: Architecture, start: StartPlan, *, share: fl
 
 def _row_cells(grid: Grid) -> list[Cell]:
     """The listed rows, each with the weights that are given for it, or that timm or the starter package has of it."""
-    given = {zoo.get(name).model_id: weights for name, weights in grid.weights.items()}
+    given = weights_by_row(grid.weights, rows=grid.rows)
     rows = dict.fromkeys(zoo.get(name) for name in grid.rows)
     cells = [_row_cell(grid, row, given=given) for row in rows]
     missing = [cell.entry.model_id for cell in cells if cell.lacks_weights]

@@ -1,6 +1,5 @@
 """A study at a scale: train and test the rows that a grid lists on two sets, then compare them in one report."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 from rich.console import Console
 
 from polypseg.data.polyps import SyntheticOptions, open_dataset
-from polypseg.errors import UsageError
 from polypseg.files import bundled_folder, sole_writer
 from polypseg.provenance.origin import describe_start
 from polypseg.recipe import changes_from_bundled
@@ -55,12 +53,6 @@ def run_study(
     Places and values as for ``open_sets``; ``workers``: processes of this machine that share the rows and its cores.
     Raises UsageError for a wrong grid or several launched processes, and whatever training and evaluation raise.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError(
-            "a study runs in one process. At full scale on real frames, train rows in several with `accelerate launch "
-            f"training_scripts/finetune.py --output {output}/runs/<model id>` and the study's dataset, split, "
-            "--set and weights; the study then continues from them"
-        )
     grid_cells(grid)  # what is wrong fails here or at the tasks, before any work
     data = open_sets(grid, output=output, split=split, sources=sources, mask_values=mask_values)
     tasks = grid_tasks(grid, data)

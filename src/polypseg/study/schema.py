@@ -209,13 +209,22 @@ def scale_grid(
     compared |= {"limit": limit, "allow_partial": allow_partial}
     content["rows"] = list(models) or content["rows"]
     content["finetuning"]["overrides"] = list(overrides)
-    content["weights"] = {zoo.get(name).model_id: weights for name, weights in (encoder_weights or {}).items()}
-    unused = set(content["weights"]) - {zoo.get(name).model_id for name in content["rows"]}
-    if unused:
-        raise UsageError(f"--encoder-weights for {', '.join(sorted(unused))}, which this study does not include")
+    content["weights"] = weights_by_row(encoder_weights or {}, rows=content["rows"])
     if start_from_available:
         content["missing_weights"] = "random"
     return _parse_grid(content, source=source)
+
+
+def weights_by_row(weights: Mapping[str, str], *, rows: Sequence[str]) -> dict[str, str]:
+    """Id of a row -> the weights given for it; rows by id or short name. Raises UsageError for one not in ``rows``."""
+    given = {zoo.get(name).model_id: start for name, start in weights.items()}
+    unused = set(given) - {zoo.get(name).model_id for name in rows}
+    if unused:
+        raise UsageError(
+            f"weights (--encoder-weights, or of the grid) for {', '.join(sorted(unused))}, which this study does not "
+            "include"
+        )
+    return given
 
 
 def _read_grid(name_or_path: str | Path) -> tuple[dict[str, Any], str]:

@@ -1,5 +1,6 @@
 """The work of a grid as tasks: pretrain an encoder, fine-tune a cell, test it. Each knows when it is done."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -327,8 +328,9 @@ def comparison_tests(grid: Grid, data: GridData) -> tuple[ComparisonTest, Compar
 def grid_tasks(grid: Grid, data: GridData) -> list[Task]:
     """All tasks, in an order in which one worker can do them.
 
-    Raises UsageError for a corpus without a place and an unknown test.
+    Raises UsageError for a corpus without a place, an unknown test, and several processes of one launch.
     """
+    _refuse_launch(grid, output=data.output)
     seeds: tuple[int | None, ...] = grid.seeds or (None,)
     trained = [FinetuneTask(grid=grid, cell=cell, seed=seed, data=data) for seed in seeds for cell in grid_cells(grid)]
     tests = comparison_tests(grid, data) if grid.comparison else None
@@ -346,6 +348,22 @@ def grid_tasks(grid: Grid, data: GridData) -> list[Task]:
         if tests is not None:
             tasks.append(CompareTask(trained=task, tests=tests))
     return tasks
+
+
+def _refuse_launch(grid: Grid, *, output: Path) -> None:
+    """Raise UsageError for several processes of one `accelerate launch`: a worker does other tasks than its fellows."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return
+    if grid.comparison is None:
+        raise UsageError(
+            "a grid's worker is one process: run `polypseg study --grid` once for each core or machine, without "
+            "`accelerate launch`"
+        )
+    raise UsageError(
+        "a study runs in one process. At full scale on real frames, train rows in several with `accelerate launch "
+        f"training_scripts/finetune.py --output {output}/runs/<model id>` and the study's dataset, split, "
+        "--set and weights; the study then continues from them"
+    )
 
 
 def describe_grid(grid: Grid) -> dict[str, Any]:

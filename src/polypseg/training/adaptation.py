@@ -94,8 +94,6 @@ class TuningPlan:
     batch: int = 6
     reduction: float = 1.0
     """Side of the frames while tuning, as a share of the model's own."""
-    keep: float = 1.0
-    """Share of the way from the old weights to the tuned ones that is gone (Wortsman et al. 2022)."""
 
     @property
     def words(self) -> str:
@@ -178,7 +176,6 @@ def tune(model: PolypSegForSemanticSegmentation, pairs: Pairs, plan: TuningPlan,
     """
     keep_opencv_to_one_thread()
     model.eval()
-    before = {name: value.clone() for name, value in model.named_parameters()} if plan.keep < 1 else {}
     trained = list((model.decoder if plan.part == "decoder" else model).parameters())
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -196,12 +193,9 @@ def tune(model: PolypSegForSemanticSegmentation, pairs: Pairs, plan: TuningPlan,
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(True)
-            parameter.grad = None
-            if name in before:
-                parameter.copy_(torch.lerp(before[name], parameter, plan.keep))
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+        parameter.grad = None
 
 
 def _batch(

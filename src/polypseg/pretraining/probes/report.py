@@ -30,7 +30,7 @@ from polypseg.pretraining.probes.scores import (
     probe_scores,
     smallest_training_part,
 )
-from polypseg.tables import Column, Table
+from polypseg.tables import Column, Table, with_bounds
 
 __all__ = [
     "FoldScores",
@@ -224,7 +224,7 @@ def _render_markdown(numbers: dict[str, Any]) -> str:
 
 def score_cell(value: Mapping[str, Any], *, sign: str = "") -> str:
     """A score with its interval: ``0.612 [0.580, 0.644]``."""
-    return f"{value['mean']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
+    return with_bounds(value["mean"], value["low"], value["high"], sign=sign)
 
 
 def choose_queries(frames: LabeledFrames) -> NDArray[np.int64]:

@@ -5,7 +5,15 @@ import pytest
 
 from polypseg import zoo
 from polypseg.errors import UsageError
-from polypseg.statistics import generalisation_gaps, group_contrasts, mean_intervals, score_set, study_groups
+from polypseg.statistics import (
+    analyze_generalization,
+    analyze_rank_change,
+    generalization_gaps,
+    group_contrasts,
+    mean_intervals,
+    score_set,
+    study_groups,
+)
 
 CLIPS = np.repeat(range(30), [8] * 15 + [20] * 15)
 
@@ -24,7 +32,7 @@ def two_sets(rng, inside_means, outside_means, *, noise=0.05):
 
 def test_gap_is_inside_minus_outside_and_relative_to_inside():
     inside, outside = score_set({"a": [0.8, 0.9, 0.7]}), score_set({"a": [0.6, 0.5, 0.7, 0.6]})
-    (gap,) = generalisation_gaps(inside, outside)
+    (gap,) = generalization_gaps(inside, outside)
     assert gap.gap.estimate == pytest.approx(0.2) and gap.relative.estimate == pytest.approx(0.25)
     assert gap.inside.low < 0.8 < gap.inside.high and gap.relative.low < 0.25 < gap.relative.high
     row = gap.row()
@@ -36,7 +44,7 @@ def test_gap_is_inside_minus_outside_and_relative_to_inside():
 def test_gap_interval_adds_the_variances_of_both_sets():
     rng = np.random.default_rng(0)
     values = [rng.normal(0.8, 0.1, size=400), rng.normal(0.6, 0.2, size=300)]
-    (gap,) = generalisation_gaps(*(score_set({"a": v}) for v in values), resamples=20_000)
+    (gap,) = generalization_gaps(*(score_set({"a": v}) for v in values), resamples=20_000)
     error = np.sqrt(sum(v.var(ddof=1) / len(v) for v in values))
     assert gap.gap.high - gap.gap.low == pytest.approx(2 * 1.96 * error, rel=0.03)
 
@@ -44,7 +52,7 @@ def test_gap_interval_adds_the_variances_of_both_sets():
 def test_gap_of_a_model_tested_twice_on_the_same_scores_is_zero_but_not_certain():
     """The sets are drawn independently: equal scores in both are chance, not the same images."""
     scores = score_set({"a": np.random.default_rng(0).random(50)})
-    (gap,) = generalisation_gaps(scores, scores)
+    (gap,) = generalization_gaps(scores, scores)
     assert gap.gap.estimate == 0 and gap.gap.low < -0.05 and gap.gap.high > 0.05
 
 
@@ -55,7 +63,7 @@ def test_gap_and_contrast_cover_the_truth_in_95_of_100_cases():
     gaps = contrasts = 0
     for case in range(150):
         sets = two_sets(rng, inside_means, outside_means)
-        first = generalisation_gaps(*sets, resamples=1000, seed=case)[0].gap
+        first = generalization_gaps(*sets, resamples=1000, seed=case)[0].gap
         gaps += first.low <= 0.3 <= first.high
         (contrast,) = group_contrasts(*sets, groups, resamples=1000, seed=case)
         contrasts += contrast.gap.low <= -0.14 <= contrast.gap.high
@@ -67,7 +75,7 @@ def test_a_set_has_the_same_interval_alone_and_beside_another():
     rng = np.random.default_rng(5)
     inside = score_set({"a": rng.random(40), "b": rng.random(40)}, title="in")
     outside = score_set({"a": rng.random(60), "b": rng.random(60)}, title="out")
-    for gap in generalisation_gaps(inside, outside):
+    for gap in generalization_gaps(inside, outside):
         for beside, scores in ((gap.inside, inside), (gap.outside, outside)):
             alone = mean_intervals(scores)[gap.model]
             assert (beside.low, beside.high) == pytest.approx((alone.low, alone.high), abs=1e-12)
@@ -76,7 +84,7 @@ def test_a_set_has_the_same_interval_alone_and_beside_another():
 def test_contrast_is_surer_than_its_groups_because_they_share_the_images():
     sets = two_sets(np.random.default_rng(2), [0.9, 0.9], [0.6, 0.7], noise=0.02)
     (contrast,) = group_contrasts(*sets, {"x": (("m1",), ("m0",))})
-    gap = generalisation_gaps(*sets)[0].gap
+    gap = generalization_gaps(*sets)[0].gap
     assert contrast.gap.high - contrast.gap.low < (gap.high - gap.low) / 4
     assert contrast.gap.high < 0 and contrast.outside.low > 0.05  # the first group loses less
     assert contrast.row()["models_a"] == 1 and contrast.row()["gap"] == pytest.approx(contrast.gap.estimate)
@@ -96,18 +104,18 @@ def test_several_seeds_are_the_same_networks_in_both_sets():
     rng = np.random.default_rng(3)
     offsets = np.array([-0.1, 0.0, 0.1])[:, None]
     sets = [score_set({"a": mean + offsets + rng.normal(scale=0.001, size=100)}) for mean in (0.9, 0.6)]
-    (gap,) = generalisation_gaps(*sets)
+    (gap,) = generalization_gaps(*sets)
     assert gap.inside.high - gap.inside.low > 0.1 and gap.gap.high - gap.gap.low < 0.002
 
 
 def test_relative_gap_is_left_out_where_it_has_no_meaning():
-    (gap,) = generalisation_gaps(score_set({"a": [0.0, 0.0, 0.3]}), score_set({"a": [0.1, 0.2]}))
+    (gap,) = generalization_gaps(score_set({"a": [0.0, 0.0, 0.3]}), score_set({"a": [0.1, 0.2]}))
     assert gap.relative is None and gap.row()["relative_gap"] is None and gap.row()["relative_gap_low"] is None
 
 
 def test_one_clip_gives_no_interval_of_the_gap():
     outside = score_set({"a": [0.1, 0.5]}, clusters=["x", "x"])
-    (gap,) = generalisation_gaps(score_set({"a": [0.8, 0.9]}), outside)
+    (gap,) = generalization_gaps(score_set({"a": [0.8, 0.9]}), outside)
     assert gap.gap.estimate == pytest.approx(0.55) and gap.gap.low is None and gap.inside.low is not None
 
 
@@ -119,7 +127,7 @@ def test_group_contrasts_refuse_wrong_groups_and_sets():
     with pytest.raises(UsageError, match="unknown model 'm7'"):
         group_contrasts(*sets, {"x": (("m7",), ("m0",))})
     with pytest.raises(ValueError, match="same models and seeds"):
-        generalisation_gaps(sets[0], score_set({"other": [0.1, 0.2]}))
+        generalization_gaps(sets[0], score_set({"other": [0.1, 0.2]}))
 
 
 def test_study_groups_divide_the_twelve_rows_by_the_studys_questions():
@@ -133,3 +141,13 @@ def test_study_groups_divide_the_twelve_rows_by_the_studys_questions():
     assert all(model.startswith("vit") for model in groups["ViT-B - ResNet50"][0])
     only_resnets = [entry.model_id for entry in zoo.ZOO if entry.encoder == "resnet50"]
     assert "ViT-B - ResNet50" not in study_groups(only_resnets)
+
+
+def test_generalization_is_the_gaps_and_the_change_of_ranking_of_two_models_or_more():
+    inside, outside = two_sets(np.random.default_rng(4), [0.9, 0.8], [0.6, 0.7])
+    found = analyze_generalization(inside, outside, resamples=300, seed=2)
+    assert list(found.gaps) == generalization_gaps(inside, outside, resamples=300, seed=2)
+    assert found.change.content() == analyze_rank_change(inside, outside, resamples=300, seed=2).content()
+    one = score_set({"a": [0.8, 0.9, 0.7]})
+    alone = analyze_generalization(one, one, resamples=300)
+    assert alone.change is None and [gap.model for gap in alone.gaps] == ["a"]

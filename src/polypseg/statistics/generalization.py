@@ -13,6 +13,7 @@ import numpy as np
 from polypseg import zoo
 from polypseg.errors import UsageError, unknown_name
 from polypseg.statistics.intervals import Interval, interval_of
+from polypseg.statistics.rankings import RankChange, analyze_rank_change
 from polypseg.statistics.resampling import RESAMPLES, Draws, draw_both
 from polypseg.statistics.scores import Floats, ScoreSet
 from polypseg.zoo import ZooEntry
@@ -68,7 +69,28 @@ class Contrast:
         }
 
 
-def generalisation_gaps(inside: ScoreSet, outside: ScoreSet, *, resamples: int = RESAMPLES, seed: int = 0) -> list[Gap]:
+@dataclass(frozen=True, kw_only=True)
+class Generalization:
+    """Several models in and out of distribution: what each loses, and whether their ranking changes."""
+
+    gaps: tuple[Gap, ...]
+    """One a model, in the order of the sets."""
+    change: RankChange | None
+    """None for a single model."""
+
+
+def analyze_generalization(
+    inside: ScoreSet, outside: ScoreSet, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Generalization:
+    """Gaps and change of ranking. Raises ValueError when the sets are not of the same models and seeds."""
+    how: dict[str, Any] = {"resamples": resamples, "seed": seed}
+    return Generalization(
+        gaps=tuple(generalization_gaps(inside, outside, **how)),
+        change=analyze_rank_change(inside, outside, **how) if len(inside.models) > 1 else None,
+    )
+
+
+def generalization_gaps(inside: ScoreSet, outside: ScoreSet, *, resamples: int = RESAMPLES, seed: int = 0) -> list[Gap]:
     """The gap of every model, with intervals. Raises ValueError when the sets are not of the same models and seeds."""
     draws = draw_both(inside, outside, resamples=resamples, seed=seed)
     gaps = []
