@@ -148,7 +148,7 @@ def _print_plans(plans: "list[PublishPlan]") -> None:
         Column(
             "state", "", lambda plan: ("changes" if plan.changes_anything else "unchanged") if plan.exists else "new"
         ),
-        Column("licence", "license"),
+        Column("license", "license"),
         Column("tag", "tag"),
         Column("to upload", "", lambda plan: f"{len(plan.uploads)} files, {plan.upload_bytes / 1e6:.1f} MB"),
         Column("to delete", "deletions", lambda names: ", ".join(names) or "-"),

@@ -18,7 +18,7 @@ from polypseg import __version__
 from polypseg.data.catalog import DatasetSpec, get_spec, is_synthetic, may_be_public, population_of
 from polypseg.data.splits import DESCRIPTIONS
 from polypseg.errors import UsageError
-from polypseg.provenance.licence import DISCLAIMER
+from polypseg.provenance.license import DISCLAIMER
 
 TEMPLATES = Path(__file__).parent / "templates"
 """What cards, the published folder and the Space are made from."""

@@ -25,7 +25,7 @@ from polypseg.hub.card_facts import (
 )
 from polypseg.hub.dataset_card import load_references, load_template
 from polypseg.hub.markdown import all_plain, plain, python_string
-from polypseg.provenance.licence import DISCLAIMER, ModelLicense, model_license
+from polypseg.provenance.license import DISCLAIMER, ModelLicense, model_license
 from polypseg.provenance.origin import WeightsOrigin
 from polypseg.recipe import Recipe
 from polypseg.statistics.scores import METRICS
@@ -223,7 +223,7 @@ def _pretraining_lines(facts: CardFacts) -> list[str]:
     if origin.full_size:
         lines += [
             f"Published weights: {entry.upstream.location} ({entry.upstream.file_format}).",
-            f"Their licence: {entry.upstream.license}, stated at {entry.upstream.license_source}.",
+            f"Their license: {entry.upstream.license}, stated at {entry.upstream.license_source}.",
         ]
         lines += [f"To know: {entry.notes}"] if entry.notes else []
         if entry.position_embedding != "learned":
