@@ -293,7 +293,7 @@ POPULATIONS: dict[str, Population] = {
         annotators="outlined by a medical doctor, checked by an experienced gastroenterologist",
         unknown=_NO_PATIENTS,
         caveats=(
-            "Every frame shows a polyp: how a model behaves on frames without one cannot be learnt from this set.",
+            "Every frame shows a polyp: how a model behaves on frames without one cannot be learned from this set.",
             "Three pairs of frames are nearly identical; the study's split puts two of the pairs on both sides of "
             "train and test.",
         ),
