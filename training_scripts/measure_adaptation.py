@@ -96,7 +96,7 @@ def measure(
     output: Annotated[Path, Option(help="File of JSON lines, appended to.")],
     draws: Annotated[int, Option(min=1)] = 10,
     first: Annotated[int, Option(min=0, help="Number of the first draw of the test.")] = 0,
-    frames: Annotated[int, Option(min=10, help="Labelled frames that are given.")] = 30,
+    frames: Annotated[int, Option(min=10, help="Labeled frames that are given.")] = 30,
     tested: Annotated[int, Option(min=10, help="Frames that are scored.")] = 48,
 ) -> None:
     """Write a line per draw with the Dice before and what was gained."""

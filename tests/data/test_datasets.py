@@ -211,7 +211,7 @@ def test_hyperkvasir_labelled_has_the_class_and_no_mask(tmp_path):
     full = opened.load(split="full")["full"]
     assert full.column_names == ["id", "image", "class"]
     assert [(e["id"], e["class"]) for e in full] == [("a", "polyps"), ("b", "cecum")]
-    with pytest.raises(UsageError, match="HyperKvasir labelled images has no masks"):
+    with pytest.raises(UsageError, match="HyperKvasir labeled images has no masks"):
         opened.mask(opened.records[0])
 
 

@@ -118,7 +118,7 @@ DATASETS: dict[str, DatasetSpec] = {
         ),
         DatasetSpec(
             name="hyperkvasir_labelled",
-            title="HyperKvasir labelled images",
+            title="HyperKvasir labeled images",
             license="CC BY 4.0",
             citation="Borgli et al., HyperKvasir, Scientific Data 7:283, 2020",
             homepage="https://datasets.simula.no/hyper-kvasir/",
@@ -131,7 +131,7 @@ DATASETS: dict[str, DatasetSpec] = {
         ),
         DatasetSpec(
             name="hyperkvasir_unlabelled",
-            title="HyperKvasir unlabelled images",
+            title="HyperKvasir unlabeled images",
             license="CC BY 4.0",
             citation="Borgli et al., HyperKvasir, Scientific Data 7:283, 2020",
             homepage="https://datasets.simula.no/hyper-kvasir/",
@@ -281,7 +281,7 @@ _BAERUM = "Bærum Hospital, Norway"
 
 _HYPERKVASIR_LABELS = Population(
     site=_BAERUM,
-    annotators="experienced endoscopists, as far as the set is labelled",
+    annotators="experienced endoscopists, as far as the set is labeled",
     unknown=_NO_PATIENTS,
     reference="borgli2020hyperkvasir",
 )

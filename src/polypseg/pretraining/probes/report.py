@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from polypseg.files import environment_record, write_json, write_text
 from polypseg.pretraining.probes.figures import draw_loss_curve, draw_neighbors, draw_reconstructions
-from polypseg.pretraining.probes.labelled import FOLDS, LabeledFrames, load_labeled, majority_share
+from polypseg.pretraining.probes.labeled import FOLDS, LabeledFrames, load_labeled, majority_share
 from polypseg.pretraining.probes.scores import (
     INTERVAL,
     NEIGHBORS,
