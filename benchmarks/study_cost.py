@@ -1,10 +1,10 @@
-"""What the full study should cost: optimiser steps, images, FLOPs, GPU hours and memory of every full-size recipe.
+"""What the full study should cost: optimizer steps, images, FLOPs, GPU hours and memory of every full-size recipe.
 
 python benchmarks/study_cost.py --output docs/full_study_cost.csv
 
 Steps, images and FLOPs are exact counts. Hours and memory are estimates, not measurements: hours are FLOPs over the
 peak rate of one A100 at the utilisations of ``UTILISATION``, which published runs bracket (``--anchors`` recomputes
-them); memory is what autograd keeps for the backward pass, with parameters, gradients and optimiser state.
+them); memory is what autograd keeps for the backward pass, with parameters, gradients and optimizer state.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -200,7 +200,7 @@ def published_anchors() -> list[Anchor]:
 
 
 def recipe_counts(name: str) -> tuple[int, int]:
-    """Optimiser steps of a recipe on the study's data, and the images of a step."""
+    """Optimizer steps of a recipe on the study's data, and the images of a step."""
     if name in FINETUNING:
         training: Any = load_recipe("finetune").training
         available: int = STUDY_TRAINING_IMAGES
@@ -246,7 +246,7 @@ def _full_size(name: str) -> tuple[nn.Module, Callable[[nn.Module, int], dict[st
 
 
 def _fixed_bytes(module: nn.Module, *, states: int) -> int:
-    """Parameters and, for what trains, gradient, the copy of it that processes exchange, and the optimiser's states."""
+    """Parameters and, for what trains, gradient, the copy of it that processes exchange, and the optimizer's states."""
     everything = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return 4 * (everything + trained * (2 + states))

@@ -44,14 +44,14 @@ def loss_and_gradients(case: str, rows: slice) -> dict[str, torch.Tensor]:
     if process_count() > 1:
         AcceleratorState._reset_state(reset_partial_state=True)
         wrapped = DistributedDataParallel(synchronise_batchnorm(method, Accelerator(cpu=True)))
-    optimiser = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01)
     for _ in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         method.start_step(0.5)
         loss = wrapped(*inputs).loss
         loss.backward()
         if _ == 0:
-            optimiser.step()
+            optimizer.step()
     mean = gather_rows(loss.detach()[None]).mean()
     gradients = {key: p.grad for key, p in method.named_parameters() if p.requires_grad}
     return {"loss": mean} | gradients | dict(method.named_buffers())

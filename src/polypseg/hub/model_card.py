@@ -275,7 +275,7 @@ def _recipe_rows(recipe: Recipe | None) -> list[tuple[str, str]]:
         ("recipe", f"`{recipe.name}`, seed {recipe.seed}"),
         ("epochs", str(training.epochs)),
         ("batch size", f"{training.total_batch_size} images a step, over all processes"),
-        ("optimiser", f"AdamW, learning rate {training.learning_rate:g}, weight decay {training.weight_decay:g}"),
+        ("optimizer", f"AdamW, learning rate {training.learning_rate:g}, weight decay {training.weight_decay:g}"),
         ("schedule", schedules[schedule.kind]),
         ("loss", loss),
         ("precision asked for", {"no": "float32"}.get(training.precision, training.precision)),

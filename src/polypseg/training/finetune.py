@@ -74,12 +74,12 @@ class Progress:
     step: int = 0
     best: float = -1.0
     losses: list[float] = field(default_factory=list)
-    """Of every optimiser step, averaged over processes."""
+    """Of every optimizer step, averaged over processes."""
     epochs: list[dict[str, float]] = field(default_factory=list)
     """One row a finished epoch: epoch, step, learning_rate, loss, validation_dice, images_per_second."""
 
     def finish_step(self, loss: float) -> None:
-        """Count an optimiser step."""
+        """Count an optimizer step."""
         self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
         self.losses.append(loss)
 
@@ -227,7 +227,7 @@ def finetune(
 
 
 class _Run:
-    """What the loop of ``finetune`` uses: model, data, optimiser, schedule, progress, folder, and one step."""
+    """What the loop of ``finetune`` uses: model, data, optimizer, schedule, progress, folder, and one step."""
 
     def __init__(
         self,
@@ -285,7 +285,7 @@ class _Run:
             | ({"negatives": negatives.content_id} if negatives else {}),
         }
         self._build_loaders(train if empty is None else JoinedPairs([train, empty]), validation, workers=workers)
-        self._build_optimisation(model)
+        self._build_optimization(model)
 
     def _build_loaders(self, train: CachedPairs | JoinedPairs, validation: CachedPairs, *, workers: int) -> None:
         recipe, accelerator = self.recipe, self.accelerator
@@ -308,7 +308,7 @@ class _Run:
             generator=torch.Generator(),
         )
 
-    def _build_optimisation(self, model: PolypSegForSemanticSegmentation) -> None:
+    def _build_optimization(self, model: PolypSegForSemanticSegmentation) -> None:
         recipe = self.recipe.training
         self.total_steps = min(recipe.epochs * len(self.batches), recipe.max_steps or recipe.epochs * len(self.batches))
         network = synchronise_batchnorm(model, self.accelerator).to(memory_format=torch.channels_last)
@@ -407,7 +407,7 @@ class _Run:
         return {"pixel_values": pixel_values, "labels": batch["labels"].to(device, non_blocking=True)}
 
     def _train_step(self, batch: Example) -> float:
-        """One optimiser step; returns the loss over the global batch. Raises PolypSegError if it is not finite."""
+        """One optimizer step; returns the loss over the global batch. Raises PolypSegError if it is not finite."""
         recipe = self.recipe.training
         output = self.model(**batch)
         dice = output.loss if self.negatives is None else dice_of_polyps(output.logits[:, 1], batch["labels"])
