@@ -582,7 +582,7 @@ def test_load_reads_the_samples_of_every_published_layout(real_data, name, folde
         assert example["image"].size == mask.shape[::-1]
         assert set(np.unique(mask)) <= {0, 1}
         red, _, blue = example["image"].split()
-        assert red.tobytes() != blue.tobytes(), "the frame lost its colour"
+        assert red.tobytes() != blue.tobytes(), "the frame lost its color"
 
 
 @pytest.mark.real_data

@@ -118,9 +118,9 @@ def test_decode_mask_accepts_an_empty_mask():
     ],
     ids=["red PNG", "green JPEG", "VOC palette"],
 )
-def test_decode_mask_refuses_colour_codes_by_file_name(data):
+def test_decode_mask_refuses_color_codes_by_file_name(data):
     """Red has gray 76, so it would silently become background."""
-    with pytest.raises(PolypSegError, match=r"masks/p7\.png is a colour-coded mask: convert .* to white"):
+    with pytest.raises(PolypSegError, match=r"masks/p7\.png is a color-coded mask: convert .* to white"):
         decode_mask(data, name="masks/p7.png")
 
 
@@ -529,7 +529,7 @@ def test_mask_values_choose_what_is_polyp(data, values, wanted):
 
 
 def test_numbers_do_not_apply_to_colors_and_the_error_names_one():
-    with pytest.raises(PolypSegError, match=r"p7\.png is a colour-coded mask.*--mask-values '#ff0000'"):
+    with pytest.raises(PolypSegError, match=r"p7\.png is a color-coded mask.*--mask-values '#ff0000'"):
         decode_mask(encode(NEOPOLYP), name="p7.png", values=MaskValues.parse("1"))
 
 

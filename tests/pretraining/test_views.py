@@ -307,14 +307,14 @@ def test_augment_applies_each_operation_with_its_probability(operation, probabil
 
 def test_augment_keeps_the_official_order(monkeypatch):
     calls = []
-    for name in ("colour_jitter", "grayscale", "gaussian_blur", "solarize"):
+    for name in ("color_jitter", "grayscale", "gaussian_blur", "solarize"):
         original = getattr(views, name)
         monkeypatch.setattr(
             views, name, lambda *a, _name=name, _call=original, **k: (calls.append(_name), _call(*a, **k))[1]
         )
     everything = replace(NOTHING, **{f"{name}_probability": 1.0 for name in OPERATIONS})
     augment(VIEW, everything, rng())
-    assert calls == ["colour_jitter", "grayscale", "gaussian_blur", "solarize"]
+    assert calls == ["color_jitter", "grayscale", "gaussian_blur", "solarize"]
 
 
 def test_flip_mirrors_left_and_right():

@@ -302,7 +302,7 @@ def test_paired_augmentation_flips_each_way_in_half_the_cases_independently():
     assert stats.chisquare([seen[c] for c in corners]).pvalue > 1e-3
 
 
-def test_paired_augmentation_draws_colour_uniformly_and_in_every_order(monkeypatch):
+def test_paired_augmentation_draws_color_uniformly_and_in_every_order(monkeypatch):
     calls: list[tuple[str, float]] = []
     names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
     for name in names:

@@ -108,7 +108,7 @@ class Estimate:
         differ = (
             f"these frames are {_list(told)} than the training frames"
             if told
-            else "these frames are like the training frames in light, colour and sharpness"
+            else "these frames are like the training frames in light, color and sharpness"
         )
         if self.refused:
             return (

@@ -283,7 +283,7 @@ def _recipe_rows(recipe: Recipe | None) -> list[tuple[str, str]]:
         (
             "augmentation",
             f"flips, rotation to {augmentation.rotation:g} degrees, zoom {augmentation.scale[0]:g} to "
-            f"{augmentation.scale[1]:g}, shift, shear, colour jitter, blur",
+            f"{augmentation.scale[1]:g}, shift, shear, color jitter, blur",
         ),
         ("choice of the model", "best mean Dice on the validation part; test images play no part in it"),
     ]

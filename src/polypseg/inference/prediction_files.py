@@ -208,7 +208,7 @@ def _gray(pixels: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
     if pixels.shape[2] == 4 and pixels[..., 3].min(initial=255) < 255:
         raise PolypSegError(f"{name} is transparent in places: save grey without alpha")
     if (np.ptp(pixels[..., :3], axis=2) > 64).mean() > 1e-3:
-        raise PolypSegError(f"{name} is in colours: save the polyp's probability as grey")
+        raise PolypSegError(f"{name} is in colors: save the polyp's probability as grey")
     return np.asarray(Image.fromarray(pixels[..., :3]).convert("L"))
 
 
