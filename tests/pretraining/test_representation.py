@@ -274,7 +274,7 @@ def test_write_report_leaves_complete_files(tmp_path):
     assert f"{content['probe']['trained']['accuracy']['mean']:.3f} [" in table
 
 
-def test_write_report_shows_collapse_and_how_few_neighbours_few_frames_allow(tmp_path):
+def test_write_report_shows_collapse_and_how_few_neighbors_few_frames_allow(tmp_path):
     frames = make_frames((6, 5))
     flat = np.ones((len(frames), 16), dtype=np.float32)
     report = write_report(tmp_path, trained=flat, untrained=blobs(frames), frames=frames, title="Flat", facts={})
@@ -284,7 +284,7 @@ def test_write_report_shows_collapse_and_how_few_neighbours_few_frames_allow(tmp
     assert content["knn"]["k"] < 11 and f"k = {content['knn']['k']}," in report.read_text(encoding="utf-8")
 
 
-def test_neighbours_are_sorted_and_no_near_duplicates():
+def test_neighbors_are_sorted_and_no_near_duplicates():
     frames = make_frames(twins=30)
     embeddings, queries = blobs(frames), choose_queries(frames)
     assert len(queries) == 8 and set(frames.labels[queries]) == {0, 1, 2}

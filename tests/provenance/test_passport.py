@@ -349,7 +349,7 @@ def test_two_near_duplicates_straddle_the_reference_kvasir_split(kvasir, tmp_pat
 
 
 @pytest.mark.real_data
-def test_every_reference_clinicdb_test_frame_has_a_seen_neighbour(clinicdb):
+def test_every_reference_clinicdb_test_frame_has_a_seen_neighbor(clinicdb):
     found = find_collisions(passport_of(clinicdb["reference", "train"]), clinicdb["reference", "test"])
     assert len(found.images(SAME_CLIP)) == found.tested == 61
     assert max(hit.frames_apart for hit in found.found if hit.kind == SAME_CLIP) == 2

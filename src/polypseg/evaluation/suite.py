@@ -54,7 +54,7 @@ SUITE: tuple[SuiteTest, ...] = (
     _test("kvasir-reference",          "kvasir_seg",   "reference",         "test", 100, "two near-duplicates of training images"),  # noqa: E501
     _test("kvasir-official",           "kvasir_seg",   "official",          "test", 120, "most lie in the reference's training part"),  # noqa: E501
     _test("clinicdb-full",             "cvc_clinicdb", "full",              "full", 612, "29 video clips"),
-    _test("clinicdb-reference",        "cvc_clinicdb", "reference",         "test", 61,  "by frame: neighbours lie in the training part"),  # noqa: E501
+    _test("clinicdb-reference",        "cvc_clinicdb", "reference",         "test", 61,  "by frame: neighbors lie in the training part"),  # noqa: E501
     _test("clinicdb-sequence-disjoint","cvc_clinicdb", "sequence_disjoint", "test", 66,  "whole clips"),
     _test("colondb",                   "cvc_colondb",  "full",              "full", 380, "repeats count once in intervals by cluster"),  # noqa: E501
     _test("etis",                      "etis_larib",   "full",              "full", 196, "repeats count once in intervals by cluster"),  # noqa: E501

@@ -216,7 +216,7 @@ def _render_markdown(numbers: dict[str, Any]) -> str:
         "",
         *(f"- {name}: {value}" for name, value in numbers["facts"].items()),
         "",
-        "![Nearest neighbours](neighbours.png)",
+        "![Nearest neighbors](neighbours.png)",
         "",
     ]
     return "\n".join(lines)
@@ -263,6 +263,6 @@ def _draw_sheet(path: Path, embeddings: NDArray[np.float32], frames: LabeledFram
         similarities=similarities,
         title=title,
         note=f"Trained encoder, cosine similarity, near-duplicates of the query left out. {alike.sum()} of "
-        f"{alike.size} neighbours are of the query's class; random frames would give {share * alike.size:.0f}. "
+        f"{alike.size} neighbors are of the query's class; random frames would give {share * alike.size:.0f}. "
         f"An illustration: the scores on all {len(frames)} frames are in representation.md.",
     )
