@@ -46,8 +46,8 @@ def read(dataset: PolypDataset, ids: Sequence[str], groups: Sequence[str]) -> li
 
 def development_draws(data: Path, *, draws: int, frames: int, tested: int) -> Iterator[Draw]:
     """Neighbors in PolypGen's third center as clips, and validation frames of Kvasir-SEG under corruptions."""
-    centre = open_pairs(data / "PolypGen-C3" / "images", data / "PolypGen-C3" / "masks")
-    ids = sorted(centre.ids, key=lambda name: int(name.rsplit("_", maxsplit=1)[1]))
+    center = open_pairs(data / "PolypGen-C3" / "images", data / "PolypGen-C3" / "masks")
+    ids = sorted(center.ids, key=lambda name: int(name.rsplit("_", maxsplit=1)[1]))
     kvasir = open_dataset("kvasir_seg", source=data / "Kvasir-SEG")
     validation = list(kvasir.part("reference", "validation")[0])
     for draw in range(draws):
@@ -57,7 +57,7 @@ def development_draws(data: Path, *, draws: int, frames: int, tested: int) -> It
         order = rng.permutation(len(blocks))
         given = [name for block in order[:FOLDS] for name in blocks[block]]
         others = [name for block in order[FOLDS + 1 :] for name in blocks[block][:2]][:tested]
-        yield f"PolypGen C3, {draw}", read(centre, given, given), read(centre, others, others)
+        yield f"PolypGen C3, {draw}", read(center, given, given), read(center, others, others)
         kind, severity = CORRUPTIONS[draw % len(CORRUPTIONS)]
         corrupted = corrupt_dataset(kvasir, kind, severity=severity)
         mixed = [validation[place] for place in rng.permutation(len(validation))]

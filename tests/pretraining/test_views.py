@@ -88,7 +88,7 @@ def test_draw_box_stays_inside_and_uses_the_whole_frame():
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 400), (400, 10), (11, 303), (303, 11), (1, 1), (2, 3)])
-def test_draw_box_falls_back_to_torchvisions_centre(height, width):
+def test_draw_box_falls_back_to_torchvisions_center(height, width):
     scale = [1.0, 1.0] if min(height, width) > 3 else [1e-9, 1e-9]  # never fits: too wide, or of no pixel
     top, left, h, w = RandomResizedCrop.get_params(Image.new("L", (width, height)), scale, [3 / 4, 4 / 3])
     ours = draw_box(rng(), height=height, width=width, scale=tuple(scale))

@@ -8,7 +8,7 @@ from polypseg.errors import unknown_name
 
 CLIP_COLUMN = "sequence_id"
 """Of the sets whose frames are video clips: which clip a frame belongs to."""
-CENTRE_COLUMN = "centre"
+CENTER_COLUMN = "centre"
 """Of the sets of several hospitals: which one a frame comes from."""
 _PART = r"((train(ing)?|val(id|idation)?|test(ing)?)[ _-]?)?"
 ANY_IMAGE_FOLDER = rf"{_PART}(images?|imgs?|original|frames)"
@@ -34,7 +34,7 @@ def clinicdb_sequence(frame_id: str, path: str) -> str:
     return str(next((clip for clip, end in enumerate(_CLIP_ENDS, start=1) if frame <= end), "unknown"))
 
 
-def polypgen_centre(frame_id: str, path: str) -> str:
+def polypgen_center(frame_id: str, path: str) -> str:
     """The center C1 to C6 from the folder (``images_C3``) or the file name (``C3_...``); else ``unknown``."""
     match = re.search(r"(?:^|[_/])(?:C|cent(?:re|er)[ _-]?)([1-6])(?=[_/]|$)", path, re.IGNORECASE)
     return f"C{match.group(1)}" if match else "unknown"
@@ -171,7 +171,7 @@ DATASETS: dict[str, DatasetSpec] = {
             image_folder=r"images(_C[1-6])?",
             mask_folder=r"masks(_C[1-6])?",
             mask_stem=r"(?P<id>.+?)(_mask)?",
-            groups={CENTRE_COLUMN: polypgen_centre},
+            groups={CENTER_COLUMN: polypgen_center},
             locations=("PolypGen", "PolypGen2021_MultiCenterData_v3", "PolypGen2021_MultiCenterData_v3.zip"),
             request="Create an account, accept the terms at https://www.synapse.org/Synapse:syn45200214 and download.",
             may_be_republished=True,

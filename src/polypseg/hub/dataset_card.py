@@ -195,7 +195,7 @@ def _describe_column(name: str, mask_values: object = None) -> str:
         "image": "the frame, RGB, as published",
         "mask": f"PNG of the frame's size; 0 is background, 1 is polyp (published masks: {coding})",
         "sequence_id": "the video clip that the frame belongs to",
-        "centre": "the centre that contributed the frame",
+        "centre": "the center that contributed the frame",
         "class": "the published class",
     }
     return known.get(name, "a column of the dataset")
