@@ -702,7 +702,7 @@ REPACKS = {
 
 
 @pytest.mark.parametrize("layout", REPACKS)
-def test_open_dataset_recognises_repacks(tmp_path, layout):
+def test_open_dataset_recognizes_repacks(tmp_path, layout):
     name, files, codes = REPACKS[layout]
     opened = open_dataset(name, source=write_folder(tmp_path / "set", files), allow_partial=True)
     assert sorted(opened.ids) == sorted(map(str, codes))

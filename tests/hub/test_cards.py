@@ -215,7 +215,7 @@ def test_card_counts_how_the_splits_collide():
     assert "Of the 100 images of the study's test part, 88 are in Kvasir-SEG's official training list" in text
 
 
-def test_clips_of_the_caveat_are_those_of_the_catalogue():
+def test_clips_of_the_caveat_are_those_of_the_catalog():
     clips = {clinicdb_sequence(str(frame), "") for frame in range(1, 613)}
     caveat = POPULATIONS["cvc_clinicdb"].caveats[0]
     assert DATASETS["cvc_clinicdb"].count == 612 and "unknown" not in clips

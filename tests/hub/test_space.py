@@ -402,8 +402,8 @@ def test_app_in_a_browser_shows_what_the_segmenter_says(tiny, tmp_path):
         page.locator("input[type=file]").first.set_input_files(tmp_path / "notes.png")
         see(page.get_by_text("cannot be read as a picture").first).to_be_visible()
         page.get_by_label("Remove Image").click()
-        frame.convert("L").save(tmp_path / "grey.png")
-        page.locator("input[type=file]").first.set_input_files(tmp_path / "grey.png")
+        frame.convert("L").save(tmp_path / "gray.png")
+        page.locator("input[type=file]").first.set_input_files(tmp_path / "gray.png")
         (gray,) = segmenters[0].predict([frame.convert("L")])
         see(result).to_contain_text(f"{gray.area:,} px")
 

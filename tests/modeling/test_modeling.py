@@ -227,7 +227,7 @@ def test_input_statistics_follow_the_encoder():
     assert PolypSegConfig(encoder="resnet50", image_mean=[0.1, 0.2, 0.3]).image_mean == [0.1, 0.2, 0.3]
 
 
-class TestInitialisation:
+class TestInitialization:
     """The reference's standard deviations, not transformers' N(0, 0.02)."""
 
     def test_deeplabv3plus_is_kaiming_uniform_with_a_xavier_head(self):
@@ -291,7 +291,7 @@ class TestMissingWeights:
             ("resnet_dpt", "decoder"),
         ],
     )
-    def test_they_get_the_references_initialisation(self, name, dropped):
+    def test_they_get_the_references_initialization(self, name, dropped):
         config = SMALL.get(name, UNSAVED)
         torch.manual_seed(2)
         new = PolypSegForSemanticSegmentation(config)

@@ -124,7 +124,7 @@ def test_momentum_branch_follows_the_formula_exactly():
     assert not any(p.requires_grad for p in method.momentum_encoder.parameters())
 
 
-def test_moco_v3_vit_is_initialised_as_the_paper_says():
+def test_moco_v3_vit_is_initialized_as_the_paper_says():
     method = MoCoV3(build_encoder("vit_tiny_patch16_224"), hidden_width=8, output_width=8, temperature=0.2)
     encoder = method.encoder
     width = encoder.embed_dim
@@ -261,7 +261,7 @@ def test_mae_equals_lightlys_on_equal_weights():
     assert float(loss) == pytest.approx(float(expected), abs=2e-6)
 
 
-def test_mae_is_initialised_as_its_authors_do():
+def test_mae_is_initialized_as_its_authors_do():
     method = MAE(build_encoder("vit_tiny_patch16_224"), decoder_width=64, decoder_depth=1, decoder_heads=4)
     width = 192
     bound = math.sqrt(6 / (width + 3 * width))  # Q, K and V as one matrix
@@ -273,7 +273,7 @@ def test_mae_is_initialised_as_its_authors_do():
     assert frozen == {"encoder.pos_embed", "decoder_pos_embed"}
 
 
-def test_mae_reconstruction_undoes_the_target_normalisation():
+def test_mae_reconstruction_undoes_the_target_normalization():
     """A decoder that predicts the normalized truth must give back the image."""
     method = small_method("mae", VIT)
     images, noise = torch.rand(2, 3, 64, 64), torch.rand(2, 16)

@@ -147,7 +147,7 @@ def test_load_labeled_names_a_broken_frame(folder):
         load_labeled(folder, image_size=32)
 
 
-def test_embed_normalises_and_keeps_the_order():
+def test_embed_normalizes_and_keeps_the_order():
     frames = make_frames()
 
     def mean_color(x: torch.Tensor) -> torch.Tensor:

@@ -109,10 +109,10 @@ def jpeg_files() -> dict[str, bytes]:
         "JPEG 4:2:0": encode(FRAME, subsampling=2),
         "progressive JPEG": encode(FRAME, progressive=True),
         "turned JPEG": encode(FRAME, exif=exif),
-        "grey JPEG": gray.getvalue(),
+        "gray JPEG": gray.getvalue(),
         "CMYK JPEG": cmyk.getvalue(),
         "PNG": encode(FRAME, "PNG"),
-        "grey PNG": encode(FRAME[..., 0], "PNG"),
+        "gray PNG": encode(FRAME[..., 0], "PNG"),
         "BMP": encode(FRAME, "BMP"),
     }
 

@@ -96,7 +96,7 @@ def push(
     folders: Annotated[list[Path] | None, Argument(help="Exported model folders.")] = None,
     all_in: Annotated[Path | None, Option("--all", help="Push every exported folder in this one.")] = None,
     organization: Annotated[
-        str | None, Option("--organisation", help="Hub user or organisation; default: the token's user.")
+        str | None, Option("--organisation", help="Hub user or organization; default: the token's user.")
     ] = None,
     private: Annotated[bool, Option("--private", help="Create repositories and collection as private.")] = False,
     tag: Annotated[str | None, Option(help="Version tag; default: the package's version.")] = None,

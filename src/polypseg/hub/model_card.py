@@ -155,7 +155,7 @@ def _tags(facts: CardFacts, entry: ZooEntry | None) -> list[str]:
     tested = [result.dataset.name for result in facts.results]
     tags = ["polyp-segmentation", "colonoscopy", "endoscopy", "medical", "research-only", "semantic-segmentation"]
     tags += [facts.encoder, facts.decoder]
-    tags += [entry.method, entry.corpus] if entry else ["random-initialisation"]
+    tags += [entry.method, entry.corpus] if entry else ["random-initialization"]
     tags += [trained_on.name] if trained_on else []
     tags += tested
     tags += (

@@ -183,7 +183,7 @@ def _preparation(path: Path) -> tuple[int, list[float], list[float]]:
         other.append("size")
     if other:
         raise UsageError(
-            f"{path}: the page squashes frames to a square by Pillow's bicubic filter and normalises them, but this "
+            f"{path}: the page squashes frames to a square by Pillow's bicubic filter and normalizes them, but this "
             f"model asks for something else: {', '.join(other)}"
         )
     return int(side), list(settings["image_mean"]), list(settings["image_std"])

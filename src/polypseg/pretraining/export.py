@@ -18,7 +18,7 @@ from polypseg.pretraining.probes.report import (
     draw_loss_curve,
     draw_reconstructions,
     embed,
-    normalise,
+    normalize,
     normalized_batches,
     score_cell,
     write_report,
@@ -148,7 +148,7 @@ def _draw_reconstructions(method: MAE, recipe: PretrainingRecipe, frames: FrameS
     device = next(method.parameters()).device
     mean, std = (torch.tensor(x, device=device) for x in (IMAGENET_MEAN, IMAGENET_STD))
     pixels = torch.stack([example["views"][0] for example in examples]).to(device)
-    images = normalise(pixels, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    images = normalize(pixels, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     masked, painted = method.reconstruct(images, torch.stack([e["noise"] for e in examples]).to(device))
 
     def to_bytes(x: Tensor) -> NDArray[np.uint8]:
@@ -163,7 +163,7 @@ def _draw_reconstructions(method: MAE, recipe: PretrainingRecipe, frames: FrameS
 INDEX_HEAD = """# Small pretraining runs
 
 What the three methods learn from a thousand frames on two CPU cores: one run each, scored without fine-tuning beside
-the same encoder at random initialisation. These are small encoders at a small scale: none is one of the twelve models,
+the same encoder at random initialization. These are small encoders at a small scale: none is one of the twelve models,
 and nothing here says which method is better at full size.
 
 """

@@ -27,11 +27,11 @@ from polypseg.pretraining.loader import FrameFeed, UnreadableFrames, frame_loade
 from polypseg.pretraining.mae import MAE
 from polypseg.pretraining.moco_v3 import MoCoV3
 from polypseg.pretraining.optim import LARS, warmup_cosine
-from polypseg.pretraining.probes.report import embedding_spread, normalise
+from polypseg.pretraining.probes.report import embedding_spread, normalize
 from polypseg.pretraining.recipe import OptimizerRecipe, PretrainingRecipe
 from polypseg.pretraining.supervised import Supervised, read_labels
 from polypseg.provenance.passport import PASSPORT, PRETRAINING, Passport, Seen, frames_manifest
-from polypseg.training.distributed import gather_rows, synchronise_batchnorm
+from polypseg.training.distributed import gather_rows, synchronize_batchnorm
 from polypseg.training.loader import Example, GlobalBatches
 from polypseg.training.run_folder import (
     InterruptedRunError,
@@ -73,7 +73,7 @@ class PretrainingProgress:
 
 
 def build_method(recipe: PretrainingRecipe) -> Any:
-    """The method's module around a fresh encoder, initialised from the recipe's seed. Raises UsageError."""
+    """The method's module around a fresh encoder, initialized from the recipe's seed. Raises UsageError."""
     torch.manual_seed(recipe.seed)
     return METHOD_CLASSES[recipe.method](build_encoder(recipe.encoder), **recipe.method_options())
 
@@ -211,7 +211,7 @@ class _Run:
             "data": {"source": frames.path.name, "content_id": frames.content_id, "frames": len(frames)},
         }
         optimizer = build_optimizer(method, recipe.optimiser, total_batch_size=training.total_batch_size)
-        network = synchronise_batchnorm(method, accelerator).to(memory_format=torch.channels_last)
+        network = synchronize_batchnorm(method, accelerator).to(memory_format=torch.channels_last)
         self.method, self.optimizer = accelerator.prepare(network, optimizer)
 
     def start(self, *, resume: bool) -> PretrainingProgress:
@@ -227,7 +227,7 @@ class _Run:
 
     def finish(self, rate: float) -> None:
         """Say what the run cost on this machine, and note what its encoder saw; ``rate``: the last images/s."""
-        self._summarise(rate)
+        self._summarize(rate)
         self.accelerator.end_training()
         if self.accelerator.is_main_process and not (self.run_dir / PASSPORT).is_file():
             self._write_passport()  # last: the other processes need not wait for it
@@ -268,9 +268,9 @@ class _Run:
         return value, float(embedding_spread(gather_rows(torch.cat(embeddings))))
 
     def _inputs(self, batch: Example) -> list[Tensor]:
-        """views (N, V, S, S, 3) uint8 -> (N, V, 3, S, S) normalised, on the device; and noise or labels, if any."""
+        """views (N, V, S, S, 3) uint8 -> (N, V, 3, S, S) normalized, on the device; and noise or labels, if any."""
         device = self.accelerator.device
-        views = normalise(batch["views"].to(device, non_blocking=True), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        views = normalize(batch["views"].to(device, non_blocking=True), mean=IMAGENET_MEAN, std=IMAGENET_STD)
         others = [batch[key].to(device, non_blocking=True) for key in ("noise", "label") if key in batch]
         return [views, *others]
 
@@ -310,7 +310,7 @@ class _Run:
                 "the learning rate or lengthen the warm-up, and do not use this encoder"
             )
 
-    def _summarise(self, rate: float) -> None:
+    def _summarize(self, rate: float) -> None:
         """Print and keep what the run cost on this machine since it was started or resumed."""
         if not rate:
             return

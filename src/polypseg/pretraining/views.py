@@ -160,7 +160,7 @@ def solarize(image: Image8) -> Image8:
 
 
 def augment(image: Image8, settings: ViewSettings, rng: np.random.Generator) -> Image8:
-    """Jitter, grayscale, blur, solarisation and horizontal flip, each with its probability: (S, S, 3) -> same."""
+    """Jitter, grayscale, blur, solarization and horizontal flip, each with its probability: (S, S, 3) -> same."""
     if rng.random() < settings.jitter_probability:
         image = color_jitter(
             image,

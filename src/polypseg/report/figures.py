@@ -361,7 +361,7 @@ def _gaps(analysis: Analysis) -> Picture | None:
     return _forest(
         panels,
         name="generalisation-gaps",
-        title="Generalisation gap of each model",
+        title="Generalization gap of each model",
         caption="Mean Dice in distribution minus out of distribution with 95 % intervals, smallest loss first.",
     )
 
@@ -391,7 +391,7 @@ def _contrasts(analysis: Analysis) -> Picture | None:
         title="Contrasts between groups of models",
         caption="First group minus second with 95 % intervals. Positive: the first has the higher Dice in or out of "
         "distribution; negative loss: it loses less. "
-        + ("Grey: noise floor, what training runs alone may make. " if analysis.runs else "")
+        + ("Gray: noise floor, what training runs alone may make. " if analysis.runs else "")
         + ("" if analysis.claims else "One training run a row: no claim."),
         line=0.45,
     )

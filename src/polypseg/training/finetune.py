@@ -40,7 +40,7 @@ from polypseg.provenance.passport import (
 )
 from polypseg.recipe import Recipe, ScheduleRecipe, changes_from_bundled
 from polypseg.training.augmentation import PairedAugmentation
-from polypseg.training.distributed import synchronise_batchnorm
+from polypseg.training.distributed import synchronize_batchnorm
 from polypseg.training.fast_convolutions import interleaved_convolutions
 from polypseg.training.loader import (
     CachedPairs,
@@ -96,9 +96,9 @@ class Progress:
 def build_model(
     entry: ZooEntry, recipe: Recipe, *, encoder_weights: str | None = None
 ) -> PolypSegForSemanticSegmentation:
-    """The model of a row with the recipe's changes, decoders freshly initialised from the recipe's seed.
+    """The model of a row with the recipe's changes, decoders freshly initialized from the recipe's seed.
 
-    ``encoder_weights`` as in ``load_encoder_weights``; None or "random" for random initialisation. What was loaded is
+    ``encoder_weights`` as in ``load_encoder_weights``; None or "random" for random initialization. What was loaded is
     recorded in ``config.weights_origin``; a model of another encoder, decoder, corpus or start than the row's has an id
     of its own. An encoder of ``pretrain.py`` brings its own record. Raises UsageError for an impossible configuration
     or image size, and for an encoder pretrained by another method than the row's (or by any, where it has none).
@@ -125,7 +125,7 @@ def build_model(
     if encoder_weights not in (None, RANDOM):
         loaded = load_encoder_weights(model, str(encoder_weights))
     if loaded != RANDOM and entry.method == "none":
-        raise UsageError(f"{entry.short_name} stands for random initialisation: choose the row of {encoder_weights}")
+        raise UsageError(f"{entry.short_name} stands for random initialization: choose the row of {encoder_weights}")
     full = config.encoder == fields["encoder"]
     corpus = (pretraining.corpus if pretraining else None) or entry.corpus
     tag = RANDOM if loaded == RANDOM else f"{entry.method}_{corpus}"
@@ -311,7 +311,7 @@ class _Run:
     def _build_optimization(self, model: PolypSegForSemanticSegmentation) -> None:
         recipe = self.recipe.training
         self.total_steps = min(recipe.epochs * len(self.batches), recipe.max_steps or recipe.epochs * len(self.batches))
-        network = synchronise_batchnorm(model, self.accelerator).to(memory_format=torch.channels_last)
+        network = synchronize_batchnorm(model, self.accelerator).to(memory_format=torch.channels_last)
         self.frozen = _leading_stages(network, recipe.frozen_stages)
         for stage in self.frozen:
             stage.requires_grad_(False)
