@@ -19,7 +19,7 @@ import pretraining_feed
 import synthetic_frames
 from polypseg.cli.console import run_script
 from polypseg.files import environment_record, write_json, write_text
-from side_by_side import Neighbours, Row, why_not_quotable
+from side_by_side import Neighbors, Row, why_not_quotable
 
 BENCHMARKS = (
     commands.rows,
@@ -61,13 +61,13 @@ def main(
     full: Annotated[bool, Option(help="Also the full-size architectures, which takes minutes more.")] = False,
 ) -> None:
     """Run all benchmarks and write their rows; on a busy machine the table says that it may not be quoted."""
-    neighbours, rows = Neighbours(), list[Row]()
+    neighbors, rows = Neighbors(), list[Row]()
     for benchmark in (*BENCHMARKS, *(FULL if full else ())):
         found = list(benchmark(repeats=repeats))
         for row in found:
             print(f"{row.job}: {row.way} {row.ratio:.1f}", flush=True)
         rows += found
-    others = neighbours.cores()
+    others = neighbors.cores()
     reasons = why_not_quotable(rows, others)
     content: dict[str, Any] = {
         "processor": processor(),

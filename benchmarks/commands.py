@@ -18,7 +18,7 @@ from typer import Option
 from polypseg.cli.console import run_script
 from polypseg.files import SAMPLE_FRAMES
 from polypseg.provenance.local import STARTER_FOLDER
-from side_by_side import BASELINE, Neighbours, Row, show, side_by_side
+from side_by_side import BASELINE, Neighbors, Row, show, side_by_side
 
 FRAME = SAMPLE_FRAMES / "polypgen_1.jpg"
 CARD = """
@@ -58,8 +58,8 @@ def rows(*, repeats: int = 5) -> list[Row]:
 
 def main(repeats: Annotated[int, Option(help="Repeats, alternating.")] = 5) -> None:
     """Time what a person waits for at the shell."""
-    neighbours = Neighbours()
-    print(show(rows(repeats=repeats), neighbours.cores()))
+    neighbors = Neighbors()
+    print(show(rows(repeats=repeats), neighbors.cores()))
 
 
 if __name__ == "__main__":

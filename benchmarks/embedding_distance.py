@@ -15,7 +15,7 @@ from polypseg.cli.console import run_script
 from polypseg.shift.comparison import kernel_distance
 from polypseg.statistics import Interval
 from polypseg.statistics.scores import sum_by
-from side_by_side import BASELINE, Neighbours, Row, show, side_by_side
+from side_by_side import BASELINE, Neighbors, Row, show, side_by_side
 
 Floats = NDArray[np.float64]
 Block = tuple[Floats, Floats]
@@ -73,8 +73,8 @@ def main(
     repeats: Annotated[int, Option(help="Repeats, alternating.")] = 5,
 ) -> None:
     """Time the kernel distance against leaving out cluster by cluster."""
-    neighbours = Neighbours()
-    print(show(rows(clusters=clusters, repeats=repeats), neighbours.cores()))
+    neighbors = Neighbors()
+    print(show(rows(clusters=clusters, repeats=repeats), neighbors.cores()))
 
 
 if __name__ == "__main__":

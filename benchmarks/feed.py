@@ -27,12 +27,12 @@ from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD
 
 
 def reference_example(data: PolypDataset, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode, resize, jitter, blur, normalise, flip and warp one pair as the study's code orders it."""
+    """Decode, resize, jitter, blur, normalize, flip and warp one pair as the study's code orders it."""
     frame, mask = data.pair(data.records[index])
-    frame, grey = frame.resize((224, 224)), Image.fromarray(mask * 255).resize((224, 224))
+    frame, gray = frame.resize((224, 224)), Image.fromarray(mask * 255).resize((224, 224))
     frame = GaussianBlur((25, 25), sigma=(0.001, 2.0))(ColorJitter(0.4, 0.5, 0.25, 0.01)(frame))
     image = F.normalize(F.to_tensor(frame), IMAGENET_MEAN, IMAGENET_STD)
-    target = F.to_tensor(grey)
+    target = F.to_tensor(gray)
     angle, shift, scale, shear = RandomAffine.get_params(
         (-180, 180), (0.125, 0.125), (0.5, 1.5), (-22.5, 22.5), [224] * 2
     )

@@ -35,7 +35,7 @@ from polypseg.inference.segment_files import segment_files
 from polypseg.provenance.local import STARTER_FOLDER
 from polypseg.recipe import load_recipe
 from polypseg.training.finetune import build_model
-from side_by_side import BASELINE, Neighbours, Row, show, side_by_side
+from side_by_side import BASELINE, Neighbors, Row, show, side_by_side
 
 FULL_SIZE = {"RN-NA-NA": 1, "VT-NA-NA": 8}
 """Row of the table -> frames per forward pass."""
@@ -153,11 +153,11 @@ def main(
     full: Annotated[bool, Option(help="Also the full-size architectures (minutes).")] = False,
 ) -> None:
     """Time masks of frames against the plain loop."""
-    neighbours = Neighbours()
+    neighbors = Neighbors()
     found = rows(frames=frames, repeats=repeats)
     if full:
         found += full_size_rows(repeats=repeats)
-    print(show(found, neighbours.cores()))
+    print(show(found, neighbors.cores()))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typer import Option
 from polypseg.cli.console import run_script
 from polypseg.evaluation.conventions import CONVENTIONS, needed_measures
 from polypseg.evaluation.image_metrics import measure_image
-from side_by_side import BASELINE, Neighbours, Row, show, side_by_side
+from side_by_side import BASELINE, Neighbors, Row, show, side_by_side
 
 FROZEN = Path(__file__).resolve().parents[1] / "tests" / "frozen_measures.py"
 
@@ -62,8 +62,8 @@ def main(
     repeats: Annotated[int, Option(help="Repeats, alternating.")] = 5,
 ) -> None:
     """Time the measures of an image against those before."""
-    neighbours = Neighbours()
-    print(show(rows(images=images, repeats=repeats), neighbours.cores()))
+    neighbors = Neighbors()
+    print(show(rows(images=images, repeats=repeats), neighbors.cores()))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typer import Option
 
 from polypseg.cli.console import run_script
 from polypseg.data.duplicates import HASH_DISTANCE, THUMBNAIL_DIFFERENCE, Fingerprint, near_duplicates
-from side_by_side import BASELINE, Neighbours, Row, show, side_by_side
+from side_by_side import BASELINE, Neighbors, Row, show, side_by_side
 
 
 def made_up(frames: int) -> dict[str, Fingerprint]:
@@ -58,8 +58,8 @@ def main(
     repeats: Annotated[int, Option(help="Repeats, alternating.")] = 5,
 ) -> None:
     """Time the search for near-duplicates against the loop before it."""
-    neighbours = Neighbours()
-    print(show(rows(frames=frames, repeats=repeats), neighbours.cores()))
+    neighbors = Neighbors()
+    print(show(rows(frames=frames, repeats=repeats), neighbors.cores()))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ python benchmarks/pretraining_feed.py --source ../shared/data/HyperKvasir-frames
 
 Two views with MoCo v3's augmentation and one with MAE's, from JPEG files to views, in one process with one thread. The
 ways alternate within one run; figures are medians over repeats, the ratios are those that may be quoted. The feed gives
-8-bit views, which training normalises on its device; ``normalised`` does this here too, as the official codes do.
+8-bit views, which training normalizes on its device; ``normalized`` does this here too, as the official codes do.
 """
 
 import statistics
@@ -78,8 +78,8 @@ def feed_reader(source: Path, settings: tuple[ViewSettings, ...]) -> Callable[[i
     return lambda epoch, index: feed[epoch, index]
 
 
-def normalised_reader(source: Path, settings: tuple[ViewSettings, ...]) -> Callable[[int, int], object]:
-    """The feed, with views normalised on the CPU."""
+def normalized_reader(source: Path, settings: tuple[ViewSettings, ...]) -> Callable[[int, int], object]:
+    """The feed, with views normalized on the CPU."""
     feed = FrameFeed(open_frames(source), settings, size=224, seed=0)
     mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
     return lambda epoch, index: feed[epoch, index]["views"].permute(0, 3, 1, 2).float().sub(mean).div(std)
@@ -131,7 +131,7 @@ def main(
             settings = tuple(view.settings() for view in load_pretraining_recipe(recipe).views)
             readers = {
                 "official": official_reader(source, settings),
-                "normalised": normalised_reader(source, settings),
+                "normalized": normalized_reader(source, settings),
                 "feed": feed_reader(source, settings),
                 "from shards": feed_reader(Path(shards), settings),
             }

@@ -77,7 +77,7 @@ def side_by_side(job: str, ways: Mapping[str, Callable[[], object]], *, repeats:
     ]
 
 
-class Neighbours:
+class Neighbors:
     """How many cores other processes use between the start and a question."""
 
     def __init__(self) -> None:

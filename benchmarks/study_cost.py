@@ -1,10 +1,10 @@
-"""What the full study should cost: optimiser steps, images, FLOPs, GPU hours and memory of every full-size recipe.
+"""What the full study should cost: optimizer steps, images, FLOPs, GPU hours and memory of every full-size recipe.
 
 python benchmarks/study_cost.py --output docs/full_study_cost.csv
 
 Steps, images and FLOPs are exact counts. Hours and memory are estimates, not measurements: hours are FLOPs over the
-peak rate of one A100 at the utilisations of ``UTILISATION``, which published runs bracket (``--anchors`` recomputes
-them); memory is what autograd keeps for the backward pass, with parameters, gradients and optimiser state.
+peak rate of one A100 at the utilizations of ``UTILIZATION``, which published runs bracket (``--anchors`` recomputes
+them); memory is what autograd keeps for the backward pass, with parameters, gradients and optimizer state.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +40,7 @@ FINETUNING = {"finetune, ResNet50 + DeepLabV3+": "RN-NA-NA", "finetune, ViT-B + 
 """Name in the table -> a row of the architecture; the six rows of an architecture cost the same."""
 PEAK = {"A100": 312e12, "V100": 125e12}
 """Dense float16 tensor-core FLOP/s, by the maker's data sheets."""
-UTILISATION = (0.05, 0.20)
+UTILIZATION = (0.05, 0.20)
 """Shares of the peak, low and high: about those of the Barlow Twins authors' run and of NVIDIA's tuned ResNet-50."""
 GPUS = 8
 """Over which the table shares a batch."""
@@ -162,7 +162,7 @@ class Classifier(nn.Module):
 
 
 def published_anchors() -> list[Anchor]:
-    """The runs that ``UTILISATION`` leans on, with where each is reported."""
+    """The runs that ``UTILIZATION`` leans on, with where each is reported."""
     return [
         Anchor(
             name="Barlow Twins, ResNet50, 1000 epochs of ImageNet: 7 days on 16 V100",
@@ -200,7 +200,7 @@ def published_anchors() -> list[Anchor]:
 
 
 def recipe_counts(name: str) -> tuple[int, int]:
-    """Optimiser steps of a recipe on the study's data, and the images of a step."""
+    """Optimizer steps of a recipe on the study's data, and the images of a step."""
     if name in FINETUNING:
         training: Any = load_recipe("finetune").training
         available: int = STUDY_TRAINING_IMAGES
@@ -216,7 +216,7 @@ def cost_row(name: str) -> dict[str, Any]:
     module, inputs, fixed = _full_size(name)
     half, single = (pass_cost(module, inputs, half=half) for half in (True, False))
     total = steps * batch * half.flops
-    rates = [PEAK["A100"] * share for share in UTILISATION]
+    rates = [PEAK["A100"] * share for share in UTILIZATION]
     row: dict[str, Any] = {
         "recipe": name,
         "steps": steps,
@@ -246,7 +246,7 @@ def _full_size(name: str) -> tuple[nn.Module, Callable[[nn.Module, int], dict[st
 
 
 def _fixed_bytes(module: nn.Module, *, states: int) -> int:
-    """Parameters and, for what trains, gradient, the copy of it that processes exchange, and the optimiser's states."""
+    """Parameters and, for what trains, gradient, the copy of it that processes exchange, and the optimizer's states."""
     everything = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return 4 * (everything + trained * (2 + states))

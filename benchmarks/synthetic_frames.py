@@ -15,7 +15,7 @@ from polypseg.cli.console import run_script
 from polypseg.data import images
 from polypseg.data.polyps import PolypDataset, SyntheticOptions, open_dataset
 from polypseg.data.synthetic import CAMERAS, synthesize_frame
-from side_by_side import BASELINE, Neighbours, Row, show, side_by_side
+from side_by_side import BASELINE, Neighbors, Row, show, side_by_side
 
 
 @lru_cache(maxsize=4)
@@ -60,8 +60,8 @@ def main(
     repeats: Annotated[int, Option(help="Repeats, alternating.")] = 5,
 ) -> None:
     """Time reading synthetic frames again."""
-    neighbours = Neighbours()
-    print(show(rows(frames=frames, repeats=repeats), neighbours.cores()))
+    neighbors = Neighbors()
+    print(show(rows(frames=frames, repeats=repeats), neighbors.cores()))
 
 
 if __name__ == "__main__":

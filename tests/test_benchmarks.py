@@ -57,7 +57,7 @@ def test_bench_writes_a_table_or_why_there_is_none(tmp_path, monkeypatch, cores)
     bench, tool = load("bench"), load("side_by_side")
     row = tool.Row(job="a job", way="new", seconds=(1.0, 1.0), before=(3.0, 3.0))
     monkeypatch.setattr(bench, "BENCHMARKS", (lambda repeats: [row],))
-    monkeypatch.setattr(tool.Neighbours, "cores", lambda self: cores)
+    monkeypatch.setattr(tool.Neighbors, "cores", lambda self: cores)
     bench.main(output=tmp_path, repeats=2)
     content, table = json.loads((tmp_path / "bench.json").read_text()), (tmp_path / "bench.md").read_text()
     assert content["quotable"] == (cores == 0.0) and content["rows"][0]["ratio"] == 3

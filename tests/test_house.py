@@ -105,7 +105,7 @@ HUB_CALLERS = {
     "hub/space.py",  # models that an exported Space names
     "inference/predictors.py",  # open_model: the door of `evaluate` and `shift`
     "inference/segmenter.py",  # polypseg.load: the library's door
-    "provenance/licence.py",  # `polypseg license NAME`
+    "provenance/license.py",  # `polypseg license NAME`
     "weights/loading.py",  # timm weights without a network
 }
 

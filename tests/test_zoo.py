@@ -61,7 +61,7 @@ def test_model_id_names_architecture_and_pretraining(entry):
 
 
 @every_row
-def test_row_states_licence_and_where_it_is_stated(entry):
+def test_row_states_license_and_where_it_is_stated(entry):
     assert re.fullmatch(r"[a-z0-9.-]+", entry.license)
     assert entry.upstream.license_source
     assert bool(entry.upstream.location) == (entry.method != "none")

@@ -20,7 +20,7 @@ def main(
     cache: Annotated[Path, Option(help="Folder of measured cells; a second call continues.")] = Path(
         "runs/expectation"
     ),
-    page: Annotated[Path | None, Option(help="Also render the page of what was learnt.")] = None,
+    page: Annotated[Path | None, Option(help="Also render the page of what was learned.")] = None,
 ) -> None:
     """Measure the model under many conditions, learn what to expect of it, and check that on what was held out."""
     from polypseg.expectation.fit import learn_model

@@ -46,8 +46,8 @@ def read(dataset: PolypDataset, ids: Sequence[str], groups: Sequence[str]) -> li
 
 def development_draws(data: Path, *, draws: int, frames: int, tested: int) -> Iterator[Draw]:
     """Neighbors in PolypGen's third center as clips, and validation frames of Kvasir-SEG under corruptions."""
-    centre = open_pairs(data / "PolypGen-C3" / "images", data / "PolypGen-C3" / "masks")
-    ids = sorted(centre.ids, key=lambda name: int(name.rsplit("_", maxsplit=1)[1]))
+    center = open_pairs(data / "PolypGen-C3" / "images", data / "PolypGen-C3" / "masks")
+    ids = sorted(center.ids, key=lambda name: int(name.rsplit("_", maxsplit=1)[1]))
     kvasir = open_dataset("kvasir_seg", source=data / "Kvasir-SEG")
     validation = list(kvasir.part("reference", "validation")[0])
     for draw in range(draws):
@@ -57,7 +57,7 @@ def development_draws(data: Path, *, draws: int, frames: int, tested: int) -> It
         order = rng.permutation(len(blocks))
         given = [name for block in order[:FOLDS] for name in blocks[block]]
         others = [name for block in order[FOLDS + 1 :] for name in blocks[block][:2]][:tested]
-        yield f"PolypGen C3, {draw}", read(centre, given, given), read(centre, others, others)
+        yield f"PolypGen C3, {draw}", read(center, given, given), read(center, others, others)
         kind, severity = CORRUPTIONS[draw % len(CORRUPTIONS)]
         corrupted = corrupt_dataset(kvasir, kind, severity=severity)
         mixed = [validation[place] for place in rng.permutation(len(validation))]
@@ -96,7 +96,7 @@ def measure(
     output: Annotated[Path, Option(help="File of JSON lines, appended to.")],
     draws: Annotated[int, Option(min=1)] = 10,
     first: Annotated[int, Option(min=0, help="Number of the first draw of the test.")] = 0,
-    frames: Annotated[int, Option(min=10, help="Labelled frames that are given.")] = 30,
+    frames: Annotated[int, Option(min=10, help="Labeled frames that are given.")] = 30,
     tested: Annotated[int, Option(min=10, help="Frames that are scored.")] = 48,
 ) -> None:
     """Write a line per draw with the Dice before and what was gained."""

@@ -17,7 +17,7 @@ KINDS = {
     "signatures": ("a forged or changed one is refused", ["test_signatures.py"], ""),
     "broken archives": ("named, or read as what was meant", ["test_sources.py"], "not content_id"),
     "coded and broken images": ("read right, or refused by name", ["test_images.py"], ""),
-    "layouts of datasets": ("recognised, or refused with the tree expected", ["test_datasets.py"], "not real_data"),
+    "layouts of datasets": ("recognized, or refused with the tree expected", ["test_datasets.py"], "not real_data"),
     "videos": ("true times, nothing lost, nothing called broken that is whole", ["test_video.py"], ""),
     "bad servers": ("attempts, bytes and time are bounded", ["test_download.py", "test_offline.py"], ""),
     "second writers": ("refused by name in every command", ["test_single_writer.py"], ""),

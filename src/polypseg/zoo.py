@@ -27,7 +27,7 @@ METHODS = {
     "barlow_twins": "Barlow Twins",
     "mae": "MAE",
     "supervised": "supervised",
-    "none": "none (random initialisation)",
+    "none": "none (random initialization)",
 }
 CORPORA = {
     "imagenet1k": "ImageNet-1k",

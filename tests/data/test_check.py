@@ -116,12 +116,12 @@ def test_check_dataset_names_a_truncated_frame_and_goes_on(folder):
     assert "wide.png is 50x80" in report.problems[1] and "96x80" in report.problems[1]
 
 
-def test_check_dataset_names_a_colour_coded_mask(folder):
+def test_check_dataset_names_a_color_coded_mask(folder):
     colored = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
     colored[:40, :, 0] = 255
     Image.fromarray(colored).save(folder.mask("frame3.png"))
     (problem,) = folder.check().problems
-    assert "frame3.png is a colour-coded mask" in problem
+    assert "frame3.png is a color-coded mask" in problem
 
 
 def test_check_dataset_names_a_mask_coded_with_small_numbers(folder):

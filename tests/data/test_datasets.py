@@ -109,15 +109,15 @@ def clinicdb_side_by_side():
 def polypgen_layout():
     """Sorted by name, ``100_b_mask`` comes before ``100_mask`` but ``100`` before ``100_b``."""
     codes = {"100": 1, "100_b": 2, "C3_EndoCV2021_00161": 3, "EndoCV2021_C5_50000168": 4}
-    centre = {"100": "3", "100_b": "3", "C3_EndoCV2021_00161": "3", "EndoCV2021_C5_50000168": "5"}
+    center = {"100": "3", "100_b": "3", "C3_EndoCV2021_00161": "3", "EndoCV2021_C5_50000168": "5"}
     files = {}
     for name, code in codes.items():
-        top, c = f"PolypGen2021/data_C{centre[name]}", centre[name]
+        top, c = f"PolypGen2021/data_C{center[name]}", center[name]
         files[f"{top}/images_C{c}/{name}.jpg"] = frame_file(code, ".jpg")
         files[f"{top}/masks_C{c}/{name}_mask.jpg"] = mask_file(code, ".jpg")
         files[f"{top}/bbox_image_C{c}/{name}_mask_bbox.jpg"] = frame_file(9, ".jpg")
     sequence = {"PolypGen2021/sequenceData/positive/seq1/images_seq1/7.jpg": frame_file(9, ".jpg")}
-    return files | sequence, codes, {name: f"C{c}" for name, c in centre.items()}
+    return files | sequence, codes, {name: f"C{c}" for name, c in center.items()}
 
 
 def etis_layout():
@@ -211,7 +211,7 @@ def test_hyperkvasir_labelled_has_the_class_and_no_mask(tmp_path):
     full = opened.load(split="full")["full"]
     assert full.column_names == ["id", "image", "class"]
     assert [(e["id"], e["class"]) for e in full] == [("a", "polyps"), ("b", "cecum")]
-    with pytest.raises(UsageError, match="HyperKvasir labelled images has no masks"):
+    with pytest.raises(UsageError, match="HyperKvasir labeled images has no masks"):
         opened.mask(opened.records[0])
 
 
@@ -582,7 +582,7 @@ def test_load_reads_the_samples_of_every_published_layout(real_data, name, folde
         assert example["image"].size == mask.shape[::-1]
         assert set(np.unique(mask)) <= {0, 1}
         red, _, blue = example["image"].split()
-        assert red.tobytes() != blue.tobytes(), "the frame lost its colour"
+        assert red.tobytes() != blue.tobytes(), "the frame lost its color"
 
 
 @pytest.mark.real_data
@@ -697,12 +697,12 @@ REPACKS = {
     "suffixes": ("cvc_clinicdb", marked((1, 2), "Ground Truth/{}_mask", "Original/{}"), (1, 2)),
     "one folder": ("folder", marked((1, 2), "all/{}_mask", "all/{}"), (1, 2)),
     "one folder, segmentation": ("kvasir_seg", marked((1, 2), "{}_segmentation"), (1, 2)),
-    "polypgen by centre": ("polypgen", marked((1, 2), "PolypGen/C4/masks/{}_mask", "PolypGen/C4/images/{}"), (1, 2)),
+    "polypgen by center": ("polypgen", marked((1, 2), "PolypGen/C4/masks/{}_mask", "PolypGen/C4/images/{}"), (1, 2)),
 }
 
 
 @pytest.mark.parametrize("layout", REPACKS)
-def test_open_dataset_recognises_repacks(tmp_path, layout):
+def test_open_dataset_recognizes_repacks(tmp_path, layout):
     name, files, codes = REPACKS[layout]
     opened = open_dataset(name, source=write_folder(tmp_path / "set", files), allow_partial=True)
     assert sorted(opened.ids) == sorted(map(str, codes))

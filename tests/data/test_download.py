@@ -224,7 +224,7 @@ def test_busy_server_is_retried(server, get, status):
     assert len(server.requests) == 3
 
 
-def test_retry_after_is_honoured(server, get):
+def test_retry_after_is_honored(server, get):
     server.faults = [{"status": 503, "headers": {"Retry-After": "1"}}]
     begin = time.monotonic()
     get(sha256=SHA256)

@@ -54,7 +54,7 @@ def palette_image(indices, *colors):
 
 
 @pytest.mark.parametrize(("gray", "inside"), [(126, 0), (127, 0), (128, 1), (255, 1)])
-def test_decode_mask_takes_grey_above_127_as_polyp(gray, inside):
+def test_decode_mask_takes_gray_above_127_as_polyp(gray, inside):
     pixels = POLYP * np.uint8(255)
     pixels[0, 0] = gray
     assert decode_mask(encode(pixels), name="m.png")[0, 0] == inside
@@ -74,7 +74,7 @@ def test_decode_mask_removes_the_ringing_of_jpeg():
     assert decode_mask(data, name="m.jpg").tolist() == POLYP.tolist()
 
 
-def test_decode_grey_mask_keeps_what_is_stored():
+def test_decode_gray_mask_keeps_what_is_stored():
     """The reference trains on interpolated gray masks, so nothing may be rounded here."""
     pixels = np.linspace(0, 255, 24 * 32).astype(np.uint8).reshape(24, 32)
     assert decode_gray_mask(encode(pixels), name="m.png").tolist() == pixels.tolist()
@@ -86,7 +86,7 @@ MASK_FILES = {
     "1-bit PNG": encode(Image.fromarray(POLYP * np.uint8(255)).convert("1")),
     "RGB": encode(np.repeat(POLYP[..., None] * np.uint8(255), 3, axis=2)),
     "RGBA": encode(np.dstack([POLYP * np.uint8(255)] * 3 + [np.full_like(POLYP, 255)])),
-    "grey with alpha": encode(Image.fromarray(POLYP * np.uint8(255)).convert("LA")),
+    "gray with alpha": encode(Image.fromarray(POLYP * np.uint8(255)).convert("LA")),
     "BMP": encode(POLYP * np.uint8(255), "BMP"),
     "TIFF": encode_tiff(POLYP * np.uint8(255)),
     "RGBA TIFF": encode_tiff(
@@ -118,9 +118,9 @@ def test_decode_mask_accepts_an_empty_mask():
     ],
     ids=["red PNG", "green JPEG", "VOC palette"],
 )
-def test_decode_mask_refuses_colour_codes_by_file_name(data):
+def test_decode_mask_refuses_color_codes_by_file_name(data):
     """Red has gray 76, so it would silently become background."""
-    with pytest.raises(PolypSegError, match=r"masks/p7\.png is a colour-coded mask: convert .* to white"):
+    with pytest.raises(PolypSegError, match=r"masks/p7\.png is a color-coded mask: convert .* to white"):
         decode_mask(data, name="masks/p7.png")
 
 
@@ -183,7 +183,7 @@ def test_decode_frame_keeps_lossless_pixels(kind):
     assert np.array_equal(np.asarray(decode_frame(encode(NOISE, kind), name=f"a.{kind.lower()}")), NOISE)
 
 
-def test_decode_frame_drops_alpha_and_widens_grey():
+def test_decode_frame_drops_alpha_and_widens_gray():
     rgba = np.dstack([NOISE, np.full((24, 32), 9, dtype=np.uint8)])
     assert np.array_equal(np.asarray(decode_frame(encode(rgba), name="a.png")), NOISE)
     assert np.array_equal(np.asarray(decode_frame(encode_tiff(rgba, photometric="rgb"), name="a.tif")), NOISE)
@@ -529,7 +529,7 @@ def test_mask_values_choose_what_is_polyp(data, values, wanted):
 
 
 def test_numbers_do_not_apply_to_colors_and_the_error_names_one():
-    with pytest.raises(PolypSegError, match=r"p7\.png is a colour-coded mask.*--mask-values '#ff0000'"):
+    with pytest.raises(PolypSegError, match=r"p7\.png is a color-coded mask.*--mask-values '#ff0000'"):
         decode_mask(encode(NEOPOLYP), name="p7.png", values=MaskValues.parse("1"))
 
 

@@ -22,7 +22,7 @@ from polypseg.data.splits import (
     sequence_disjoint_split,
 )
 from polypseg.errors import UsageError
-from polypseg.pretraining.probes.labelled import load_labeled
+from polypseg.pretraining.probes.labeled import load_labeled
 
 CLINICDB_IDS = sorted((str(frame) for frame in range(1, 613)), key=lambda frame: f"{frame}.png")
 CLIPS = {frame: clinicdb_sequence(frame, "") for frame in CLINICDB_IDS}

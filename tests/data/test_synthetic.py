@@ -177,7 +177,7 @@ def test_empty_frames_come_at_the_share_asked_for() -> None:
     assert not any(synthesize_frame(never, seed=0, index=i, size=(32, 32))[1].any() for i in range(20))
 
 
-def test_cameras_differ_in_colour_and_sharpness(frames: dict[str, list[Frame]]) -> None:
+def test_cameras_differ_in_color_and_sharpness(frames: dict[str, list[Frame]]) -> None:
     def statistics(name: str) -> tuple[NDArray[np.float64], float]:
         images = [image for image, _ in frames[name]]
         color = np.mean([image[image.max(axis=2) > 40].mean(axis=0) for image in images], axis=0)
@@ -193,7 +193,7 @@ def test_cameras_differ_in_colour_and_sharpness(frames: dict[str, list[Frame]]) 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_colour_threshold_finds_the_polyps(name: str, frames: dict[str, list[Frame]]) -> None:
+def test_no_color_threshold_finds_the_polyps(name: str, frames: dict[str, list[Frame]]) -> None:
     """Best global threshold on any channel of RGB, HSV and Lab, either side, dark border left out."""
     images = np.stack([image for image, _ in frames[name][:60]])
     masks = np.stack([mask for _, mask in frames[name][:60]]).astype(bool)

@@ -554,7 +554,7 @@ def test_unknown_measures_are_refused():
         measure_image(*CASES["blob"], measures=("dice",))
 
 
-def test_largest_component_is_that_of_8_neighbours():
+def test_largest_component_is_that_of_8_neighbors():
     mask = np.zeros((9, 9), bool)
     assert largest_component(mask) == 0
     mask[0, 0] = mask[1, 1] = mask[8, 8] = True

@@ -51,7 +51,7 @@ def counted(model, processor, data, *, batch_size=8, convention="paper", **optio
     return PlainResult(ids=result.ids, counts=counts, convention={"paper": "standard"}.get(convention, convention))
 
 
-def test_image_processor_equals_pillow_and_normalisation(model, data):
+def test_image_processor_equals_pillow_and_normalization(model, data):
     frame = data.frame(data.records[0])
     ours = build_image_processor(model.config)(images=[frame], return_tensors="pt")["pixel_values"][0]
     pixels = np.asarray(frame.resize((64, 64), Image.Resampling.BICUBIC), dtype=np.float32) / 255

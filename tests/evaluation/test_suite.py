@@ -142,11 +142,11 @@ def test_an_incomplete_set_fails_unless_a_part_is_meant(kvasir, tmp_path):
 
 def test_polypgen_is_tested_by_hospital_and_on_its_frames_without_polyp(tmp_path):
     folder = tmp_path / "polypgen"
-    for seed, (centre, polyp, bright) in enumerate(
+    for seed, (center, polyp, bright) in enumerate(
         [("C1", True, True), ("C1", True, False), ("C1", False, True), ("C2", True, True), ("C2", False, False)]
     ):
-        names = {"images": f"images_{centre}", "masks": f"masks_{centre}"}
-        write_pair(folder, f"{centre}_{seed}", seed=seed, polyp=polyp, bright=bright, **names)
+        names = {"images": f"images_{center}", "masks": f"masks_{center}"}
+        write_pair(folder, f"{center}_{seed}", seed=seed, polyp=polyp, bright=bright, **names)
     names = ("polypgen-c1", "polypgen-c2", "polypgen-c3", "polypgen-without-polyp")
     source = Halves()
     plan = plan_of(tmp_path, sources={"polypgen": folder}, only=names, alarm_area=20)

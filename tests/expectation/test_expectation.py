@@ -49,7 +49,7 @@ def write_frames(folder, seeds, *, polyp=True):
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    return write_expectation(tmp_path_factory.mktemp("learnt"))
+    return write_expectation(tmp_path_factory.mktemp("learned"))
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_a_model_that_is_right_on_one_half_is_told_by_its_confidence(small_learn
     assert all(abs(row["expected"] - row["dice"]) < 0.1 for row in content["evidence"]["units"])
 
 
-def test_everything_learnt_is_written_read_back_and_rendered(small_learners, monkeypatch, tmp_path):
+def test_everything_learned_is_written_read_back_and_rendered(small_learners, monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "SHA256SUMS").write_text("")
@@ -285,11 +285,11 @@ def test_noise_and_frames_without_masks_are_refused_not_guessed(learned, tmp_pat
         assert why in found.refused and found.expected is None and "Nothing can be said" in found.verdict[0]
 
 
-def test_too_few_frames_and_models_of_which_nothing_was_learnt_are_refused(learned, tmp_path):
+def test_too_few_frames_and_models_of_which_nothing_was_learned_are_refused(learned, tmp_path):
     given = read_frames([str(write_frames(tmp_path / "few", [1, 2, 2]))], output=tmp_path / "o")
     with pytest.raises(UsageError, match="2 distinct"):
         estimate(constructed(expectation=learned), given)
-    with pytest.raises(UsageError, match="nothing was learnt"):
+    with pytest.raises(UsageError, match="nothing was learned"):
         estimate(constructed(), given)
 
 
@@ -356,7 +356,7 @@ def test_always_wrong_model_measures_near_zero():
 # The shipped model -------------------------------------------------------------------------------------
 
 shipped = pytest.mark.skipif(
-    not (STARTER_FOLDER / "expectation.json").is_file(), reason="nothing has been learnt of the shipped model yet"
+    not (STARTER_FOLDER / "expectation.json").is_file(), reason="nothing has been learned of the shipped model yet"
 )
 
 

@@ -32,7 +32,7 @@ from polypseg.hub.model_card import render_card, render_pages, write_pages
 from polypseg.inference.model import build_image_processor, load_model, predict_masks
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.provenance.fetch import ORGANIZATION
-from polypseg.provenance.licence import DISCLAIMER, model_license
+from polypseg.provenance.license import DISCLAIMER, model_license
 from polypseg.provenance.origin import read_origin
 from polypseg.statistics.scores import METRICS
 
@@ -176,13 +176,13 @@ def test_template_knows_no_model_and_no_dataset_by_name():
 
 
 @every_row
-def test_licence_of_a_card_is_the_weights_licence(entry):
+def test_license_of_a_card_is_the_weights_license(entry):
     facts = planned_facts(entry, organization="someone")
     card, license = render_card(facts), model_license(facts.origin)
     assert metadata(card)["license"] == license.identifier
     assert metadata(card).get("license_name") == license.name
-    assert all(sentence in section(card, "Licence") for sentence in license.chain)
-    assert ("no commercial use" in section(card, "Licence")) == (entry.license == "cc-by-nc-4.0")
+    assert all(sentence in section(card, "License") for sentence in license.chain)
+    assert ("no commercial use" in section(card, "License")) == (entry.license == "cc-by-nc-4.0")
 
 
 @every_row
@@ -215,7 +215,7 @@ def test_card_counts_how_the_splits_collide():
     assert "Of the 100 images of the study's test part, 88 are in Kvasir-SEG's official training list" in text
 
 
-def test_clips_of_the_caveat_are_those_of_the_catalogue():
+def test_clips_of_the_caveat_are_those_of_the_catalog():
     clips = {clinicdb_sequence(str(frame), "") for frame in range(1, 613)}
     caveat = POPULATIONS["cvc_clinicdb"].caveats[0]
     assert DATASETS["cvc_clinicdb"].count == 612 and "unknown" not in clips

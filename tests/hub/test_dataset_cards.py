@@ -17,7 +17,7 @@ from local_hub.process import running_hub
 from polypseg.data.catalog import DATASETS, POPULATIONS, get_spec
 from polypseg.errors import UsageError
 from polypseg.hub.dataset_card import check_may_upload, license_of, load_references, push_dataset, render_dataset_card
-from polypseg.provenance.licence import DISCLAIMER
+from polypseg.provenance.license import DISCLAIMER
 
 OPEN = ("hyperkvasir_labelled", "hyperkvasir_unlabelled", "polypgen", "synthetic_a", "synthetic_b")
 CLOSED = tuple(name for name in DATASETS if name not in OPEN)
@@ -71,7 +71,7 @@ def test_open_set_may_be_public_without_a_word(name, caplog):
         ("folder", ("unknown", None, None)),
     ],
 )
-def test_licence_of_a_copy_is_never_wider_than_the_sets_terms(name, license):
+def test_license_of_a_copy_is_never_wider_than_the_sets_terms(name, license):
     assert license_of(get_spec(name)) == license
 
 

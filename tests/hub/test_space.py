@@ -77,7 +77,7 @@ def tiny(tmp_path_factory) -> list[SpaceModel]:
         SpaceModel(
             id=str(save_native_dpt(root / name, seed=seed)),
             title=f"Tiny {name}",
-            licence=f"licence of {name}",
+            licence=f"license of {name}",
             note=f"Random weights, {name}.",
         )
         for seed, name in enumerate(("one", "two"))
@@ -194,7 +194,7 @@ def test_export_refuses_a_model_that_needs_this_package(own_model, tmp_path):
         export_space(tmp_path / "space", models=[describe_model(str(own_model))])
 
 
-def test_describe_model_reads_licence_and_origin_of_a_folder(own_model):
+def test_describe_model_reads_license_and_origin_of_a_folder(own_model):
     model = describe_model(str(own_model))
     assert model.title == "resnet10t_deeplabv3plus.random-smoke-synthetic_a"
     assert model.licence == "apache-2.0" and "synthetic_a reference/train (n = 8)" in model.note
@@ -364,7 +364,7 @@ def test_app_in_a_browser_shows_what_the_segmenter_says(tiny, tmp_path):
         see = playwright.expect
         see.set_options(timeout=60_000)
         see(page.locator("#warning")).to_contain_text("Research only. Not a medical device.")
-        see(page.get_by_text("licence of one").first).to_be_visible()
+        see(page.get_by_text("license of one").first).to_be_visible()
         see(page.get_by_text("Random weights, one.").first).to_be_visible()
         page.locator("button.gallery-item").first.click()
         result = page.locator("#result")
@@ -402,8 +402,8 @@ def test_app_in_a_browser_shows_what_the_segmenter_says(tiny, tmp_path):
         page.locator("input[type=file]").first.set_input_files(tmp_path / "notes.png")
         see(page.get_by_text("cannot be read as a picture").first).to_be_visible()
         page.get_by_label("Remove Image").click()
-        frame.convert("L").save(tmp_path / "grey.png")
-        page.locator("input[type=file]").first.set_input_files(tmp_path / "grey.png")
+        frame.convert("L").save(tmp_path / "gray.png")
+        page.locator("input[type=file]").first.set_input_files(tmp_path / "gray.png")
         (gray,) = segmenters[0].predict([frame.convert("L")])
         see(result).to_contain_text(f"{gray.area:,} px")
 

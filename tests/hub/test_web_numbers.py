@@ -222,9 +222,9 @@ def test_marks_that_browsers_obey_are_taken_out_and_pixels_stay(node, tmp_path):
             ["rotation", "profile"],
         ),
         "plain.webp": (saved(PICTURE, "WEBP"), []),
-        "grey.png": (saved(PICTURE.convert("L"), "PNG"), []),
+        "gray.png": (saved(PICTURE.convert("L"), "PNG"), []),
         "palette.png": (saved(PICTURE.convert("P"), "PNG"), []),
-        "grey.jpg": (saved(PICTURE.convert("L"), "JPEG"), []),
+        "gray.jpg": (saved(PICTURE.convert("L"), "JPEG"), []),
         "frame.bmp": (saved(PICTURE, "BMP"), []),
     }
     jobs = []

@@ -359,7 +359,7 @@ def test_an_archive_of_maps_is_read_like_a_folder(data, maps, tmp_path):
         (np.array([[0.0, 3.5]]), r"float64 values from 0\.0 to 3\.5: save probabilities.*sigmoid"),
         (np.array([[np.nan, 0.5]]), "float64 values from nan"),
         (np.array([[0, 7]]), "int64 values from 0 to 7"),
-        (np.zeros((2, 3, 4)), r"has the shape \(2, 3, 4\): a map is grey"),
+        (np.zeros((2, 3, 4)), r"has the shape \(2, 3, 4\): a map is gray"),
         (np.zeros((2, 3, 4), np.uint8), "is transparent in places"),
         (np.zeros((0, 3)), r"has the shape \(0, 3\)"),
         (np.array([[{}]]), "cannot be read as a map"),
@@ -371,11 +371,11 @@ def test_arrays_that_are_no_probability_maps_are_refused(tmp_path, pixels, match
         read_map((tmp_path / "x.npy").read_bytes(), name="x.npy")
 
 
-def test_colours_class_numbers_and_damage_are_refused_by_name(data, tmp_path):
+def test_colors_class_numbers_and_damage_are_refused_by_name(data, tmp_path):
     colors = np.zeros((72, 100, 3), np.uint8)
     colors[:20, :, 0] = 255
     write_png(tmp_path / "00000.png", colors)
-    with pytest.raises(PolypSegError, match=r"00000\.png is in colours: save the polyp's probability as grey"):
+    with pytest.raises(PolypSegError, match=r"00000\.png is in colors: save the polyp's probability as gray"):
         list(FilePredictions(tmp_path).predict(data, data.ids[:1]))
     write_png(tmp_path / "00000.png", data.mask(data.records[0]) * np.uint8(2))
     with pytest.raises(UsageError, match="coded with class numbers up to 2"):

@@ -181,7 +181,7 @@ def test_unusual_images_are_segmented_as_the_package_decodes_them(segmenter, tmp
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "in"
     folder.mkdir()
-    draw(1).convert("L").save(folder / "grey.png")
+    draw(1).convert("L").save(folder / "gray.png")
     draw(2).convert("RGBA").save(folder / "alpha.png")
     draw(3).save(folder / "scan.tiff")
     exif = Image.Exif()

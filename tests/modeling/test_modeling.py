@@ -193,14 +193,14 @@ def test_the_encoder_does_not_depend_on_the_decoder():
 def test_a_few_steps_lower_the_loss_of_the_other_pairs(name):
     torch.manual_seed(0)
     model = PolypSegForSemanticSegmentation(SMALL[name]).train()
-    optimiser, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
     pixels, labels = image(64, 64, batch=4), torch.zeros(4, 64, 64)
     labels[:, 16:48, 16:48] = 1
     for _ in range(6):
         loss = model(pixels, labels=labels).loss
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[1] < losses[0] and losses[-1] < losses[0] - 0.1
 
@@ -227,7 +227,7 @@ def test_input_statistics_follow_the_encoder():
     assert PolypSegConfig(encoder="resnet50", image_mean=[0.1, 0.2, 0.3]).image_mean == [0.1, 0.2, 0.3]
 
 
-class TestInitialisation:
+class TestInitialization:
     """The reference's standard deviations, not transformers' N(0, 0.02)."""
 
     def test_deeplabv3plus_is_kaiming_uniform_with_a_xavier_head(self):
@@ -291,7 +291,7 @@ class TestMissingWeights:
             ("resnet_dpt", "decoder"),
         ],
     )
-    def test_they_get_the_references_initialisation(self, name, dropped):
+    def test_they_get_the_references_initialization(self, name, dropped):
         config = SMALL.get(name, UNSAVED)
         torch.manual_seed(2)
         new = PolypSegForSemanticSegmentation(config)

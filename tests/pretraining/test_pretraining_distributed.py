@@ -15,7 +15,7 @@ from polypseg.pretraining.barlow_twins import BarlowTwins
 from polypseg.pretraining.encoders import build_encoder
 from polypseg.pretraining.mae import MAE
 from polypseg.pretraining.moco_v3 import MoCoV3
-from polypseg.training.distributed import gather_rows, process_count, process_index, synchronise_batchnorm
+from polypseg.training.distributed import gather_rows, process_count, process_index, synchronize_batchnorm
 
 CASES = ("moco_v3-cnn", "moco_v3-vit", "barlow_twins-cnn", "mae-vit")
 
@@ -43,15 +43,15 @@ def loss_and_gradients(case: str, rows: slice) -> dict[str, torch.Tensor]:
     wrapped = method
     if process_count() > 1:
         AcceleratorState._reset_state(reset_partial_state=True)
-        wrapped = DistributedDataParallel(synchronise_batchnorm(method, Accelerator(cpu=True)))
-    optimiser = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01)
+        wrapped = DistributedDataParallel(synchronize_batchnorm(method, Accelerator(cpu=True)))
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01)
     for _ in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         method.start_step(0.5)
         loss = wrapped(*inputs).loss
         loss.backward()
         if _ == 0:
-            optimiser.step()
+            optimizer.step()
     mean = gather_rows(loss.detach()[None]).mean()
     gradients = {key: p.grad for key, p in method.named_parameters() if p.requires_grad}
     return {"loss": mean} | gradients | dict(method.named_buffers())

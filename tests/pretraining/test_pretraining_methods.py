@@ -124,7 +124,7 @@ def test_momentum_branch_follows_the_formula_exactly():
     assert not any(p.requires_grad for p in method.momentum_encoder.parameters())
 
 
-def test_moco_v3_vit_is_initialised_as_the_paper_says():
+def test_moco_v3_vit_is_initialized_as_the_paper_says():
     method = MoCoV3(build_encoder("vit_tiny_patch16_224"), hidden_width=8, output_width=8, temperature=0.2)
     encoder = method.encoder
     width = encoder.embed_dim
@@ -261,7 +261,7 @@ def test_mae_equals_lightlys_on_equal_weights():
     assert float(loss) == pytest.approx(float(expected), abs=2e-6)
 
 
-def test_mae_is_initialised_as_its_authors_do():
+def test_mae_is_initialized_as_its_authors_do():
     method = MAE(build_encoder("vit_tiny_patch16_224"), decoder_width=64, decoder_depth=1, decoder_heads=4)
     width = 192
     bound = math.sqrt(6 / (width + 3 * width))  # Q, K and V as one matrix
@@ -273,7 +273,7 @@ def test_mae_is_initialised_as_its_authors_do():
     assert frozen == {"encoder.pos_embed", "decoder_pos_embed"}
 
 
-def test_mae_reconstruction_undoes_the_target_normalisation():
+def test_mae_reconstruction_undoes_the_target_normalization():
     """A decoder that predicts the normalized truth must give back the image."""
     method = small_method("mae", VIT)
     images, noise = torch.rand(2, 3, 64, 64), torch.rand(2, 16)
@@ -292,11 +292,11 @@ def test_mae_reconstruction_undoes_the_target_normalisation():
 def test_what_should_train_does_and_what_is_frozen_does_not(name, encoder):
     method = small_method(name, encoder).train()
     before = copy.deepcopy(method.state_dict())
-    optimiser = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):  # gains that start at zero let no gradient pass in the first step
         method.zero_grad()
         method(*small_batch(method)).loss.backward()
-        optimiser.step()
+        optimizer.step()
     without = [key for key, p in method.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert [key for key in without if not key.endswith("qkv.bias")] == []  # the key bias of attention has none
     after = method.state_dict()
@@ -312,14 +312,14 @@ def test_overfits_a_small_set(name, encoder):
     """Forty AdamW steps on eight images; the pinned shares leave room above what was observed."""
     method = small_method(name, encoder).train()
     batch = small_batch(method)
-    optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=2e-3)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=2e-3)
     losses = []
     for _ in range(40):
         method.start_step(0.0)
         loss = method(*batch).loss
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(float(loss))
     share = {"moco_v3": 0.75, "barlow_twins": 0.5, "mae": 0.95}[name]
     assert losses[-1] < share * losses[0], (losses[0], losses[-1])

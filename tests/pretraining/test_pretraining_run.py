@@ -24,7 +24,7 @@ from polypseg.data.corpus import open_frames
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.pretraining.export import export_encoder, write_run_report
 from polypseg.pretraining.loop import build_method, pretrain
-from polypseg.pretraining.probes.labelled import load_labeled
+from polypseg.pretraining.probes.labeled import load_labeled
 from polypseg.pretraining.recipe import RECIPES, load_pretraining_recipe, parse_pretraining_recipe
 from polypseg.recipe import load_recipe, recipe_folder
 from polypseg.training.finetune import build_model
@@ -95,8 +95,8 @@ def test_run_leaves_everything_that_explains_it(method, frames, tmp_path):
     whole = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True)
     for other in (plain, whole):
         assert all(torch.equal(value, network.encoder.state_dict()[key]) for key, value in other.state_dict().items())
-    labelled = load_labeled(frames, image_size=64)
-    written = write_run_report(network, recipe, progress, store, folder=tmp_path / "report", labelled=labelled)
+    labeled = load_labeled(frames, image_size=64)
+    written = write_run_report(network, recipe, progress, store, folder=tmp_path / "report", labeled=labeled)
     assert all(path.is_file() for path in written) and (tmp_path / "report" / "neighbours.png").is_file()
     assert (tmp_path / "report" / "reconstructions.png").is_file() == (method == "mae")
     numbers = json.loads((tmp_path / "report" / "representation.json").read_text())

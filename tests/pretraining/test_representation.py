@@ -11,7 +11,7 @@ from PIL import Image
 
 from polypseg.data.duplicates import near_duplicates
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.pretraining.probes import labelled
+from polypseg.pretraining.probes import labeled
 from polypseg.pretraining.probes.figures import running_median
 from polypseg.pretraining.probes.report import (
     LabeledFrames,
@@ -102,7 +102,7 @@ def test_spread_refuses_anything_but_a_batch_of_embeddings():
 # Frames
 
 
-def test_load_labelled_reads_classes_images_and_duplicates(folder):
+def test_load_labeled_reads_classes_images_and_duplicates(folder):
     Image.fromarray(draw_frame(3)).save(folder / "stool" / "again.jpg", quality=90)  # of clean/3.png
     frames = load_labeled(folder, image_size=32)
     assert frames.classes == CLASSES and len(frames) == 19
@@ -124,7 +124,7 @@ def test_near_duplicates_of_near_duplicates_are_one_group(folder):
     assert sorted(np.bincount(frames.groups))[-2:] == [1, 3]
 
 
-def test_load_labelled_refuses_one_class(folder, tmp_path):
+def test_load_labeled_refuses_one_class(folder, tmp_path):
     with pytest.raises(UsageError, match="one sub-folder a class"):
         load_labeled(folder / "clean", image_size=32)
     (folder / "clean").rename(tmp_path / "clean")
@@ -134,20 +134,20 @@ def test_load_labelled_refuses_one_class(folder, tmp_path):
         load_labeled(tmp_path / "single", image_size=32)
 
 
-def test_load_labelled_refuses_a_class_with_fewer_distinct_frames_than_folds(folder):
+def test_load_labeled_refuses_a_class_with_fewer_distinct_frames_than_folds(folder):
     for i in (3, 4):
         Image.fromarray(draw_frame(20)).save(folder / "stool" / f"{i}.png")  # repeats of the first
     with pytest.raises(UsageError, match="'stool' has 4 distinct frames, fewer than the 5 folds"):
         load_labeled(folder, image_size=32)
 
 
-def test_load_labelled_names_a_broken_frame(folder):
+def test_load_labeled_names_a_broken_frame(folder):
     (folder / "dirty" / "1.png").write_bytes(b"no image")
     with pytest.raises(PolypSegError, match=r"dirty/1\.png"):
         load_labeled(folder, image_size=32)
 
 
-def test_embed_normalises_and_keeps_the_order():
+def test_embed_normalizes_and_keeps_the_order():
     frames = make_frames()
 
     def mean_color(x: torch.Tensor) -> torch.Tensor:
@@ -274,7 +274,7 @@ def test_write_report_leaves_complete_files(tmp_path):
     assert f"{content['probe']['trained']['accuracy']['mean']:.3f} [" in table
 
 
-def test_write_report_shows_collapse_and_how_few_neighbours_few_frames_allow(tmp_path):
+def test_write_report_shows_collapse_and_how_few_neighbors_few_frames_allow(tmp_path):
     frames = make_frames((6, 5))
     flat = np.ones((len(frames), 16), dtype=np.float32)
     report = write_report(tmp_path, trained=flat, untrained=blobs(frames), frames=frames, title="Flat", facts={})
@@ -284,7 +284,7 @@ def test_write_report_shows_collapse_and_how_few_neighbours_few_frames_allow(tmp
     assert content["knn"]["k"] < 11 and f"k = {content['knn']['k']}," in report.read_text(encoding="utf-8")
 
 
-def test_neighbours_are_sorted_and_no_near_duplicates():
+def test_neighbors_are_sorted_and_no_near_duplicates():
     frames = make_frames(twins=30)
     embeddings, queries = blobs(frames), choose_queries(frames)
     assert len(queries) == 8 and set(frames.labels[queries]) == {0, 1, 2}
@@ -322,7 +322,7 @@ def test_running_median_ignores_a_spike_and_does_not_lag():
 def test_real_frames_hold_the_known_duplicates_and_pixel_statistics_beat_chance(real_data, monkeypatch):
     pairs: list[tuple[str, str]] = []
     monkeypatch.setattr(
-        labelled,
+        labeled,
         "near_duplicates",
         lambda prints, **wider: pairs.extend(near_duplicates(prints)) or near_duplicates(prints, **wider),
     )

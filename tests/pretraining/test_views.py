@@ -88,7 +88,7 @@ def test_draw_box_stays_inside_and_uses_the_whole_frame():
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 400), (400, 10), (11, 303), (303, 11), (1, 1), (2, 3)])
-def test_draw_box_falls_back_to_torchvisions_centre(height, width):
+def test_draw_box_falls_back_to_torchvisions_center(height, width):
     scale = [1.0, 1.0] if min(height, width) > 3 else [1e-9, 1e-9]  # never fits: too wide, or of no pixel
     top, left, h, w = RandomResizedCrop.get_params(Image.new("L", (width, height)), scale, [3 / 4, 4 / 3])
     ours = draw_box(rng(), height=height, width=width, scale=tuple(scale))
@@ -109,10 +109,10 @@ def jpeg_files() -> dict[str, bytes]:
         "JPEG 4:2:0": encode(FRAME, subsampling=2),
         "progressive JPEG": encode(FRAME, progressive=True),
         "turned JPEG": encode(FRAME, exif=exif),
-        "grey JPEG": gray.getvalue(),
+        "gray JPEG": gray.getvalue(),
         "CMYK JPEG": cmyk.getvalue(),
         "PNG": encode(FRAME, "PNG"),
-        "grey PNG": encode(FRAME[..., 0], "PNG"),
+        "gray PNG": encode(FRAME[..., 0], "PNG"),
         "BMP": encode(FRAME, "BMP"),
     }
 
@@ -307,14 +307,14 @@ def test_augment_applies_each_operation_with_its_probability(operation, probabil
 
 def test_augment_keeps_the_official_order(monkeypatch):
     calls = []
-    for name in ("colour_jitter", "grayscale", "gaussian_blur", "solarize"):
+    for name in ("color_jitter", "grayscale", "gaussian_blur", "solarize"):
         original = getattr(views, name)
         monkeypatch.setattr(
             views, name, lambda *a, _name=name, _call=original, **k: (calls.append(_name), _call(*a, **k))[1]
         )
     everything = replace(NOTHING, **{f"{name}_probability": 1.0 for name in OPERATIONS})
     augment(VIEW, everything, rng())
-    assert calls == ["colour_jitter", "grayscale", "gaussian_blur", "solarize"]
+    assert calls == ["color_jitter", "grayscale", "gaussian_blur", "solarize"]
 
 
 def test_flip_mirrors_left_and_right():

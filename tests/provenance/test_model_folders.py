@@ -227,7 +227,7 @@ class TestHostile:
             {"size": "large"},
             {"resample": 99},
             {"rescale_factor": "1/255"},
-            {"image_mean": "grey"},
+            {"image_mean": "gray"},
             {"image_mean": [0.1]},
             {"image_processor_type": "os.system"},
         ],

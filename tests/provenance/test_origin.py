@@ -5,7 +5,7 @@ import json
 import pytest
 
 from polypseg.errors import UsageError
-from polypseg.provenance.licence import model_license
+from polypseg.provenance.license import model_license
 from polypseg.provenance.origin import WeightsOrigin, read_origin
 from polypseg.zoo import EXTRA, ZOO
 
@@ -122,24 +122,24 @@ def test_a_trained_record_without_an_id_is_refused():
 
 @pytest.mark.parametrize("short_name", ROW)
 def test_noncommercial_weights_make_noncommercial_models(short_name):
-    licence = model_license(read_origin(trained(short_name)))
+    license = model_license(read_origin(trained(short_name)))
     if "-nc" in ROW[short_name].license:
-        assert licence.identifier == "cc-by-nc-4.0" and licence.name is None
+        assert license.identifier == "cc-by-nc-4.0" and license.name is None
     else:
-        assert licence.identifier == "other" and licence.name == f"{ROW[short_name].license}-and-kvasir-seg-terms"
-    assert not licence.commercial_use and licence.link.startswith("https://")
+        assert license.identifier == "other" and license.name == f"{ROW[short_name].license}-and-kvasir-seg-terms"
+    assert not license.commercial_use and license.link.startswith("https://")
     assert model_license(read_origin(converted(short_name))).identifier == "cc-by-nc-sa-4.0"
 
 
-def test_own_pretraining_does_not_inherit_the_published_files_licence():
+def test_own_pretraining_does_not_inherit_the_published_files_license():
     own = {"recipe": "pretrain_moco_v3_resnet50", "recipe_changes": [], "frames": 99_417, "source": "hyperkvasir"}
-    licence = model_license(read_origin(trained("RN-HK-MC", pretraining=own)))
-    assert licence.identifier == "other" and licence.name == "apache-2.0-and-kvasir-seg-terms"
+    license = model_license(read_origin(trained("RN-HK-MC", pretraining=own)))
+    assert license.identifier == "other" and license.name == "apache-2.0-and-kvasir-seg-terms"
 
 
 def test_a_random_model_of_synthetic_frames_is_free():
-    licence = model_license(read_origin(trained("RN-NA-NA", finetuned_on="synthetic_a reference/train")))
-    assert (licence.identifier, licence.commercial_use) == ("apache-2.0", True)
+    license = model_license(read_origin(trained("RN-NA-NA", finetuned_on="synthetic_a reference/train")))
+    assert (license.identifier, license.commercial_use) == ("apache-2.0", True)
 
 
 def test_a_converted_model_that_was_trained_further_is_neither(tmp_path):

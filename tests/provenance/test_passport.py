@@ -349,7 +349,7 @@ def test_two_near_duplicates_straddle_the_reference_kvasir_split(kvasir, tmp_pat
 
 
 @pytest.mark.real_data
-def test_every_reference_clinicdb_test_frame_has_a_seen_neighbour(clinicdb):
+def test_every_reference_clinicdb_test_frame_has_a_seen_neighbor(clinicdb):
     found = find_collisions(passport_of(clinicdb["reference", "train"]), clinicdb["reference", "test"])
     assert len(found.images(SAME_CLIP)) == found.tested == 61
     assert max(hit.frames_apart for hit in found.found if hit.kind == SAME_CLIP) == 2
@@ -584,7 +584,7 @@ def test_evaluate_tests_the_rest_and_names_it(tmp_path):
     assert sorted(path.name for path in (results / "masks" / "folder").iterdir()) == ["a.png", "c.png"]
 
 
-def test_centres_are_in_the_manifest_only_where_a_set_tells_them(tmp_path):
+def test_centers_are_in_the_manifest_only_where_a_set_tells_them(tmp_path):
     images = tuple(ImagePrint(id=str(k), pixels="0" * 32, hash="0" * 64, centre=f"C{k}") for k in (1, 2))
     told = SplitManifest(dataset="polypgen", split="full", part="full", content_id="x", images=images)
     silent = replace(told, images=tuple(replace(image, centre=None) for image in images))

@@ -339,7 +339,7 @@ def test_outline_of_a_square_is_its_corners():
     assert (min(numbers[::2]), max(numbers[::2]), min(numbers[1::2]), max(numbers[1::2])) == (7.0, 15.0, 5.0, 11.0)
 
 
-def test_inline_figure_has_its_own_ids_and_the_pages_colours(page):
+def test_inline_figure_has_its_own_ids_and_the_pages_colors(page):
     svg = '<?xml?><svg width="10pt" height="5pt"><path id="p1" style="fill: #1c2024"/><use xlink:href="#p1"/></svg>'
     inline = inline_svg(svg, name="a", title="A")
     assert inline.count("a-p1") == 2 and 'href="#a-p1"' in inline and "var(--ink)" in inline and "<?xml" not in inline

@@ -112,20 +112,20 @@ def test_answer_stands_first_and_models_are_folded_until_one_is_asked_for(open_r
 
 
 CONTRAST = """texts => {
-  const light = (colour) => {
-    const [r, g, b] = colour.match(/[\\d.]+/g).map(Number).map(v => v / 255)
+  const light = (color) => {
+    const [r, g, b] = color.match(/[\\d.]+/g).map(Number).map(v => v / 255)
       .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const ground = (e) => {
     for (; e; e = e.parentElement) {
-      const colour = getComputedStyle(e).backgroundColor;
-      if (!colour.startsWith("rgba(0, 0, 0, 0")) return colour;
+      const color = getComputedStyle(e).backgroundColor;
+      if (!color.startsWith("rgba(0, 0, 0, 0")) return color;
     }
     return "rgb(255, 255, 255)";
   };
-  const ratio = (e, colour) => {
-    const [a, b] = [light(colour), light(ground(e))];
+  const ratio = (e, color) => {
+    const [a, b] = [light(color), light(ground(e))];
     return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
   };
   const marks = [...document.querySelectorAll("figure text")].map(e => ratio(e, getComputedStyle(e).fill));

@@ -38,7 +38,7 @@ TINY = {
         {"family": "resnet50", "encoder": "test_resnet", "decoder": "deeplabv3plus"},
         {"family": "vit_base", "encoder": "test_vit", "decoder": "dpt"},
     ],
-    "corpora": {"toys": {"stands_for": "imagenet1k", "title": "coloured noise"}},
+    "corpora": {"toys": {"stands_for": "imagenet1k", "title": "colored noise"}},
     "pretraining": [
         {
             "method": "supervised",
@@ -118,7 +118,7 @@ def test_grid_crosses_decoders_shares_sizes(tmp_path):
         ({"starts": [{"method": "none", "corpus": "none", "families": ["swin"]}]}, "family 'swin'"),
         ({"shares": [0.0]}, "shares must be above 0"),
         ({"corpora": {"toys": {"stands_for": "imagenet", "title": "x"}}}, "unknown corpus 'imagenet'"),
-        ({"colour": 3}, "colour"),
+        ({"color": 3}, "color"),
         ({"rows": ["RN-NA-NA"]}, "either 'starts' or 'rows'"),
         ({"starts": [], "rows": ["RN-NA-NA"]}, "'rows' take none"),
         ({"image_sizes": []}, "'starts' need 'image_sizes'"),

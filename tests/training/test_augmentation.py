@@ -35,7 +35,7 @@ def noise(side: int = 224, *, seed: int = 0) -> np.ndarray:
 IMAGES = {
     "noise": noise(),
     "frame": synthesize_frame(CAMERAS["a"], seed=0, index=3, size=(224, 224))[0],
-    "grey": np.repeat(noise()[..., :1], 3, axis=2),
+    "gray": np.repeat(noise()[..., :1], 3, axis=2),
 }
 
 
@@ -65,7 +65,7 @@ def difference(name: str, image: np.ndarray, value: float) -> np.ndarray:
         *(("adjust_saturation", f) for f in (0.75, 0.9, 1.0, 1.1, 1.25)),
     ],
 )
-def test_adjust_equals_torchvision_within_a_grey_level(name, factor, image):
+def test_adjust_equals_torchvision_within_a_gray_level(name, factor, image):
     # Observed: max 1; mean up to 0.50 (brightness), 0.06 (contrast), 0.49 (saturation): Pillow cuts, OpenCV rounds.
     off = difference(name, IMAGES[image], factor)
     assert off.max() <= (0 if factor == 1 else 1)
@@ -77,8 +77,8 @@ def test_adjust_equals_torchvision_within_a_grey_level(name, factor, image):
 def test_adjust_hue_equals_torchvision_within_the_hsv_round_trip(shift, image):
     # Observed: mean 1.11 and max 13 on noise, mean 0.51 and max 4 on a frame, 0 on gray; without a shift 0.6 and 7.
     off = difference("adjust_hue", IMAGES[image], shift)
-    assert off.mean() < {"noise": 1.5, "frame": 0.8, "grey": 1e-9}[image]
-    assert off.max() <= {"noise": 16, "frame": 6, "grey": 0}[image]
+    assert off.mean() < {"noise": 1.5, "frame": 0.8, "gray": 1e-9}[image]
+    assert off.max() <= {"noise": 16, "frame": 6, "gray": 0}[image]
 
 
 def test_adjust_hue_turns_the_wheel_in_the_sign_of_the_shift():
@@ -101,13 +101,13 @@ def test_gaussian_blur_equals_torchvision(sigma, image):
     assert off.mean() < 0.4
 
 
-def test_gaussian_blur_honours_a_kernel_smaller_than_the_sigma_asks_for():
+def test_gaussian_blur_honors_a_kernel_smaller_than_the_sigma_asks_for():
     ours = augmentation.gaussian_blur(IMAGES["noise"], kernel=3, sigma=2.0)
     theirs = np.asarray(oracle.gaussian_blur(Image.fromarray(IMAGES["noise"]), [3, 3], [2.0, 2.0]))
     assert np.abs(ours.astype(int) - theirs).max() <= 2
 
 
-def test_normalisation_equals_torchvision():
+def test_normalization_equals_torchvision():
     ours = Normalization(**IMAGENET)(IMAGES["noise"])
     theirs = tensors.normalize(tensors.to_tensor(IMAGES["noise"]), **IMAGENET).permute(1, 2, 0).numpy()
     assert ours.dtype == np.float32
@@ -252,7 +252,7 @@ def test_paired_augmentation_repeats_with_the_seed_and_leaves_its_input_alone():
     np.testing.assert_array_equal(mask, copies[1])
 
 
-def test_paired_augmentation_with_everything_off_is_normalisation():
+def test_paired_augmentation_with_everything_off_is_normalization():
     augment = paired(*NO_COLOR, *NO_FLIP, *NO_WARP)
     mask = noise(64, seed=1)[..., 0]
     pixels, target = augment(noise(64), mask, np.random.default_rng(9))
@@ -302,7 +302,7 @@ def test_paired_augmentation_flips_each_way_in_half_the_cases_independently():
     assert stats.chisquare([seen[c] for c in corners]).pvalue > 1e-3
 
 
-def test_paired_augmentation_draws_colour_uniformly_and_in_every_order(monkeypatch):
+def test_paired_augmentation_draws_color_uniformly_and_in_every_order(monkeypatch):
     calls: list[tuple[str, float]] = []
     names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
     for name in names:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import processes
 from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation
-from polypseg.training.distributed import GlobalBatchNorm2d, synchronise_batchnorm
+from polypseg.training.distributed import GlobalBatchNorm2d, synchronize_batchnorm
 
 CONFIGS = {
     "resnet18": {"encoder": "resnet18", "decoder": "deeplabv3plus"},
@@ -30,7 +30,7 @@ def loss_and_gradients(name: str, rows: slice, *, count: int) -> dict[str, torch
     wrapped = model
     if count > 1:
         AcceleratorState._reset_state(reset_partial_state=True)
-        wrapped = DistributedDataParallel(synchronise_batchnorm(model, Accelerator(cpu=True)))
+        wrapped = DistributedDataParallel(synchronize_batchnorm(model, Accelerator(cpu=True)))
         assert name == "vit" or any(isinstance(module, GlobalBatchNorm2d) for module in model.modules())
     # soft_dice_loss works in float32, so the loss of this test is written out in float64
     p = wrapped(pixel_values=x[rows]).logits[:, 1].sigmoid()

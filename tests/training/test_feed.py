@@ -278,7 +278,7 @@ def test_training_loader_starts_each_epoch_afresh_with_the_same_loader(pairs):
     assert seen[0] == seen[2] != seen[1]
 
 
-def test_validation_feed_gives_plain_normalised_frames(pairs):
+def test_validation_feed_gives_plain_normalized_frames(pairs):
     feed = ValidationFeed(pairs, **STATISTICS)
     assert len(feed) == 12
     mean, std = (torch.tensor(STATISTICS[key])[:, None, None] for key in ("mean", "std"))

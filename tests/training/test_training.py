@@ -292,12 +292,12 @@ def test_full_disk_leaves_no_half_checkpoint_of_several_processes(tmp_path):
 
 
 def test_batchnorm_of_the_model_is_plain_with_one_process(tmp_path):
-    from polypseg.training.distributed import synchronise_batchnorm
+    from polypseg.training.distributed import synchronize_batchnorm
 
     AcceleratorState._reset_state(reset_partial_state=True)
     model = build_model(zoo.get("RN-NA-NA"), load_recipe("smoke", overrides=TINY))
     kinds = [type(module) for module in model.modules()]
-    synchronise_batchnorm(model, Accelerator(cpu=True))
+    synchronize_batchnorm(model, Accelerator(cpu=True))
     assert [type(module) for module in model.modules()] == kinds
 
 

@@ -158,7 +158,7 @@ def test_load_encoder_weights_names_an_unexpected_key(resnet, tmp_path, refused)
 
 def test_load_encoder_weights_names_a_tensor_of_another_shape(resnet, tmp_path, refused):
     state = resnet | {"conv1.weight": torch.zeros(64, 1, 7, 7)}
-    assert "1 of another shape (first conv1.weight)" in refused(save(state, tmp_path / "grey.pth"))
+    assert "1 of another shape (first conv1.weight)" in refused(save(state, tmp_path / "gray.pth"))
 
 
 @pytest.mark.parametrize("other", ["resnet34", "vit_tiny_patch16_224"])

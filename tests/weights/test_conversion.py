@@ -275,7 +275,7 @@ KINDS = {  # kind -> method that the file tells, what is left out, rows that may
     "barlow_twins": (None, {}, "RN-HK-MC, RN-HK-BT, RN-IN-MC, RN-IN-BT, RN-IN-SL"),
     "barlow_twins_checkpoint": (
         "barlow_twins",
-        {"projector": 13, "normalisation of the loss": 3},
+        {"projector": 13, "normalization of the loss": 3},
         "RN-HK-BT, RN-IN-BT",
     ),
     "mae": ("mae", {}, "VT-HK-MA, VT-IN-MA"),
@@ -297,7 +297,7 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("kind", ENCODER_KINDS)
-def test_every_published_encoder_is_recognised_converted_and_loaded(kind, tmp_path, small_vit):
+def test_every_published_encoder_is_recognized_converted_and_loaded(kind, tmp_path, small_vit):
     source = write_upstream_encoder(kind, tmp_path, seed=6, head_width=8)
     method, left_out, rows = KINDS[kind]
     report = inspect_file(source.path)
@@ -356,7 +356,7 @@ def test_the_row_names_the_method_of_an_encoder_that_does_not_tell_it(tmp_path):
         ("hyperkvasir_moco_v3_vit_b", "VT-HK-MA", "pretrained with MoCo v3, but VT-HK-MA stands for MAE"),
         ("augreg", "VT-IN-MA", "pretrained with supervised, but"),
         ("mae", "RN-IN-BT", f"holds {TINY}, but RN-IN-BT has resnet50"),
-        ("augreg", "VT-NA-NA", "stands for random initialisation"),
+        ("augreg", "VT-NA-NA", "stands for random initialization"),
     ],
 )
 def test_an_encoder_of_another_row_is_refused(kind, model, said, tmp_path, small_vit):

@@ -86,7 +86,7 @@ export function findRegions(mask: Uint8Array, logits: Float32Array, size: Size, 
   return regions.sort((a, b) => b.area - a.area || a.y - b.y || a.x - b.x);
 }
 
-export function summarise(mask: Uint8Array, logits: Float32Array, size: Size, minArea: number): Summary {
+export function summarize(mask: Uint8Array, logits: Float32Array, size: Size, minArea: number): Summary {
   let area = 0;
   let highest = -Infinity;
   for (let i = 0; i < mask.length; i++) {
@@ -155,7 +155,7 @@ function pngChunk(kind: string, data: Uint8Array): Uint8Array {
   return chunk;
 }
 
-/** A mask of 0 and 1 -> a PNG of one grey channel with 0 and 255. */
+/** A mask of 0 and 1 -> a PNG of one gray channel with 0 and 255. */
 export async function encodeMask(mask: Uint8Array, { width, height }: Size): Promise<Blob> {
   const rows = new Uint8Array((width + 1) * height);
   for (let y = 0; y < height; y++) {
@@ -166,7 +166,7 @@ export async function encodeMask(mask: Uint8Array, { width, height }: Size): Pro
   const header = new Uint8Array(13);
   new DataView(header.buffer).setUint32(0, width);
   new DataView(header.buffer).setUint32(4, height);
-  header[8] = 8; // bits of the one grey channel
+  header[8] = 8; // bits of the one gray channel
   const start = new Uint8Array([137, 80, 78, 71, 13, 10, 26, 10]);
   const parts = [start, pngChunk("IHDR", header), pngChunk("IDAT", data), pngChunk("IEND", new Uint8Array())];
   return new Blob(parts as BlobPart[], { type: "image/png" });

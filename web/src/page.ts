@@ -3,7 +3,7 @@
 import { Camera, CameraError } from "./camera.js";
 import { Client, Refused } from "./client.js";
 import { drawFrame, drawMask, drawOverlay } from "./draw.js";
-import { encodeMask, maskOf, summarise, type Summary } from "./mask.js";
+import { encodeMask, maskOf, summarize, type Summary } from "./mask.js";
 import type { Engine, EngineName, Frame, PageFacts } from "./messages.js";
 import type { Size } from "./resize.js";
 import { csv, DISCLAIMER, percent, pixels, qualityWords, resultWords } from "./words.js";
@@ -406,7 +406,7 @@ function thresholdChanged(): void {
   redraw = requestAnimationFrame(() => {
     if (!shown) return;
     shown.mask = maskOf(shown.frame.logits, threshold());
-    shown.summary = summarise(shown.mask, shown.frame.logits, shown.frame, facts.min_area);
+    shown.summary = summarize(shown.mask, shown.frame.logits, shown.frame, facts.min_area);
     draw();
   });
   clearTimeout(remeasure);
@@ -468,7 +468,7 @@ async function watch(running: Camera): Promise<void> {
       const { frame, summary } = await client.camera(await running.grab(), at);
       if (camera !== running || frozen) continue;
       const mask = maskOf(frame.logits, threshold());
-      const current = at === threshold() ? summary : summarise(mask, frame.logits, frame, facts.min_area);
+      const current = at === threshold() ? summary : summarize(mask, frame.logits, frame, facts.min_area);
       show({ name: cameraName(), frame, mask, summary: current });
       const now = performance.now();
       speed = speed ? 0.8 * speed + 200 / (now - last) : 1000 / (now - last);

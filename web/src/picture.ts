@@ -1,6 +1,6 @@
 // What a picture file is, before the browser decodes it: refused with a reason, or freed of what would change pixels.
 //
-// Python reads pixels as they are stored. Browsers turn them by EXIF and convert them by colour profile, and no option
+// Python reads pixels as they are stored. Browsers turn them by EXIF and convert them by color profile, and no option
 // that all of them know switches that off: so the marks are taken out of the bytes.
 
 /** A file that the page does not read; the message is shown as it is. */

@@ -39,12 +39,12 @@ function axisWeights(from: number, to: number): Weights {
   const values = new Int32Array(to * stride);
   const raw = new Float64Array(stride);
   for (let i = 0; i < to; i++) {
-    const centre = (i + 0.5) * scale;
-    const low = Math.max(0, Math.trunc(centre - support + 0.5));
-    const high = Math.min(from, Math.trunc(centre + support + 0.5));
+    const center = (i + 0.5) * scale;
+    const low = Math.max(0, Math.trunc(center - support + 0.5));
+    const high = Math.min(from, Math.trunc(center + support + 0.5));
     let sum = 0;
     for (let k = 0; k < high - low; k++) {
-      raw[k] = bicubic((k + low - centre + 0.5) * (1 / widening));
+      raw[k] = bicubic((k + low - center + 0.5) * (1 / widening));
       sum += raw[k];
     }
     for (let k = 0; k < high - low; k++) {

@@ -7,8 +7,8 @@ export interface Statistics {
   std: readonly number[];
 }
 
-/** RGB bytes of a square -> normalised values (3, S, S), red plane first. */
-export function normalise(rgb: Uint8Array, { mean, std }: Statistics): Float32Array {
+/** RGB bytes of a square -> normalized values (3, S, S), red plane first. */
+export function normalize(rgb: Uint8Array, { mean, std }: Statistics): Float32Array {
   const plane = rgb.length / 3;
   const result = new Float32Array(rgb.length);
   for (let channel = 0; channel < 3; channel++) {

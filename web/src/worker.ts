@@ -1,12 +1,12 @@
 // The page's module worker: decodes, resizes, runs the network; the page itself stays free for the user.
 
 import { decodeFile, readPixels, type Pixels } from "./decode.js";
-import { maskOf, summarise, type Summary } from "./mask.js";
+import { maskOf, summarize, type Summary } from "./mask.js";
 import type { EngineName, Frame, PageFacts, Reply, Request } from "./messages.js";
 import { Refusal } from "./picture.js";
 import { resizeBicubic, type Size } from "./resize.js";
 import { Network } from "./runtime.js";
-import { normalise, polypLogits, resizeMap } from "./tensor.js";
+import { normalize, polypLogits, resizeMap } from "./tensor.js";
 
 interface Kept {
   logits: Float32Array;
@@ -77,7 +77,7 @@ async function segment(picture: Pixels, decoding: number, key: number | null): P
   let from: Size = { width: side, height: side };
   if (!logits) {
     let mark = performance.now();
-    const values = normalise(resizeBicubic(picture.pixels, picture, from, 4), facts.model);
+    const values = normalize(resizeBicubic(picture.pixels, picture, from, 4), facts.model);
     times[1] = performance.now() - mark;
     mark = performance.now();
     const output = await network.run(values);
@@ -95,7 +95,7 @@ async function segment(picture: Pixels, decoding: number, key: number | null): P
 }
 
 function summaryOf(logits: Float32Array, size: Size, threshold: number): Summary {
-  return summarise(maskOf(logits, threshold), logits, size, facts.min_area);
+  return summarize(maskOf(logits, threshold), logits, size, facts.min_area);
 }
 
 /** The download does not hold up the user's pictures; the comparison waits for its turn. */

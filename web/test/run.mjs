@@ -27,13 +27,13 @@ const CALLS = {
   resize: ({ input, output, from, to, channels }) => keep(output, page.resizeBicubic(bytes(input), from, to, channels)),
   prepare: ({ input, output, from, side, mean, std }) => {
     const rgb = page.resizeBicubic(bytes(input), from, { width: side, height: side }, 3);
-    keep(output, page.normalise(rgb, { mean, std }));
+    keep(output, page.normalize(rgb, { mean, std }));
   },
   logits: ({ input, output, dims }) => keep(output, page.polypLogits(floats(input), dims)),
   map: ({ input, output, from, to }) => keep(output, page.resizeMap(floats(input), from, to)),
   summary: ({ input, size, threshold, minArea }) => {
     const logits = floats(input);
-    return page.summarise(page.maskOf(logits, threshold), logits, size, minArea);
+    return page.summarize(page.maskOf(logits, threshold), logits, size, minArea);
   },
   outline: ({ input, size }) => page.outline(bytes(input), size),
   png: async ({ input, output, size }) => keep(output, new Uint8Array(await (await page.encodeMask(bytes(input), size)).arrayBuffer())),

@@ -295,7 +295,7 @@ def _print_suite(name: str, outcomes: "list[Outcome]", *, wide: bool) -> None:
             "seen", "", of_tested(lambda o: "unknown" if o.seen_images is None else str(o.seen_images)), optional=True
         ),
     ]
-    print_table(Table(columns=columns, records=outcomes, title=f"{name}: the generalisation suite"), wide=wide)
+    print_table(Table(columns=columns, records=outcomes, title=f"{name}: the generalization suite"), wide=wide)
     for o in outcomes:
         if o.status != "tested":
             print(f"{o.test}: {o.status}: {o.reason}")

@@ -96,7 +96,7 @@ def push(
     folders: Annotated[list[Path] | None, Argument(help="Exported model folders.")] = None,
     all_in: Annotated[Path | None, Option("--all", help="Push every exported folder in this one.")] = None,
     organization: Annotated[
-        str | None, Option("--organisation", help="Hub user or organisation; default: the token's user.")
+        str | None, Option("--organisation", help="Hub user or organization; default: the token's user.")
     ] = None,
     private: Annotated[bool, Option("--private", help="Create repositories and collection as private.")] = False,
     tag: Annotated[str | None, Option(help="Version tag; default: the package's version.")] = None,
@@ -148,7 +148,7 @@ def _print_plans(plans: "list[PublishPlan]") -> None:
         Column(
             "state", "", lambda plan: ("changes" if plan.changes_anything else "unchanged") if plan.exists else "new"
         ),
-        Column("licence", "license"),
+        Column("license", "license"),
         Column("tag", "tag"),
         Column("to upload", "", lambda plan: f"{len(plan.uploads)} files, {plan.upload_bytes / 1e6:.1f} MB"),
         Column("to delete", "deletions", lambda names: ", ".join(names) or "-"),

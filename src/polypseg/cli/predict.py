@@ -49,10 +49,10 @@ def models(
         Column("model id", "model_id"),
         Column("pretraining", "pretraining"),
         Column("corpus", "corpus"),
-        Column("licence", "licence", optional=True),
+        Column("license", "licence", optional=True),
         *results_of,
         Column("weights", "weights", optional=True),
-        Column("licence stated at", "licence_stated_at", optional=True),
+        Column("license stated at", "licence_stated_at", optional=True),
     ]
     for title, rows in (("The twelve models", zoo.ZOO), ("Extra models, not of the study", zoo.EXTRA)):
         records = [row | row["results"] for row in (_row_of(entry, scores) for entry in rows)]
@@ -93,7 +93,7 @@ def _shipped_model() -> list[str]:
     """Lines about the model that ships with the package; its results come with it."""
     from polypseg.errors import UsageError
     from polypseg.inference.quality import read_quality
-    from polypseg.provenance.licence import model_license
+    from polypseg.provenance.license import model_license
     from polypseg.provenance.local import STARTER, starter_folder
     from polypseg.provenance.origin import WeightsOrigin
 
@@ -144,7 +144,7 @@ def license_(
     """Derive a model's license step by step from code, weights and images, and say what you may do with it."""
     import json
 
-    from polypseg.provenance.licence import report_license
+    from polypseg.provenance.license import report_license
 
     report = report_license(model, revision=revision)
     print(json.dumps(report.as_json(), indent=2) if as_json else "\n".join(report.lines()))

@@ -79,7 +79,9 @@ def pretrain(
     frames: Annotated[Path, Option(help="Folder, zip archive or tar shards of frames; only supervised uses labels.")],
     output: Annotated[Path, Option(help="The run's folder.")],
     corpus: Annotated[str | None, Option(help="What model ids call the frames, where they are not the row's.")] = None,
-    labelled: Annotated[Path | None, Option(help="Frames in one folder per class, for the report at the end.")] = None,
+    labeled: Annotated[
+        Path | None, Option("--labelled", help="Frames in one folder per class, for the report at the end.")
+    ] = None,
     set_: Set = None,
     resume: Resume = False,
     workers: Annotated[int, Option(min=0, help="Worker processes that make views; 0: the main process.")] = 0,
@@ -93,11 +95,11 @@ def pretrain(
     from polypseg.pretraining.export import export_encoder, write_run_report
     from polypseg.pretraining.loop import build_method
     from polypseg.pretraining.loop import pretrain as train
-    from polypseg.pretraining.probes.labelled import load_labeled
+    from polypseg.pretraining.probes.labeled import load_labeled
     from polypseg.training.run_folder import check_processes, make_accelerator, sole_run
 
     store = open_frames(frames)
-    classes = load_labeled(labelled, image_size=settings.data.image_size) if labelled else None
+    classes = load_labeled(labeled, image_size=settings.data.image_size) if labeled else None
     accelerator = make_accelerator(settings.training.precision, run_dir=output)
     check_processes(accelerator, expected=num_processes)
     method = build_method(settings)
@@ -105,5 +107,5 @@ def pretrain(
         progress = train(method, store, settings, accelerator, run_dir=output, resume=resume, workers=workers)
         if accelerator.is_main_process:
             weights = export_encoder(method, settings, progress, store, folder=output / "encoder", corpus=corpus)
-            report = write_run_report(method, settings, progress, store, folder=output / "report", labelled=classes)
+            report = write_run_report(method, settings, progress, store, folder=output / "report", labeled=classes)
             accelerator.print(f"encoder: {weights}\nreport: {', '.join(map(str, report))}")

@@ -8,7 +8,7 @@ from polypseg.errors import unknown_name
 
 CLIP_COLUMN = "sequence_id"
 """Of the sets whose frames are video clips: which clip a frame belongs to."""
-CENTRE_COLUMN = "centre"
+CENTER_COLUMN = "centre"
 """Of the sets of several hospitals: which one a frame comes from."""
 _PART = r"((train(ing)?|val(id|idation)?|test(ing)?)[ _-]?)?"
 ANY_IMAGE_FOLDER = rf"{_PART}(images?|imgs?|original|frames)"
@@ -34,7 +34,7 @@ def clinicdb_sequence(frame_id: str, path: str) -> str:
     return str(next((clip for clip, end in enumerate(_CLIP_ENDS, start=1) if frame <= end), "unknown"))
 
 
-def polypgen_centre(frame_id: str, path: str) -> str:
+def polypgen_center(frame_id: str, path: str) -> str:
     """The center C1 to C6 from the folder (``images_C3``) or the file name (``C3_...``); else ``unknown``."""
     match = re.search(r"(?:^|[_/])(?:C|cent(?:re|er)[ _-]?)([1-6])(?=[_/]|$)", path, re.IGNORECASE)
     return f"C{match.group(1)}" if match else "unknown"
@@ -120,7 +120,7 @@ DATASETS: dict[str, DatasetSpec] = {
         ),
         DatasetSpec(
             name="hyperkvasir_labelled",
-            title="HyperKvasir labelled images",
+            title="HyperKvasir labeled images",
             license="CC BY 4.0",
             citation="Borgli et al., HyperKvasir, Scientific Data 7:283, 2020",
             homepage="https://datasets.simula.no/hyper-kvasir/",
@@ -133,7 +133,7 @@ DATASETS: dict[str, DatasetSpec] = {
         ),
         DatasetSpec(
             name="hyperkvasir_unlabelled",
-            title="HyperKvasir unlabelled images",
+            title="HyperKvasir unlabeled images",
             license="CC BY 4.0",
             citation="Borgli et al., HyperKvasir, Scientific Data 7:283, 2020",
             homepage="https://datasets.simula.no/hyper-kvasir/",
@@ -173,7 +173,7 @@ DATASETS: dict[str, DatasetSpec] = {
             image_folder=r"images(_C[1-6])?",
             mask_folder=r"masks(_C[1-6])?",
             mask_stem=r"(?P<id>.+?)(_mask)?",
-            groups={CENTRE_COLUMN: polypgen_centre},
+            groups={CENTER_COLUMN: polypgen_center},
             locations=("PolypGen", "PolypGen2021_MultiCenterData_v3", "PolypGen2021_MultiCenterData_v3.zip"),
             request="Create an account, accept the terms at https://www.synapse.org/Synapse:syn45200214 and download.",
             may_be_republished=True,
@@ -283,7 +283,7 @@ _BAERUM = "Bærum Hospital, Norway"
 
 _HYPERKVASIR_LABELS = Population(
     site=_BAERUM,
-    annotators="experienced endoscopists, as far as the set is labelled",
+    annotators="experienced endoscopists, as far as the set is labeled",
     unknown=_NO_PATIENTS,
     reference="borgli2020hyperkvasir",
 )
@@ -295,7 +295,7 @@ POPULATIONS: dict[str, Population] = {
         annotators="outlined by a medical doctor, checked by an experienced gastroenterologist",
         unknown=_NO_PATIENTS,
         caveats=(
-            "Every frame shows a polyp: how a model behaves on frames without one cannot be learnt from this set.",
+            "Every frame shows a polyp: how a model behaves on frames without one cannot be learned from this set.",
             "Three pairs of frames are nearly identical; the study's split puts two of the pairs on both sides of "
             "train and test.",
         ),

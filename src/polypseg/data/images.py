@@ -386,7 +386,7 @@ def decode_gray_mask(data: bytes, *, name: str, values: MaskValues | None = None
     stored = _single_channel(picture)
     if stored is None:
         raise PolypSegError(
-            f"{name} is a colour-coded mask: convert the polyp's colour to white, the rest to black, or name the "
+            f"{name} is a color-coded mask: convert the polyp's color to white, the rest to black, or name the "
             f"polyp's colors, e.g. --mask-values '{_main_color(picture)}'"
         )
     if not stored.any():
@@ -483,8 +483,7 @@ def _chosen(picture: _Picture, values: MaskValues, name: str) -> NDArray[np.bool
     stored = _stored_values(picture)
     if stored is None:
         raise PolypSegError(
-            f"{name} is a colour-coded mask: name colors, e.g. --mask-values '{_main_color(picture)}', instead of "
-            "values"
+            f"{name} is a color-coded mask: name colors, e.g. --mask-values '{_main_color(picture)}', instead of values"
         )
     chosen = np.zeros(stored.shape, dtype=np.bool_)
     for first, last in values.ranges:

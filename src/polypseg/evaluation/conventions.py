@@ -326,7 +326,7 @@ CONVENTIONS: dict[str, Convention] = {
             name="surface",
             title="surface measures",
             formula=(
-                "per image at p > 0.5, contours of 4-neighbours: share of contour pixels within the tolerance (2 px "
+                "per image at p > 0.5, contours of 4-neighbors: share of contour pixels within the tolerance (2 px "
                 "unless stated), 95 % Hausdorff distance in pixels and over the frame's diagonal; mean over images"
             ),
             empty="both empty: 1 and 0; one empty: 0 and the diagonal; the last output leaves such images out",

@@ -108,12 +108,12 @@ def image_rows(
 
     None where an image has no such score. ``largest``: pixels of each prediction's largest component.
     """
-    centres = any(known.centre for known in manifest.images)
+    centers = any(known.centre for known in manifest.images)
     rows: list[dict[str, Any]] = [
         {
             "id": known.id,
             "clip": known.clip,
-            **({"centre": known.centre} if centres else {}),
+            **({"centre": known.centre} if centers else {}),
             **image.row(),
             LARGEST: area,
         }

@@ -24,7 +24,7 @@ from polypseg.provenance.origin import WeightsOrigin
 from polypseg.provenance.passport import Rule, SeenError, SplitManifest, check_seen, kept_manifest, name_partial
 
 Frames = Literal["all", "with polyp", "without polyp"]
-CENTRE = "centre"
+CENTER = "centre"
 """Split of PolypGen by hospital, and of its frames without polyp."""
 
 
@@ -54,15 +54,15 @@ SUITE: tuple[SuiteTest, ...] = (
     _test("kvasir-reference",          "kvasir_seg",   "reference",         "test", 100, "two near-duplicates of training images"),  # noqa: E501
     _test("kvasir-official",           "kvasir_seg",   "official",          "test", 120, "most lie in the reference's training part"),  # noqa: E501
     _test("clinicdb-full",             "cvc_clinicdb", "full",              "full", 612, "29 video clips"),
-    _test("clinicdb-reference",        "cvc_clinicdb", "reference",         "test", 61,  "by frame: neighbours lie in the training part"),  # noqa: E501
+    _test("clinicdb-reference",        "cvc_clinicdb", "reference",         "test", 61,  "by frame: neighbors lie in the training part"),  # noqa: E501
     _test("clinicdb-sequence-disjoint","cvc_clinicdb", "sequence_disjoint", "test", 66,  "whole clips"),
     _test("colondb",                   "cvc_colondb",  "full",              "full", 380, "repeats count once in intervals by cluster"),  # noqa: E501
     _test("etis",                      "etis_larib",   "full",              "full", 196, "repeats count once in intervals by cluster"),  # noqa: E501
     *(
-        _test(f"polypgen-{c.lower()}", "polypgen",     CENTRE,              c,      None, "frames with a polyp of one hospital", centre=c, frames="with polyp")  # noqa: E501
+        _test(f"polypgen-{c.lower()}", "polypgen",     CENTER,              c,      None, "frames with a polyp of one hospital", centre=c, frames="with polyp")  # noqa: E501
         for c in ("C1", "C2", "C3", "C4", "C5", "C6")
     ),
-    _test("polypgen-without-polyp",    "polypgen",     CENTRE,              "without-polyp", None, "false alarms", frames="without polyp"),  # noqa: E501
+    _test("polypgen-without-polyp",    "polypgen",     CENTER,              "without-polyp", None, "false alarms", frames="without polyp"),  # noqa: E501
     _test(NEGATIVES,                   NEGATIVES,      "full",              "full", None, "false alarms; any folder of frames without polyps", frames="without polyp"),  # noqa: E501
 )
 # fmt: on

@@ -108,7 +108,7 @@ class Estimate:
         differ = (
             f"these frames are {_list(told)} than the training frames"
             if told
-            else "these frames are like the training frames in light, colour and sharpness"
+            else "these frames are like the training frames in light, color and sharpness"
         )
         if self.refused:
             return (
@@ -135,7 +135,7 @@ class Estimate:
         for flag, words in (
             (DOUBTFUL, "frame(s) flagged doubtful"),
             (EMPTY, "frame(s) without a mask"),
-            (UNLIKE, "frame(s) unlike those learnt from"),
+            (UNLIKE, "frame(s) unlike those learned from"),
         ):
             count = sum(frame.flag == flag for frame in self.frames)
             if count:
@@ -171,10 +171,10 @@ def estimate(
 
     Raises UsageError for a model of which nothing was learned and for fewer than LEAST distinct frames.
     """
-    learnt = segmenter.expectation
-    if learnt is None:
+    learned = segmenter.expectation
+    if learned is None:
         raise UsageError(
-            f"nothing was learnt of the quality of {segmenter.name}: estimates are made for models whose folder holds "
+            f"nothing was learned of the quality of {segmenter.name}: estimates are made for models whose folder holds "
             "an expectation.json, such as the shipped one; learn one of yours with training_scripts/fit_expectation.py"
         )
     if len(given.frames) < LEAST:
@@ -184,11 +184,11 @@ def estimate(
         )
     rows, values, measured = [], [], []
     drawn: list[tuple[float, str, Image.Image]] = []
-    views = bool(set(learnt.three_passes.features) & set(VIEW_FEATURES))
+    views = bool(set(learned.three_passes.features) & set(VIEW_FEATURES))
     for frame in tqdm(
         given.frames, desc="estimating", unit="frame", leave=False, disable=None if show_progress else True
     ):
-        row, value = _look(segmenter, learnt, frame.image, name=frame.name, group=frame.group, views=views)
+        row, value = _look(segmenter, learned, frame.image, name=frame.name, group=frame.group, views=views)
         rows.append(row)
         values.append(value)
         measured.append(measure_frame(np.asarray(frame.image)))
@@ -200,8 +200,8 @@ def estimate(
     if not refused:
         expected = float(used.mean())
         groups = len({row.group for row, value in zip(rows, values, strict=True) if value is not None})
-        low, high = read_interval(learnt.content["interval"]).bounds(expected, groups=groups)
-        below = float(read_predictor(learnt.content["failure"])(used[:, None]).mean())
+        low, high = read_interval(learned.content["interval"]).bounds(expected, groups=groups)
+        below = float(read_predictor(learned.content["failure"])(used[:, None]).mean())
     return Estimate(
         model=segmenter.name,
         frames=tuple(rows),
@@ -213,24 +213,24 @@ def estimate(
         low=low,
         high=high,
         below_half=below,
-        differences=_differences(measured, learnt.content["seen"]),
+        differences=_differences(measured, learned.content["seen"]),
         pictures=tuple((name, _overlay(segmenter, image)) for _, name, image in drawn),
     )
 
 
 def _look(
-    segmenter: Segmenter, learnt: Expectation, image: Image.Image, *, name: str, group: str, views: bool
+    segmenter: Segmenter, learned: Expectation, image: Image.Image, *, name: str, group: str, views: bool
 ) -> tuple[FrameEstimate, float | None]:
     """A frame's row, and its part of the mean: an empty mask counts as what is expected of one."""
     pixels = segmenter.prepare([image])[0]
     colors = to_colors(pixels, segmenter.processor)
-    if learnt.gate.unlike(describe_place(colors)[None])[0]:
+    if learned.gate.unlike(describe_place(colors)[None])[0]:
         return FrameEstimate(name=name, group=group, expected_dice=None, flag=UNLIKE, polyp_share=0.0), None
     look = look_at(segmenter, [image], views=views, names=[name])[0]
     share = float((look.logits > 0).mean())
-    predictor = learnt.three_passes
+    predictor = learned.three_passes
     value = float(predictor(np.array([[look.features[feature] for feature in predictor.features]]))[0])
-    flag = EMPTY if share == 0 else learnt.of_frame(look.logits, pixels, segmenter.processor).flag
+    flag = EMPTY if share == 0 else learned.of_frame(look.logits, pixels, segmenter.processor).flag
     expected = None if flag == EMPTY else value
     return FrameEstimate(name=name, group=group, expected_dice=expected, flag=flag, polyp_share=share), value
 
@@ -238,7 +238,7 @@ def _look(
 def _refusal(rows: Sequence[FrameEstimate]) -> str:
     unlike = float(np.mean([row.flag == UNLIKE for row in rows]))
     if unlike > MOST_UNLIKE:
-        return f"{percent(unlike)} of them are unlike the endoscopic frames that estimates were learnt from"
+        return f"{percent(unlike)} of them are unlike the endoscopic frames that estimates were learned from"
     empty = float(np.mean([row.flag == EMPTY for row in rows]))
     if empty > MOST_EMPTY:
         return (
@@ -294,8 +294,8 @@ def estimate_files(
 
     passport = Passport.load(folder) if folder is not None and (folder / PASSPORT).is_file() else None
     found = estimate(segmenter, read_frames(inputs, output=output, limit=limit), passport=passport)
-    learnt = segmenter.expectation
-    assert learnt is not None
+    learned = segmenter.expectation
+    assert learned is not None
     rows = [
         {
             "name": row.name,
@@ -306,7 +306,7 @@ def estimate_files(
         for row in found.frames
     ]
     write_csv(output / "frames.csv", rows)
-    page = render_estimate(found.content(), frames=rows, pictures=found.pictures, learnt=learnt.content)
+    page = render_estimate(found.content(), frames=rows, pictures=found.pictures, learned=learned.content)
     write_text(output / "estimate.html", page)
     write_json(output / "estimate.json", found.content() | {"environment": environment_record()})
     return found

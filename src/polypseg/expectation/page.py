@@ -13,25 +13,25 @@ _NAMES = {"set": "real set", "corruption": "corruption", "model": "other model"}
 Rows = list[tuple[str, ...]]
 
 
-def render_page(learnt: Mapping[str, Any], point: Mapping[str, Any]) -> str:
+def render_page(learned: Mapping[str, Any], point: Mapping[str, Any]) -> str:
     """The page as Markdown, of an expectation file's content and an operating point's."""
-    evidence, cells = learnt["evidence"], learnt["learnt_from"]
-    name, digest = next(iter(learnt["model"]["sha256"].items()))
+    evidence, cells = learned["evidence"], learned["learnt_from"]
+    name, digest = next(iter(learned["model"]["sha256"].items()))
     environment = template_environment(TEMPLATES, escape=False)
     return environment.get_template("estimate.md.jinja").render(
         least=LEAST,
         worth=WORTH,
         flags=FLAGS,
-        learnt=learnt,
+        learned=learned,
         weights=f"`{name}`, SHA-256 `{digest[:16]}…`",
         sets=sum(row["sort"] == "set" for row in evidence["units"]),
-        bounds=_bounds(learnt),
-        candidates=_candidates(learnt),
+        bounds=_bounds(learned),
+        candidates=_candidates(learned),
         units=_units(evidence),
         margin=evidence["margin"],
         margin_sets=_margin_sets(evidence["margin"]),
         margin_cells=_margin_cells(evidence["margin"]),
-        refusals=_refusals(learnt),
+        refusals=_refusals(learned),
         found=point["evidence"],
         point=point,
         total=sum(cell["n"] for cell in cells),
@@ -59,9 +59,9 @@ def _met(value: float | None, floor: float, aim: float, *, smaller: bool = False
     return "floor met" if sign * value >= sign * floor else "**floor missed**"
 
 
-def _bounds(learnt: Mapping[str, Any]) -> Rows:
+def _bounds(learned: Mapping[str, Any]) -> Rows:
     """Every figure beside what was asked of it: what, measured, floor, aim, verdict."""
-    evidence = learnt["evidence"]
+    evidence = learned["evidence"]
     rows: Rows = []
     for words, value in (
         ("error of the expected mean Dice, mean over held-out sets, corruptions and models", "mean_absolute_error"),
@@ -69,7 +69,7 @@ def _bounds(learnt: Mapping[str, Any]) -> Rows:
     ):
         error = evidence[value]
         rows.append((words, _n(error), ".05", ".03", _met(error, 0.05, 0.03, smaller=True)))
-    coverage, width = evidence["coverage"], 2 * learnt["interval"]["half_width"]
+    coverage, width = evidence["coverage"], 2 * learned["interval"]["half_width"]
     share = coverage["covered"] / coverage["families"]
     held, sets = coverage["by_sort"]["set"]
     told = f"{coverage['covered']} of {coverage['families']} ({share:.0%})"
@@ -96,13 +96,13 @@ def _bounds(learnt: Mapping[str, Any]) -> Rows:
             rows.append((words, _between(found), ".5", ".7", _met(found["estimate"], 0.5, 0.7)))
     chosen = {one["name"]: one for one in evidence["candidates"]}
     best = min((one for one in evidence["candidates"] if one["baseline"]), key=lambda one: one["error"])
-    ours = chosen[learnt["chosen"]["three_passes"]]
+    ours = chosen[learned["chosen"]["three_passes"]]
     better = "met" if ours["error"] <= best["error"] else "the baseline is better"
     words = f"error of `estimate` ({ours['name']}) against the best baseline ({best['name']})"
     rows.append(
         (words, f"{_n(ours['error'])} against {_n(best['error'])}", "better, or the baseline ships", "", better)
     )
-    return [*rows, *_margin_bounds(evidence["margin"]), *_refusal_bounds(learnt)]
+    return [*rows, *_margin_bounds(evidence["margin"]), *_refusal_bounds(learned)]
 
 
 def _margin_bounds(margin: Mapping[str, Any]) -> Rows:
@@ -122,24 +122,24 @@ def _margin_bounds(margin: Mapping[str, Any]) -> Rows:
     ]  # fmt: skip
 
 
-def _refusal_bounds(learnt: Mapping[str, Any]) -> Rows:
+def _refusal_bounds(learned: Mapping[str, Any]) -> Rows:
     rows: Rows = []
     for words, wanted, floor, aim in (
         ("refusal: sets of noise and natural images", True, 0.95, 1.0),
         ("refusal: endoscopic sets", False, 0.05, 0.0),
     ):
-        refused = [row["refused"] for row in learnt["refusals"] if row["to_refuse"] == wanted]
+        refused = [row["refused"] for row in learned["refusals"] if row["to_refuse"] == wanted]
         verdict = _met(sum(refused) / len(refused), floor, aim, smaller=not wanted)
         rows.append((words, f"{sum(refused)} of {len(refused)}", f"{floor:.0%}", f"{aim:.0%}", verdict))
     return rows
 
 
-def _candidates(learnt: Mapping[str, Any]) -> Rows:
+def _candidates(learned: Mapping[str, Any]) -> Rows:
     keys = ("error", "set", "corruption", "model", "mild", "auroc", "rank_correlation")
     commands = {"three_passes": "`estimate`", "one_pass": "`segment`"}
     rows: Rows = []
-    for one in learnt["evidence"]["candidates"]:
-        used = [words for key, words in commands.items() if learnt["chosen"][key] == one["name"]]
+    for one in learned["evidence"]["candidates"]:
+        used = [words for key, words in commands.items() if learned["chosen"][key] == one["name"]]
         name = f"{one['name']} (baseline)" if one["baseline"] else one["name"]
         rows.append((name, *(_n(one[key]) for key in keys), ", ".join(used)))
     return rows
@@ -181,9 +181,9 @@ def _margin_cells(margin: Mapping[str, Any]) -> Rows:
     ]
 
 
-def _refusals(learnt: Mapping[str, Any]) -> Rows:
+def _refusals(learned: Mapping[str, Any]) -> Rows:
     words = {True: "yes", False: "no"}
     return [
         (row["set"], str(row["n"]), f"{row['unlike']:.0%}", words[row["refused"]], words[row["to_refuse"]])
-        for row in learnt["refusals"]
+        for row in learned["refusals"]
     ]

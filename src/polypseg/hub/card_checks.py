@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from polypseg.errors import UsageError, first_line
 from polypseg.evaluation.receipt_reading import read_results
-from polypseg.provenance.licence import DISCLAIMER
+from polypseg.provenance.license import DISCLAIMER
 
 LICENSE_IDS = frozenset(
     {"apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "mit", "other", "unknown"}
@@ -25,7 +25,7 @@ HEADINGS = (
     "Evaluation",
     "Limits and failures",
     "Compute",
-    "Licence",
+    "License",
     "Citation",
     "Version and checksums",
     "Contact",

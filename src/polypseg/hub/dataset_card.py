@@ -18,7 +18,7 @@ from polypseg import __version__
 from polypseg.data.catalog import DatasetSpec, get_spec, is_synthetic, may_be_public, population_of
 from polypseg.data.splits import DESCRIPTIONS
 from polypseg.errors import UsageError
-from polypseg.provenance.licence import DISCLAIMER
+from polypseg.provenance.license import DISCLAIMER
 from polypseg.tables import template_environment
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -188,7 +188,7 @@ def _describe_column(name: str, mask_values: object = None) -> str:
         "image": "the frame, RGB, as published",
         "mask": f"PNG of the frame's size; 0 is background, 1 is polyp (published masks: {coding})",
         "sequence_id": "the video clip that the frame belongs to",
-        "centre": "the centre that contributed the frame",
+        "centre": "the center that contributed the frame",
         "class": "the published class",
     }
     return known.get(name, "a column of the dataset")

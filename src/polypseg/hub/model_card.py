@@ -25,7 +25,7 @@ from polypseg.hub.card_facts import (
 )
 from polypseg.hub.dataset_card import load_references, load_template
 from polypseg.hub.markdown import all_plain, plain, python_string
-from polypseg.provenance.licence import DISCLAIMER, ModelLicense, model_license
+from polypseg.provenance.license import DISCLAIMER, ModelLicense, model_license
 from polypseg.provenance.origin import WeightsOrigin
 from polypseg.recipe import Recipe
 from polypseg.statistics.scores import METRICS
@@ -155,7 +155,7 @@ def _tags(facts: CardFacts, entry: ZooEntry | None) -> list[str]:
     tested = [result.dataset.name for result in facts.results]
     tags = ["polyp-segmentation", "colonoscopy", "endoscopy", "medical", "research-only", "semantic-segmentation"]
     tags += [facts.encoder, facts.decoder]
-    tags += [entry.method, entry.corpus] if entry else ["random-initialisation"]
+    tags += [entry.method, entry.corpus] if entry else ["random-initialization"]
     tags += [trained_on.name] if trained_on else []
     tags += tested
     tags += (
@@ -223,7 +223,7 @@ def _pretraining_lines(facts: CardFacts) -> list[str]:
     if origin.full_size:
         lines += [
             f"Published weights: {entry.upstream.location} ({entry.upstream.file_format}).",
-            f"Their licence: {entry.upstream.license}, stated at {entry.upstream.license_source}.",
+            f"Their license: {entry.upstream.license}, stated at {entry.upstream.license_source}.",
         ]
         lines += [f"To know: {entry.notes}"] if entry.notes else []
         if entry.position_embedding != "learned":
@@ -275,7 +275,7 @@ def _recipe_rows(recipe: Recipe | None) -> list[tuple[str, str]]:
         ("recipe", f"`{recipe.name}`, seed {recipe.seed}"),
         ("epochs", str(training.epochs)),
         ("batch size", f"{training.total_batch_size} images a step, over all processes"),
-        ("optimiser", f"AdamW, learning rate {training.learning_rate:g}, weight decay {training.weight_decay:g}"),
+        ("optimizer", f"AdamW, learning rate {training.learning_rate:g}, weight decay {training.weight_decay:g}"),
         ("schedule", schedules[schedule.kind]),
         ("loss", loss),
         ("precision asked for", {"no": "float32"}.get(training.precision, training.precision)),
@@ -283,7 +283,7 @@ def _recipe_rows(recipe: Recipe | None) -> list[tuple[str, str]]:
         (
             "augmentation",
             f"flips, rotation to {augmentation.rotation:g} degrees, zoom {augmentation.scale[0]:g} to "
-            f"{augmentation.scale[1]:g}, shift, shear, colour jitter, blur",
+            f"{augmentation.scale[1]:g}, shift, shear, color jitter, blur",
         ),
         ("choice of the model", "best mean Dice on the validation part; test images play no part in it"),
     ]

@@ -20,7 +20,7 @@ from polypseg.files import file_sha256, read_json
 from polypseg.hub.card_checks import lint_card, load_card
 from polypseg.provenance.checksums import MANIFEST, NOT_LISTED, describe_problems, find_problems, read_manifest
 from polypseg.provenance.fetch import hub_api, hub_errors
-from polypseg.provenance.licence import ModelLicense, license_contradictions, model_license
+from polypseg.provenance.license import ModelLicense, license_contradictions, model_license
 from polypseg.provenance.origin import WeightsOrigin
 
 COLLECTION = "Polyp segmentation: twelve pretrained backbones"

@@ -71,7 +71,7 @@ def describe_model(name_or_path: str, *, revision: str | None = None, title: str
     Raises UsageError and PolypSegError as ``polypseg.load`` does.
     """
     from polypseg.provenance.fetch import fetch, resolve_id
-    from polypseg.provenance.licence import model_license
+    from polypseg.provenance.license import model_license
     from polypseg.provenance.origin import UNKNOWN, WeightsOrigin
 
     here = local_folder(name_or_path)
@@ -190,7 +190,7 @@ def _write_readme(folder: Path, models: Sequence[SpaceModel], *, title: str) -> 
     }
     columns = [
         Column("model", "title", plain),
-        Column("licence", "licence", plain),
+        Column("license", "licence", plain),
         Column("origin", "note", plain),
     ]
     table = Table(columns=columns, records=models).markdown()

@@ -25,7 +25,7 @@ from polypseg.errors import UsageError, unknown_name
 from polypseg.evaluation.receipt import find_receipts
 from polypseg.files import atomic_path, explain_write_errors, read_json
 from polypseg.inference.runtimes import ONNX_FILES
-from polypseg.provenance.licence import model_license
+from polypseg.provenance.license import model_license
 from polypseg.provenance.origin import UNKNOWN, WeightsOrigin
 
 BUILT = Path(__file__).resolve().parents[1] / "_web"
@@ -183,7 +183,7 @@ def _preparation(path: Path) -> tuple[int, list[float], list[float]]:
         other.append("size")
     if other:
         raise UsageError(
-            f"{path}: the page squashes frames to a square by Pillow's bicubic filter and normalises them, but this "
+            f"{path}: the page squashes frames to a square by Pillow's bicubic filter and normalizes them, but this "
             f"model asks for something else: {', '.join(other)}"
         )
     return int(side), list(settings["image_mean"]), list(settings["image_std"])

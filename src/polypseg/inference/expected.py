@@ -24,7 +24,7 @@ THRESHOLD = 0.5
 DOUBTFUL, UNLIKE, EMPTY = "doubtful", "unlike", "no mask"
 FLAGS: Mapping[str, str] = {
     DOUBTFUL: "look at it: most masks that are wrong (Dice below .5) are flagged, and some that are right",
-    UNLIKE: "the frame is unlike those that the estimate was learnt from: nothing is said of it",
+    UNLIKE: "the frame is unlike those that the estimate was learned from: nothing is said of it",
     EMPTY: "no polyp was found: whether there is one cannot be told from this",
 }
 

@@ -83,7 +83,7 @@ def read_gate(content: Mapping[str, Any]) -> Gate:
         arrays = {name: np.array(content[name], dtype=np.float64) for name in ("mean", "directions", "low", "high")}
         return Gate(**arrays, rest=float(content["rest"]), limit=float(content["limit"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise PolypSegError(f"what was learnt of this model is damaged ({error!r}): get the model again") from error
+        raise PolypSegError(f"what was learned of this model is damaged ({error!r}): get the model again") from error
 
 
 def learn_gate(descriptions: Sequence[Floats], groups: Sequence[Any]) -> Gate:

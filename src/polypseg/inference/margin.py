@@ -88,4 +88,4 @@ def read_margin(content: Mapping[str, Any]) -> Margin:
             **{name: float(content[name]) for name in ("level", "usual", "spread")},
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise PolypSegError(f"what was learnt of this model is damaged ({error!r}): get the model again") from error
+        raise PolypSegError(f"what was learned of this model is damaged ({error!r}): get the model again") from error

@@ -121,7 +121,7 @@ def refuse_configuration(folder: Path, config: dict[str, Any]) -> None:
                         f"remove {key} or set it to one of {', '.join(ATTENTION)}"
                     )
         if key == "quantization_config" and value is not None:
-            raise ValueError("config.json asks for quantised weights, which are not read here: give the full ones")
+            raise ValueError("config.json asks for quantized weights, which are not read here: give the full ones")
         if key == WEIGHTS_ORIGIN and not isinstance(value, dict | None):
             raise ValueError(f"{WEIGHTS_ORIGIN} in config.json is a record (a mapping), not {type(value).__name__}")
 

@@ -112,11 +112,11 @@ def weights_digests(folder: Path) -> dict[str, str]:
     return {name: listed.get(name) or file_sha256(folder / name) for name in WEIGHTS if (folder / name).is_file()}
 
 
-def check_weights(folder: Path, learnt_from: Mapping[str, str], path: Path) -> None:
+def check_weights(folder: Path, learned_from: Mapping[str, str], path: Path) -> None:
     """Raise UsageError where ``path`` was learned from other weights than those in a model's folder.
 
-    ``learnt_from``: file -> SHA-256; none for what is bound to no weights.
+    ``learned_from``: file -> SHA-256; none for what is bound to no weights.
     """
-    other = [name for name, digest in weights_digests(folder).items() if learnt_from.get(name, digest) != digest]
+    other = [name for name, digest in weights_digests(folder).items() if learned_from.get(name, digest) != digest]
     if other:
-        raise UsageError(f"{path} was learnt from another {other[0]}: remove it, or learn it again")
+        raise UsageError(f"{path} was learned from another {other[0]}: remove it, or learn it again")

@@ -188,7 +188,7 @@ def read_map(data: bytes, *, name: str) -> NDArray[Any]:
     if pixels.ndim == 3 and pixels.shape[2] in (3, 4) and pixels.dtype == np.uint8:
         pixels = _gray(pixels, name)
     if pixels.ndim != 2 or not pixels.size:
-        raise PolypSegError(f"{name} has the shape {pixels.shape}: a map is grey, (height, width)")
+        raise PolypSegError(f"{name} has the shape {pixels.shape}: a map is gray, (height, width)")
     if pixels.dtype == bool:
         return pixels.astype(np.uint8) * np.uint8(255)
     if pixels.dtype in (np.uint8, np.uint16):
@@ -199,16 +199,16 @@ def read_map(data: bytes, *, name: str) -> NDArray[Any]:
         return pixels.astype(np.uint8) * np.uint8(255)
     raise PolypSegError(
         f"{name} holds {pixels.dtype} values from {pixels.min()} to {pixels.max()}: save probabilities between 0 and 1 "
-        "(apply the sigmoid to logits), or 8- or 16-bit grey"
+        "(apply the sigmoid to logits), or 8- or 16-bit gray"
     )
 
 
 def _gray(pixels: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
     """The luminance of (H, W, 3 or 4) pixels that are gray but for what JPEG does to them."""
     if pixels.shape[2] == 4 and pixels[..., 3].min(initial=255) < 255:
-        raise PolypSegError(f"{name} is transparent in places: save grey without alpha")
+        raise PolypSegError(f"{name} is transparent in places: save gray without alpha")
     if (np.ptp(pixels[..., :3], axis=2) > 64).mean() > 1e-3:
-        raise PolypSegError(f"{name} is in colours: save the polyp's probability as grey")
+        raise PolypSegError(f"{name} is in colors: save the polyp's probability as gray")
     return np.asarray(Image.fromarray(pixels[..., :3]).convert("L"))
 
 

@@ -67,5 +67,5 @@ def read_predictor(content: Mapping[str, Any]) -> Predictor:
             lists = {name: tuple(content[name]) for name in ("features", "low", "high", "weights")}
             return Linear(**lists, intercept=content["intercept"])
     except (KeyError, TypeError) as error:
-        raise PolypSegError(f"what was learnt of this model is damaged ({error!r}): get the model again") from error
-    raise PolypSegError(f"what was learnt of this model is of an unknown kind {content['kind']!r}: update polypseg")
+        raise PolypSegError(f"what was learned of this model is damaged ({error!r}): get the model again") from error
+    raise PolypSegError(f"what was learned of this model is of an unknown kind {content['kind']!r}: update polypseg")

@@ -346,7 +346,7 @@ def _check_margin(segmenter: Segmenter, margin: float, point: OperatingPoint) ->
     """Raise UsageError where no margin of this level can be given."""
     if segmenter.expectation is None:
         raise UsageError(
-            f"no margin is known of {segmenter.name}: it is learnt with training_scripts/fit_expectation.py"
+            f"no margin is known of {segmenter.name}: it is learned with training_scripts/fit_expectation.py"
         )
     if not point.is_default:
         raise UsageError("margins are of masks at threshold 0.5: leave out the threshold or the operating point")

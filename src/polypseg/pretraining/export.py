@@ -13,12 +13,12 @@ from polypseg.data.corpus import FrameStore
 from polypseg.files import file_sha256, read_json, write_text
 from polypseg.pretraining.loop import PretrainingProgress, build_feed, build_method
 from polypseg.pretraining.mae import MAE
-from polypseg.pretraining.probes.labelled import LabeledFrames
+from polypseg.pretraining.probes.labeled import LabeledFrames
 from polypseg.pretraining.probes.report import (
     draw_loss_curve,
     draw_reconstructions,
     embed,
-    normalise,
+    normalize,
     normalized_batches,
     score_cell,
     write_report,
@@ -97,7 +97,7 @@ def write_run_report(
     frames: FrameStore,
     *,
     folder: Path,
-    labelled: LabeledFrames | None,
+    labeled: LabeledFrames | None,
 ) -> list[Path]:
     """The loss curve, for MAE reconstructions, and with labeled frames the representation report; return the files."""
     title = f"{recipe.method} {recipe.encoder}, {len(frames)} frames, {progress.step} steps"
@@ -109,9 +109,9 @@ def write_run_report(
     method = method.eval()
     if isinstance(method, MAE):
         written.append(_draw_reconstructions(method, recipe, frames, note=note, path=folder / "reconstructions.png"))
-    if labelled is not None:
-        untrained = _embed(_untrained(recipe, labelled, device=device), labelled)
-        trained = _embed(method, labelled)
+    if labeled is not None:
+        untrained = _embed(_untrained(recipe, labeled, device=device), labeled)
+        trained = _embed(method, labeled)
         facts = {
             "recipe": recipe.name,
             "seed": recipe.seed,
@@ -119,25 +119,25 @@ def write_run_report(
             "epochs": progress.epoch,
             "steps": progress.step,
             "embedding": EMBEDDINGS[recipe.method],
-            "random_start": "same seed as the run; BatchNorm statistics estimated on the labelled frames",
-            "seen_in_pretraining": labelled.content_id == frames.content_id,
+            "random_start": "same seed as the run; BatchNorm statistics estimated on the labeled frames",
+            "seen_in_pretraining": labeled.content_id == frames.content_id,
         }
         written.append(
-            write_report(folder, trained=trained, untrained=untrained, frames=labelled, title=title, facts=facts)
+            write_report(folder, trained=trained, untrained=untrained, frames=labeled, title=title, facts=facts)
         )
     return written
 
 
-def _untrained(recipe: PretrainingRecipe, labelled: LabeledFrames, *, device: torch.device) -> Any:
+def _untrained(recipe: PretrainingRecipe, labeled: LabeledFrames, *, device: torch.device) -> Any:
     """The run's start. BatchNorm's initial statistics, 0 and 1, would understate it, so they are estimated."""
     method = build_method(recipe).to(device)
-    update_bn(normalized_batches(labelled, mean=IMAGENET_MEAN, std=IMAGENET_STD, device=device), method.encoder)
+    update_bn(normalized_batches(labeled, mean=IMAGENET_MEAN, std=IMAGENET_STD, device=device), method.encoder)
     return method.eval()
 
 
-def _embed(method: Any, labelled: LabeledFrames) -> NDArray[np.float32]:
+def _embed(method: Any, labeled: LabeledFrames) -> NDArray[np.float32]:
     device = next(method.parameters()).device
-    return embed(method.represent, labelled, mean=IMAGENET_MEAN, std=IMAGENET_STD, device=device)
+    return embed(method.represent, labeled, mean=IMAGENET_MEAN, std=IMAGENET_STD, device=device)
 
 
 def _draw_reconstructions(method: MAE, recipe: PretrainingRecipe, frames: FrameStore, *, note: str, path: Path) -> Path:
@@ -148,7 +148,7 @@ def _draw_reconstructions(method: MAE, recipe: PretrainingRecipe, frames: FrameS
     device = next(method.parameters()).device
     mean, std = (torch.tensor(x, device=device) for x in (IMAGENET_MEAN, IMAGENET_STD))
     pixels = torch.stack([example["views"][0] for example in examples]).to(device)
-    images = normalise(pixels, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    images = normalize(pixels, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     masked, painted = method.reconstruct(images, torch.stack([e["noise"] for e in examples]).to(device))
 
     def to_bytes(x: Tensor) -> NDArray[np.uint8]:
@@ -163,7 +163,7 @@ def _draw_reconstructions(method: MAE, recipe: PretrainingRecipe, frames: FrameS
 INDEX_HEAD = """# Small pretraining runs
 
 What the three methods learn from a thousand frames on two CPU cores: one run each, scored without fine-tuning beside
-the same encoder at random initialisation. These are small encoders at a small scale: none is one of the twelve models,
+the same encoder at random initialization. These are small encoders at a small scale: none is one of the twelve models,
 and nothing here says which method is better at full size.
 
 """

@@ -27,11 +27,11 @@ from polypseg.pretraining.loader import FrameFeed, UnreadableFrames, frame_loade
 from polypseg.pretraining.mae import MAE
 from polypseg.pretraining.moco_v3 import MoCoV3
 from polypseg.pretraining.optim import LARS, warmup_cosine
-from polypseg.pretraining.probes.report import embedding_spread, normalise
-from polypseg.pretraining.recipe import OptimiserRecipe, PretrainingRecipe
+from polypseg.pretraining.probes.report import embedding_spread, normalize
+from polypseg.pretraining.recipe import OptimizerRecipe, PretrainingRecipe
 from polypseg.pretraining.supervised import Supervised, read_labels
 from polypseg.provenance.passport import PASSPORT, PRETRAINING, Passport, Seen, frames_manifest
-from polypseg.training.distributed import gather_rows, synchronise_batchnorm
+from polypseg.training.distributed import gather_rows, synchronize_batchnorm
 from polypseg.training.loader import Example, GlobalBatches
 from polypseg.training.run_folder import (
     InterruptedRunError,
@@ -59,21 +59,21 @@ class PretrainingProgress:
     step_in_epoch: int = 0
     step: int = 0
     losses: list[float] = field(default_factory=list)
-    """Of every optimiser step, over the global batch."""
+    """Of every optimizer step, over the global batch."""
     spreads: list[float] = field(default_factory=list)
     """Spread of the global batch's embeddings at every step; see ``embedding_spread``."""
     unreadable: list[int] = field(default_factory=list)
     """Frames that could not be read so far, by number."""
 
     def finish_step(self, loss: float, spread: float) -> None:
-        """Count an optimiser step."""
+        """Count an optimizer step."""
         self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
         self.losses.append(loss)
         self.spreads.append(spread)
 
 
 def build_method(recipe: PretrainingRecipe) -> Any:
-    """The method's module around a fresh encoder, initialised from the recipe's seed. Raises UsageError."""
+    """The method's module around a fresh encoder, initialized from the recipe's seed. Raises UsageError."""
     torch.manual_seed(recipe.seed)
     return METHOD_CLASSES[recipe.method](build_encoder(recipe.encoder), **recipe.method_options())
 
@@ -94,7 +94,7 @@ def build_feed(method: nn.Module, frames: FrameStore, recipe: PretrainingRecipe)
     )
 
 
-def build_optimiser(method: nn.Module, recipe: OptimiserRecipe, *, total_batch_size: int) -> Optimizer:
+def build_optimizer(method: nn.Module, recipe: OptimizerRecipe, *, total_batch_size: int) -> Optimizer:
     """LARS or AdamW over what trains. Each group's ``peak`` is its learning rate after the warm-up."""
     scale = total_batch_size / 256
     peak = recipe.base_learning_rate * scale
@@ -173,7 +173,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 class _Run:
-    """What the loop of ``pretrain`` uses: method, data, optimiser, progress, folder, and one step with them."""
+    """What the loop of ``pretrain`` uses: method, data, optimizer, progress, folder, and one step with them."""
 
     def __init__(
         self,
@@ -210,9 +210,9 @@ class _Run:
             "recipe": recipe.model_dump(mode="json"),
             "data": {"source": frames.path.name, "content_id": frames.content_id, "frames": len(frames)},
         }
-        optimiser = build_optimiser(method, recipe.optimiser, total_batch_size=training.total_batch_size)
-        network = synchronise_batchnorm(method, accelerator).to(memory_format=torch.channels_last)
-        self.method, self.optimiser = accelerator.prepare(network, optimiser)
+        optimizer = build_optimizer(method, recipe.optimiser, total_batch_size=training.total_batch_size)
+        network = synchronize_batchnorm(method, accelerator).to(memory_format=torch.channels_last)
+        self.method, self.optimizer = accelerator.prepare(network, optimizer)
 
     def start(self, *, resume: bool) -> PretrainingProgress:
         """Claim the run's folder, or continue the run that is in it; how far it is."""
@@ -227,7 +227,7 @@ class _Run:
 
     def finish(self, rate: float) -> None:
         """Say what the run cost on this machine, and note what its encoder saw; ``rate``: the last images/s."""
-        self._summarise(rate)
+        self._summarize(rate)
         self.accelerator.end_training()
         if self.accelerator.is_main_process and not (self.run_dir / PASSPORT).is_file():
             self._write_passport()  # last: the other processes need not wait for it
@@ -240,7 +240,7 @@ class _Run:
         Passport(model_id=self.recipe.name, seen=(seen,)).save(self.run_dir)
 
     def _train_step(self, batch: Example) -> tuple[float, float]:
-        """One optimiser step; returns loss and spread over the global batch. Raises PolypSegError for a wild loss."""
+        """One optimizer step; returns loss and spread over the global batch. Raises PolypSegError for a wild loss."""
         progress, training = self.progress, self.recipe.training
         self._watch_unreadable(batch["unreadable"])
         self._set_rates()
@@ -263,14 +263,14 @@ class _Run:
                 "optimiser.base_learning_rate or with training.precision=no; the last good checkpoint is in "
                 f"{self.run_dir / 'checkpoints'}"
             )
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return value, float(embedding_spread(gather_rows(torch.cat(embeddings))))
 
     def _inputs(self, batch: Example) -> list[Tensor]:
-        """views (N, V, S, S, 3) uint8 -> (N, V, 3, S, S) normalised, on the device; and noise or labels, if any."""
+        """views (N, V, S, S, 3) uint8 -> (N, V, 3, S, S) normalized, on the device; and noise or labels, if any."""
         device = self.accelerator.device
-        views = normalise(batch["views"].to(device, non_blocking=True), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        views = normalize(batch["views"].to(device, non_blocking=True), mean=IMAGENET_MEAN, std=IMAGENET_STD)
         others = [batch[key].to(device, non_blocking=True) for key in ("noise", "label") if key in batch]
         return [views, *others]
 
@@ -283,13 +283,13 @@ class _Run:
             total_steps=self.schedule_steps,
             floor=recipe.final_learning_rate,
         )
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = share * group["peak"]
 
     @property
     def learning_rate(self) -> float:
         """Of the first group, at this step."""
-        return float(self.optimiser.param_groups[0]["lr"])
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def _watch_unreadable(self, unreadable: Tensor) -> None:
         """Collect all processes' unreadable frames; raise PolypSegError when there are too many."""
@@ -310,7 +310,7 @@ class _Run:
                 "the learning rate or lengthen the warm-up, and do not use this encoder"
             )
 
-    def _summarise(self, rate: float) -> None:
+    def _summarize(self, rate: float) -> None:
         """Print and keep what the run cost on this machine since it was started or resumed."""
         if not rate:
             return

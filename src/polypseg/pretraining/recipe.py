@@ -86,7 +86,7 @@ class PretrainingTrainingRecipe(RecipeSection):
     """Save a resumable checkpoint every so many steps."""
 
 
-class OptimiserRecipe(RecipeSection):
+class OptimizerRecipe(RecipeSection):
     """LARS or AdamW, linear warm-up and half a cosine, per step."""
 
     kind: Literal["lars", "adamw"]
@@ -153,7 +153,7 @@ class PretrainingRecipe(NamedRecipe):
     views: tuple[ViewRecipe, ...]
     """One for each view of a frame: two for MoCo v3 and Barlow Twins, one for MAE and supervised training."""
     training: PretrainingTrainingRecipe
-    optimiser: OptimiserRecipe
+    optimiser: OptimizerRecipe
 
     def method_options(self) -> dict[str, Any]:
         """The arguments of the method's module."""

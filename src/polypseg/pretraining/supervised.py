@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from polypseg.data.corpus import FrameStore
 from polypseg.errors import UsageError
 from polypseg.pretraining.encoders import PretrainingOutput, feature_width
-from polypseg.pretraining.probes.labelled import classes_of
+from polypseg.pretraining.probes.labeled import classes_of
 
 
 class Supervised(nn.Module):

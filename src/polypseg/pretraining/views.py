@@ -17,7 +17,7 @@ from PIL import Image
 
 from polypseg.data.images import decode_frame, open_picture
 from polypseg.errors import PolypSegError
-from polypseg.training.augmentation import Image8, colour_jitter, gaussian_blur
+from polypseg.training.augmentation import Image8, color_jitter, gaussian_blur
 
 Interpolation = Literal["bilinear", "bicubic"]
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -160,9 +160,9 @@ def solarize(image: Image8) -> Image8:
 
 
 def augment(image: Image8, settings: ViewSettings, rng: np.random.Generator) -> Image8:
-    """Jitter, grayscale, blur, solarisation and horizontal flip, each with its probability: (S, S, 3) -> same."""
+    """Jitter, grayscale, blur, solarization and horizontal flip, each with its probability: (S, S, 3) -> same."""
     if rng.random() < settings.jitter_probability:
-        image = colour_jitter(
+        image = color_jitter(
             image,
             rng,
             brightness=settings.brightness,

@@ -343,7 +343,7 @@ class WeightsOrigin(_Record):
                 f"{source.upstream}; the outputs were compared before writing."
             )
         start = self.encoder_initialisation or UNKNOWN
-        encoder = "a randomly initialised encoder" if self.random_start else f"an encoder from {start}"
+        encoder = "a randomly initialized encoder" if self.random_start else f"an encoder from {start}"
         if self.kind == "untrained":
             return f"Not trained for segmentation: {encoder} and a random decoder. Its masks mean nothing."
         recipe = f"recipe {self.recipe}" + (f" with {', '.join(self.recipe_changes)}" if self.recipe_changes else "")

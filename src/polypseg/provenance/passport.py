@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from polypseg import zoo
-from polypseg.data.catalog import CENTRE_COLUMN, CLIP_COLUMN, DATASETS
+from polypseg.data.catalog import CENTER_COLUMN, CLIP_COLUMN, DATASETS
 from polypseg.data.corpus import FrameStore
 from polypseg.data.duplicates import HASH_DISTANCE, fingerprint
 from polypseg.data.images import decode_frame
@@ -127,8 +127,8 @@ class SplitManifest:
     def from_content(cls, content: Mapping[str, Any]) -> "SplitManifest":
         """The manifest of ``content``. Raises ValueError when its columns are not of the images of its digest."""
         clips = content["clips"] or [None] * len(content["ids"])
-        centres, masks = (content.get(key) or [None] * len(content["ids"]) for key in ("centres", "masks"))
-        columns = zip(content["ids"], content["pixels"], content["hashes"], clips, centres, masks, strict=True)
+        centers, masks = (content.get(key) or [None] * len(content["ids"]) for key in ("centres", "masks"))
+        columns = zip(content["ids"], content["pixels"], content["hashes"], clips, centers, masks, strict=True)
         images = tuple(ImagePrint(id=i, pixels=p, hash=h, clip=c, centre=of, mask=m) for i, p, h, c, of, m in columns)
         names = ("dataset", "split", "part", "content_id")
         manifest = cls(**{name: content[name] for name in names}, images=images)
@@ -189,7 +189,7 @@ def make_manifest(
     for record_id in tqdm(ids, desc=f"noting {dataset.spec.title}", unit="image", leave=False, disable=None):
         record = dataset.by_id[record_id]
         found = image_print(record_id, dataset.frame(record), clip=record.groups.get(CLIP_COLUMN))
-        prints.append(replace(found, centre=record.groups.get(CENTRE_COLUMN)))
+        prints.append(replace(found, centre=record.groups.get(CENTER_COLUMN)))
     return SplitManifest(
         dataset=dataset.spec.name, split=split, part=label, content_id=dataset.content_id, images=tuple(prints)
     )
@@ -219,7 +219,7 @@ def kept_manifest(
 ) -> SplitManifest:
     """As ``make_manifest``; the images of the same content are read once and their prints kept in the cache folder."""
     ids, label = dataset.part(split, part, limit=limit)
-    told = [CENTRE_COLUMN] if CENTRE_COLUMN in dataset.spec.groups else []
+    told = [CENTER_COLUMN] if CENTER_COLUMN in dataset.spec.groups else []
     key = hashlib.sha256("\0".join((dataset.content_id, split, label, *told, *ids)).encode()).hexdigest()[:16]
     path = cache_folder() / "manifests" / f"{dataset.spec.name}-{key}.json"
     with contextlib.suppress(PolypSegError):  # missing, or damaged: it is made again

@@ -32,7 +32,7 @@ from polypseg.tables import Column, Table
 SAMPLES = 2
 """Frames of each dataset that the overlay figure shows."""
 RANKED = 3
-"""Models from which on a change of their ranking is analysed."""
+"""Models from which on a change of their ranking is analyzed."""
 
 
 @dataclass(frozen=True, kw_only=True)

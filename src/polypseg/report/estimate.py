@@ -1,4 +1,4 @@
-"""The page of an estimate: verdict, differences, the frames with the least expected Dice, what it was learnt from."""
+"""The page of an estimate: verdict, differences, the frames with the least expected Dice, what it was learned from."""
 
 import base64
 import io
@@ -19,12 +19,12 @@ def render_estimate(
     *,
     frames: Sequence[Mapping[str, str]],
     pictures: Sequence[tuple[str, Image.Image]],
-    learnt: Mapping[str, Any],
+    learned: Mapping[str, Any],
 ) -> str:
     """One HTML document without any reference to another file.
 
     ``content``: what estimate.json says; ``frames``: the rows of frames.csv; ``pictures``: names and overlays;
-    ``learnt``: the model's expectation file.
+    ``learned``: the model's expectation file.
     """
     return render_document(
         "estimate.html.jinja",
@@ -33,9 +33,9 @@ def render_estimate(
         table=_table(frames),
         picture=draw_differences(content["differences"]),
         pictures=[(name, _jpeg(image)) for name, image in pictures],
-        learnt=learnt,
-        sets=sorted({cell["set"] for cell in learnt["learnt_from"]}),
-        corruptions=sorted({cell["corruption"] for cell in learnt["learnt_from"]} - {"none"}),
+        learned=learned,
+        sets=sorted({cell["set"] for cell in learned["learnt_from"]}),
+        corruptions=sorted({cell["corruption"] for cell in learned["learnt_from"]} - {"none"}),
     )
 
 

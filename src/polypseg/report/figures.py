@@ -1,4 +1,4 @@
-"""The report's figures: drawn once, written as SVG and PDF, and as SVG whose colours follow the page's theme."""
+"""The report's figures: drawn once, written as SVG and PDF, and as SVG whose colors follow the page's theme."""
 
 import io
 import re
@@ -17,7 +17,7 @@ from polypseg.statistics import Interval
 
 INK, MUTED, RULE, CNN, VIT = "#1c2024", "#616b76", "#d4d9df", "#1f6fb2", "#bf4f08"
 THEME = {INK: "--ink", MUTED: "--muted", RULE: "--rule", CNN: "--cnn", VIT: "--vit"}
-"""Colours of the light theme -> the page's CSS variables."""
+"""Colors of the light theme -> the page's CSS variables."""
 _SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "polypseg",
@@ -54,7 +54,7 @@ class Picture:
     title: str
     caption: str
     inline: str
-    """SVG element for the page: ids of its own, colours by CSS variables."""
+    """SVG element for the page: ids of its own, colors by CSS variables."""
     svg: str
     pdf: bytes
 
@@ -85,7 +85,7 @@ def draw_differences(rows: Sequence[Mapping[str, Any]]) -> Picture:
         )
 
 
-def colour(model: str) -> str:
+def color_of(model: str) -> str:
     """Blue for convolutional models, orange for transformers."""
     return VIT if model.startswith("vit") else CNN
 
@@ -106,7 +106,7 @@ def _picture(figure: Figure, *, name: str, title: str, caption: str) -> Picture:
 
 
 def inline_svg(svg: str, *, name: str, title: str) -> str:
-    """A matplotlib SVG as an element of a page: no prolog, ids under ``name``, the page's font and colours.
+    """A matplotlib SVG as an element of a page: no prolog, ids under ``name``, the page's font and colors.
 
     ``title`` is plain text without markup characters; it becomes the element's accessible name.
     """
@@ -150,11 +150,11 @@ def _distributions(analysis: Analysis) -> Picture | None:
                 edges,
                 baseline=row + 0.38,
                 fill=True,
-                color=colour(model),
+                color=color_of(model),
                 alpha=0.35,
             )
             low, middle, high = np.quantile(dice, [0.25, 0.5, 0.75])
-            axis.plot([low, high], [row + 0.38] * 2, color=colour(model), lw=2.2, solid_capstyle="butt")
+            axis.plot([low, high], [row + 0.38] * 2, color=color_of(model), lw=2.2, solid_capstyle="butt")
             axis.plot([middle] * 2, [row + 0.16, row + 0.38], color=INK, lw=1.4)
             axis.plot(dice.mean(), row + 0.38, "o", ms=3.6, color=INK, mew=0)
         axis.set(xlim=(-0.01, 1.01), xlabel="Dice of an image")
@@ -183,14 +183,14 @@ def _slopes(analysis: Analysis) -> Picture | None:
             y = row[f"rank_{where}"] + offset
             name, rank = analysis.material.label(row["model"]), f"{row[f'rank_{where}']:g}"
             text = f"{name}  {rank}" if place == 0 else f"{rank}  {name}"
-            axis.text(place + 0.05 * away, y, text, ha=side, va="center", color=colour(row["model"]))
+            axis.text(place + 0.05 * away, y, text, ha=side, va="center", color=color_of(row["model"]))
             if analysis.claims:
                 axis.text(place + 0.75 * away, y, spread, ha=side, va="center", color=MUTED, fontsize=7.5)
     certain = {frozenset((p["a"], p["b"])) for p in analysis.certain_flips()}
     named = {model for pair in certain for model in pair}
     for row in rows:
         width = 2.2 if row["model"] in named else 1.2
-        axis.plot([0, 1], [row["rank_inside"], row["rank_outside"]], "o-", ms=4, lw=width, color=colour(row["model"]))
+        axis.plot([0, 1], [row["rank_inside"], row["rank_outside"]], "o-", ms=4, lw=width, color=color_of(row["model"]))
     axis.set(xlim=(-0.95, 1.95), ylim=(count + 0.6, 0.2), yticks=[], xticks=[])
     axis.spines["bottom"].set_visible(False)
     for place, where, side in ((0, "in distribution", "right"), (1, "out of distribution", "left")):
@@ -302,7 +302,7 @@ def _calibration(analysis: Analysis) -> Picture | None:
                 pixels, confidence, correct = np.sum(inside, axis=0).T
                 filled = pixels > 0
                 points = confidence[filled] / pixels[filled], correct[filled] / pixels[filled]
-                axis.plot(*points, "o-", ms=2.4, lw=1, alpha=0.7, color=colour(model))
+                axis.plot(*points, "o-", ms=2.4, lw=1, alpha=0.7, color=color_of(model))
         axis.set(xlabel="confidence", xlim=(0.49, 1.01), ylim=(-0.02, 1.02))
         axis.set_title(material.test_title(test))
     axes[0].set_ylabel("share of pixels right")
@@ -316,7 +316,7 @@ def _calibration(analysis: Analysis) -> Picture | None:
 
 
 Line = tuple[str, str, Interval, float | None]
-"""Name, colour, estimate with interval, noise floor of the training runs (None: not drawn)."""
+"""Name, color, estimate with interval, noise floor of the training runs (None: not drawn)."""
 
 
 def _forest(
@@ -345,19 +345,23 @@ def _gaps(analysis: Analysis) -> Picture | None:
         return None
     ordered = sorted(analysis.gaps, key=lambda gap: gap.gap.estimate)
     panels = [
-        ("loss of mean Dice", [(analysis.material.label(g.model), colour(g.model), g.gap, None) for g in ordered])
+        ("loss of mean Dice", [(analysis.material.label(g.model), color_of(g.model), g.gap, None) for g in ordered])
     ]
     if all(gap.relative for gap in ordered):
         panels.append(
             (
                 "loss relative to in distribution",
-                [(analysis.material.label(g.model), colour(g.model), g.relative, None) for g in ordered if g.relative],
+                [
+                    (analysis.material.label(g.model), color_of(g.model), g.relative, None)
+                    for g in ordered
+                    if g.relative
+                ],
             )
         )
     return _forest(
         panels,
         name="generalisation-gaps",
-        title="Generalisation gap of each model",
+        title="Generalization gap of each model",
         caption="Mean Dice in distribution minus out of distribution with 95 % intervals, smallest loss first.",
     )
 
@@ -387,7 +391,7 @@ def _contrasts(analysis: Analysis) -> Picture | None:
         title="Contrasts between groups of models",
         caption="First group minus second with 95 % intervals. Positive: the first has the higher Dice in or out of "
         "distribution; negative loss: it loses less. "
-        + ("Grey: noise floor, what training runs alone may make. " if analysis.runs else "")
+        + ("Gray: noise floor, what training runs alone may make. " if analysis.runs else "")
         + ("" if analysis.claims else "One training run a row: no claim."),
         line=0.45,
     )

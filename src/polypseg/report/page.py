@@ -9,7 +9,7 @@ import numpy as np
 from polypseg import zoo
 from polypseg.evaluation.receipt import ClusterCounts, Receipt, Test
 from polypseg.evaluation.receipt_reading import seen_words
-from polypseg.provenance.licence import ModelLicense, model_license
+from polypseg.provenance.license import ModelLicense, model_license
 from polypseg.provenance.origin import RANDOM_MARK, WeightsOrigin
 from polypseg.report.analysis import Analysis
 from polypseg.report.answer import answer_sentences, noise_sentences
@@ -38,7 +38,7 @@ class ModelSection:
     title: str
     summary: str
     shortcomings: Sequence[str]
-    licence: ModelLicense | None
+    license: ModelLicense | None
     weights: Sequence[tuple[str, str]]
     """Seed and digest."""
     seen: Sequence[tuple[str, str]]
@@ -183,7 +183,7 @@ def _seen_most(material: Material, test: Test) -> str:
 
 
 def model_section(analysis: Analysis, model: str) -> ModelSection:
-    """Start, recipe, licence, weights, what it saw, its scores on every test and its worst images."""
+    """Start, recipe, license, weights, what it saw, its scores on every test and its worst images."""
     material = analysis.material
     receipts = material.of(model)
     first = receipts[0]
@@ -197,7 +197,7 @@ def model_section(analysis: Analysis, model: str) -> ModelSection:
         title=_row_title(first),
         summary=f"{origin.summary} {origin.own_pretraining}".replace("`", "").strip() if origin else _UNKNOWN,
         shortcomings=origin.shortcomings if origin else (),
-        licence=model_license(origin) if origin else None,
+        license=model_license(origin) if origin else None,
         weights=list(weights),
         seen=[(material.test_title(test), _seen(material.of(model, test))) for test in tests],
         scores=_scores_table(analysis, model, scored),

@@ -232,7 +232,7 @@ def tests_table(analysis: Analysis, tests: Iterable[Test]) -> Table:
     return Table(
         name="tests",
         caption=f"Mean over images, 95 % interval{SEEDS_NOTE}. Seen: images that the model saw in training, or whose "
-        "near-duplicate or clip it saw; such a score is not one of generalisation.",
+        "near-duplicate or clip it saw; such a score is not one of generalization.",
         columns=[
             _test_column(material),
             _model_column(material),

@@ -86,7 +86,7 @@ class Cell:
     """Whether that is a random start for lack of the row's own pretraining."""
 
     def start(self, grid: Grid, seed: int | None) -> Start | None:
-        """The pretraining that the encoder starts from; None for random initialisation and for listed rows."""
+        """The pretraining that the encoder starts from; None for random initialization and for listed rows."""
         if self.method == "none" or self.weights is not None:
             return None
         return Start(

@@ -21,7 +21,7 @@ class Cost:
     kind: str
     tasks: int
     steps: int
-    """Optimiser steps of each."""
+    """Optimizer steps of each."""
     images: int
     """Images of each step; an image that two views are made of counts once."""
     seconds: float

@@ -104,7 +104,7 @@ def open_packed(folder: Path, name: str) -> PolypDataset:
 
 
 def train_row(row: str, packed: Path, output: Path, *, effort: Effort = FULL, workers: int = 0) -> dict[str, Any]:
-    """Fine-tune a row from random initialisation by the reference's recipe; write its test predictions as small maps.
+    """Fine-tune a row from random initialization by the reference's recipe; write its test predictions as small maps.
 
     The maps (8-bit PNG at the model's size) are scored at home by ``polypseg evaluate --predictions``. Resumes.
     """
@@ -171,7 +171,7 @@ def largest_batch(name: str, frames: Path, output: Path, *, effort: Effort = FUL
 
 
 def compare_devices(packed: Path, *, effort: Effort = FULL) -> list[dict[str, Any]]:
-    """Loss and gradients of one batch: the GPU in float32 and fp16, fused AdamW, synchronised BatchNorm, by the CPU's.
+    """Loss and gradients of one batch: the GPU in float32 and fp16, fused AdamW, synchronized BatchNorm, by the CPU's.
 
     Differences are relative to the largest gradient of the CPU in float32. Without a GPU bf16 takes fp16's place.
     """
@@ -195,7 +195,7 @@ def compare_devices(packed: Path, *, effort: Effort = FULL) -> list[dict[str, An
         cases: dict[str, dict[str, Any]] = {
             "float32": {"device": device},
             str(half).removeprefix("torch."): {"device": device, "half": half},
-            "synchronised BatchNorm": {"device": device, "synchronised": True},
+            "synchronized BatchNorm": {"device": device, "synchronized": True},
         }
         for title, options in cases.items():
             model.load_state_dict(state)
@@ -223,9 +223,9 @@ def _loss_and_gradients(
     *,
     device: str,
     half: torch.dtype | None = None,
-    synchronised: bool = False,
+    synchronized: bool = False,
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if synchronised and device == "cuda" else model
+    network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if synchronized and device == "cuda" else model
     network = network.to(device)
     network.zero_grad(set_to_none=True)
     with torch.autocast(device, dtype=half, enabled=half is not None):

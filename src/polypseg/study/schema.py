@@ -56,7 +56,7 @@ class PretrainingPlan(RecipeSection):
     families: tuple[str, ...]
     recipe: str | None = None
     steps: int | None = Field(default=None, ge=1, le=LARGEST_STEPS)
-    """Optimiser steps on every corpus, whatever its size; null: the recipe's epochs."""
+    """Optimizer steps on every corpus, whatever its size; null: the recipe's epochs."""
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
     """Part of ``steps`` that warms up."""
     overrides: tuple[str, ...] = ()

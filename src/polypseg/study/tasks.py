@@ -115,7 +115,7 @@ class PretrainTask:
         method = build_method(recipe)
         with sole_run(self.folder, accelerator):
             progress = pretrain(method, frames, recipe, accelerator, run_dir=self.folder, resume=True)
-            write_run_report(method, recipe, progress, frames, folder=self.folder / "report", labelled=None)
+            write_run_report(method, recipe, progress, frames, folder=self.folder / "report", labeled=None)
             export_encoder(
                 method, recipe, progress, frames, folder=self.folder / ENCODER_FILE.parent, corpus=self.start.corpus
             )

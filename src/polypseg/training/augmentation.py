@@ -49,7 +49,7 @@ def adjust_hue(image: Image8, shift: float) -> Image8:
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
-def colour_jitter(
+def color_jitter(
     image: Image8, rng: np.random.Generator, *, brightness: float, contrast: float, saturation: float, hue: float
 ) -> Image8:
     """The four adjustments in random order: factors from [1 - x, 1 + x], x < 1, hue shifts from [-hue, hue] turns."""
@@ -200,7 +200,7 @@ class PairedAugmentation:
         recipe = self.recipe
         if recipe.appearance is not None:
             image = change_appearance(image, recipe.appearance, rng, partner=partner)
-        image = colour_jitter(
+        image = color_jitter(
             image,
             rng,
             brightness=recipe.brightness,

@@ -43,7 +43,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def synchronise_batchnorm(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+def synchronize_batchnorm(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Make every BatchNorm of ``model`` use global-batch statistics; nothing changes with one process."""
     if accelerator.num_processes == 1:
         return model

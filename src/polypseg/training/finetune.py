@@ -40,7 +40,7 @@ from polypseg.provenance.passport import (
 )
 from polypseg.recipe import Recipe, ScheduleRecipe, changes_from_bundled
 from polypseg.training.augmentation import PairedAugmentation
-from polypseg.training.distributed import synchronise_batchnorm
+from polypseg.training.distributed import synchronize_batchnorm
 from polypseg.training.fast_convolutions import interleaved_convolutions
 from polypseg.training.loader import (
     CachedPairs,
@@ -74,12 +74,12 @@ class Progress:
     step: int = 0
     best: float = -1.0
     losses: list[float] = field(default_factory=list)
-    """Of every optimiser step, averaged over processes."""
+    """Of every optimizer step, averaged over processes."""
     epochs: list[dict[str, float]] = field(default_factory=list)
     """One row a finished epoch: epoch, step, learning_rate, loss, validation_dice, images_per_second."""
 
     def finish_step(self, loss: float) -> None:
-        """Count an optimiser step."""
+        """Count an optimizer step."""
         self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
         self.losses.append(loss)
 
@@ -96,9 +96,9 @@ class Progress:
 def build_model(
     entry: ZooEntry, recipe: Recipe, *, encoder_weights: str | None = None
 ) -> PolypSegForSemanticSegmentation:
-    """The model of a row with the recipe's changes, decoders freshly initialised from the recipe's seed.
+    """The model of a row with the recipe's changes, decoders freshly initialized from the recipe's seed.
 
-    ``encoder_weights`` as in ``load_encoder_weights``; None or "random" for random initialisation. What was loaded is
+    ``encoder_weights`` as in ``load_encoder_weights``; None or "random" for random initialization. What was loaded is
     recorded in ``config.weights_origin``; a model of another encoder, decoder, corpus or start than the row's has an id
     of its own. An encoder of ``pretrain.py`` brings its own record. Raises UsageError for an impossible configuration
     or image size, and for an encoder pretrained by another method than the row's (or by any, where it has none).
@@ -125,7 +125,7 @@ def build_model(
     if encoder_weights not in (None, RANDOM):
         loaded = load_encoder_weights(model, str(encoder_weights))
     if loaded != RANDOM and entry.method == "none":
-        raise UsageError(f"{entry.short_name} stands for random initialisation: choose the row of {encoder_weights}")
+        raise UsageError(f"{entry.short_name} stands for random initialization: choose the row of {encoder_weights}")
     full = config.encoder == fields["encoder"]
     corpus = (pretraining.corpus if pretraining else None) or entry.corpus
     tag = RANDOM if loaded == RANDOM else f"{entry.method}_{corpus}"
@@ -227,7 +227,7 @@ def finetune(
 
 
 class _Run:
-    """What the loop of ``finetune`` uses: model, data, optimiser, schedule, progress, folder, and one step."""
+    """What the loop of ``finetune`` uses: model, data, optimizer, schedule, progress, folder, and one step."""
 
     def __init__(
         self,
@@ -285,7 +285,7 @@ class _Run:
             | ({"negatives": negatives.content_id} if negatives else {}),
         }
         self._build_loaders(train if empty is None else JoinedPairs([train, empty]), validation, workers=workers)
-        self._build_optimisation(model)
+        self._build_optimization(model)
 
     def _build_loaders(self, train: CachedPairs | JoinedPairs, validation: CachedPairs, *, workers: int) -> None:
         recipe, accelerator = self.recipe, self.accelerator
@@ -308,10 +308,10 @@ class _Run:
             generator=torch.Generator(),
         )
 
-    def _build_optimisation(self, model: PolypSegForSemanticSegmentation) -> None:
+    def _build_optimization(self, model: PolypSegForSemanticSegmentation) -> None:
         recipe = self.recipe.training
         self.total_steps = min(recipe.epochs * len(self.batches), recipe.max_steps or recipe.epochs * len(self.batches))
-        network = synchronise_batchnorm(model, self.accelerator).to(memory_format=torch.channels_last)
+        network = synchronize_batchnorm(model, self.accelerator).to(memory_format=torch.channels_last)
         self.frozen = _leading_stages(network, recipe.frozen_stages)
         for stage in self.frozen:
             stage.requires_grad_(False)
@@ -407,7 +407,7 @@ class _Run:
         return {"pixel_values": pixel_values, "labels": batch["labels"].to(device, non_blocking=True)}
 
     def _train_step(self, batch: Example) -> float:
-        """One optimiser step; returns the loss over the global batch. Raises PolypSegError if it is not finite."""
+        """One optimizer step; returns the loss over the global batch. Raises PolypSegError if it is not finite."""
         recipe = self.recipe.training
         output = self.model(**batch)
         dice = output.loss if self.negatives is None else dice_of_polyps(output.logits[:, 1], batch["labels"])

@@ -218,7 +218,7 @@ def _encoder_method(path: Path, found: Recognized, entry: ZooEntry | None) -> st
     if ENCODERS[entry.encoder] != found.architecture:
         raise UsageError(f"{path} holds {found.architecture}, but {entry.short_name} has {ENCODERS[entry.encoder]}")
     if entry.method == "none":
-        raise UsageError(f"{entry.short_name} stands for random initialisation: {path} cannot be of it")
+        raise UsageError(f"{entry.short_name} stands for random initialization: {path} cannot be of it")
     if found.method is not None and found.method != entry.method:
         raise UsageError(
             f"{path} was pretrained with {METHODS[found.method]}, but {entry.short_name} stands for "

@@ -125,7 +125,7 @@ BARLOW_TWINS = Format(
     mark="backbone.",
     rows=(
         Drop(r"projector\..+", "projector"),
-        Drop(rf"bn\.(?:running_mean|running_var|{COUNTER})", "normalisation of the loss"),
+        Drop(rf"bn\.(?:running_mean|running_var|{COUNTER})", "normalization of the loss"),
         Keep(r"backbone\.(.+)", r"\1"),
     ),
     prefix="backbone.",

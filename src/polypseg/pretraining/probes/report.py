@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from polypseg.files import environment_record, write_json, write_text
 from polypseg.pretraining.probes.figures import draw_loss_curve, draw_neighbors, draw_reconstructions
-from polypseg.pretraining.probes.labelled import FOLDS, LabeledFrames, load_labeled, majority_share
+from polypseg.pretraining.probes.labeled import FOLDS, LabeledFrames, load_labeled, majority_share
 from polypseg.pretraining.probes.scores import (
     INTERVAL,
     NEIGHBORS,
@@ -69,7 +69,7 @@ def embedding_spread(z: Tensor) -> Tensor:
     return directions.std(dim=0, correction=0).mean() * z.shape[1] ** 0.5
 
 
-def normalise(pixels: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalize(pixels: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(..., H, W, 3) uint8 -> (..., 3, H, W) float32, (x / 255 - mean) / std; channels last in memory."""
     center, scale = (torch.tensor(values, dtype=torch.float32, device=pixels.device) for values in (mean, std))
     return ((pixels.float() / 255 - center) / scale).movedim(-1, -3)
@@ -86,7 +86,7 @@ def normalized_batches(
     """All frames in order, as (B, 3, S, S); mean and std are per channel in [0, 1] units."""
     for start in range(0, len(frames), batch_size):
         pixels = torch.from_numpy(frames.images[start : start + batch_size]).to(device)
-        yield normalise(pixels, mean=mean, std=std)
+        yield normalize(pixels, mean=mean, std=std)
 
 
 @torch.inference_mode()
@@ -150,7 +150,7 @@ def _compare(trained: NDArray[np.float32], untrained: NDArray[np.float32], frame
         "interval": INTERVAL,
         "spread": {"trained": spreads[0], "untrained": spreads[1]},
         "knn": {"k": k, "metric": "cosine", "weights": "inverse distance"} | _sides(*knn),
-        "probe": {"C": PROBE_C, "features": "standardised"} | _sides(*probe),
+        "probe": {"C": PROBE_C, "features": "standardized"} | _sides(*probe),
         "limits": LIMITS,
     }
 
@@ -202,7 +202,7 @@ def _render_markdown(numbers: dict[str, Any]) -> str:
     columns = [
         Column("measure", "measure"),
         Column("trained", "trained"),
-        Column("random initialisation", "untrained"),
+        Column("random initialization", "untrained"),
         Column("difference, paired", "difference"),
         Column("chance", "chance"),
     ]
@@ -216,7 +216,7 @@ def _render_markdown(numbers: dict[str, Any]) -> str:
         "",
         *(f"- {name}: {value}" for name, value in numbers["facts"].items()),
         "",
-        "![Nearest neighbours](neighbours.png)",
+        "![Nearest neighbors](neighbours.png)",
         "",
     ]
     return "\n".join(lines)
@@ -263,6 +263,6 @@ def _draw_sheet(path: Path, embeddings: NDArray[np.float32], frames: LabeledFram
         similarities=similarities,
         title=title,
         note=f"Trained encoder, cosine similarity, near-duplicates of the query left out. {alike.sum()} of "
-        f"{alike.size} neighbours are of the query's class; random frames would give {share * alike.size:.0f}. "
+        f"{alike.size} neighbors are of the query's class; random frames would give {share * alike.size:.0f}. "
         f"An illustration: the scores on all {len(frames)} frames are in representation.md.",
     )

@@ -17,7 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.pretraining.probes.labelled import FOLDS, LabeledFrames, check_folds
+from polypseg.pretraining.probes.labeled import FOLDS, LabeledFrames, check_folds
 
 REPEATS, NEIGHBORS = 5, 20
 PROBE_C = 0.1

@@ -212,7 +212,7 @@ def about(title):
     where = "a folder of this app" if (HERE / entry["id"]).is_dir() else link
     at = f" at {escape(entry['revision'][:12])}" if entry["revision"] else ""
     return (
-        f'<div class="about"><b>Licence:</b> {escape(entry["licence"])}. <b>Origin:</b> {escape(entry["note"])} '
+        f'<div class="about"><b>License:</b> {escape(entry["licence"])}. <b>Origin:</b> {escape(entry["note"])} '
         f"<b>From:</b> {where}{at}.</div>"
     )
 

@@ -38,7 +38,7 @@ class _Terms:
 
 _ANY_USE = ("use, change and share the weights for any purpose",)
 _NO_COMMERCE = "use them primarily for commercial advantage or monetary compensation"
-_CREDIT = "name the authors of the weights, link to the licence and say what you changed"
+_CREDIT = "name the authors of the weights, link to the license and say what you changed"
 _TERMS = {
     "cc-by-nc-4.0": _Terms(
         link="https://creativecommons.org/licenses/by-nc/4.0/",
@@ -49,24 +49,24 @@ _TERMS = {
     "cc-by-nc-sa-4.0": _Terms(
         link="https://creativecommons.org/licenses/by-nc-sa/4.0/",
         may=("use, change and share the weights for purposes that are not commercial",),
-        must=(_CREDIT, "share what you make of them under the same licence"),
+        must=(_CREDIT, "share what you make of them under the same license"),
         may_not=(_NO_COMMERCE, "put further legal or technical restrictions on them"),
     ),
     "mit": _Terms(
         link="https://opensource.org/license/mit",
         may=_ANY_USE,
-        must=("pass on the copyright notice and the licence's text with the weights",),
+        must=("pass on the copyright notice and the license's text with the weights",),
     ),
     "bsd-3-clause": _Terms(
         link="https://opensource.org/license/bsd-3-clause",
         may=_ANY_USE,
-        must=("pass on the copyright notice and the licence's text with the weights",),
+        must=("pass on the copyright notice and the license's text with the weights",),
         may_not=("advertise with the names of the weights' authors",),
     ),
     "apache-2.0": _Terms(
         link=APACHE_2,
         may=_ANY_USE,
-        must=("pass on the licence's text and notices with the weights, and mark what you changed",),
+        must=("pass on the license's text and notices with the weights, and mark what you changed",),
         may_not=("use the authors' trademarks",),
     ),
 }
@@ -189,16 +189,16 @@ def license_contradictions(origin: WeightsOrigin, card: "ModelCard", config: Map
     """
     terms = model_license(origin)
     if terms.identifier == UNKNOWN:
-        return [f"its licence is not known. {terms.chain[1]} Train it from weights of a known licence"]
+        return [f"its license is not known. {terms.chain[1]} Train it from weights of a known license"]
     findings = []
     wanted = (terms.identifier, terms.name, terms.link)
     stated = tuple(card.data.get(key) for key in ("license", "license_name", "license_link"))
     if stated[:2] != wanted[:2] or stated[2] not in (None, terms.link):
-        findings.append(f"it states the licence {stated}, but the weights' origin demands {wanted}")
+        findings.append(f"it states the license {stated}, but the weights' origin demands {wanted}")
     if config.get("license") not in (None, terms.identifier):
-        findings.append(f"config.json states the licence {config['license']!r}, not {terms.identifier!r}")
+        findings.append(f"config.json states the license {config['license']!r}, not {terms.identifier!r}")
     if terms.chain[-1] not in card.text:
-        findings.append(f"its section Licence does not say: {terms.chain[-1]}")
+        findings.append(f"its section License does not say: {terms.chain[-1]}")
     random = origin.kind == "trained" and origin.random_start
     if random and not origin.model_id.endswith(f".{RANDOM}"):
         findings.append(f"its id {origin.model_id} claims pretrained weights and its record a random start")
@@ -225,7 +225,7 @@ class LicenseReport:
         rules = [f"{start} {phrase}." for start, listed in phrases.items() for phrase in listed]
         links = f"Terms: {', '.join(terms.links)}"
         closing = "A summary, not legal advice. " + DISCLAIMER.replace("**", "")
-        return [self.model + planned, *steps, f"Licence: {name}", *rules, links, closing]
+        return [self.model + planned, *steps, f"License: {name}", *rules, links, closing]
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -300,14 +300,14 @@ def _encoder_license(origin: WeightsOrigin) -> tuple[str, str]:
         return "apache-2.0", f"Pretraining weights: {start}, Apache-2.0 (LICENSE of the package that carries them)."
     if start is not None and start.startswith("timm:") and not (row and start == f"timm:{row.upstream.timm}"):
         stated = _timm_license(start)
-        return stated or UNKNOWN, f"Pretraining weights: {start}; licence {stated or 'not known here'}."
+        return stated or UNKNOWN, f"Pretraining weights: {start}; license {stated or 'not known here'}."
     if own:
         corpus = own.source or "frames of their own"
         return "apache-2.0", f"Pretraining weights: made by the publisher on {corpus}, whose terms apply to them."
     if start is not None and not origin.full_size:
-        return UNKNOWN, f"Pretraining weights: {start}; licence not known here."
+        return UNKNOWN, f"Pretraining weights: {start}; license not known here."
     if start is None or row is None:
-        return UNKNOWN, f"Pretraining weights: {start or 'not recorded'}; their licence is not known here."
+        return UNKNOWN, f"Pretraining weights: {start or 'not recorded'}; their license is not known here."
     return (
         row.upstream.license,
         f"Pretraining weights: {row.upstream.license}, stated at {row.upstream.license_source}.",

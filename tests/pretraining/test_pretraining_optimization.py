@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from polypseg.pretraining.encoders import build_encoder
-from polypseg.pretraining.loop import build_optimiser
+from polypseg.pretraining.loop import build_optimizer
 from polypseg.pretraining.mae import MAE
 from polypseg.pretraining.optim import LARS, warmup_cosine
 from polypseg.pretraining.recipe import load_pretraining_recipe
@@ -32,11 +32,11 @@ def test_lars_follows_the_rule_over_200_steps():
     gradients = [(rng.normal(size=(5, 4)), rng.normal(size=5)) for _ in range(200)]
     gradients[7] = (np.zeros((5, 4)), np.zeros(5))
     parameters = [torch.nn.Parameter(torch.tensor(x)) for x in (weight, bias)]
-    optimiser = LARS(parameters, lr=0.6, weight_decay=1e-2)
+    optimizer = LARS(parameters, lr=0.6, weight_decay=1e-2)
     for step in gradients:
         for p, gradient in zip(parameters, step, strict=True):
             p.grad = torch.tensor(gradient)
-        optimiser.step()
+        optimizer.step()
     for p, expected in zip(parameters, lars_by_hand(weight, bias, gradients, lr=0.6, weight_decay=1e-2), strict=True):
         np.testing.assert_allclose(p.detach().numpy(), expected, rtol=1e-10)
 
@@ -69,9 +69,9 @@ def test_peaks_of_the_full_recipes_are_the_published_ones():
     for name, (kind, peaks) in published.items():
         recipe = load_pretraining_recipe(name)
         tiny = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
-        optimiser = build_optimiser(tiny, recipe.optimiser, total_batch_size=recipe.training.total_batch_size)
+        optimizer = build_optimizer(tiny, recipe.optimiser, total_batch_size=recipe.training.total_batch_size)
         assert recipe.optimiser.kind == kind
-        assert [group["peak"] for group in optimiser.param_groups] == pytest.approx(peaks), name
+        assert [group["peak"] for group in optimizer.param_groups] == pytest.approx(peaks), name
 
 
 def test_mae_decays_matrices_and_tokens_but_no_biases():
@@ -80,7 +80,7 @@ def test_mae_decays_matrices_and_tokens_but_no_biases():
     with torch.device("meta"):
         method = MAE(build_encoder("vit_base_patch16_224"))
     plain, decayed = sorted(
-        build_optimiser(method, recipe.optimiser, total_batch_size=768).param_groups, key=lambda g: g["weight_decay"]
+        build_optimizer(method, recipe.optimiser, total_batch_size=768).param_groups, key=lambda g: g["weight_decay"]
     )
     assert (plain["weight_decay"], decayed["weight_decay"]) == (0.0, 0.05)
     assert (len(decayed["params"]), len(plain["params"])) == (85, 167)
@@ -90,5 +90,5 @@ def test_mae_decays_matrices_and_tokens_but_no_biases():
 def test_moco_v3_vit_decays_everything_that_trains():
     recipe = load_pretraining_recipe("pretrain_moco_v3_vit_base")
     layer = torch.nn.Linear(2, 2)
-    (group,) = build_optimiser(layer, recipe.optimiser, total_batch_size=768).param_groups
+    (group,) = build_optimizer(layer, recipe.optimiser, total_batch_size=768).param_groups
     assert len(group["params"]) == 2 and group["weight_decay"] == 0.1 and group["betas"] == (0.9, 0.999)

@@ -16,7 +16,7 @@ from polypseg.hub.card_facts import planned_facts
 from polypseg.hub.model_card import render_card
 from polypseg.hub.push import plan_push
 from polypseg.provenance.checksums import write_manifest
-from polypseg.provenance.licence import license_contradictions, model_license, report_license
+from polypseg.provenance.license import license_contradictions, model_license, report_license
 from polypseg.provenance.origin import read_origin
 from tiny_models import SMOKE_ORIGIN, write_tiny_model
 
@@ -52,7 +52,7 @@ def test_every_row_is_judged_by_hand():
 
 
 @pytest.mark.parametrize(("short_name", "expected"), BY_HAND.items())
-def test_report_of_a_row_is_the_licence_by_hand_and_forbids_commerce(short_name, expected):
+def test_report_of_a_row_is_the_license_by_hand_and_forbids_commerce(short_name, expected):
     report = report_license(short_name)
     assert report.planned and report.model == zoo.get(short_name).model_id
     assert (report.terms.identifier, report.terms.name) == expected and not report.terms.commercial_use
@@ -68,7 +68,7 @@ def test_converted_weights_keep_the_authors_share_alike(short_name):
     converted = {"model_id": zoo.get(short_name).model_id, "scale": "full", "converted_from": {"file": "x.pth"}}
     terms = model_license(read_origin(converted | {"finetuned_on": "Kvasir-SEG reference split"}))
     assert (terms.identifier, terms.commercial_use) == ("cc-by-nc-sa-4.0", False)
-    assert "share what you make of them under the same licence" in terms.must
+    assert "share what you make of them under the same license" in terms.must
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_own_pretraining_passes_on_the_terms_of_a_known_corpus(source, data, exp
         ("VT-IN-SL", "timm:vit_base_patch16_224.of_nobody", "unknown"),
     ],
 )
-def test_a_start_from_other_weights_than_the_rows_has_their_licence(short_name, start, identifier):
+def test_a_start_from_other_weights_than_the_rows_has_their_license(short_name, start, identifier):
     assert model_license(read_origin(record(short_name, encoder_initialisation=start))).identifier == identifier
     laundered = record(short_name, encoder_initialisation=start, pretraining=own("my frames"))
     assert model_license(read_origin(laundered)).identifier == identifier
@@ -137,7 +137,7 @@ def command() -> Typer:
 def test_license_command_reads_a_folder_and_prints_json(command, tmp_path):
     folder = write_tiny_model(tmp_path / "best", origin=SMOKE_ORIGIN | {"finetuned_on": "kvasir_seg reference/train"})
     shown = CliRunner().invoke(command, [str(folder)])
-    assert shown.exit_code == 0 and "Licence: other (apache-2.0-and-kvasir-seg-terms)" in shown.output
+    assert shown.exit_code == 0 and "License: other (apache-2.0-and-kvasir-seg-terms)" in shown.output
     assert [line[:2] for line in shown.output.splitlines()[1:4]] == ["1.", "2.", "3."]
     told = json.loads(CliRunner().invoke(command, [str(folder), "--json"]).output)
     assert told["model"].startswith("resnet10t_deeplabv3plus.random") and not told["planned"]
@@ -164,14 +164,14 @@ def test_a_rendered_card_contradicts_nothing(short_name):
 @pytest.mark.parametrize(
     ("edit", "config", "finding"),
     [
-        (lambda text: text.replace("license: cc-by-nc-4.0", "license: mit"), {}, "states the licence ('mit'"),
-        (lambda text: text.replace("license: cc-by-nc-4.0", "license: apache-2.0"), {}, "states the licence"),
-        (lambda text: text.replace("by-nc/4.0/", "by/4.0/", 1), {}, "states the licence"),
+        (lambda text: text.replace("license: cc-by-nc-4.0", "license: mit"), {}, "states the license ('mit'"),
+        (lambda text: text.replace("license: cc-by-nc-4.0", "license: apache-2.0"), {}, "states the license"),
+        (lambda text: text.replace("by-nc/4.0/", "by/4.0/", 1), {}, "states the license"),
         (lambda text: text.replace("Result: cc-by-nc-4.0, no commercial use.", "Result: MIT."), {}, "does not say"),
-        (lambda text: text, {"license": "mit"}, "config.json states the licence 'mit'"),
+        (lambda text: text, {"license": "mit"}, "config.json states the license 'mit'"),
     ],
 )
-def test_an_edited_licence_is_found(edit, config, finding):
+def test_an_edited_license_is_found(edit, config, finding):
     card = ModelCard(edit(str(published_card("RN-IN-MC"))))
     found = license_contradictions(read_origin(record("RN-IN-MC")), card, config)
     assert len(found) == 1 and finding in found[0]
@@ -184,7 +184,7 @@ def test_an_edited_record_is_found():
         "claims pretrained weights and its record a random start" in license_contradictions(claims_random, card, {})[0]
     )
     unknown = read_origin(record("RN-IN-MC", scale="small", encoder_initialisation="file x.pth (sha256 0)"))
-    assert "its licence is not known" in license_contradictions(unknown, card, {})[0]
+    assert "its license is not known" in license_contradictions(unknown, card, {})[0]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_an_edited_record_is_found():
         ("gpl-3.0", "license 'gpl-3.0' is not one of"),
     ],
 )
-def test_push_refuses_a_folder_whose_licence_was_edited(tmp_path, license, finding):
+def test_push_refuses_a_folder_whose_license_was_edited(tmp_path, license, finding):
     """Even with checksums made anew: the files agree with each other and not with the weights' origin."""
     (tmp_path / "config.json").write_text(json.dumps({"weights_origin": record("RN-IN-MC")}))
     text = str(published_card("RN-IN-MC")).replace("license: cc-by-nc-4.0", f"license: {license}")
