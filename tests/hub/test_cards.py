@@ -477,6 +477,11 @@ BROKEN = [
 ]
 
 
+def test_lint_takes_the_heading_of_folders_exported_before():
+    before = str(measured()).replace("## License", "## Licence")
+    assert "## Licence" in before and lint_card(ModelCard(before)) == []
+
+
 @pytest.mark.parametrize(("change", "finding"), BROKEN, ids=[finding[:30] for _, finding in BROKEN])
 def test_lint_finds(change, finding, tmp_path):
     card = measured()

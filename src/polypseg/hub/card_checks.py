@@ -30,6 +30,8 @@ HEADINGS = (
     "Version and checksums",
     "Contact",
 )
+_FORMER_HEADINGS = {"Licence": "License"}
+"""What cards of folders exported before said -> what they say now."""
 _FORBIDDEN = {
     r"\bNone\b|\bnan\b|\bNaN\b": "an empty value",
     r"\bTODO\b|\bFIXME\b|More Information Needed": "an unfinished place",
@@ -86,7 +88,7 @@ def _metadata_findings(metadata: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _text_findings(body: str, *, whole: str) -> Iterable[str]:
-    headings = re.findall(r"^## (.+?)\s*$", body, re.MULTILINE)
+    headings = [_FORMER_HEADINGS.get(h, h) for h in re.findall(r"^## (.+?)\s*$", body, re.MULTILINE)]
     missing = [heading for heading in HEADINGS if heading not in headings]
     if missing:
         yield f"it lacks the section(s) {', '.join(missing)}"
