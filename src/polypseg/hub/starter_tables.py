@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from polypseg.data.catalog import DATASETS, NEGATIVES
 from polypseg.evaluation.receipt import Receipt, find_receipts
@@ -10,11 +11,12 @@ from polypseg.files import read_json, write_text
 from polypseg.hub.card_facts import read_epochs, training_hours
 from polypseg.hub.export import RESULTS
 from polypseg.provenance.local import STARTER_FOLDER
-from polypseg.recipe import load_recipe
+from polypseg.recipe import Recipe, changes_from_bundled, load_recipe, read_recipe
 from polypseg.tables import Column, Table, with_bounds
 
 STARTER_MARKS = ("<!-- starter -->", "<!-- /starter -->")
 RUNS_MARKS = ("<!-- runs -->", "<!-- /runs -->")
+SEARCH_MARKS = ("<!-- search -->", "<!-- /search -->")
 ROBUSTNESS_MARKS = ("<!-- robustness -->", "<!-- /robustness -->")
 SHIFT_MARKS = ("<!-- shift -->", "<!-- /shift -->")
 EXPORTS_MARKS = ("<!-- exports -->", "<!-- /exports -->")
@@ -88,6 +90,26 @@ def runs_table(folder: Path) -> str:
         Column("validation Dice after each epoch", "dice"),
     ]
     return Table(columns=columns, records=records).markdown()
+
+
+def search_table(folder: Path) -> str:
+    """Short runs that try one change each as Markdown: a row per ``NAME.recipe.yaml`` with its ``NAME.epochs.csv``.
+
+    The first by name is the one that the others change.
+    """
+    records: list[dict[str, Any]] = []
+    common: list[str] = []
+    for file in sorted(folder.glob("*.recipe.yaml")):
+        recipe = Recipe.model_validate(read_recipe(file)[0])
+        changes = changes_from_bundled(recipe)
+        common = common or changes
+        own = [change for change in changes if change not in common]
+        epochs = read_epochs(folder / file.name.replace(".recipe.yaml", ".epochs.csv"))
+        dice = " ".join(f"{float(row['validation_dice']):.3f}".removeprefix("0") for row in epochs)
+        records.append({"changes": ", ".join(f"`{change}`" for change in own) or "–", "dice": dice})
+    columns = [Column("changed", "changes"), Column("validation Dice after each epoch", "dice")]
+    told = ", ".join(f"`{change}`" for change in common)
+    return f"All by the recipe `starter` with {told}:\n\n{Table(columns=columns, records=records).markdown()}"
 
 
 def robustness_table(file: Path) -> str:
@@ -189,6 +211,8 @@ def starter_texts(root: Path) -> list[tuple[Path, tuple[str, str], str]]:
     ):
         if (kept / name).is_file():
             texts.append((results, marks, table(kept / name)))
+    if (kept / "search").is_dir():
+        texts.append((results, SEARCH_MARKS, search_table(kept / "search")))
     if any(kept.glob("exports.*.json")):
         texts.append((results, EXPORTS_MARKS, exports_table(kept)))
     return texts
