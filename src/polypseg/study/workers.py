@@ -19,10 +19,11 @@ import torch
 from filelock import SoftFileLease, Timeout
 from rich.console import Console
 
-from polypseg.errors import UsageError
+from polypseg.errors import PolypSegError, UsageError
 from polypseg.files import FolderInUseError, environment_record, explain_write_errors, read_json, write_json
 from polypseg.study.schema import Grid
 from polypseg.study.tasks import GridData, Task, describe_grid, describe_recipes, grid_tasks
+from polypseg.training.run_folder import InterruptedRunError
 
 LEASE = 120.0
 """Seconds without a sign of life after which a worker is taken to be dead."""
@@ -88,11 +89,8 @@ def _coworkers(grid: Grid, data: GridData, *, count: int, threads: int, console:
             if process.is_alive():
                 process.kill()
                 process.join()
-            if process.exitcode not in (0, _INTERRUPTED):
+            if process.exitcode not in (0, InterruptedRunError.exit_code, -signal.SIGINT):
                 console.print(f"a worker ended with code {process.exitcode}: {log}", highlight=False, soft_wrap=True)
-
-
-_INTERRUPTED = 130
 
 
 def _help(grid: Grid, data: GridData, log: Path, threads: int) -> None:
@@ -103,8 +101,12 @@ def _help(grid: Grid, data: GridData, log: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
         work_through(grid_tasks(grid, data), claims_folder(data), console=Console(), pause=_SHORT_PAUSE)
-    except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
+    except (KeyboardInterrupt, InterruptedRunError):
+        print("interrupted")
+        sys.exit(InterruptedRunError.exit_code)
+    except PolypSegError as error:
+        print(f"error: {error}")
+        sys.exit(error.exit_code)
 
 
 def work_through(
