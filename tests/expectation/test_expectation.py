@@ -210,6 +210,8 @@ def test_everything_learned_is_written_read_back_and_rendered(small_learners, mo
     assert "| mean soft Dice (baseline) | 0.000 |" in page and "`estimate`, `segment`" in page.replace(" ,", ",")
     assert "floor missed" not in page.split("margin:")[0] and "{" not in page
     (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(PolypSegError, match=r"model\.safetensors \(damaged\)"):
+        fit.learn_model(tmp_path, data_dir=None, cache=tmp_path / "c", echo=lambda line: None)
     write_manifest(tmp_path)
     with pytest.raises(UsageError, match="another model"):
         read_expectation(tmp_path)

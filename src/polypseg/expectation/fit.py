@@ -56,12 +56,12 @@ from polypseg.files import environment_record, write_json
 from polypseg.inference.expected import EXPECTATION, FORMAT, THRESHOLD
 from polypseg.inference.features import SINGLE, to_colors
 from polypseg.inference.gate import MOST_UNLIKE, Gate, describe_place, learn_gate
-from polypseg.inference.operating_point import OPERATING_POINT, weights_digests
+from polypseg.inference.operating_point import OPERATING_POINT, WEIGHTS, weights_digests
 from polypseg.inference.predictor import Predictor, Steps
 from polypseg.inference.preparation import FrameProcessor
 from polypseg.inference.runtimes import ONNX_FILES, ONNXRUNTIME, OnnxRuntime, open_runtime
 from polypseg.inference.segmenter import Segmenter
-from polypseg.provenance.checksums import MANIFEST, write_manifest
+from polypseg.provenance.checksums import MANIFEST, check_folder, write_manifest
 from polypseg.provenance.origin import WeightsOrigin
 from polypseg.shift.frame_statistics import measure_frame
 
@@ -346,8 +346,10 @@ def learn_point(folder: Path, *, data_dir: Path | None) -> Calibration:
 def learn_model(folder: Path, *, data_dir: Path | None, cache: Path, echo: Echo) -> tuple[Path, Path]:
     """Learn everything of the model in ``folder`` and write it there; return the two files.
 
-    Raises UsageError for a folder without ONNX file or where datasets are absent.
+    Raises UsageError for a folder without ONNX file or where datasets are absent, PolypSegError for weights that are
+    not those of the folder's checksums, to which what is learned is bound.
     """
+    check_folder(folder, names=WEIGHTS)
     learned = learn_expectation(folder, data_dir=data_dir, cache=cache, echo=echo)
     found = learn_point(folder, data_dir=data_dir)
     for line in found.lines():
