@@ -421,6 +421,10 @@ BIG[20:60, 30:80] = 1
 REGIONS = np.zeros((96, 128), dtype=np.uint8)
 for _k in range(6):
     REGIONS[10:20, 5 + 20 * _k : 15 + 20 * _k] = _k + 1
+BORDERED = (cv2.dilate(BIG, np.ones((5, 5), np.uint8)) - BIG) * np.uint8(255)
+"""A border of two pixels around the polyp, as of "ignored" pixels."""
+NUMBERED_FROM_2 = BORDERED + BIG * np.uint8(2)
+NUMBERED_FROM_2[80:84, 10:16] = 3
 BLURRED = cv2.GaussianBlur(BIG * np.float32(100), (0, 0), 2)
 
 AMBIGUOUS = {
@@ -435,6 +439,14 @@ AMBIGUOUS = {
     "32 bits": (encode(BIG.astype(np.int32) * 7, "TIFF"), "7"),
     "instances above the threshold": (encode(REGIONS * np.uint8(40)), "40,80,120,160,200,240"),
     "polyp and ignored": (encode(np.where(REGIONS == 6, 255, REGIONS == 1).astype(np.uint8)), "1,255"),
+    "polyp of 2 in a border of 255": (encode(BORDERED + BIG * np.uint8(2)), "2,255"),
+    "polyp of 31 in a border of 255": (encode(BORDERED + BIG * np.uint8(31)), "31,255"),
+    "numbers from 2 on, a small one and 255": (encode(NUMBERED_FROM_2), "2,255"),
+    "16 bits of 2 and 65535": (
+        encode(BORDERED.astype(np.uint16) * np.uint16(257) + BIG.astype(np.uint16) * np.uint16(2)),
+        "2,65535",
+    ),
+    "20 and 255 in JPEG": (encode(BORDERED + BIG * np.uint8(20), "JPEG", quality=95), "1[01]?-255"),
     "trimap in JPEG": (encode(np.where(REGIONS == 6, 255, BIG * 128).astype(np.uint8), "JPEG", quality=95), "64-255"),
 }
 
@@ -491,11 +503,21 @@ def test_antialiased_masks_are_no_class_numbers():
         assert decode_gray_mask(encode(pixels), name="m.png").tolist() == pixels.tolist()
 
 
-def test_dark_areas_are_noise():
-    """Five masks of CVC-ClinicDB hold an area of 11 and 12."""
+def test_dark_areas_are_noise_where_stray_pixels_come_with_them():
+    """As in 19 masks of CVC-ClinicDB: an area of 11 or 12, and single pixels of 5 to 15."""
     pixels = BIG * np.uint8(255)
     pixels[70:, :60] = 12
+    pixels[70, 10:15] = (7, 8, 9, 10, 15)
     assert decode_mask(encode(pixels), name="m.png").tolist() == BIG.tolist()
+
+
+@pytest.mark.parametrize("black", [0, 12, 16])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_black_need_not_be_zero(black, kind):
+    """Video ranges begin at 16."""
+    pixels = np.where(BIG, 235, black).astype(np.uint8)
+    options = {"quality": 95} if kind == "JPEG" else {}
+    assert decode_mask(encode(pixels, kind, **options), name="m").tolist() == BIG.tolist()
 
 
 NEOPOLYP = np.zeros((96, 128, 3), dtype=np.uint8)
