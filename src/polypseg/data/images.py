@@ -28,9 +28,7 @@ _LONGEST_SIDE = 1_000_000  # a header that says more is damaged
 _CODED_EXACTLY = 16  # colors up to which a lossless mask is a coded one, in which colors are matched exactly
 _FLAT = np.ones((7, 7), np.uint8)  # antialiased edges and JPEG's ringing hold no area of one value of this size
 _DARK, _BRIGHT = 32, 224  # below and from here on, areas may be noise on black or white
-_STRAY = (
-    3  # dark values without an area that tell such noise from numbers: each of ClinicDB's 19 such masks has 6 or more
-)
+_STRAY = 3  # dark values without an area that tell noise from numbers: CVC-ClinicDB's 19 masks of such noise have 6
 _BLACK_IN_JPEG = 4  # low qualities store black as a constant up to this
 _COMPRESSED_TO_RGB = (6, 7, 33007, 34892)  # TIFF's JPEG compressions: their decoder returns RGB
 _ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07")

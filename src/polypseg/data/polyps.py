@@ -303,9 +303,11 @@ def index_records(spec: DatasetSpec, source: Source) -> tuple[Record, ...]:
         if not frames or not masks:
             continue
         try:
-            return _paired(spec, source, frames, masks, stem)
+            records = _paired(spec, source, frames, masks, stem)
         except PolypSegError as error:
             first_problem = first_problem or error
+        else:
+            return _with_the_rest(spec, source, names, used={*frames, *masks}, stem=stem) or records
     if first_problem is not None:
         raise first_problem
     found = sorted({PurePosixPath(n).parent.as_posix() for n in names})
@@ -331,6 +333,38 @@ def _layouts(spec: DatasetSpec, names: list[str]) -> Iterator[tuple[list[str], l
         masks = [n for n in names if re.fullmatch(stem, _stem(n)) and not _matches_whole(stem, _stem(n))]
         taken = set(masks)
         yield [n for n in frames if n not in taken], masks, stem
+
+
+def _with_the_rest(
+    spec: DatasetSpec, source: Source, names: list[str], *, used: set[str], stem: str
+) -> tuple[Record, ...]:
+    """The records of the widest layout where one that pairs leaves images out; none where it leaves nothing out.
+
+    Left out are files below its folders, and images and masks in folders of other names. Raises PolypSegError naming
+    one where the widest layout does not pair.
+    """
+    assert spec.mask_folder is not None
+    folders = {PurePosixPath(name).parent for name in used}
+    named = [n for n in names if re.fullmatch(spec.image_stem, _stem(n)) or re.fullmatch(spec.mask_stem, _stem(n))]
+    below = [n for n in named if n not in used and not folders.isdisjoint(list(PurePosixPath(n).parents)[1:])]
+    masks = _below_folder(names, f"(?:{spec.mask_folder})|(?:{ANY_MASK_FOLDER})")
+    taken = set(masks)
+    frames = [n for n in _below_folder(names, f"(?:{spec.image_folder})|(?:{ANY_IMAGE_FOLDER})") if n not in taken]
+    if not below and (used.issuperset(frames) or used.issuperset(masks)):
+        return ()
+    problem: PolypSegError | None = None
+    for mask_stem in (stem, ANY_MASK_STEM):
+        try:
+            records = _paired(spec, source, frames, masks, mask_stem)
+        except PolypSegError as error:
+            problem = problem or error
+        else:
+            lost = [n for n in below if n not in taken and n not in frames]
+            if lost:
+                raise PolypSegError(f"{source.path}: {len(lost)} image(s) are in no pair, first {lost[0]}: remove them")
+            return records
+    assert problem is not None
+    raise problem
 
 
 def _matches_whole(pattern: str, stem: str) -> bool:
