@@ -340,6 +340,79 @@ def test_files_keep_their_own_names_beside_links_to_them(tmp_path):
     assert FolderSource(folder).names() == sorted(FILES)
 
 
+def linked_tar(path, links, kind=tarfile.LNKTYPE):
+    """FILES, and links: name -> what it leads to."""
+    with tarfile.open(build(path, "tar", FILES), "a") as archive:
+        for name, target in links.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            archive.addfile(member)
+    return Path(archive.name)
+
+
+def test_links_inside_a_tar_are_followed(tmp_path, caplog):
+    """As ``cp -l`` and tar make them: four of six pairs were found."""
+    first = "Set/images/1.jpg"
+    hard = linked_tar(tmp_path / "hard", {"Set/images/4.jpg": first, "Set/masks/4.JPG": "Set/masks/1.JPG"})
+    soft = linked_tar(
+        tmp_path / "soft", {"Set/images/4.jpg": "./5.jpg", "Set/images/5.jpg": "../images/1.jpg"}, tarfile.SYMTYPE
+    )
+    for path, names in (
+        (hard, ("Set/images/4.jpg", "Set/masks/4.JPG")),
+        (soft, ("Set/images/4.jpg", "Set/images/5.jpg")),
+    ):
+        source = open_source(path)
+        assert source.names() == sorted([*FILES, *names])
+        assert source.read(names[0]) == FILES[first]
+        folder = tmp_path / f"{path.stem} extracted"
+        with tarfile.open(path) as archive:
+            archive.extractall(folder, filter="data")
+        assert source.content_id() == FolderSource(folder).content_id()
+        caplog.clear()
+        assert len(open_frames(path)) == 6
+        assert "image(s) of" in caplog.text and "are links and are left out, first Set/images/4.jpg" in caplog.text
+
+
+@pytest.mark.parametrize("target", ["../../outside.jpg", "/etc/hostname", "circle.jpg", "nowhere.jpg"])
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_links_that_leave_a_tar_are_named(tmp_path, target, kind):
+    source = open_source(linked_tar(tmp_path / "set", {"circle.jpg": target}, kind))
+    assert "circle.jpg" in source.names()
+    for attempt in (lambda: source.read("circle.jpg"), source.content_id):
+        with pytest.raises(
+            PolypSegError, match=rf"cannot read circle\.jpg in .*: it is a link to {target}, which is not"
+        ):
+            attempt()
+
+
+def test_links_of_a_tar_count_as_what_they_unpack_to(tmp_path, monkeypatch):
+    links = {f"{n}.jpg": "Set/images/1.jpg" for n in range(300)}
+    path = linked_tar(tmp_path / "set", links)
+    monkeypatch.setattr("polypseg.data.sources._BOMB_BYTES", 100_000)
+    monkeypatch.setattr("polypseg.data.sources._BOMB_RATIO", 0.5)
+    with pytest.raises(PolypSegError, match="unpacks to"):
+        open_source(path).content_id()
+
+
+def test_images_that_are_no_files_are_named(tmp_path, caplog):
+    """Links to nothing and pipes vanished from data sets without a word."""
+    folder = build(tmp_path / "set", "folder", FILES)
+    (folder / "Set/images/9.jpg").symlink_to(tmp_path / "gone.jpg")
+    os.mkfifo(folder / "Set/images/8.jpg")
+    (folder / "Set/more").symlink_to(tmp_path / "gone")
+    source = FolderSource(folder)
+    assert source.names() == sorted([*FILES, "Set/images/9.jpg", "Set/images/8.jpg"])
+    assert caplog.text.count(f"Set/more is a link to {tmp_path / 'gone'}, which does not exist") == 1
+    source.names()
+    assert caplog.text.count("Set/more") == 1
+    with pytest.raises(PolypSegError, match=r"cannot read .*9\.jpg: it is a link to .*gone\.jpg, which does not exist"):
+        source.read("Set/images/9.jpg")
+    with pytest.raises(PolypSegError, match=r"cannot read .*8\.jpg: it is a named pipe, not a file"):
+        source.read("Set/images/8.jpg")
+    frames = open_frames(folder)
+    assert len(frames) == 8 and frames.content_id, "one bad file does not end a whole corpus"
+
+
 @pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root may read everything")
 def test_a_folder_that_cannot_be_read_is_named(tmp_path):
     folder = build(tmp_path / "set", "folder", FILES)
@@ -386,6 +459,26 @@ def test_an_archive_inside_is_named_where_no_image_is_found(tmp_path, form):
     for attempt in (lambda: open_frames(place), lambda: open_dataset("folder", source=place)):
         with pytest.raises(UsageError, match=r"no images in .*archive download/good\.zip: extract that"):
             attempt()
+
+
+@pytest.mark.parametrize("form", ["zip", "tar", "folder"])
+def test_an_archive_beside_images_is_mentioned(tmp_path, form, caplog):
+    """Half of a set may lie in it."""
+    place = build(tmp_path / "outer", form, FILES | {"Set/part2.zip": b"PK", "Set/part3.tar.gz": b""})
+    if form != "tar":
+        open_frames(place)
+        assert "outer" in caplog.text and "holds the archive Set/part2.zip and 1 more, which is not read" in caplog.text
+    caplog.clear()
+    with pytest.raises(PolypSegError, match="truncated"):
+        open_dataset("folder", source=place).pair(open_dataset("folder", source=place).records[0])
+    assert "holds the archive Set/part2.zip and 1 more, which is not read" in caplog.text
+
+
+def test_archives_beside_shards_are_mentioned(tmp_path, caplog):
+    build(tmp_path / "shards" / "a", "tar", FILES)
+    (tmp_path / "shards" / "b.zip").write_bytes(b"PK")
+    assert len(open_frames(tmp_path / "shards")) == 6
+    assert "holds the archive b.zip, which is not read" in caplog.text
 
 
 # Sizes are checked before anything is unpacked

@@ -29,7 +29,7 @@ from polypseg.data.catalog import (
     is_synthetic,
 )
 from polypseg.data.corruptions import corrupt
-from polypseg.data.sources import IMAGE_SUFFIXES, Source, inner_archives, open_source
+from polypseg.data.sources import IMAGE_SUFFIXES, Source, archives_among, inner_archives, open_source, tell_of_archives
 from polypseg.data.splits import Split, make_split
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.files import cache_folder, explain_write_errors
@@ -294,6 +294,13 @@ def index_records(spec: DatasetSpec, source: Source) -> tuple[Record, ...]:
     Raises PolypSegError naming what has no partner, UsageError with the trees that are known where none fits.
     """
     everything = source.names()
+    records = _index_names(spec, source, everything)
+    if records:
+        tell_of_archives(source.path, archives_among(everything))
+    return records
+
+
+def _index_names(spec: DatasetSpec, source: Source, everything: list[str]) -> tuple[Record, ...]:
     names = [n for n in everything if n.lower().endswith(IMAGE_SUFFIXES)]
     if spec.mask_folder is None:
         by_stem = _by_key(_in_folder(names, spec.image_folder), r"(?P<id>.+)", path=source.path)

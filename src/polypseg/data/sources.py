@@ -6,7 +6,10 @@ Windows as slashes. Sizes that an archive declares are checked before anything o
 
 import contextlib
 import hashlib
+import logging
 import os
+import posixpath
+import stat
 import struct
 import tarfile
 import threading
@@ -15,7 +18,7 @@ import zlib
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
@@ -26,6 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polypseg.errors import PolypSegError, UsageError
+
+log = logging.getLogger(__name__)
 
 # fmt: off
 IMAGE_SUFFIXES = (
@@ -41,10 +46,20 @@ IMAGE_SUFFIXES = (
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
 MAX_FILE_BYTES = 1 << 29
 """Largest file read: the pixels of the largest image, in 16 bits and three channels, need less."""
+_LONGEST_CHAIN = 40  # links that lead to links, as in Linux
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, length of the name, length of the extra field
 _BY_POSITION, _ENCRYPTED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED), -1  # methods of compression
 _BOMB_BYTES, _BOMB_RATIO = 1 << 30, 100
 """An archive that unpacks to more bytes than this, and than so many times its own size, holds no photographs."""
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISLNK, "a link to nothing"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 class Source(Protocol):
@@ -86,10 +101,11 @@ def printable_name(name: str) -> str:
 
 
 def files_below(folder: Path, *, on_error: Callable[[OSError], object] | None = None) -> Iterator[Path]:
-    """The files in a folder and below it, linked folders included, each real folder once; in no order.
+    """What is no folder in a folder and below it, linked folders included, each real folder once; in no order.
 
     Links are followed only after all that lies in the folder itself, so that a loop of links ends and files keep their
-    own names. Raises PolypSegError for a folder that cannot be read, unless ``on_error`` takes the error.
+    own names. Links to nothing, pipes and the like are among the files: whoever reads them says so. Raises
+    PolypSegError for a folder that cannot be read, unless ``on_error`` takes the error.
     """
 
     def fail(error: OSError) -> None:
@@ -107,13 +123,33 @@ def files_below(folder: Path, *, on_error: Callable[[OSError], object] | None = 
                     continue
                 seen.add((state.st_dev, state.st_ino))
                 links += (Path(place, name) for name in folders if os.path.islink(os.path.join(place, name)))
-                yield from (Path(place, name) for name in files if os.path.isfile(os.path.join(place, name)))
+                yield from (Path(place, name) for name in files)
         waiting = sorted(links)
 
 
-def inner_archives(names: list[str]) -> str:
+def kind_of_file(path: Path) -> str:
+    """What something that is neither a file nor a folder is, in words."""
+    mode = path.lstat().st_mode if path.is_symlink() and not path.exists() else path.stat().st_mode
+    return next((words for test, words in _KINDS if test(mode)), "something else")
+
+
+def archives_among(names: Iterable[str]) -> list[str]:
+    """The archives among names."""
+    return [name for name in names if name.lower().endswith(ARCHIVE_SUFFIXES) and _is_data(name)]
+
+
+def tell_of_archives(path: Path, archives: Sequence[str]) -> None:
+    """Warn of archives that lie beside images: what is in them is not read."""
+    if archives:
+        more = f" and {len(archives) - 1} more" if len(archives) > 1 else ""
+        log.warning(
+            "%s holds the archive %s%s, which is not read: extract it if it belongs to the set", path, archives[0], more
+        )
+
+
+def inner_archives(names: Iterable[str]) -> str:
     """A sentence on archives among the names, to be added where no image was found; empty if there is none."""
-    inner = [name for name in names if name.lower().endswith(ARCHIVE_SUFFIXES)]
+    inner = archives_among(names)
     return f". It holds the archive {inner[0]}: extract that and give what comes out" if inner else ""
 
 
@@ -209,10 +245,20 @@ class FolderSource:
     def __init__(self, path: Path):
         self.path = path
         self._renamed: dict[str, Path] = {}
+        self._told: set[Path] = set()
+
+    def _tell_of(self, file: Path) -> None:
+        """Warn, once, of a link to nothing that may have stood for a folder of images."""
+        if file.is_symlink() and not file.exists() and _is_data(file.name) and file not in self._told:
+            self._told.add(file)
+            log.warning("%s is a link to %s, which does not exist: it is left out", file, file.readlink())
 
     def names(self) -> list[str]:
         found: dict[str, Path] = {}
         for file in files_below(self.path):
+            if not is_image(file.name) and not file.is_file():
+                self._tell_of(file)
+                continue
             name = printable_name(file.relative_to(self.path).as_posix())
             if name in found:
                 raise PolypSegError(f"{self.path} holds two files of the name {name}: rename one of them")
@@ -230,15 +276,25 @@ class FolderSource:
     def read(self, name: str) -> bytes:
         file = self.file(name)
         try:
-            _refuse_large(file.stat().st_size, name=str(self.path / name))
+            state = file.stat()
+            if not stat.S_ISREG(state.st_mode):
+                raise PolypSegError(f"cannot read {self.path / name}: it is {kind_of_file(file)}, not a file")
+            _refuse_large(state.st_size, name=str(self.path / name))
             return file.read_bytes()
+        except FileNotFoundError as error:
+            if file.is_symlink():
+                raise PolypSegError(
+                    f"cannot read {self.path / name}: it is a link to {file.readlink()}, which does not exist"
+                ) from error
+            raise PolypSegError(f"cannot read {self.path / name}: {error.strerror}") from error
         except OSError as error:
             raise PolypSegError(f"cannot read {self.path / name}: {error.strerror}") from error
 
     def stamp(self, name: str) -> str:
         """A file's size: what tells of its content without reading it."""
+        file = self.file(name)
         try:
-            return str(self.file(name).stat().st_size)
+            return str((file.stat() if file.exists() else file.lstat()).st_size)  # of a link to nothing its own
         except OSError as error:
             raise PolypSegError(f"cannot read {error.filename}: {error.strerror}") from error
 
@@ -357,13 +413,33 @@ class TarSource:
             raise PolypSegError(f"{self.path} is not a readable tar archive: {error}. Download it again.") from error
 
     def _members(self, archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
-        """Plain name and header of each file, the sizes checked before anything is unpacked."""
+        """Plain name and header of each file, the sizes checked before anything is unpacked.
+
+        Links come last, with the header of the file that they lead to; those that lead to none, with their own.
+        """
         unpacked = 0
+        links = []
         for member in archive:
             unpacked += max(0, member.size)
             _refuse_bomb(self.path, unpacked)
             if member.isfile():
                 yield _plain(member.name), member
+            elif not member.isdir():
+                links.append(member)
+        if not links:
+            return
+        places = {_place(member.name): member for member in archive.getmembers()}
+        folders = {parent for place in places for parent in PurePosixPath(place).parents}
+        for link in links:
+            target = _linked_file(link, places)
+            unpacked += max(0, target.size)
+            _refuse_bomb(self.path, unpacked)
+            if target.isfile() or is_image(_plain(link.name)):
+                yield _plain(link.name), target
+            elif not target.isdir() and PurePosixPath(_target_of(target)) not in folders:
+                log.warning(
+                    "%s in %s is a link to %s, which is not in it: it is left out", link.name, self.path, link.linkname
+                )
 
     def names(self) -> list[str]:
         with self._open() as archive:
@@ -373,8 +449,7 @@ class TarSource:
         with self._open() as archive:
             for found, member in self._members(archive):
                 if found == name:
-                    _refuse_large(member.size, name=f"{name} in {self.path}")
-                    return _content(archive, member)
+                    return self._content(archive, member, name=name)
         raise PolypSegError(f"cannot read {name} in {self.path}: there is no such file")
 
     def content_id(self) -> str:
@@ -382,19 +457,40 @@ class TarSource:
         with self._open() as archive:
             for name, member in self._members(archive):
                 if is_image(name):
-                    _refuse_large(member.size, name=f"{name} in {self.path}")
-                    digests[name] = hashlib.sha256(_content(archive, member)).hexdigest()
+                    digests[name] = hashlib.sha256(self._content(archive, member, name=name)).hexdigest()
         return identity(f"{name}\0{digest}" for name, digest in sorted(digests.items()))
+
+    def _content(self, archive: tarfile.TarFile, member: tarfile.TarInfo, *, name: str) -> bytes:
+        if not member.isfile():
+            what = f"a link to {member.linkname}, which is not in it" if member.linkname else "a pipe or device"
+            raise PolypSegError(f"cannot read {name} in {self.path}: it is {what}")
+        _refuse_large(member.size, name=f"{name} in {self.path}")
+        file: IO[bytes] | None = archive.extractfile(member)
+        return file.read() if file else b""
+
+
+def _place(name: str) -> str:
+    """Where a member lies in its archive, without ``./`` and ``..``; links lead to such places."""
+    return posixpath.normpath(name).lstrip("/")
+
+
+def _target_of(link: tarfile.TarInfo) -> str:
+    """The place to which a link leads: from its own folder, or for a hard link from the top."""
+    return _place(link.linkname if link.islnk() else posixpath.join(posixpath.dirname(link.name), link.linkname))
+
+
+def _linked_file(link: tarfile.TarInfo, places: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
+    """What a link leads to, over other links; the last one where the way ends outside the archive or in a circle."""
+    for _ in range(_LONGEST_CHAIN):
+        if not (link.islnk() or link.issym()) or _target_of(link) not in places:
+            break
+        link = places[_target_of(link)]
+    return link
 
 
 def _plain(name: str) -> str:
     """A member's name as text, without the leading ``./`` that ``tar -C folder .`` writes."""
     return printable_name(name.removeprefix("./"))
-
-
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file: IO[bytes] | None = archive.extractfile(member)
-    return file.read() if file else b""
 
 
 def _begins_as_tar(path: Path) -> bool:
