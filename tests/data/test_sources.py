@@ -434,22 +434,70 @@ def test_names_that_are_no_utf8_become_text(tmp_path, form):
     int(source.content_id(), 16)
 
 
-def windows_zip(path, files):
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in files.items():
-            info = zipfile.ZipInfo("x")
-            info.filename = name.replace("/", "\\")
-            archive.writestr(info, data)
+def pack_as_named(path, form, members):
+    """An archive whose members have exactly these names: (name, bytes) pairs."""
+    if form == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in members:
+                info = zipfile.ZipInfo("x")
+                info.filename = name
+                archive.writestr(info, data)
+    else:
+        build(path.with_suffix(""), "tar", dict(members))
     return path
 
 
-def test_zips_packed_with_backslashes_are_read_as_folders(tmp_path):
-    source = ZipSource(windows_zip(tmp_path / "set.zip", FILES))
-    assert source.names() == sorted(FILES)
-    assert {name: source.read(name) for name in source.names()} == FILES
-    assert source.content_id() == open_source(build(tmp_path / "other", "zip", FILES)).content_id()
-    frames = open_frames(tmp_path / "set.zip")
-    assert [frames.read(i) for i in range(len(frames))] == [FILES[frames.name(i)] for i in range(len(frames))]
+def backslashed(files):
+    return [(name.replace("/", "\\"), data) for name, data in files.items()]
+
+
+BESIDE = {
+    "alone": [],
+    "a folder with a slash": [("Set/", b"")],
+    "a text with a slash": [("docs/readme.txt", b"read me")],
+    "an image with both": [("Set/images\\3.jpg", FILES["Set/images/1.jpg"])],
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "beside"),
+    [("zip", beside) for beside in BESIDE]
+    + [("tar", beside) for beside in BESIDE if not beside.startswith("a folder")],  # a tar marks folders otherwise
+)
+def test_archives_packed_with_backslashes_are_read_as_folders(tmp_path, form, beside):
+    """Each name is understood by itself: one with a slash beside them, and a set had "no images"."""
+    path = pack_as_named(tmp_path / f"set.{form}", form, backslashed(FILES) + BESIDE[beside])
+    more = {name.replace("\\", "/"): data for name, data in BESIDE[beside] if not name.endswith("/")}
+    source = open_source(path)
+    assert source.names() == sorted(FILES | more)
+    assert {name: source.read(name) for name in source.names()} == FILES | more
+    assert source.content_id() == open_source(build(tmp_path / "other", form, FILES | more)).content_id()
+    frames = open_frames(path)
+    assert {frames.name(i): frames.read(i) for i in range(len(frames))} == {
+        name: data for name, data in (FILES | more).items() if name.lower().endswith(".jpg")
+    }
+
+
+def test_backslashes_of_bytes_that_are_no_utf8_belong_to_the_name(tmp_path):
+    members = [("images/p\\xe9.png", b"1"), ("images\\q.png", b"2")]
+    for form in ("zip", "tar"):
+        source = open_source(pack_as_named(tmp_path / f"set.{form}", form, members))
+        assert source.names() == ["images/p\\xe9.png", "images/q.png"]
+
+
+def test_two_names_that_are_one_with_slashes_are_refused(tmp_path):
+    path = pack_as_named(tmp_path / "set.zip", "zip", [("images\\1.png", b"1"), ("images/1.png", b"2")])
+    with pytest.raises(PolypSegError, match=r"holds two files of the name images/1\.png"):
+        open_source(path).names()
+
+
+@pytest.mark.parametrize("form", ["zip", "tar"])
+def test_names_that_begin_above_the_archive_are_read(tmp_path, form):
+    """They are extracted nowhere, so they are harmless; the set had "no images"."""
+    path = pack_as_named(tmp_path / f"set.{form}", form, [(f"../{name}", data) for name, data in FILES.items()])
+    source = open_source(path)
+    assert source.names() == sorted(f"../{name}" for name in FILES)
+    assert source.read("../Set/images/1.jpg") == FILES["Set/images/1.jpg"]
 
 
 @pytest.mark.parametrize("form", ["zip", "tar", "folder"])

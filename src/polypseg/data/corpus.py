@@ -30,7 +30,7 @@ from polypseg.data.sources import (
     inner_archives,
     is_image,
     open_source,
-    printable_name,
+    tar_name,
     tell_of_archives,
 )
 from polypseg.errors import PolypSegError, UsageError
@@ -345,7 +345,7 @@ def scan_tar(
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 while member := archive.next():
                     archive.members.clear()  # type: ignore[attr-defined]  # else it would keep every header
-                    name = printable_name(member.name.removeprefix("./"))
+                    name = tar_name(member.name)
                     if member.isreg() and not member.issparse():
                         yield name, member.offset_data, member.size
                     elif not member.isdir() and on_left_out:

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import posixpath
+import re
 import stat
 import struct
 import tarfile
@@ -79,7 +80,7 @@ class Source(Protocol):
 
 def _is_data(name: str) -> bool:
     parts = PurePosixPath(name).parts
-    return not any(part.startswith((".", "__MACOSX")) for part in parts)
+    return not any(part.startswith((".", "__MACOSX")) for part in parts if part != "..")
 
 
 def is_image(name: str) -> bool:
@@ -322,8 +323,12 @@ class ZipSource:
         except (zipfile.BadZipFile, OSError) as error:
             raise PolypSegError(f"{self.path} is not a readable zip archive: {error}. Download it again.") from error
         _refuse_bomb(self.path, sum(info.file_size for info in infos))
-        windows = not any("/" in info.filename for info in infos)  # then backslashes separate folders
-        members = {info.filename.replace("\\", "/") if windows else info.filename: info for info in infos}
+        members: dict[str, zipfile.ZipInfo] = {}
+        for info in infos:
+            name = _with_slashes(info.filename)
+            if name in members and members[name].filename != info.filename:
+                raise PolypSegError(f"{self.path} holds two files of the name {name}: rename one of them")
+            members[name] = info
         names = sorted(name for name in members if not name.endswith("/"))
         rows = [
             (m.header_offset, m.compress_size, m.file_size, m.CRC, _ENCRYPTED if m.flag_bits & 1 else m.compress_type)
@@ -423,7 +428,7 @@ class TarSource:
             unpacked += max(0, member.size)
             _refuse_bomb(self.path, unpacked)
             if member.isfile():
-                yield _plain(member.name), member
+                yield tar_name(member.name), member
             elif not member.isdir():
                 links.append(member)
         if not links:
@@ -434,8 +439,8 @@ class TarSource:
             target = _linked_file(link, places)
             unpacked += max(0, target.size)
             _refuse_bomb(self.path, unpacked)
-            if target.isfile() or is_image(_plain(link.name)):
-                yield _plain(link.name), target
+            if target.isfile() or is_image(tar_name(link.name)):
+                yield tar_name(link.name), target
             elif not target.isdir() and PurePosixPath(_target_of(target)) not in folders:
                 log.warning(
                     "%s in %s is a link to %s, which is not in it: it is left out", link.name, self.path, link.linkname
@@ -470,13 +475,15 @@ class TarSource:
 
 
 def _place(name: str) -> str:
-    """Where a member lies in its archive, without ``./`` and ``..``; links lead to such places."""
-    return posixpath.normpath(name).lstrip("/")
+    """Where a member lies in its archive, without `./`; links lead to such places."""
+    return posixpath.normpath(_with_slashes(name)).lstrip("/")
 
 
 def _target_of(link: tarfile.TarInfo) -> str:
     """The place to which a link leads: from its own folder, or for a hard link from the top."""
-    return _place(link.linkname if link.islnk() else posixpath.join(posixpath.dirname(link.name), link.linkname))
+    return _place(
+        link.linkname if link.islnk() else posixpath.join(posixpath.dirname(_with_slashes(link.name)), link.linkname)
+    )
 
 
 def _linked_file(link: tarfile.TarInfo, places: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
@@ -488,9 +495,17 @@ def _linked_file(link: tarfile.TarInfo, places: dict[str, tarfile.TarInfo]) -> t
     return link
 
 
-def _plain(name: str) -> str:
+def tar_name(name: str) -> str:
     """A member's name as text, without the leading ``./`` that ``tar -C folder .`` writes."""
-    return printable_name(name.removeprefix("./"))
+    return printable_name(_with_slashes(name).removeprefix("./"))
+
+
+def _with_slashes(name: str) -> str:
+    """A member's name whose folders are separated by slashes, as packed on Windows or elsewhere.
+
+    Beside slashes, a backslash that begins ``\\xe9`` belongs to the name.
+    """
+    return re.sub(r"\\(?!x[0-9a-f]{2})", "/", name) if "/" in name else name.replace("\\", "/")
 
 
 def _begins_as_tar(path: Path) -> bool:
