@@ -1,6 +1,7 @@
 """What a user may rely on when frames and masks are read: right pixels, or a sentence that names the file."""
 
 import io
+import struct
 import tarfile
 import time
 import warnings
@@ -320,6 +321,47 @@ def test_decode_frame_undoes_the_color_space_of_a_tiff(kind):
     data, wanted, tolerance = CODINGS[kind]
     found = np.asarray(decode_frame(data, name="a.tif")).astype(int)
     assert np.abs(found - wanted).mean() <= tolerance
+
+
+def subsampled_tiff():
+    """Uncompressed YCbCr in blocks of 2x2 pixels with one color: four of Y, one of Cb, one of Cr."""
+    y, cb, cr = np.moveaxis(np.asarray(Image.fromarray(LOOK).convert("YCbCr")), 2, 0)
+    blocks = y.reshape(48, 2, 64, 2).transpose(0, 2, 1, 3).reshape(48, 64, 4)
+    data = np.concatenate([blocks, cb[::2, ::2, None], cr[::2, ::2, None]], 2).tobytes()
+    place = 8 + 2 + 12 * 10 + 4
+    tags = [(256, 3, 1, 128), (257, 3, 1, 96), (258, 3, 3, place), (259, 3, 1, 1), (262, 3, 1, 6)]
+    tags += [(273, 4, 1, place + 6), (277, 3, 1, 3), (278, 3, 1, 96), (279, 4, 1, len(data)), (530, 3, 2, 2 | 2 << 16)]
+    header = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return header + struct.pack("<IHHH", 0, 8, 8, 8) + data
+
+
+def test_frames_whose_colors_are_multiplied_by_their_alpha_are_divided_again():
+    """They were read dark: at half the alpha, half the brightness."""
+    alpha = np.full((96, 128, 1), 128, dtype=np.uint8)
+    half = (LOOK.astype(int) * 128 // 255).astype(np.uint8)
+    data = encode_tiff(np.concatenate([half, alpha], 2), photometric="rgb", extrasamples=["assocalpha"])
+    assert np.abs(np.asarray(decode_frame(data, name="a.tif")).astype(int) - LOOK).max() <= 2
+    data = encode_tiff(np.concatenate([half[..., :1], alpha], 2), photometric="minisblack", extrasamples=["assocalpha"])
+    assert np.abs(np.asarray(decode_frame(data, name="a.tif"))[..., 0].astype(int) - LOOK[..., 0]).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (encode_tiff(255 - LOOK, photometric="miniswhite", planarconfig="contig"), "has 3 samples .* zero as white"),
+        (subsampled_tiff(), r"stores the colors of 2x2 pixels together \(YCbCr\)"),
+        (
+            encode_tiff(np.dstack([LOOK, LOOK[..., :2]]), photometric="separated", extrasamples=["assocalpha"]),
+            "has colors multiplied by their alpha",
+        ),
+    ],
+    ids=["white as zero in three channels", "raw YCbCr of 2x2", "CMYK with its alpha multiplied in"],
+)
+@pytest.mark.parametrize("decode", [decode_frame, decode_mask])
+def test_tiffs_that_are_rare_are_refused_for_what_they_are(decode, data, words):
+    """The first was inverted in one channel, the second called truncated."""
+    with pytest.raises(PolypSegError, match=rf"^a\.tif {words}.*: convert it to RGB"):
+        decode(data, name="a.tif")
 
 
 def test_decode_frame_names_a_color_space_that_it_does_not_know():

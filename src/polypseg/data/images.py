@@ -202,6 +202,7 @@ def _open_tiff(data: bytes, name: str) -> _Picture:
         page = file.pages.first
         check_pixels(page.imagewidth, page.imagelength, name=name)
         kind = _photometric(page.photometric)
+        _refuse_rare(page, kind, name)
         pixels = page.asarray()
         pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
         if page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
@@ -210,7 +211,7 @@ def _open_tiff(data: bytes, name: str) -> _Picture:
         bits = _tiff_bits(page)
         if kind == "ycbcr" and int(page.compression) in _COMPRESSED_TO_RGB:
             kind = "rgb"
-        colormap = page.colormap
+        colormap, premultiplied = page.colormap, tuple(page.extrasamples)[:1] == (tifffile.EXTRASAMPLE.ASSOCALPHA,)
     if pixels.dtype == bool:
         pixels, bits = pixels.astype(np.uint8), 1
     white = (1 << bits) - 1 if pixels.dtype.kind == "u" and bits <= 16 else 0
@@ -225,7 +226,23 @@ def _open_tiff(data: bytes, name: str) -> _Picture:
     if pixels.dtype != np.uint8:
         return _Picture(deep=pixels, white=white, lossless=lossless)
     image = _tiff_image(pixels, kind, white=white, colormap=colormap, name=name)
+    if premultiplied and image.mode in ("LA", "RGBA"):
+        image = Image.frombytes(image.mode[:-1] + "a", image.size, image.tobytes()).convert(image.mode)
     return _Picture(image=image, white=255 if kind == "palette" else white, lossless=lossless)
+
+
+def _refuse_rare(page: tifffile.TiffPage, kind: str, name: str) -> None:
+    """Raise for a TIFF whose samples cannot be understood one by one."""
+    samples = page.samplesperpixel
+    if kind == "miniswhite" and samples > 2:
+        raise _RefusedError(f"{name} has {samples} samples per pixel with zero as white: convert it to RGB")
+    if kind == "ycbcr" and int(page.compression) not in _COMPRESSED_TO_RGB and page.subsampling not in (None, (1, 1)):
+        across, down = page.subsampling
+        raise _RefusedError(f"{name} stores the colors of {across}x{down} pixels together (YCbCr): convert it to RGB")
+    is_alpha = [extra == tifffile.EXTRASAMPLE.ASSOCALPHA for extra in page.extrasamples]
+    undone = kind in ("rgb", "minisblack", "miniswhite") and page.dtype == np.uint8 and not any(is_alpha[1:])
+    if any(is_alpha) and not undone:
+        raise _RefusedError(f"{name} has colors multiplied by their alpha: convert it to RGB without alpha")
 
 
 _KINDS = {
