@@ -731,6 +731,29 @@ def test_open_dataset_recognizes_repacks(tmp_path, layout):
 
 
 @pytest.mark.parametrize(
+    ("images", "masks"),
+    [
+        (("x_mask",), ("x_mask",)),
+        (("x_mask", "y"), ("x_mask", "y_mask")),
+        (("x", "x_mask"), ("x", "x_mask")),
+        (("x", "x_mask"), ("x_mask", "x_mask_mask")),
+        (("x_gt", "y_label"), ("x_gt_mask", "y_label")),
+        (("caf\u00e9",), ("cafe\u0301",)),
+        (("cafe\u0301",), ("caf\u00e9_mask",)),
+    ],
+)
+def test_masks_are_found_whatever_the_images_are_called(tmp_path, images, masks):
+    """``masks/x_mask.png`` was called missing for ``images/x_mask.png``, as was an é in another form."""
+    files = {f"images/{name}.png": frame_file(code, ".png") for code, name in enumerate(images, 1)}
+    files |= {f"masks/{name}.png": mask_file(code, ".png") for code, name in enumerate(masks, 1)}
+    for name in ("folder", "kvasir_seg"):
+        opened = open_dataset(name, source=write_zip(tmp_path / "set.zip", files), allow_partial=True)
+        assert opened.ids == list(images)
+        assert [record.mask for record in opened.records] == [f"masks/{name}.png" for name in masks]
+        assert all(opened.pair(record) for record in opened.records)
+
+
+@pytest.mark.parametrize(
     ("more", "words"),
     [
         (marked((2,), "other/{}", "images/part2/{}"), r"1 image\(s\) have no mask, first images/part2/2\.jpg"),

@@ -3,8 +3,9 @@
 import hashlib
 import os
 import re
+import unicodedata
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -386,7 +387,7 @@ def _paired(
     """One record per frame, in the order of file names. Raises PolypSegError naming what has no partner."""
     frames, masks = _one_form(frames), _one_form(masks)
     image_of = _by_key(frames, r"(?P<id>.+)", path=source.path)
-    mask_of = _by_key(masks, mask_stem, path=source.path)
+    mask_of = _by_key(masks, mask_stem, path=source.path, images=image_of.keys())
     for have, lack, kinds in ((image_of, mask_of, ("image", "mask")), (mask_of, image_of, ("mask", "image"))):
         alone = [name for key, name in have.items() if key not in lack]
         if alone:
@@ -395,7 +396,7 @@ def _paired(
                 f"or remove the {kinds[0]}"
             )
     return tuple(
-        _with_groups(spec, Record(id=_stem(n), image=n, mask=mask_of[_stem(n)])) for n in _by_file_name(frames)
+        _with_groups(spec, Record(id=_stem(n), image=n, mask=mask_of[_normal(_stem(n))])) for n in _by_file_name(frames)
     )
 
 
@@ -407,12 +408,24 @@ def _stem(name: str) -> str:
     return PurePosixPath(name).stem
 
 
-def _by_key(names: list[str], pattern: str, *, path: Path) -> dict[str, str]:
-    """Key of each file, found by ``pattern`` in its stem -> its name. Raises PolypSegError for a repeated key."""
+def _normal(text: str) -> str:
+    """Composed characters: macOS and some archives write an ``é`` as two, which looks the same."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _by_key(names: list[str], pattern: str, *, path: Path, images: Collection[str] = ()) -> dict[str, str]:
+    """Key of each file, found by ``pattern`` in its stem -> its name. Raises PolypSegError for a repeated key.
+
+    ``images``: the keys of the images, where these are masks. Masks named as their images keep their whole names.
+    """
+    whole = [_normal(_stem(name)) for name in names]
+    equal = len(whole) == len(images) and set(whole) == set(images)
     found: dict[str, str] = {}
-    for name in names:
-        match = re.fullmatch(pattern, _stem(name))
-        key = match["id"] if match else _stem(name)
+    for name, stem in zip(names, whole, strict=True):
+        match = re.fullmatch(pattern, stem)
+        key = match["id"] if match else stem
+        if equal or (stem in images and key not in images):
+            key = stem
         if key in found:
             raise PolypSegError(
                 f"{path}: {found[key]} and {name} have the same name: rename or remove one of them, or give "
