@@ -12,6 +12,7 @@ import pytest
 
 from polypseg.data import open_dataset
 from polypseg.data.corpus import open_frames
+from polypseg.data.images import as_frame
 from polypseg.data.sources import IMAGE_SUFFIXES, FolderSource, TarSource, ZipSource, open_source
 from polypseg.errors import PolypSegError, UsageError
 
@@ -176,6 +177,22 @@ def test_open_source_calls_a_missing_path_a_usage_error(tmp_path):
     error = refusal(lambda: open_source(tmp_path / "nowhere"))
     assert type(error) is UsageError
     assert f"{tmp_path / 'nowhere'} does not exist" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("pipe", "a named pipe"), ("link", "a link to nowhere, which does not exist"), ("device", "a device")],
+)
+def test_a_path_that_is_no_file_is_called_what_it_is(tmp_path, kind, words):
+    """A pipe was waited for without end; a link to nothing "does not exist"."""
+    path = tmp_path / "set.zip"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nowhere" if kind == "link" else "/dev/null")
+    for attempt in (lambda: open_source(path), lambda: open_frames(path), lambda: as_frame(path)):
+        with pytest.raises(UsageError, match=rf"{path}:? (it )?is {words}"):
+            attempt()
 
 
 def test_open_source_says_what_to_do_with_rar(tmp_path):
@@ -405,9 +422,11 @@ def test_images_that_are_no_files_are_named(tmp_path, caplog):
     assert caplog.text.count(f"Set/more is a link to {tmp_path / 'gone'}, which does not exist") == 1
     source.names()
     assert caplog.text.count("Set/more") == 1
-    with pytest.raises(PolypSegError, match=r"cannot read .*9\.jpg: it is a link to .*gone\.jpg, which does not exist"):
+    with pytest.raises(
+        PolypSegError, match=r"cannot read .*9\.jpg: it is a link to .*gone\.jpg, which does not exist$"
+    ):
         source.read("Set/images/9.jpg")
-    with pytest.raises(PolypSegError, match=r"cannot read .*8\.jpg: it is a named pipe, not a file"):
+    with pytest.raises(PolypSegError, match=r"cannot read .*8\.jpg: it is a named pipe$"):
         source.read("Set/images/8.jpg")
     frames = open_frames(folder)
     assert len(frames) == 8 and frames.content_id, "one bad file does not end a whole corpus"

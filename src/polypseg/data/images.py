@@ -18,6 +18,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
+from polypseg.data.sources import kind_of_file
 from polypseg.errors import PolypSegError, UsageError
 
 MASK_THRESHOLD = 127  # JPEG and resampled masks are not binary; nonzero would grow them by up to 9 % Dice
@@ -352,6 +353,8 @@ def as_frame(image: Any, *, name: str = "the frame") -> Image.Image:
     """
     if isinstance(image, str | Path):
         try:
+            if os.path.lexists(image) and not Path(image).is_file():  # reading a pipe would wait for ever
+                raise UsageError(f"cannot read {image}: it is {kind_of_file(Path(image))}")
             return decode_frame(Path(image).read_bytes(), name=str(image))
         except OSError as error:
             raise UsageError(f"cannot read {image}: {error.strerror}") from error

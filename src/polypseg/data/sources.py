@@ -55,7 +55,6 @@ _BOMB_BYTES, _BOMB_RATIO = 1 << 30, 100
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
-    (stat.S_ISLNK, "a link to nothing"),
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"),
@@ -129,8 +128,10 @@ def files_below(folder: Path, *, on_error: Callable[[OSError], object] | None = 
 
 
 def kind_of_file(path: Path) -> str:
-    """What something that is neither a file nor a folder is, in words."""
-    mode = path.lstat().st_mode if path.is_symlink() and not path.exists() else path.stat().st_mode
+    """What something that is no file is, in words."""
+    if path.is_symlink() and not path.exists():
+        return f"a link to {path.readlink()}, which does not exist"
+    mode = path.stat().st_mode
     return next((words for test, words in _KINDS if test(mode)), "something else")
 
 
@@ -277,17 +278,10 @@ class FolderSource:
     def read(self, name: str) -> bytes:
         file = self.file(name)
         try:
-            state = file.stat()
-            if not stat.S_ISREG(state.st_mode):
-                raise PolypSegError(f"cannot read {self.path / name}: it is {kind_of_file(file)}, not a file")
-            _refuse_large(state.st_size, name=str(self.path / name))
+            if os.path.lexists(file) and not file.is_file():
+                raise PolypSegError(f"cannot read {self.path / name}: it is {kind_of_file(file)}")
+            _refuse_large(file.stat().st_size, name=str(self.path / name))
             return file.read_bytes()
-        except FileNotFoundError as error:
-            if file.is_symlink():
-                raise PolypSegError(
-                    f"cannot read {self.path / name}: it is a link to {file.readlink()}, which does not exist"
-                ) from error
-            raise PolypSegError(f"cannot read {self.path / name}: {error.strerror}") from error
         except OSError as error:
             raise PolypSegError(f"cannot read {self.path / name}: {error.strerror}") from error
 
@@ -520,8 +514,10 @@ def open_source(path: Path) -> Source:
     """A folder, a .zip or a .tar(.gz|.bz2|.xz) as a Source. Raises UsageError for anything else."""
     if path.is_dir():
         return FolderSource(path)
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UsageError(f"{path} does not exist: give an extracted folder or the published archive")
+    if not path.is_file():
+        raise UsageError(f"{path} is {kind_of_file(path)}: give an extracted folder or the published archive")
     suffix = path.suffix.lower()
     if not _begins_as_tar(path) and zipfile.is_zipfile(path):  # a zip inside a tar looks like one itself
         return ZipSource(path)
