@@ -553,6 +553,19 @@ def test_dark_areas_are_noise_where_stray_pixels_come_with_them():
     assert decode_mask(encode(pixels), name="m.png").tolist() == BIG.tolist()
 
 
+@pytest.mark.parametrize("quality", [10, 30, 75])
+def test_what_jpeg_leaves_beside_soft_edges_is_noise(quality):
+    """At quality 10, areas of 8."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        pixels = np.zeros((200, 300), np.uint8)
+        center, axes = rng.integers(0, 200, 2).tolist(), rng.integers(20, 100, 2).tolist()
+        cv2.ellipse(pixels, center, axes, rng.uniform(0, 180), 0, 360, 255, -1)
+        soft = cv2.GaussianBlur(pixels, (0, 0), rng.uniform(1, 6))
+        found = decode_mask(encode(soft, "JPEG", quality=quality), name="m.jpg")
+        assert (found != (soft > 127)).mean() < 0.02
+
+
 @pytest.mark.parametrize("black", [0, 12, 16])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_black_need_not_be_zero(black, kind):

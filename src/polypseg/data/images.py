@@ -31,6 +31,7 @@ _FLAT = np.ones((7, 7), np.uint8)  # antialiased edges and JPEG's ringing hold n
 _DARK, _BRIGHT = 32, 224  # below and from here on, areas may be noise on black or white
 _STRAY = 3  # dark values without an area that tell noise from numbers: CVC-ClinicDB's 19 masks of such noise have 6
 _BLACK_IN_JPEG = 4  # low qualities store black as a constant up to this
+_DARK_IN_JPEG = 18  # and leave areas of up to 16 beside soft edges
 _COMPRESSED_TO_RGB = (6, 7, 33007, 34892)  # TIFF's JPEG compressions: their decoder returns RGB
 _ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07")
 """First bytes of zip, gzip, bzip2, xz, 7z and rar files."""
@@ -489,7 +490,7 @@ def _areas(gray: NDArray[np.uint8], *, lossless: bool) -> list[int]:
     """
     counts = np.bincount(gray.ravel(), minlength=256)
     numbered = lossless and np.count_nonzero(counts) <= _CODED_EXACTLY
-    lowest = 1 if numbered else _DARK if lossless else 2 * _BLACK_IN_JPEG
+    lowest = 1 if numbered else _DARK if lossless else _DARK_IN_JPEG
     between = [v for v in range(lowest, _BRIGHT) if counts[v] >= _FLAT.size]
     if not between:
         return []
@@ -499,7 +500,7 @@ def _areas(gray: NDArray[np.uint8], *, lossless: bool) -> list[int]:
     if not flat:
         return []
     areas = [v for v, before in zip(flat, [-99, *flat], strict=False) if numbered or v - before > 16]
-    if counts[: min(areas[0], _DARK)].any() if lossless else _fills_an_area(gray < areas[0] - _BLACK_IN_JPEG):
+    if counts[: min(areas[0], _DARK)].any() if lossless else _fills_an_area(gray < areas[0] - _DARK_IN_JPEG // 2):
         areas.insert(0, 0)
     if counts[_BRIGHT:].any():
         areas.append(255 if not numbered else int(np.flatnonzero(counts)[-1]))
