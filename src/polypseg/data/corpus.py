@@ -34,7 +34,7 @@ from polypseg.data.sources import (
     tell_of_archives,
 )
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.files import atomic_path, cache_folder, read_json
+from polypseg.files import atomic_path, cache_folder, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -299,35 +299,50 @@ def _found_shards(path: Path) -> list[Path]:
 
 
 def _cached_index(shards: Sequence[Path], corpus_folder: str) -> Path:
-    """The index file of shards that have none: scanned once, found again by the files' names, sizes and times."""
+    """The index file of shards that have none: scanned once, found again by the files' names, sizes and times.
+
+    Images that are links are told of each time.
+    """
     try:
         states = [(shard.name, shard.stat()) for shard in shards]
     except OSError as error:
         raise PolypSegError(f"cannot read {error.filename}: {error.strerror}") from error
     lines = (f"{name}\0{state.st_size}\0{state.st_mtime_ns}" for name, state in states)
     file = cache_folder() / "shards" / f"{identity([corpus_folder, *lines])}.npy"
-    if not file.exists():
-        index = index_shards(shards, corpus_folder=corpus_folder)
+    list_of_links = file.with_suffix(".links")
+    if not (file.exists() and list_of_links.exists()):
+        found: list[str] = []
+        index = index_shards(shards, corpus_folder=corpus_folder, on_left_out=found.append)
         with atomic_path(file) as temporary:
             np.save(temporary, index)
-    return file
-
-
-def index_shards(shards: Sequence[Path], *, corpus_folder: str = ".*") -> NDArray[np.int64]:
-    """(N, 3) index of the images in tar files, from their headers. Raises PolypSegError for a damaged file."""
-    left_out: list[str] = []
-    rows = [
-        (number, offset, size)
-        for number, shard in enumerate(tqdm(shards, desc="indexing shards", unit="shard", leave=False, disable=None))
-        for name, offset, size in scan_tar(shard, on_left_out=left_out.append)
-        if is_frame(name, corpus_folder=corpus_folder)
-    ]
-    links = [name for name in left_out if is_frame(name, corpus_folder=corpus_folder)]
+        write_json(list_of_links, found)
+    links = read_json(list_of_links)
     if links:
         log.warning(
             "%d image(s) of %s are links and are left out, first %s: extract the archive to have them read",
             *(len(links), shards[0].parent, links[0]),
         )
+    return file
+
+
+def index_shards(
+    shards: Sequence[Path], *, corpus_folder: str = ".*", on_left_out: Callable[[str], object] | None = None
+) -> NDArray[np.int64]:
+    """(N, 3) index of the images in tar files, from their headers; ``on_left_out`` is told of images that are links.
+
+    Raises PolypSegError for a damaged file.
+    """
+
+    def tell(name: str) -> None:
+        if on_left_out and is_frame(name, corpus_folder=corpus_folder):
+            on_left_out(name)
+
+    rows = [
+        (number, offset, size)
+        for number, shard in enumerate(tqdm(shards, desc="indexing shards", unit="shard", leave=False, disable=None))
+        for name, offset, size in scan_tar(shard, on_left_out=tell)
+        if is_frame(name, corpus_folder=corpus_folder)
+    ]
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 
