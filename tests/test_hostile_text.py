@@ -1,5 +1,6 @@
 """Recipes, overrides and records that expand, nest or count without end: one line, at once."""
 
+import time
 import typing
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,37 @@ HOSTILE = {
     "a date that is none": "seed: 2024-13-45",
     "a key that is a list": "? [a, b]\n: 1\n",
     "a tag": "a: !!python/object/apply:os.system [ls]\n",
+    "a word for a truth value": "a: !!bool zzz\n",
+    "a word for a date": "a: !!timestamp zzz\n",
+    "nothing for a number": "a: !!int ''\n",
+    "nothing for a float": "? !!float ''\n: 1\n",
+    "a character of 32 bits": 'a: "\\U99999999"\n',
     "bytes": "a: \x00\n",
     "nothing": "",
     "many keys": "".join(f"k{n}: 1\n" for n in range(2_000)) + "k0: 2\n",
     "a large file": "# " + "x" * LARGEST_YAML,
 }
+
+
+LONG = {
+    "flat list": "x: [" + "1," * (LARGEST_YAML // 2 - 10) + "]",
+    "sides": "data:\n  batch_sizes: [" + "1," * (LARGEST_YAML // 2 - 20) + "]",
+    "many keys": "".join(f"k{n}: 1\n" for n in range(LARGEST_YAML // 12)),
+    "long key": "x" * 1000 + ": 1\n",
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_the_largest_yaml_file_takes_seconds_and_one_line(name, tmp_path):
+    """A flat list of 0.8 MB took 45 s, and the error was as long as the file."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(LONG[name])
+    for load in (load_recipe, load_grid):
+        began = time.process_time()
+        with pytest.raises(UsageError) as caught:
+            load(path)
+        assert time.process_time() - began < 10
+        assert len(str(caught.value)) < 10_000 and "\n" not in str(caught.value)
 
 
 def one_line(error: BaseException) -> str:

@@ -45,9 +45,9 @@ class RecipeSection(BaseModel):
         return value
 
 
-LARGEST_YAML = 2**20
-"""Bytes; the largest bundled file has some thousand."""
-_DEEPEST, _LONGEST_NUMBER, _SHOWN = 20, 30, 80
+LARGEST_YAML = 2**16
+"""Bytes; the largest bundled file has some thousand, and a list of this size takes a second."""
+_DEEPEST, _LONGEST_NUMBER, _SHOWN, _LISTED = 20, 30, 80, 40
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -68,6 +68,16 @@ class _RecipeLoader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """As every YAML loader, with one kind of error for a value that its tag does not fit."""
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+            kind = node.tag.rpartition(":")[2][:_SHOWN]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{str(node.value)[:_SHOWN]!r} is no {kind}", node.start_mark
+            ) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -101,7 +111,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"it has {len(text)} characters, more than the {LARGEST_YAML} that are read")
     try:
         return yaml.load(text, Loader=_RecipeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # the last for "\\U99999999"
         raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from error
 
 
@@ -323,11 +333,14 @@ def parse_recipe(content: dict[str, Any], *, source: str) -> Recipe:
 def validate_recipe(
     schema: type[AnyRecipe], content: dict[str, Any], *, source: str, kind: str = "recipe"
 ) -> AnyRecipe:
-    """Plain values as a recipe of one kind. Raises UsageError that names ``source`` and every problem."""
+    """Plain values as a recipe of one kind. Raises UsageError that names ``source`` and the first many problems."""
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        problems = [_problem(schema, detail) for detail in error.errors()]
+        details = error.errors()
+        problems = [_problem(schema, detail) for detail in details[:_LISTED]]
+        if len(details) > _LISTED:
+            problems.append(f"and {len(details) - _LISTED} more")
         raise UsageError(f"{kind} {source}: " + "; ".join(problems)) from error
 
 
@@ -354,12 +367,12 @@ def _flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def _problem(schema: type[BaseModel], detail: Any) -> str:
     """One pydantic finding as a phrase with the dotted key."""
-    key = ".".join(str(part) for part in detail["loc"])
+    key = ".".join(str(part)[:_SHOWN] for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         section = schema
         for part in detail["loc"][:-1]:
             section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
-        return str(unknown_name(f"key {key!r}: no such setting", str(detail["loc"][-1]), section.model_fields))
+        return str(unknown_name(f"key {key!r}: no such setting", str(detail["loc"][-1])[:_SHOWN], section.model_fields))
     if detail["type"] == "missing":
         return f"key {key!r} is missing"
     return f"key {key!r}: {detail['msg']} (got {_SHORT.repr(detail['input'])})" if key else str(detail["msg"])

@@ -116,6 +116,16 @@ def test_check_dataset_names_a_truncated_frame_and_goes_on(folder):
     assert "wide.png is 50x80" in report.problems[1] and "96x80" in report.problems[1]
 
 
+def test_check_dataset_names_links_to_nothing_and_goes_on(folder, tmp_path):
+    for file in (folder.image("gone.png"), folder.mask("gone.png")):
+        file.symlink_to(tmp_path / "nowhere.png")
+    report = folder.check()
+    assert report.images == 6 and report.sizes == {f"{WIDTH}x{HEIGHT}": 5}
+    assert [problem.split(": it is a link")[0] for problem in report.problems] == [
+        f"cannot read {folder.image('gone.png')}"
+    ]
+
+
 def test_check_dataset_names_a_color_coded_mask(folder):
     colored = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
     colored[:40, :, 0] = 255

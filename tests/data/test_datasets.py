@@ -693,6 +693,22 @@ REPACKS = {
         marked((1,), "masks/train/{}", "images/train/{}") | marked((2,), "masks/val/{}", "images/val/{}"),
         (1, 2),
     ),
+    "parts below beside others": (
+        "folder",
+        marked((1,), "masks/{}", "images/{}") | marked((2,), "masks/part2/{}", "images/part2/{}"),
+        (1, 2),
+    ),
+    "parts below the folders of a center": (
+        "polypgen",
+        marked((1,), "C4/masks_C4/{}_mask", "C4/images_C4/{}")
+        | marked((2,), "C4/masks_C4/more/{}_mask", "C4/images_C4/more/{}"),
+        (1, 2),
+    ),
+    "parts of other folders": (
+        "kvasir_seg",
+        marked((1,), "test/masks/{}", "test/images/{}") | marked((2,), "train/mask/{}", "train/image/{}"),
+        (1, 2),
+    ),
     "parts in the names": ("folder", marked((1, 2), "train_masks/{}_mask", "train_images/{}"), (1, 2)),
     "suffixes": ("cvc_clinicdb", marked((1, 2), "Ground Truth/{}_mask", "Original/{}"), (1, 2)),
     "one folder": ("folder", marked((1, 2), "all/{}_mask", "all/{}"), (1, 2)),
@@ -712,6 +728,58 @@ def test_open_dataset_recognizes_repacks(tmp_path, layout):
         assert mask.tolist() == polyp_mask(int(record.id)).tolist()
     if name == "polypgen":
         assert {record.groups["centre"] for record in opened.records} == {"C4"}
+
+
+@pytest.mark.parametrize(
+    ("images", "masks"),
+    [
+        (("x_mask",), ("x_mask",)),
+        (("x_mask", "y"), ("x_mask", "y_mask")),
+        (("x", "x_mask"), ("x", "x_mask")),
+        (("x", "x_mask"), ("x_mask", "x_mask_mask")),
+        (("x_gt", "y_label"), ("x_gt_mask", "y_label")),
+        (("caf\u00e9",), ("cafe\u0301",)),
+        (("cafe\u0301",), ("caf\u00e9_mask",)),
+    ],
+)
+def test_masks_are_found_whatever_the_images_are_called(tmp_path, images, masks):
+    """``masks/x_mask.png`` was called missing for ``images/x_mask.png``, as was an é in another form."""
+    files = {f"images/{name}.png": frame_file(code, ".png") for code, name in enumerate(images, 1)}
+    files |= {f"masks/{name}.png": mask_file(code, ".png") for code, name in enumerate(masks, 1)}
+    for name in ("folder", "kvasir_seg"):
+        opened = open_dataset(name, source=write_zip(tmp_path / "set.zip", files), allow_partial=True)
+        assert opened.ids == list(images)
+        assert [record.mask for record in opened.records] == [f"masks/{name}.png" for name in masks]
+        assert all(opened.pair(record) for record in opened.records)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (marked((2,), "other/{}", "images/part2/{}"), r"1 image\(s\) have no mask, first images/part2/2\.jpg"),
+        ({"masks/part2/2.png": b""}, r"1 mask\(s\) have no image, first masks/part2/2\.png"),
+        (
+            marked((1,), "masks/part2/{}", "images/part2/{}"),
+            r"images/1\.jpg and images/part2/1\.jpg have the same name",
+        ),
+        (marked((1,), "train/mask/{}", "train/image/{}"), r"images/1\.jpg and train/image/1\.jpg have the same name"),
+    ],
+    ids=["image below", "mask below", "same names below", "same names beside"],
+)
+@pytest.mark.parametrize("name", ["kvasir_seg", "folder"])
+def test_images_that_a_layout_leaves_out_are_named(tmp_path, name, more, words):
+    """They vanished: "usable, images: 6" of 12."""
+    source = write_folder(tmp_path / "set", marked((1,), "masks/{}", "images/{}") | more)
+    with pytest.raises(PolypSegError, match=words):
+        open_dataset(name, source=source, allow_partial=True)
+
+
+def test_pictures_of_no_part_in_a_set_are_left_out(tmp_path):
+    """A second annotation, boxes and contours, as published beside images and masks."""
+    others = ("annotated_images/1.jpg", "bbox/1.jpg", "annotations/1.jpg", "preview.jpg")
+    files = marked((1,), "masks/{}", "images/{}") | {name: frame_file(9, ".jpg") for name in others}
+    opened = open_dataset("kvasir_seg", source=write_folder(tmp_path / "set", files), allow_partial=True)
+    assert [(record.image, record.mask) for record in opened.records] == [("images/1.jpg", "masks/1.png")]
 
 
 def test_open_dataset_tells_the_trees_it_knows_and_what_it_found(tmp_path):

@@ -1,6 +1,7 @@
 """What a user may rely on when frames and masks are read: right pixels, or a sentence that names the file."""
 
 import io
+import struct
 import tarfile
 import time
 import warnings
@@ -322,6 +323,47 @@ def test_decode_frame_undoes_the_color_space_of_a_tiff(kind):
     assert np.abs(found - wanted).mean() <= tolerance
 
 
+def subsampled_tiff():
+    """Uncompressed YCbCr in blocks of 2x2 pixels with one color: four of Y, one of Cb, one of Cr."""
+    y, cb, cr = np.moveaxis(np.asarray(Image.fromarray(LOOK).convert("YCbCr")), 2, 0)
+    blocks = y.reshape(48, 2, 64, 2).transpose(0, 2, 1, 3).reshape(48, 64, 4)
+    data = np.concatenate([blocks, cb[::2, ::2, None], cr[::2, ::2, None]], 2).tobytes()
+    place = 8 + 2 + 12 * 10 + 4
+    tags = [(256, 3, 1, 128), (257, 3, 1, 96), (258, 3, 3, place), (259, 3, 1, 1), (262, 3, 1, 6)]
+    tags += [(273, 4, 1, place + 6), (277, 3, 1, 3), (278, 3, 1, 96), (279, 4, 1, len(data)), (530, 3, 2, 2 | 2 << 16)]
+    header = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return header + struct.pack("<IHHH", 0, 8, 8, 8) + data
+
+
+def test_frames_whose_colors_are_multiplied_by_their_alpha_are_divided_again():
+    """They were read dark: at half the alpha, half the brightness."""
+    alpha = np.full((96, 128, 1), 128, dtype=np.uint8)
+    half = (LOOK.astype(int) * 128 // 255).astype(np.uint8)
+    data = encode_tiff(np.concatenate([half, alpha], 2), photometric="rgb", extrasamples=["assocalpha"])
+    assert np.abs(np.asarray(decode_frame(data, name="a.tif")).astype(int) - LOOK).max() <= 2
+    data = encode_tiff(np.concatenate([half[..., :1], alpha], 2), photometric="minisblack", extrasamples=["assocalpha"])
+    assert np.abs(np.asarray(decode_frame(data, name="a.tif"))[..., 0].astype(int) - LOOK[..., 0]).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (encode_tiff(255 - LOOK, photometric="miniswhite", planarconfig="contig"), "has 3 samples .* zero as white"),
+        (subsampled_tiff(), r"stores the colors of 2x2 pixels together \(YCbCr\)"),
+        (
+            encode_tiff(np.dstack([LOOK, LOOK[..., :2]]), photometric="separated", extrasamples=["assocalpha"]),
+            "has colors multiplied by their alpha",
+        ),
+    ],
+    ids=["white as zero in three channels", "raw YCbCr of 2x2", "CMYK with its alpha multiplied in"],
+)
+@pytest.mark.parametrize("decode", [decode_frame, decode_mask])
+def test_tiffs_that_are_rare_are_refused_for_what_they_are(decode, data, words):
+    """The first was inverted in one channel, the second called truncated."""
+    with pytest.raises(PolypSegError, match=rf"^a\.tif {words}.*: convert it to RGB"):
+        decode(data, name="a.tif")
+
+
 def test_decode_frame_names_a_color_space_that_it_does_not_know():
     data = encode_tiff(NOISE[..., 0], photometric="cfa")
     with pytest.raises(PolypSegError, match=r"raw\.tif has the color space CFA: convert it to RGB"):
@@ -421,6 +463,10 @@ BIG[20:60, 30:80] = 1
 REGIONS = np.zeros((96, 128), dtype=np.uint8)
 for _k in range(6):
     REGIONS[10:20, 5 + 20 * _k : 15 + 20 * _k] = _k + 1
+BORDERED = (cv2.dilate(BIG, np.ones((5, 5), np.uint8)) - BIG) * np.uint8(255)
+"""A border of two pixels around the polyp, as of "ignored" pixels."""
+NUMBERED_FROM_2 = BORDERED + BIG * np.uint8(2)
+NUMBERED_FROM_2[80:84, 10:16] = 3
 BLURRED = cv2.GaussianBlur(BIG * np.float32(100), (0, 0), 2)
 
 AMBIGUOUS = {
@@ -435,6 +481,14 @@ AMBIGUOUS = {
     "32 bits": (encode(BIG.astype(np.int32) * 7, "TIFF"), "7"),
     "instances above the threshold": (encode(REGIONS * np.uint8(40)), "40,80,120,160,200,240"),
     "polyp and ignored": (encode(np.where(REGIONS == 6, 255, REGIONS == 1).astype(np.uint8)), "1,255"),
+    "polyp of 2 in a border of 255": (encode(BORDERED + BIG * np.uint8(2)), "2,255"),
+    "polyp of 31 in a border of 255": (encode(BORDERED + BIG * np.uint8(31)), "31,255"),
+    "numbers from 2 on, a small one and 255": (encode(NUMBERED_FROM_2), "2,255"),
+    "16 bits of 2 and 65535": (
+        encode(BORDERED.astype(np.uint16) * np.uint16(257) + BIG.astype(np.uint16) * np.uint16(2)),
+        "2,65535",
+    ),
+    "20 and 255 in JPEG": (encode(BORDERED + BIG * np.uint8(20), "JPEG", quality=95), "1[01]?-255"),
     "trimap in JPEG": (encode(np.where(REGIONS == 6, 255, BIG * 128).astype(np.uint8), "JPEG", quality=95), "64-255"),
 }
 
@@ -491,11 +545,34 @@ def test_antialiased_masks_are_no_class_numbers():
         assert decode_gray_mask(encode(pixels), name="m.png").tolist() == pixels.tolist()
 
 
-def test_dark_areas_are_noise():
-    """Five masks of CVC-ClinicDB hold an area of 11 and 12."""
+def test_dark_areas_are_noise_where_stray_pixels_come_with_them():
+    """As in 19 masks of CVC-ClinicDB: an area of 11 or 12, and single pixels of 5 to 15."""
     pixels = BIG * np.uint8(255)
     pixels[70:, :60] = 12
+    pixels[70, 10:15] = (7, 8, 9, 10, 15)
     assert decode_mask(encode(pixels), name="m.png").tolist() == BIG.tolist()
+
+
+@pytest.mark.parametrize("quality", [10, 30, 75])
+def test_what_jpeg_leaves_beside_soft_edges_is_noise(quality):
+    """At quality 10, areas of 8."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        pixels = np.zeros((200, 300), np.uint8)
+        center, axes = rng.integers(0, 200, 2).tolist(), rng.integers(20, 100, 2).tolist()
+        cv2.ellipse(pixels, center, axes, rng.uniform(0, 180), 0, 360, 255, -1)
+        soft = cv2.GaussianBlur(pixels, (0, 0), rng.uniform(1, 6))
+        found = decode_mask(encode(soft, "JPEG", quality=quality), name="m.jpg")
+        assert (found != (soft > 127)).mean() < 0.02
+
+
+@pytest.mark.parametrize("black", [0, 12, 16])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_black_need_not_be_zero(black, kind):
+    """Video ranges begin at 16."""
+    pixels = np.where(BIG, 235, black).astype(np.uint8)
+    options = {"quality": 95} if kind == "JPEG" else {}
+    assert decode_mask(encode(pixels, kind, **options), name="m").tolist() == BIG.tolist()
 
 
 NEOPOLYP = np.zeros((96, 128, 3), dtype=np.uint8)

@@ -12,6 +12,7 @@ import pytest
 
 from polypseg.data import open_dataset
 from polypseg.data.corpus import open_frames
+from polypseg.data.images import as_frame
 from polypseg.data.sources import IMAGE_SUFFIXES, FolderSource, TarSource, ZipSource, open_source
 from polypseg.errors import PolypSegError, UsageError
 
@@ -178,6 +179,22 @@ def test_open_source_calls_a_missing_path_a_usage_error(tmp_path):
     assert f"{tmp_path / 'nowhere'} does not exist" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("pipe", "a named pipe"), ("link", "a link to nowhere, which does not exist"), ("device", "a device")],
+)
+def test_a_path_that_is_no_file_is_called_what_it_is(tmp_path, kind, words):
+    """A pipe was waited for without end; a link to nothing "does not exist"."""
+    path = tmp_path / "set.zip"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nowhere" if kind == "link" else "/dev/null")
+    for attempt in (lambda: open_source(path), lambda: open_frames(path), lambda: as_frame(path)):
+        with pytest.raises(UsageError, match=rf"{path}:? (it )?is {words}"):
+            attempt()
+
+
 def test_open_source_says_what_to_do_with_rar(tmp_path):
     (tmp_path / "set.rar").write_bytes(b"Rar!\x1a\x07\x00")
     error = refusal(lambda: open_source(tmp_path / "set.rar"))
@@ -340,6 +357,82 @@ def test_files_keep_their_own_names_beside_links_to_them(tmp_path):
     assert FolderSource(folder).names() == sorted(FILES)
 
 
+def linked_tar(path, links, kind=tarfile.LNKTYPE):
+    """FILES, and links: name -> what it leads to."""
+    with tarfile.open(build(path, "tar", FILES), "a") as archive:
+        for name, target in links.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            archive.addfile(member)
+    return Path(archive.name)
+
+
+def test_links_inside_a_tar_are_followed(tmp_path, caplog):
+    """As ``cp -l`` and tar make them: four of six pairs were found."""
+    first = "Set/images/1.jpg"
+    hard = linked_tar(tmp_path / "hard", {"Set/images/4.jpg": first, "Set/masks/4.JPG": "Set/masks/1.JPG"})
+    soft = linked_tar(
+        tmp_path / "soft", {"Set/images/4.jpg": "./5.jpg", "Set/images/5.jpg": "../images/1.jpg"}, tarfile.SYMTYPE
+    )
+    for path, names in (
+        (hard, ("Set/images/4.jpg", "Set/masks/4.JPG")),
+        (soft, ("Set/images/4.jpg", "Set/images/5.jpg")),
+    ):
+        source = open_source(path)
+        assert source.names() == sorted([*FILES, *names])
+        assert source.read(names[0]) == FILES[first]
+        folder = tmp_path / f"{path.stem} extracted"
+        with tarfile.open(path) as archive:
+            archive.extractall(folder, filter="data")
+        assert source.content_id() == FolderSource(folder).content_id()
+        caplog.clear()
+        assert len(open_frames(path)) == len(open_frames(path)) == 6
+        told = "are links and are left out, first Set/images/4.jpg"
+        assert caplog.text.count(told) == 2, "the second time the index is a cached one"
+
+
+@pytest.mark.parametrize("target", ["../../outside.jpg", "/etc/hostname", "circle.jpg", "nowhere.jpg"])
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_links_that_leave_a_tar_are_named(tmp_path, target, kind):
+    source = open_source(linked_tar(tmp_path / "set", {"circle.jpg": target}, kind))
+    assert "circle.jpg" in source.names()
+    for attempt in (lambda: source.read("circle.jpg"), source.content_id):
+        with pytest.raises(
+            PolypSegError, match=rf"cannot read circle\.jpg in .*: it is a link to {target}, which is not"
+        ):
+            attempt()
+
+
+def test_links_of_a_tar_count_as_what_they_unpack_to(tmp_path, monkeypatch):
+    links = {f"{n}.jpg": "Set/images/1.jpg" for n in range(300)}
+    path = linked_tar(tmp_path / "set", links)
+    monkeypatch.setattr("polypseg.data.sources._BOMB_BYTES", 100_000)
+    monkeypatch.setattr("polypseg.data.sources._BOMB_RATIO", 0.5)
+    with pytest.raises(PolypSegError, match="unpacks to"):
+        open_source(path).content_id()
+
+
+def test_images_that_are_no_files_are_named(tmp_path, caplog):
+    """Links to nothing and pipes vanished from data sets without a word."""
+    folder = build(tmp_path / "set", "folder", FILES)
+    (folder / "Set/images/9.jpg").symlink_to(tmp_path / "gone.jpg")
+    os.mkfifo(folder / "Set/images/8.jpg")
+    (folder / "Set/more").symlink_to(tmp_path / "gone")
+    source = FolderSource(folder)
+    assert source.names() == sorted([*FILES, "Set/images/9.jpg", "Set/images/8.jpg"])
+    assert caplog.text.count(f"Set/more is a link to {tmp_path / 'gone'}, which does not exist") == 1
+    source.names()
+    assert caplog.text.count("Set/more") == 1
+    with pytest.raises(
+        PolypSegError, match=r"cannot read .*9\.jpg: it is a link to .*gone\.jpg, which does not exist$"
+    ):
+        source.read("Set/images/9.jpg")
+    with pytest.raises(PolypSegError, match=r"cannot read .*8\.jpg: it is a named pipe$"):
+        source.read("Set/images/8.jpg")
+    frames = open_frames(folder)
+    assert len(frames) == 8 and frames.content_id, "one bad file does not end a whole corpus"
+
+
 @pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root may read everything")
 def test_a_folder_that_cannot_be_read_is_named(tmp_path):
     folder = build(tmp_path / "set", "folder", FILES)
@@ -361,22 +454,70 @@ def test_names_that_are_no_utf8_become_text(tmp_path, form):
     int(source.content_id(), 16)
 
 
-def windows_zip(path, files):
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in files.items():
-            info = zipfile.ZipInfo("x")
-            info.filename = name.replace("/", "\\")
-            archive.writestr(info, data)
+def pack_as_named(path, form, members):
+    """An archive whose members have exactly these names: (name, bytes) pairs."""
+    if form == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in members:
+                info = zipfile.ZipInfo("x")
+                info.filename = name
+                archive.writestr(info, data)
+    else:
+        build(path.with_suffix(""), "tar", dict(members))
     return path
 
 
-def test_zips_packed_with_backslashes_are_read_as_folders(tmp_path):
-    source = ZipSource(windows_zip(tmp_path / "set.zip", FILES))
-    assert source.names() == sorted(FILES)
-    assert {name: source.read(name) for name in source.names()} == FILES
-    assert source.content_id() == open_source(build(tmp_path / "other", "zip", FILES)).content_id()
-    frames = open_frames(tmp_path / "set.zip")
-    assert [frames.read(i) for i in range(len(frames))] == [FILES[frames.name(i)] for i in range(len(frames))]
+def backslashed(files):
+    return [(name.replace("/", "\\"), data) for name, data in files.items()]
+
+
+BESIDE = {
+    "alone": [],
+    "a folder with a slash": [("Set/", b"")],
+    "a text with a slash": [("docs/readme.txt", b"read me")],
+    "an image with both": [("Set/images\\3.jpg", FILES["Set/images/1.jpg"])],
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "beside"),
+    [("zip", beside) for beside in BESIDE]
+    + [("tar", beside) for beside in BESIDE if not beside.startswith("a folder")],  # a tar marks folders otherwise
+)
+def test_archives_packed_with_backslashes_are_read_as_folders(tmp_path, form, beside):
+    """Each name is understood by itself: one with a slash beside them, and a set had "no images"."""
+    path = pack_as_named(tmp_path / f"set.{form}", form, backslashed(FILES) + BESIDE[beside])
+    more = {name.replace("\\", "/"): data for name, data in BESIDE[beside] if not name.endswith("/")}
+    source = open_source(path)
+    assert source.names() == sorted(FILES | more)
+    assert {name: source.read(name) for name in source.names()} == FILES | more
+    assert source.content_id() == open_source(build(tmp_path / "other", form, FILES | more)).content_id()
+    frames = open_frames(path)
+    assert {frames.name(i): frames.read(i) for i in range(len(frames))} == {
+        name: data for name, data in (FILES | more).items() if name.lower().endswith(".jpg")
+    }
+
+
+def test_backslashes_of_bytes_that_are_no_utf8_belong_to_the_name(tmp_path):
+    members = [("images/p\\xe9.png", b"1"), ("images\\q.png", b"2")]
+    for form in ("zip", "tar"):
+        source = open_source(pack_as_named(tmp_path / f"set.{form}", form, members))
+        assert source.names() == ["images/p\\xe9.png", "images/q.png"]
+
+
+def test_two_names_that_are_one_with_slashes_are_refused(tmp_path):
+    path = pack_as_named(tmp_path / "set.zip", "zip", [("images\\1.png", b"1"), ("images/1.png", b"2")])
+    with pytest.raises(PolypSegError, match=r"holds two files of the name images/1\.png"):
+        open_source(path).names()
+
+
+@pytest.mark.parametrize("form", ["zip", "tar"])
+def test_names_that_begin_above_the_archive_are_read(tmp_path, form):
+    """They are extracted nowhere, so they are harmless; the set had "no images"."""
+    path = pack_as_named(tmp_path / f"set.{form}", form, [(f"../{name}", data) for name, data in FILES.items()])
+    source = open_source(path)
+    assert source.names() == sorted(f"../{name}" for name in FILES)
+    assert source.read("../Set/images/1.jpg") == FILES["Set/images/1.jpg"]
 
 
 @pytest.mark.parametrize("form", ["zip", "tar", "folder"])
@@ -386,6 +527,26 @@ def test_an_archive_inside_is_named_where_no_image_is_found(tmp_path, form):
     for attempt in (lambda: open_frames(place), lambda: open_dataset("folder", source=place)):
         with pytest.raises(UsageError, match=r"no images in .*archive download/good\.zip: extract that"):
             attempt()
+
+
+@pytest.mark.parametrize("form", ["zip", "tar", "folder"])
+def test_an_archive_beside_images_is_mentioned(tmp_path, form, caplog):
+    """Half of a set may lie in it."""
+    place = build(tmp_path / "outer", form, FILES | {"Set/part2.zip": b"PK", "Set/part3.tar.gz": b""})
+    if form != "tar":
+        open_frames(place)
+        assert "outer" in caplog.text and "holds the archive Set/part2.zip and 1 more, which is not read" in caplog.text
+    caplog.clear()
+    with pytest.raises(PolypSegError, match="truncated"):
+        open_dataset("folder", source=place).pair(open_dataset("folder", source=place).records[0])
+    assert "holds the archive Set/part2.zip and 1 more, which is not read" in caplog.text
+
+
+def test_archives_beside_shards_are_mentioned(tmp_path, caplog):
+    build(tmp_path / "shards" / "a", "tar", FILES)
+    (tmp_path / "shards" / "b.zip").write_bytes(b"PK")
+    assert len(open_frames(tmp_path / "shards")) == 6
+    assert "holds the archive b.zip, which is not read" in caplog.text
 
 
 # Sizes are checked before anything is unpacked

@@ -99,7 +99,11 @@ def check_dataset(name: str, path: Path, *, mask_values: str | None = None) -> C
         return report
     watched = _DescribedSource(source, report.forms)
     dataset = PolypDataset(spec=spec, source=watched, records=records, mask_values=values)
-    report.content_id, report.images = dataset.content_id, len(dataset.records)
+    report.images = len(dataset.records)
+    try:
+        report.content_id = dataset.content_id
+    except PolypSegError as error:  # a file that cannot be read
+        report.problems.append(str(error))
     if spec.count not in (None, report.images):
         report.problems.append(
             f"{report.images} images instead of {spec.count}: the set is incomplete or has extra files"
@@ -149,7 +153,8 @@ def _read_all(dataset: PolypDataset, report: CheckReport) -> dict[str, Fingerpri
                 if not mask.any():
                     report.empty_masks.append(record.id)
         except PolypSegError as error:
-            report.problems.append(str(error))
+            if str(error) not in report.problems:
+                report.problems.append(str(error))
             continue
         size = f"{frame.width}x{frame.height}"
         report.sizes[size] = report.sizes.get(size, 0) + 1

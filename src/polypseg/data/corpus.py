@@ -5,9 +5,10 @@ buffers rather than in one Python object per frame, and reads by position, which
 """
 
 import hashlib
+import logging
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -24,14 +25,18 @@ from polypseg.data.sources import (
     PackedNames,
     PositionedFiles,
     ZipSource,
+    archives_among,
     identity,
     inner_archives,
     is_image,
     open_source,
-    printable_name,
+    tar_name,
+    tell_of_archives,
 )
 from polypseg.errors import PolypSegError, UsageError
-from polypseg.files import atomic_path, cache_folder, read_json
+from polypseg.files import atomic_path, cache_folder, read_json, write_json
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "shards.json"
 """Written last by ``write_shards``: a folder with it is a complete set."""
@@ -92,6 +97,8 @@ def _open_folder(path: Path, corpus_folder: str) -> FrameStore:
         return _not_empty(ShardFrames(path, corpus_folder=corpus_folder), corpus_folder)
     folder = SourceFrames(FolderSource(path), corpus_folder=corpus_folder)
     if not len(folder) and any(path.glob("*.tar")):
+        names = FolderSource(path).names()
+        tell_of_archives(path, [n for n in archives_among(names) if "/" in n or not n.endswith(".tar")])
         return _not_empty(ShardFrames(path, corpus_folder=corpus_folder), corpus_folder)
     return _not_empty(folder, corpus_folder)
 
@@ -149,7 +156,10 @@ class SourceFrames:
 
     def __init__(self, source: FolderSource | ZipSource, *, corpus_folder: str = ".*"):
         self.path, self._source = source.path, source
-        self._names = PackedNames(name for name in source.names() if is_frame(name, corpus_folder=corpus_folder))
+        names = source.names()
+        self._names = PackedNames(name for name in names if is_frame(name, corpus_folder=corpus_folder))
+        if len(self._names):
+            tell_of_archives(self.path, archives_among(names))
 
     def __len__(self) -> int:
         return len(self._names)
@@ -289,35 +299,60 @@ def _found_shards(path: Path) -> list[Path]:
 
 
 def _cached_index(shards: Sequence[Path], corpus_folder: str) -> Path:
-    """The index file of shards that have none: scanned once, found again by the files' names, sizes and times."""
+    """The index file of shards that have none: scanned once, found again by the files' names, sizes and times.
+
+    Images that are links are told of each time.
+    """
     try:
         states = [(shard.name, shard.stat()) for shard in shards]
     except OSError as error:
         raise PolypSegError(f"cannot read {error.filename}: {error.strerror}") from error
     lines = (f"{name}\0{state.st_size}\0{state.st_mtime_ns}" for name, state in states)
     file = cache_folder() / "shards" / f"{identity([corpus_folder, *lines])}.npy"
-    if not file.exists():
-        index = index_shards(shards, corpus_folder=corpus_folder)
+    list_of_links = file.with_suffix(".links")
+    if not (file.exists() and list_of_links.exists()):
+        found: list[str] = []
+        index = index_shards(shards, corpus_folder=corpus_folder, on_left_out=found.append)
         with atomic_path(file) as temporary:
             np.save(temporary, index)
+        write_json(list_of_links, found)
+    links = read_json(list_of_links)
+    if links:
+        log.warning(
+            "%d image(s) of %s are links and are left out, first %s: extract the archive to have them read",
+            *(len(links), shards[0].parent, links[0]),
+        )
     return file
 
 
-def index_shards(shards: Sequence[Path], *, corpus_folder: str = ".*") -> NDArray[np.int64]:
-    """(N, 3) index of the images in tar files, from their headers. Raises PolypSegError for a damaged file."""
+def index_shards(
+    shards: Sequence[Path], *, corpus_folder: str = ".*", on_left_out: Callable[[str], object] | None = None
+) -> NDArray[np.int64]:
+    """(N, 3) index of the images in tar files, from their headers; ``on_left_out`` is told of images that are links.
+
+    Raises PolypSegError for a damaged file.
+    """
+
+    def tell(name: str) -> None:
+        if on_left_out and is_frame(name, corpus_folder=corpus_folder):
+            on_left_out(name)
+
     rows = [
         (number, offset, size)
         for number, shard in enumerate(tqdm(shards, desc="indexing shards", unit="shard", leave=False, disable=None))
-        for name, offset, size in scan_tar(shard)
+        for name, offset, size in scan_tar(shard, on_left_out=tell)
         if is_frame(name, corpus_folder=corpus_folder)
     ]
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 
-def scan_tar(path: Path, *, begin: int = 0) -> Iterator[tuple[str, int, int]]:
+def scan_tar(
+    path: Path, *, begin: int = 0, on_left_out: Callable[[str], object] | None = None
+) -> Iterator[tuple[str, int, int]]:
     """Name, offset of the bytes and size of each file in an uncompressed tar, from the header at ``begin`` on.
 
-    Raises PolypSegError when it is damaged or cannot be read.
+    ``on_left_out`` is told of links and of what else has no bytes of its own there. Raises PolypSegError when the tar
+    is damaged or cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -325,8 +360,11 @@ def scan_tar(path: Path, *, begin: int = 0) -> Iterator[tuple[str, int, int]]:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 while member := archive.next():
                     archive.members.clear()  # type: ignore[attr-defined]  # else it would keep every header
+                    name = tar_name(member.name)
                     if member.isreg() and not member.issparse():
-                        yield printable_name(member.name.removeprefix("./")), member.offset_data, member.size
+                        yield name, member.offset_data, member.size
+                    elif not member.isdir() and on_left_out:
+                        on_left_out(name)
                 file.seek(archive.offset)
                 if any(file.read(_BLOCK)):  # tarfile takes a damaged header for the end
                     raise tarfile.ReadError(f"no header at byte {archive.offset}")

@@ -18,6 +18,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
+from polypseg.data.sources import kind_of_file
 from polypseg.errors import PolypSegError, UsageError
 
 MASK_THRESHOLD = 127  # JPEG and resampled masks are not binary; nonzero would grow them by up to 9 % Dice
@@ -27,8 +28,10 @@ _PILLOWS_LIMIT = 178_956_970  # Pillow itself refuses more, and lifting its limi
 _LONGEST_SIDE = 1_000_000  # a header that says more is damaged
 _CODED_EXACTLY = 16  # colors up to which a lossless mask is a coded one, in which colors are matched exactly
 _FLAT = np.ones((7, 7), np.uint8)  # antialiased edges and JPEG's ringing hold no area of one value of this size
-_DARK, _BRIGHT = 32, 224  # below and from here on, areas are noise on black or white
+_DARK, _BRIGHT = 32, 224  # below and from here on, areas may be noise on black or white
+_STRAY = 3  # dark values without an area that tell noise from numbers: CVC-ClinicDB's 19 masks of such noise have 6
 _BLACK_IN_JPEG = 4  # low qualities store black as a constant up to this
+_DARK_IN_JPEG = 18  # and leave areas of up to 16 beside soft edges
 _COMPRESSED_TO_RGB = (6, 7, 33007, 34892)  # TIFF's JPEG compressions: their decoder returns RGB
 _ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07")
 """First bytes of zip, gzip, bzip2, xz, 7z and rar files."""
@@ -201,6 +204,7 @@ def _open_tiff(data: bytes, name: str) -> _Picture:
         page = file.pages.first
         check_pixels(page.imagewidth, page.imagelength, name=name)
         kind = _photometric(page.photometric)
+        _refuse_rare(page, kind, name)
         pixels = page.asarray()
         pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
         if page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
@@ -209,7 +213,7 @@ def _open_tiff(data: bytes, name: str) -> _Picture:
         bits = _tiff_bits(page)
         if kind == "ycbcr" and int(page.compression) in _COMPRESSED_TO_RGB:
             kind = "rgb"
-        colormap = page.colormap
+        colormap, premultiplied = page.colormap, tuple(page.extrasamples)[:1] == (tifffile.EXTRASAMPLE.ASSOCALPHA,)
     if pixels.dtype == bool:
         pixels, bits = pixels.astype(np.uint8), 1
     white = (1 << bits) - 1 if pixels.dtype.kind == "u" and bits <= 16 else 0
@@ -224,7 +228,23 @@ def _open_tiff(data: bytes, name: str) -> _Picture:
     if pixels.dtype != np.uint8:
         return _Picture(deep=pixels, white=white, lossless=lossless)
     image = _tiff_image(pixels, kind, white=white, colormap=colormap, name=name)
+    if premultiplied and image.mode in ("LA", "RGBA"):
+        image = Image.frombytes(image.mode[:-1] + "a", image.size, image.tobytes()).convert(image.mode)
     return _Picture(image=image, white=255 if kind == "palette" else white, lossless=lossless)
+
+
+def _refuse_rare(page: tifffile.TiffPage, kind: str, name: str) -> None:
+    """Raise for a TIFF whose samples cannot be understood one by one."""
+    samples = page.samplesperpixel
+    if kind == "miniswhite" and samples > 2:
+        raise _RefusedError(f"{name} has {samples} samples per pixel with zero as white: convert it to RGB")
+    if kind == "ycbcr" and int(page.compression) not in _COMPRESSED_TO_RGB and page.subsampling not in (None, (1, 1)):
+        across, down = page.subsampling
+        raise _RefusedError(f"{name} stores the colors of {across}x{down} pixels together (YCbCr): convert it to RGB")
+    is_alpha = [extra == tifffile.EXTRASAMPLE.ASSOCALPHA for extra in page.extrasamples]
+    undone = kind in ("rgb", "minisblack", "miniswhite") and page.dtype == np.uint8 and not any(is_alpha[1:])
+    if any(is_alpha) and not undone:
+        raise _RefusedError(f"{name} has colors multiplied by their alpha: convert it to RGB without alpha")
 
 
 _KINDS = {
@@ -334,6 +354,8 @@ def as_frame(image: Any, *, name: str = "the frame") -> Image.Image:
     """
     if isinstance(image, str | Path):
         try:
+            if os.path.lexists(image) and not Path(image).is_file():  # reading a pipe would wait for ever
+                raise UsageError(f"cannot read {image}: it is {kind_of_file(Path(image))}")
             return decode_frame(Path(image).read_bytes(), name=str(image))
         except OSError as error:
             raise UsageError(f"cannot read {image}: {error.strerror}") from error
@@ -398,9 +420,11 @@ def decode_gray_mask(data: bytes, *, name: str, values: MaskValues | None = None
         black = not picture.lossless and gray.min() == gray.max() <= _BLACK_IN_JPEG
         if not black:
             raise PolypSegError(_coded(name, stored, lossless=picture.lossless))
-    elif areas := _areas(gray, lossless=picture.lossless):
+    elif areas := _areas(seen := _with_small_numbers(gray, stored), lossless=picture.lossless):
         if stored.dtype == np.uint8:
             areas = [round(area * picture.white / 255) for area in areas]
+        else:
+            areas = [int(stored.flat[np.abs(seen.astype(int) - area).argmin()]) for area in areas]
         hint = _as_range(areas[1:]) if picture.lossless else f"{areas[1] // 2}-255"
         raise PolypSegError(
             f"{name} holds areas of the values {areas}: say which values are polyp, e.g. --mask-values {hint}"
@@ -452,26 +476,41 @@ def _gray(stored: NDArray[Any], *, white: int) -> NDArray[np.uint8]:
     return np.round(stored.astype(np.float64) * (255 / white)).clip(0, 255).astype(np.uint8)
 
 
+def _with_small_numbers(gray: NDArray[np.uint8], stored: NDArray[Any]) -> NDArray[np.uint8]:
+    """1 instead of 0 where a number of 16 bits is too small for a gray of its own: a 2 beside 65535."""
+    return gray if stored.dtype.kind == "f" else np.maximum(gray, stored != 0).astype(np.uint8)
+
+
 def _areas(gray: NDArray[np.uint8], *, lossless: bool) -> list[int]:
     """Values that fill areas, black and white included, where they are three or more: class or instance numbers.
 
-    Antialiasing, resampling and JPEG leave other values at edges only. Near black and near white, areas are noise (some
-    of CVC-ClinicDB's masks hold one of 12), but for a 1 in a file of few values, which is a class number.
+    Antialiasing, resampling and JPEG leave other values at edges only. Areas near black are noise where stray pixels of
+    other dark values come with them (in some of CVC-ClinicDB's masks), else class numbers too; near white they are
+    noise.
     """
     counts = np.bincount(gray.ravel(), minlength=256)
     numbered = lossless and np.count_nonzero(counts) <= _CODED_EXACTLY
-    between = [v for v in (1, *range(_DARK, _BRIGHT)) if counts[v] >= _FLAT.size and (v > 1 or numbered)]
+    lowest = 1 if numbered else _DARK if lossless else _DARK_IN_JPEG
+    between = [v for v in range(lowest, _BRIGHT) if counts[v] >= _FLAT.size]
     if not between:
         return []
-    import cv2  # late: a first mask of a JPEG must not wait for it
-
-    flat = [v for v in between if cv2.erode((gray == v).astype(np.uint8), _FLAT, borderValue=0).any()]
+    flat = [v for v in between if _fills_an_area(gray == v)]
+    if lossless and len(set(np.flatnonzero(counts[:_DARK])) - {0, *flat}) >= _STRAY:
+        flat = [v for v in flat if v == 1 or v >= _DARK]
+    if not flat:
+        return []
     areas = [v for v, before in zip(flat, [-99, *flat], strict=False) if numbered or v - before > 16]
-    if counts[0] or (counts[:_DARK].any() and 1 not in areas):
+    if counts[: min(areas[0], _DARK)].any() if lossless else _fills_an_area(gray < areas[0] - _DARK_IN_JPEG // 2):
         areas.insert(0, 0)
     if counts[_BRIGHT:].any():
         areas.append(255 if not numbered else int(np.flatnonzero(counts)[-1]))
     return areas if len(areas) > 2 else []
+
+
+def _fills_an_area(where: NDArray[np.bool_]) -> bool:
+    import cv2  # late: a first mask of a JPEG must not wait for it
+
+    return bool(cv2.erode(where.astype(np.uint8), _FLAT, borderValue=0).any())
 
 
 def _chosen(picture: _Picture, values: MaskValues, name: str) -> NDArray[np.bool_]:

@@ -3,8 +3,9 @@
 import hashlib
 import os
 import re
+import unicodedata
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -29,7 +30,7 @@ from polypseg.data.catalog import (
     is_synthetic,
 )
 from polypseg.data.corruptions import corrupt
-from polypseg.data.sources import IMAGE_SUFFIXES, Source, inner_archives, open_source
+from polypseg.data.sources import IMAGE_SUFFIXES, Source, archives_among, inner_archives, open_source, tell_of_archives
 from polypseg.data.splits import Split, make_split
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.files import cache_folder, explain_write_errors
@@ -294,6 +295,13 @@ def index_records(spec: DatasetSpec, source: Source) -> tuple[Record, ...]:
     Raises PolypSegError naming what has no partner, UsageError with the trees that are known where none fits.
     """
     everything = source.names()
+    records = _index_names(spec, source, everything)
+    if records:
+        tell_of_archives(source.path, archives_among(everything))
+    return records
+
+
+def _index_names(spec: DatasetSpec, source: Source, everything: list[str]) -> tuple[Record, ...]:
     names = [n for n in everything if n.lower().endswith(IMAGE_SUFFIXES)]
     if spec.mask_folder is None:
         by_stem = _by_key(_in_folder(names, spec.image_folder), r"(?P<id>.+)", path=source.path)
@@ -303,9 +311,11 @@ def index_records(spec: DatasetSpec, source: Source) -> tuple[Record, ...]:
         if not frames or not masks:
             continue
         try:
-            return _paired(spec, source, frames, masks, stem)
+            records = _paired(spec, source, frames, masks, stem)
         except PolypSegError as error:
             first_problem = first_problem or error
+        else:
+            return _with_the_rest(spec, source, names, used={*frames, *masks}, stem=stem) or records
     if first_problem is not None:
         raise first_problem
     found = sorted({PurePosixPath(n).parent.as_posix() for n in names})
@@ -333,6 +343,38 @@ def _layouts(spec: DatasetSpec, names: list[str]) -> Iterator[tuple[list[str], l
         yield [n for n in frames if n not in taken], masks, stem
 
 
+def _with_the_rest(
+    spec: DatasetSpec, source: Source, names: list[str], *, used: set[str], stem: str
+) -> tuple[Record, ...]:
+    """The records of the widest layout where one that pairs leaves images out; none where it leaves nothing out.
+
+    Left out are files below its folders, and images and masks in folders of other names. Raises PolypSegError naming
+    one where the widest layout does not pair.
+    """
+    assert spec.mask_folder is not None
+    folders = {PurePosixPath(name).parent for name in used}
+    named = [n for n in names if re.fullmatch(spec.image_stem, _stem(n)) or re.fullmatch(spec.mask_stem, _stem(n))]
+    below = [n for n in named if n not in used and not folders.isdisjoint(list(PurePosixPath(n).parents)[1:])]
+    masks = _below_folder(names, f"(?:{spec.mask_folder})|(?:{ANY_MASK_FOLDER})")
+    taken = set(masks)
+    frames = [n for n in _below_folder(names, f"(?:{spec.image_folder})|(?:{ANY_IMAGE_FOLDER})") if n not in taken]
+    if not below and (used.issuperset(frames) or used.issuperset(masks)):
+        return ()
+    problem: PolypSegError | None = None
+    for mask_stem in (stem, ANY_MASK_STEM):
+        try:
+            records = _paired(spec, source, frames, masks, mask_stem)
+        except PolypSegError as error:
+            problem = problem or error
+        else:
+            lost = [n for n in below if n not in taken and n not in frames]
+            if lost:
+                raise PolypSegError(f"{source.path}: {len(lost)} image(s) are in no pair, first {lost[0]}: remove them")
+            return records
+    assert problem is not None
+    raise problem
+
+
 def _matches_whole(pattern: str, stem: str) -> bool:
     """Whether the id that the pattern finds is the stem itself: nothing then tells a mask from an image."""
     match = re.fullmatch(pattern, stem)
@@ -345,7 +387,7 @@ def _paired(
     """One record per frame, in the order of file names. Raises PolypSegError naming what has no partner."""
     frames, masks = _one_form(frames), _one_form(masks)
     image_of = _by_key(frames, r"(?P<id>.+)", path=source.path)
-    mask_of = _by_key(masks, mask_stem, path=source.path)
+    mask_of = _by_key(masks, mask_stem, path=source.path, images=image_of.keys())
     for have, lack, kinds in ((image_of, mask_of, ("image", "mask")), (mask_of, image_of, ("mask", "image"))):
         alone = [name for key, name in have.items() if key not in lack]
         if alone:
@@ -354,7 +396,7 @@ def _paired(
                 f"or remove the {kinds[0]}"
             )
     return tuple(
-        _with_groups(spec, Record(id=_stem(n), image=n, mask=mask_of[_stem(n)])) for n in _by_file_name(frames)
+        _with_groups(spec, Record(id=_stem(n), image=n, mask=mask_of[_normal(_stem(n))])) for n in _by_file_name(frames)
     )
 
 
@@ -366,12 +408,24 @@ def _stem(name: str) -> str:
     return PurePosixPath(name).stem
 
 
-def _by_key(names: list[str], pattern: str, *, path: Path) -> dict[str, str]:
-    """Key of each file, found by ``pattern`` in its stem -> its name. Raises PolypSegError for a repeated key."""
+def _normal(text: str) -> str:
+    """Composed characters: macOS and some archives write an ``é`` as two, which looks the same."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _by_key(names: list[str], pattern: str, *, path: Path, images: Collection[str] = ()) -> dict[str, str]:
+    """Key of each file, found by ``pattern`` in its stem -> its name. Raises PolypSegError for a repeated key.
+
+    ``images``: the keys of the images, where these are masks. Masks named as their images keep their whole names.
+    """
+    whole = [_normal(_stem(name)) for name in names]
+    equal = len(whole) == len(images) and set(whole) == set(images)
     found: dict[str, str] = {}
-    for name in names:
-        match = re.fullmatch(pattern, _stem(name))
-        key = match["id"] if match else _stem(name)
+    for name, stem in zip(names, whole, strict=True):
+        match = re.fullmatch(pattern, stem)
+        key = match["id"] if match else stem
+        if equal or (stem in images and key not in images):
+            key = stem
         if key in found:
             raise PolypSegError(
                 f"{path}: {found[key]} and {name} have the same name: rename or remove one of them, or give "

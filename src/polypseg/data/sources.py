@@ -6,7 +6,11 @@ Windows as slashes. Sizes that an archive declares are checked before anything o
 
 import contextlib
 import hashlib
+import logging
 import os
+import posixpath
+import re
+import stat
 import struct
 import tarfile
 import threading
@@ -15,7 +19,7 @@ import zlib
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
@@ -26,6 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polypseg.errors import PolypSegError, UsageError
+
+log = logging.getLogger(__name__)
 
 # fmt: off
 IMAGE_SUFFIXES = (
@@ -41,10 +47,19 @@ IMAGE_SUFFIXES = (
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
 MAX_FILE_BYTES = 1 << 29
 """Largest file read: the pixels of the largest image, in 16 bits and three channels, need less."""
+_LONGEST_CHAIN = 40  # links that lead to links, as in Linux
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, length of the name, length of the extra field
 _BY_POSITION, _ENCRYPTED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED), -1  # methods of compression
 _BOMB_BYTES, _BOMB_RATIO = 1 << 30, 100
 """An archive that unpacks to more bytes than this, and than so many times its own size, holds no photographs."""
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 class Source(Protocol):
@@ -64,7 +79,7 @@ class Source(Protocol):
 
 def _is_data(name: str) -> bool:
     parts = PurePosixPath(name).parts
-    return not any(part.startswith((".", "__MACOSX")) for part in parts)
+    return not any(part.startswith((".", "__MACOSX")) for part in parts if part != "..")
 
 
 def is_image(name: str) -> bool:
@@ -86,10 +101,11 @@ def printable_name(name: str) -> str:
 
 
 def files_below(folder: Path, *, on_error: Callable[[OSError], object] | None = None) -> Iterator[Path]:
-    """The files in a folder and below it, linked folders included, each real folder once; in no order.
+    """What is no folder in a folder and below it, linked folders included, each real folder once; in no order.
 
     Links are followed only after all that lies in the folder itself, so that a loop of links ends and files keep their
-    own names. Raises PolypSegError for a folder that cannot be read, unless ``on_error`` takes the error.
+    own names. Links to nothing, pipes and the like are among the files: whoever reads them says so. Raises
+    PolypSegError for a folder that cannot be read, unless ``on_error`` takes the error.
     """
 
     def fail(error: OSError) -> None:
@@ -107,13 +123,35 @@ def files_below(folder: Path, *, on_error: Callable[[OSError], object] | None = 
                     continue
                 seen.add((state.st_dev, state.st_ino))
                 links += (Path(place, name) for name in folders if os.path.islink(os.path.join(place, name)))
-                yield from (Path(place, name) for name in files if os.path.isfile(os.path.join(place, name)))
+                yield from (Path(place, name) for name in files)
         waiting = sorted(links)
 
 
-def inner_archives(names: list[str]) -> str:
+def kind_of_file(path: Path) -> str:
+    """What something that is no file is, in words."""
+    if path.is_symlink() and not path.exists():
+        return f"a link to {path.readlink()}, which does not exist"
+    mode = path.stat().st_mode
+    return next((words for test, words in _KINDS if test(mode)), "something else")
+
+
+def archives_among(names: Iterable[str]) -> list[str]:
+    """The archives among names."""
+    return [name for name in names if name.lower().endswith(ARCHIVE_SUFFIXES) and _is_data(name)]
+
+
+def tell_of_archives(path: Path, archives: Sequence[str]) -> None:
+    """Warn of archives that lie beside images: what is in them is not read."""
+    if archives:
+        more = f" and {len(archives) - 1} more" if len(archives) > 1 else ""
+        log.warning(
+            "%s holds the archive %s%s, which is not read: extract it if it belongs to the set", path, archives[0], more
+        )
+
+
+def inner_archives(names: Iterable[str]) -> str:
     """A sentence on archives among the names, to be added where no image was found; empty if there is none."""
-    inner = [name for name in names if name.lower().endswith(ARCHIVE_SUFFIXES)]
+    inner = archives_among(names)
     return f". It holds the archive {inner[0]}: extract that and give what comes out" if inner else ""
 
 
@@ -209,10 +247,20 @@ class FolderSource:
     def __init__(self, path: Path):
         self.path = path
         self._renamed: dict[str, Path] = {}
+        self._told: set[Path] = set()
+
+    def _tell_of(self, file: Path) -> None:
+        """Warn, once, of a link to nothing that may have stood for a folder of images."""
+        if file.is_symlink() and not file.exists() and _is_data(file.name) and file not in self._told:
+            self._told.add(file)
+            log.warning("%s is a link to %s, which does not exist: it is left out", file, file.readlink())
 
     def names(self) -> list[str]:
         found: dict[str, Path] = {}
         for file in files_below(self.path):
+            if not is_image(file.name) and not file.is_file():
+                self._tell_of(file)
+                continue
             name = printable_name(file.relative_to(self.path).as_posix())
             if name in found:
                 raise PolypSegError(f"{self.path} holds two files of the name {name}: rename one of them")
@@ -230,6 +278,8 @@ class FolderSource:
     def read(self, name: str) -> bytes:
         file = self.file(name)
         try:
+            if os.path.lexists(file) and not file.is_file():
+                raise PolypSegError(f"cannot read {self.path / name}: it is {kind_of_file(file)}")
             _refuse_large(file.stat().st_size, name=str(self.path / name))
             return file.read_bytes()
         except OSError as error:
@@ -237,8 +287,9 @@ class FolderSource:
 
     def stamp(self, name: str) -> str:
         """A file's size: what tells of its content without reading it."""
+        file = self.file(name)
         try:
-            return str(self.file(name).stat().st_size)
+            return str((file.stat() if file.exists() else file.lstat()).st_size)  # of a link to nothing its own
         except OSError as error:
             raise PolypSegError(f"cannot read {error.filename}: {error.strerror}") from error
 
@@ -266,8 +317,12 @@ class ZipSource:
         except (zipfile.BadZipFile, OSError) as error:
             raise PolypSegError(f"{self.path} is not a readable zip archive: {error}. Download it again.") from error
         _refuse_bomb(self.path, sum(info.file_size for info in infos))
-        windows = not any("/" in info.filename for info in infos)  # then backslashes separate folders
-        members = {info.filename.replace("\\", "/") if windows else info.filename: info for info in infos}
+        members: dict[str, zipfile.ZipInfo] = {}
+        for info in infos:
+            name = _with_slashes(info.filename)
+            if name in members and members[name].filename != info.filename:
+                raise PolypSegError(f"{self.path} holds two files of the name {name}: rename one of them")
+            members[name] = info
         names = sorted(name for name in members if not name.endswith("/"))
         rows = [
             (m.header_offset, m.compress_size, m.file_size, m.CRC, _ENCRYPTED if m.flag_bits & 1 else m.compress_type)
@@ -357,13 +412,33 @@ class TarSource:
             raise PolypSegError(f"{self.path} is not a readable tar archive: {error}. Download it again.") from error
 
     def _members(self, archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
-        """Plain name and header of each file, the sizes checked before anything is unpacked."""
+        """Plain name and header of each file, the sizes checked before anything is unpacked.
+
+        Links come last, with the header of the file that they lead to; those that lead to none, with their own.
+        """
         unpacked = 0
+        links = []
         for member in archive:
             unpacked += max(0, member.size)
             _refuse_bomb(self.path, unpacked)
             if member.isfile():
-                yield _plain(member.name), member
+                yield tar_name(member.name), member
+            elif not member.isdir():
+                links.append(member)
+        if not links:
+            return
+        places = {_place(member.name): member for member in archive.getmembers()}
+        folders = {parent for place in places for parent in PurePosixPath(place).parents}
+        for link in links:
+            target = _linked_file(link, places)
+            unpacked += max(0, target.size)
+            _refuse_bomb(self.path, unpacked)
+            if target.isfile() or is_image(tar_name(link.name)):
+                yield tar_name(link.name), target
+            elif not target.isdir() and PurePosixPath(_target_of(target)) not in folders:
+                log.warning(
+                    "%s in %s is a link to %s, which is not in it: it is left out", link.name, self.path, link.linkname
+                )
 
     def names(self) -> list[str]:
         with self._open() as archive:
@@ -373,8 +448,7 @@ class TarSource:
         with self._open() as archive:
             for found, member in self._members(archive):
                 if found == name:
-                    _refuse_large(member.size, name=f"{name} in {self.path}")
-                    return _content(archive, member)
+                    return self._content(archive, member, name=name)
         raise PolypSegError(f"cannot read {name} in {self.path}: there is no such file")
 
     def content_id(self) -> str:
@@ -382,19 +456,50 @@ class TarSource:
         with self._open() as archive:
             for name, member in self._members(archive):
                 if is_image(name):
-                    _refuse_large(member.size, name=f"{name} in {self.path}")
-                    digests[name] = hashlib.sha256(_content(archive, member)).hexdigest()
+                    digests[name] = hashlib.sha256(self._content(archive, member, name=name)).hexdigest()
         return identity(f"{name}\0{digest}" for name, digest in sorted(digests.items()))
 
+    def _content(self, archive: tarfile.TarFile, member: tarfile.TarInfo, *, name: str) -> bytes:
+        if not member.isfile():
+            what = f"a link to {member.linkname}, which is not in it" if member.linkname else "a pipe or device"
+            raise PolypSegError(f"cannot read {name} in {self.path}: it is {what}")
+        _refuse_large(member.size, name=f"{name} in {self.path}")
+        file: IO[bytes] | None = archive.extractfile(member)
+        return file.read() if file else b""
 
-def _plain(name: str) -> str:
+
+def _place(name: str) -> str:
+    """Where a member lies in its archive, without `./`; links lead to such places."""
+    return posixpath.normpath(_with_slashes(name)).lstrip("/")
+
+
+def _target_of(link: tarfile.TarInfo) -> str:
+    """The place to which a link leads: from its own folder, or for a hard link from the top."""
+    return _place(
+        link.linkname if link.islnk() else posixpath.join(posixpath.dirname(_with_slashes(link.name)), link.linkname)
+    )
+
+
+def _linked_file(link: tarfile.TarInfo, places: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
+    """What a link leads to, over other links; the last one where the way ends outside the archive or in a circle."""
+    for _ in range(_LONGEST_CHAIN):
+        if not (link.islnk() or link.issym()) or _target_of(link) not in places:
+            break
+        link = places[_target_of(link)]
+    return link
+
+
+def tar_name(name: str) -> str:
     """A member's name as text, without the leading ``./`` that ``tar -C folder .`` writes."""
-    return printable_name(name.removeprefix("./"))
+    return printable_name(_with_slashes(name).removeprefix("./"))
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file: IO[bytes] | None = archive.extractfile(member)
-    return file.read() if file else b""
+def _with_slashes(name: str) -> str:
+    """A member's name whose folders are separated by slashes, as packed on Windows or elsewhere.
+
+    Beside slashes, a backslash that begins ``\\xe9`` belongs to the name.
+    """
+    return re.sub(r"\\(?!x[0-9a-f]{2})", "/", name) if "/" in name else name.replace("\\", "/")
 
 
 def _begins_as_tar(path: Path) -> bool:
@@ -409,8 +514,10 @@ def open_source(path: Path) -> Source:
     """A folder, a .zip or a .tar(.gz|.bz2|.xz) as a Source. Raises UsageError for anything else."""
     if path.is_dir():
         return FolderSource(path)
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UsageError(f"{path} does not exist: give an extracted folder or the published archive")
+    if not path.is_file():
+        raise UsageError(f"{path} is {kind_of_file(path)}: give an extracted folder or the published archive")
     suffix = path.suffix.lower()
     if not _begins_as_tar(path) and zipfile.is_zipfile(path):  # a zip inside a tar looks like one itself
         return ZipSource(path)
