@@ -120,7 +120,7 @@ def test_study(coded, tmp_path, monkeypatch):
 def test_grid(coded, tmp_path, monkeypatch):
     seen: list[Any] = []
     monkeypatch.setattr("polypseg.study.tasks.grid_tasks", lambda grid, data: [])
-    monkeypatch.setattr("polypseg.study.workers.run_grid", lambda grid, data, console: seen.append(data))
+    monkeypatch.setattr("polypseg.study.workers.run_grid", lambda grid, data, **options: seen.append(data))
     common: dict[str, Any] = {
         "output": tmp_path,
         "grid": "twelve_small",
