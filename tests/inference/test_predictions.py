@@ -532,17 +532,20 @@ def test_soft_maps_in_percent_are_refused(data, tmp_path):
         score_predictions(coded(data, tmp_path, "png", code), data)
 
 
-@pytest.mark.parametrize("peak", [0.06, 0.2, 0.45])
+@pytest.mark.parametrize("peak", [0.02, 0.06, 0.2, 0.45])
 @pytest.mark.parametrize("count", [1, 9])
-@pytest.mark.parametrize("form", ["png", "npy"])
+@pytest.mark.parametrize("form", ["png", "npy", "deep.png"])
 def test_soft_maps_that_predict_nothing_are_scored_as_they_are(data, tmp_path, peak, count, form):
     """What a model gives on frames without polyp: low everywhere, but with many values and none of them apart."""
     grid = np.hypot(*np.meshgrid(np.arange(100) - 40, np.arange(72) - 30))
     for k, record_id in enumerate(data.ids[:count]):
         bump = (peak * (1 - 0.07 * k) * np.exp(-((grid / 15) ** 2))).astype(np.float32)
-        save_predictions([(record_id, bump)], tmp_path / str(k), form=form)
-        (tmp_path / str(k) / f"{record_id}.{form}").rename(tmp_path / f"{record_id}.{form}")
-        (tmp_path / str(k)).rmdir()
+        if form == "npy":
+            np.save(tmp_path / f"{record_id}.npy", bump)
+        else:
+            deep = form != "png"
+            pixels = np.rint(bump * (65535 if deep else 255)).astype(np.uint16 if deep else np.uint8)
+            write_png(tmp_path / f"{record_id}.png", pixels)
     found = score_predictions(FilePredictions(tmp_path), data, limit=count)
     assert [image.predicted for image in found.images] == [0] * count
 

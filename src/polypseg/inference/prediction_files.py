@@ -30,6 +30,8 @@ _STEM = r"(?P<id>.+?)_(mask|pred|prediction|prob|probability)"
 _FAINT = 9 / 255
 """Share of white up to which all values of a set must be class numbers: as probabilities all would be under 4 %."""
 
+_CLASSES = 256
+"""More distinct values are no class or instance numbers."""
 _FEW = 16
 """Distinct values up to which a set looks coded rather than soft."""
 _SPACINGS = range(1, 11)
@@ -78,18 +80,20 @@ class FilePredictions:
     def _codes_of(self, kind: np.dtype[Any]) -> frozenset[int] | None:
         """The values of all files of a whole-number type, where they are codes; None where they are probabilities.
 
-        Reading stops at the first file that settles it.
+        Reading stops at the first file that settles it. Values are those of faint soft maps where they are more than
+        any classes, or rise by single steps everywhere: at the border of a class they jump.
         """
         if kind not in self._codes:
-            found: set[int] = set()
-            for name in self._names:
-                pixels = self._stored(name)
-                if pixels.dtype == kind:
-                    found.update(np.unique(pixels).tolist())
-                    if max(found) > _FAINT * np.iinfo(kind).max:
-                        self._codes[kind] = None
-                        return None
-            self._codes[kind] = frozenset(found)
+            found, steepest = set[int](), 0
+            for pixels in self._of_kind(kind):
+                found.update(np.unique(pixels).tolist())
+                if max(found) > _FAINT * np.iinfo(kind).max:
+                    self._codes[kind] = None
+                    return None
+                slopes = (np.abs(np.diff(pixels.astype(np.int32), axis=axis)) for axis in (0, 1))
+                steepest = max(steepest, *(int(slope.max(initial=0)) for slope in slopes))
+            smooth = len(found) > _CLASSES or (steepest <= 1 and len(found) > 3)
+            self._codes[kind] = None if smooth else frozenset(found)
         return self._codes[kind]
 
     @cached_property
@@ -108,7 +112,7 @@ class FilePredictions:
             return
         if top <= white / 2:
             fault = self._fault(pixels.dtype, "low", lambda: self._low(pixels.dtype, white))
-        elif (found := _few_values(pixels)) and not _evenly_spread(found, white) and _mixed(found, white):
+        elif (found := _few_values(pixels)) and not _evenly_spread(found, white) and _straddles(found, white):
             fault = self._fault(pixels.dtype, "mixed", lambda: self._mixed(pixels.dtype))
         else:
             return
@@ -137,7 +141,8 @@ class FilePredictions:
             counts += np.histogram(pixels / white, bins=_BINS, range=(0, 0.5))[0]
         top = int(np.flatnonzero(counts)[-1])
         levels = 255 * (top + 1) / (2 * _BINS)
-        coded = len(values) <= _FEW and (len(values) < levels / 2 or levels <= 255 * _FAINT + 1)
+        faint = white == 1 and levels <= 255 * _FAINT + 1  # whole numbers as faint as that are judged as codes
+        coded = len(values) <= _FEW and (len(values) < levels / 2 or faint)
         upper = counts[(top + 1) // 2 : top + 1].cumsum()
         middle = (top + 1) // 2 + int(np.searchsorted(upper, upper[-1] / 2))  # where most of the light pixels lie
         dark, between, light = (int(part.sum()) for part in np.split(counts, (middle // 4, 3 * middle // 4)))
@@ -243,7 +248,7 @@ def _evenly_spread(values: Sequence[float], white: float) -> bool:
     return any(bool((np.abs(shares - np.rint(shares * n) / n) <= 0.5 / 255 + 1e-6).all()) for n in _SPACINGS)
 
 
-def _mixed(values: Sequence[float], white: float) -> bool:
+def _straddles(values: Sequence[float], white: float) -> bool:
     """Whether values other than 0 lie on both sides of one half."""
     return any(0 < value <= white / 2 for value in values) and max(values) > white / 2
 
