@@ -322,7 +322,7 @@ def test_bad_certificate_is_not_retried(get, tmp_path, monkeypatch):
         calls.append(args)
         raise requests.exceptions.SSLError("[SSL: CERTIFICATE_VERIFY_FAILED] unable to get local issuer")
 
-    monkeypatch.setattr(requests, "get", refuse)
+    monkeypatch.setattr(requests.Session, "get", refuse)
     with pytest.raises(PolypSegError, match="certificate") as raised:
         get()
     assert str(tmp_path / "data.zip") in str(raised.value) and len(calls) == 1
@@ -517,3 +517,180 @@ def test_a_body_of_unknown_length_leaves_room_on_the_disk(server, get, tmp_path,
     server.faults = [{"no_length": True}]
     with pytest.raises(PolypSegError, match="does not say how many more follow"):
         get()
+
+
+class RawServer:
+    """Sends what a script of bytes yields to whoever asks, without any rule of HTTP."""
+
+    def __init__(self, script: Callable[[int], Iterator[bytes]]):
+        self.requests, self.sent = 0, 0
+        self._script = script
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}/data.zip"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            try:
+                connection.recv(65536)
+                self.requests += 1
+                for data in self._script(self.requests):
+                    connection.sendall(data)
+                    self.sent += len(data)
+            except OSError:
+                return
+
+    def close(self) -> None:
+        self._listening.close()
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+MOVED = b"HTTP/1.1 302 Found\r\nLocation: /x%d\r\n"
+
+
+def dripping(data: bytes) -> Iterator[bytes]:
+    while True:
+        yield data
+        time.sleep(0.05)
+
+
+def endless_continue(number: int) -> Iterator[bytes]:
+    while True:
+        yield b"HTTP/1.1 100 Continue\r\n\r\n" * 100
+
+
+def dripping_header(number: int) -> Iterator[bytes]:
+    yield OK
+    yield from dripping(b"X")
+
+
+def dripping_status(number: int) -> Iterator[bytes]:
+    yield from dripping(b"H")
+
+
+def dripping_trailer(number: int) -> Iterator[bytes]:
+    yield OK + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n"
+    yield from dripping(b"A: b\r\n")
+
+
+def dripping_chunk_length(number: int) -> Iterator[bytes]:
+    yield OK + b"Transfer-Encoding: chunked\r\n\r\n"
+    yield from dripping(b"0")
+
+
+def redirect_with_dripping_body(number: int) -> Iterator[bytes]:
+    yield MOVED % number + b"Content-Length: 100000\r\n\r\n"
+    yield from dripping(b"x")
+
+
+def redirect_with_endless_body(number: int) -> Iterator[bytes]:
+    yield MOVED % number + b"Connection: close\r\n\r\n"
+    while True:
+        yield b"x" * 1_000_000
+
+
+def endless_redirects(number: int) -> Iterator[bytes]:
+    yield MOVED % number + b"Content-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+def redirect_to_a_file(number: int) -> Iterator[bytes]:
+    yield b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n"
+
+
+def empty(number: int) -> Iterator[bytes]:
+    yield OK + b"Content-Length: 0\r\n\r\n"
+
+
+def negative(number: int) -> Iterator[bytes]:
+    yield OK + b"Content-Length: -5\r\nConnection: close\r\n\r\nabc"
+
+
+def superscript(number: int) -> Iterator[bytes]:
+    yield OK + "Content-Length: \u00b2\r\nConnection: close\r\n\r\nabc".encode("latin1")
+
+
+def login(number: int) -> Iterator[bytes]:
+    yield OK + b"Content-Type: text/html; charset=utf-8\r\nContent-Length: 6\r\n\r\n login"
+
+
+def unnamed_login(number: int) -> Iterator[bytes]:
+    yield OK + b"Content-Length: 23\r\n\r\n\n<!DOCTYPE html><html>\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "match", "requests_at_most"),
+    [
+        (endless_continue, "did not finish within", 2),
+        (dripping_status, "cannot download", 2),
+        (dripping_header, "did not finish within", 2),
+        (dripping_trailer, "did not finish within", 2),
+        (dripping_chunk_length, "cannot download", 2),
+        (redirect_with_dripping_body, "more than 10 redirects", 11),
+        (redirect_with_endless_body, "more than 10 redirects", 11),
+        (endless_redirects, "more than 10 redirects", 11),
+        (redirect_to_a_file, "No connection adapters", 1),
+        (empty, "the server sent an empty file", 2),
+        (negative, "the server announces '-5' bytes", 2),
+        (superscript, "the server announces '\u00b2' bytes", 2),
+        (login, r"answers with a web page instead of data\.zip: it may ask for a login", 1),
+        (unnamed_login, "answers with a web page", 1),
+    ],
+)
+def test_answers_that_never_end_or_are_no_file_are_given_up(tmp_path, script, match, requests_at_most):
+    server, began = RawServer(script), time.monotonic()
+    try:
+        with pytest.raises(PolypSegError, match=match) as caught:
+            download(server.url, destination=tmp_path / "data.zip", timeout=0.4, attempts=2, backoff=0.01)
+    finally:
+        server.close()
+    assert "\n" not in str(caught.value) and time.monotonic() - began < 8
+    assert server.requests <= requests_at_most
+    assert not (tmp_path / "data.zip").exists()
+
+
+def test_bodies_of_redirects_are_not_read(tmp_path):
+    """2 GB had come."""
+    server = RawServer(redirect_with_endless_body)
+    with pytest.raises(PolypSegError):
+        download(server.url, destination=tmp_path / "data.zip", timeout=0.4, attempts=1)
+    server.close()
+    assert server.sent <= 11 * 16_000_000  # what lies in the buffers of sockets
+
+
+def test_redirects_are_followed_with_range_and_to_other_servers(server, tmp_path):
+    other = RawServer(lambda number: iter([b"HTTP/1.1 302 Found\r\nLocation: " + server.url.encode() + b"\r\n\r\nxx"]))
+    server.faults = [{"cut": 3 * CHUNK}]
+    download(other.url, destination=tmp_path / "data.zip", sha256=SHA256, backoff=0.01)
+    other.close()
+    assert (tmp_path / "data.zip").read_bytes() == BODY
+    assert [request.get("Range") for request in server.requests] == [None, f"bytes={3 * CHUNK}-"]
+
+
+def test_a_known_empty_file_and_a_wanted_page_are_files(tmp_path):
+    for script, name, options in ((empty, "a.bin", {"size": 0}), (login, "b.html", {})):
+        server = RawServer(script)
+        assert download(server.url, destination=tmp_path / name, **options).is_file()
+        server.close()
+
+
+def test_no_watch_is_left_and_every_socket_was_watched(get, monkeypatch):
+    watched = []
+    add = module._Watch.add
+
+    def note(watch: Any, connected: socket.socket) -> None:
+        add(watch, connected)
+        watched.extend(watch._sockets)
+
+    monkeypatch.setattr(module._Watch, "add", note)
+    for _ in range(3):
+        get().unlink()
+    assert len(watched) == 3 and all(one.fileno() == -1 for one in watched)
+    assert not [one for one in threading.enumerate() if one.name == "polypseg-watch"]

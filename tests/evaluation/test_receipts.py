@@ -284,6 +284,33 @@ def invent_collisions(content):
         (change_weights("sha256", 7), "model.sha256: 7 is no SHA-256"),
         (change_weights("sha256", "b" * 64), "model.sha256: stored 'bbb"),
         (change_weights("seed", "1"), "model.seed: '1' is no whole number"),
+        (
+            lambda content: content.update(surface_tolerance_pixels=9.0),
+            "surface_tolerance_pixels: stored 9.0, recomputed 2",
+        ),
+        (
+            lambda content: content.update(surface_tolerance_pixels=[]),
+            "surface_tolerance_pixels: Input should be a valid",
+        ),
+        (change_row("tolerance", 9.0), "surface_tolerance_pixels: stored 2.0, recomputed 9.0"),
+        (lambda content: content["dataset"].update(synthetic=True), "dataset.synthetic: stored True, recomputed False"),
+        (lambda content: content["dataset"].update(synthetic=0), "dataset.synthetic: "),
+        (lambda content: content["dataset"].update(title="Kvasir-SEG"), "dataset.title: stored 'Kvasir-SEG'"),
+        (lambda content: content["dataset"].update(title=None), "dataset.title: "),
+        (
+            lambda content: content["seen"].update(rule="x"),
+            "seen.rule: Input should be 'refuse', 'report' or 'exclude'",
+        ),
+        (lambda content: content["seen"].update(rule=None), "seen.rule: "),
+        (lambda content: content["seen"].update(excluded=["99"]), "seen.excluded: nothing was checked"),
+        (lambda content: content["seen"].update(passport="a" * 64), "seen.passport: collisions are listed where"),
+        (lambda content: content.update(environment={}), "environment.created: Field required"),
+        (lambda content: content["environment"].pop("command"), "environment.command: Field required"),
+        (lambda content: content["environment"].update(versions={}), "environment.versions: "),
+        (lambda content: content["environment"].update(git_revision="main"), "environment.git_revision: "),
+        (lambda content: content["environment"].update(created="today"), "environment.created: "),
+        (lambda content: content["environment"].update(more=1), "environment.more: "),
+        (lambda content: content.update(n=9.0), "n: "),
     ],
 )
 def test_whatever_is_changed_is_named(content, change, field, tmp_path):
@@ -292,9 +319,21 @@ def test_whatever_is_changed_is_named(content, change, field, tmp_path):
     assert any(line.startswith(field) for line in found), found
 
 
+@pytest.mark.parametrize("rule", ["refuse", "exclude"])
+def test_a_rule_that_was_not_followed_is_named(content, rule, tmp_path):
+    """One image collides and was tested all the same, which the rule `report` only allows."""
+    invent_collisions(content)
+    content["collisions"] |= {"colliding": 1, "kinds": content["collisions"]["kinds"] | {"same id": 1}}
+    content["seen"] |= {"rule": "report", "passport": "a" * 64, "reason": None}
+    assert differences(content, tmp_path) == []
+    content["seen"]["rule"] = rule
+    (line,) = differences(content, tmp_path)
+    assert line == f"seen.rule: '{rule}' is not what was done: 1 seen, 0 left out"
+
+
 def test_a_change_that_no_score_depends_on_breaks_the_digest(content, tmp_path, written):
     path = tmp_path / "x.receipt.json"
-    path.write_text(written.read_text().replace('"command"', '"commend"'))
+    path.write_text(written.read_text().replace('"platform": "', '"platform": "x'))
     (line,) = check_receipt(path)
     assert line.startswith("digest:")
     assert digest_of(content) == content["digest"]

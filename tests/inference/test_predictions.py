@@ -12,6 +12,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from torch import nn
 
 from plain_protocol import evaluate_plainly
@@ -483,3 +484,91 @@ def test_square_predictions_of_oblong_frames_are_resized(data, tmp_path):
     for record_id in data.ids:
         write_png(tmp_path / f"{record_id}.png", np.full((64, 64), 200, np.uint8))
     assert len(list(FilePredictions(tmp_path).predict(data, data.ids))) == len(data.ids)
+
+
+def coded(data, tmp_path, suffix, code):
+    """Write each mask of 0 and 1 as ``code`` changes it."""
+    for record in data.records:
+        pixels, name = code(data.mask(record)), tmp_path / f"{record.id}.{suffix}"
+        if suffix == "npy":
+            np.save(name, pixels)
+        elif suffix == "tif":
+            tifffile.imwrite(name, pixels)
+        else:
+            write_png(name, pixels)
+    return FilePredictions(tmp_path)
+
+
+def with_void_border(mask: np.ndarray) -> np.ndarray:
+    """Class 1 with a border of 255 around it, as VOC's masks have."""
+    return np.where(np.pad(mask, 1)[2:, 1:-1] != mask, 255, mask).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "code", "match"),
+    [
+        ("png", lambda m: m * np.uint8(100), r"nowhere above one half although it is not black: .* 0, 100 \("),
+        ("png", lambda m: m * np.uint8(38), r"values are 0, 38 \(00000\.png\): save masks as 0 and 255"),
+        ("png", lambda m: (m + (m * np.arange(100, dtype=np.uint8) > 50)) * np.uint8(38), r"values are 0, 38, 76 \("),
+        ("jpg", lambda m: m * np.uint8(38), "values are up to"),
+        ("png", lambda m: m * np.uint16(4095), r"values are 0, 4095 \(00000\.png\): save masks as 0 and 65535"),
+        ("npy", lambda m: m.astype(np.float32) / 255, r"values are 0, 0\.0039216 .*save masks as 0 and 1 "),
+        ("tif", lambda m: m.astype(np.float32) / 255, r"values are 0, 0\.0039216 .*save masks as 0 and 1 "),
+        ("png", with_void_border, r"holds only the values 0, 1, 255, neither masks nor probabilities"),
+        ("png", lambda m: np.maximum(with_void_border(m), m * np.uint8(100)), "holds only the values 0, 100, 255"),
+    ],
+    ids=["percent", "class 38", "classes", "jpeg", "12 bits", "npy", "tif", "void", "percent and void"],
+)
+def test_masks_on_another_scale_are_refused_not_scored_as_empty(data, tmp_path, suffix, code, match):
+    with pytest.raises(UsageError, match=match):
+        score_predictions(coded(data, tmp_path, suffix, code), data)
+
+
+def test_soft_maps_in_percent_are_refused(data, tmp_path):
+    def code(mask):
+        return np.rint(100 * gaussian_filter(mask.astype(float), 1)).astype(np.uint8)
+
+    with pytest.raises(UsageError, match="nowhere above one half although it is not black: its values are up to"):
+        score_predictions(coded(data, tmp_path, "png", code), data)
+
+
+@pytest.mark.parametrize("peak", [0.02, 0.06, 0.2, 0.45])
+@pytest.mark.parametrize("count", [1, 9])
+@pytest.mark.parametrize("form", ["png", "npy", "deep.png"])
+def test_soft_maps_that_predict_nothing_are_scored_as_they_are(data, tmp_path, peak, count, form):
+    """What a model gives on frames without polyp: low everywhere, but with many values and none of them apart."""
+    grid = np.hypot(*np.meshgrid(np.arange(100) - 40, np.arange(72) - 30))
+    for k, record_id in enumerate(data.ids[:count]):
+        bump = (peak * (1 - 0.07 * k) * np.exp(-((grid / 15) ** 2))).astype(np.float32)
+        if form == "npy":
+            np.save(tmp_path / f"{record_id}.npy", bump)
+        else:
+            deep = form != "png"
+            pixels = np.rint(bump * (65535 if deep else 255)).astype(np.uint16 if deep else np.uint8)
+            write_png(tmp_path / f"{record_id}.png", pixels)
+    found = score_predictions(FilePredictions(tmp_path), data, limit=count)
+    assert [image.predicted for image in found.images] == [0] * count
+
+
+def test_flat_and_noisy_maps_below_one_half_are_soft(data, tmp_path):
+    noise = np.random.default_rng(0)
+    for record_id in data.ids:
+        np.save(tmp_path / f"{record_id}.npy", noise.normal(0.3, 0.02, (72, 100)).clip(0, 0.45).astype(np.float32))
+    assert all(image.predicted == 0 for image in score_predictions(FilePredictions(tmp_path), data).images)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5, 7])
+def test_averages_of_a_few_masks_are_probabilities(data, tmp_path, parts):
+    def code(mask):
+        part = (np.arange(100) * parts // 100 + 1) / parts
+        return np.rint(mask * part * 255).astype(np.uint8)
+
+    assert score_predictions(coded(data, tmp_path, "png", code), data).images[0].predicted > 0
+
+
+def test_a_file_of_few_values_in_a_set_of_soft_maps_is_one_of_them(data, maps, tmp_path):
+    save_predictions(maps.items(), tmp_path / "maps")
+    write_png(tmp_path / "maps" / f"{data.ids[0]}.png", with_void_border(data.mask(data.records[0])))
+    write_png(tmp_path / "maps" / f"{data.ids[1]}.png", data.mask(data.records[1]) * np.uint8(100))
+    found = dict(FilePredictions(tmp_path / "maps").predict(data, data.ids))
+    assert found[data.ids[1]].max() == pytest.approx(100 / 255)

@@ -15,9 +15,10 @@ from PIL import Image
 import polypseg
 from light_models import MEAN, SIZE, STD, network, write_light_model
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.inference import preparation, runtimes
 from polypseg.inference import replay as replay_module
-from polypseg.inference import runtimes
 from polypseg.inference.preparation import FrameProcessor
+from polypseg.inference.quality import UNKNOWN, read_quality
 from polypseg.inference.regions import measure_regions
 from polypseg.inference.replay import add_replay, replay
 from polypseg.inference.runtimes import OnnxRuntime, OpenVinoRuntime, resize_bilinear, sigmoid
@@ -65,6 +66,84 @@ def test_preparations_that_need_more_are_refused(folder, change, words):
     settings = json.loads((folder / "preprocessor_config.json").read_text()) | change
     with pytest.raises(UsageError, match=words):
         FrameProcessor.from_dict(settings, origin="preprocessor_config.json")
+
+
+def test_the_largest_side_is_that_of_our_models():
+    from polypseg.modeling.configuration_polypseg import LARGEST_SIDE
+
+    assert preparation.LARGEST_SIDE == LARGEST_SIDE
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"size": {"height": 0, "width": 48}}, r"size of the image processor is .*sides are 1 to 4096 pixels"),
+        ({"size": {"height": 100000, "width": 100000}}, "sides are 1 to 4096 pixels"),
+        ({"size": {"height": 40.5, "width": 48}}, "sides are 1 to 4096 pixels"),
+        ({"size": {"height": "40", "width": 48}}, "sides are 1 to 4096 pixels"),
+        ({"image_mean": [0.5, 0.5, 0.5, 0.5]}, "image_mean is .*three numbers are needed, one per color"),
+        ({"image_std": 0.5}, "image_std is 0.5: three numbers are needed"),
+        ({"image_mean": ["a", "b", "c"]}, "image_mean of the image processor is .*finite numbers"),
+        ({"image_mean": "gray"}, "finite numbers are needed"),
+        ({"image_mean": [0.5, float("nan"), 0.5]}, "finite numbers are needed"),
+        ({"image_mean": [0.5, 10**400, 0.5]}, r"image_mean of the image processor is .*\.\.\.: finite numbers"),
+        ({"image_std": [0.5, 0, 0.5]}, "no deviation of 0"),
+        ({"rescale_factor": "1/255"}, "rescale_factor of the image processor"),
+        ({"rescale_factor": [0.1]}, "rescale_factor is .*a number is needed"),
+        ({"rescale_factor": None}, "rescale_factor is None: a number is needed"),
+        ({"resample": 99}, "resample is 99: Pillow has 0 to 5"),
+        ({"resample": "bicubic"}, "resample is 'bicubic'"),
+        ({"do_resize": False}, "asks for do_resize false"),
+        ({"do_normalize": "no"}, "do_normalize is 'no': true or false is needed"),
+        ({"ensure_multiple_of": "x"}, "ensure_multiple_of is 'x'"),
+        ({"ensure_multiple_of": -4}, "ensure_multiple_of is -4"),
+        ({"size": {"height": 44, "width": 48}}, r"model\.onnx takes frames of 48x40 pixels but .*says 48x44"),
+    ],
+    ids=lambda value: str(value)[:50] if isinstance(value, dict) else "",
+)
+def test_preparations_that_cannot_be_are_refused_in_a_line_before_any_frame(tmp_path, change, words):
+    model = write_light_model(tmp_path / "m")
+    path = model / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UsageError, match=words) as caught:
+        load(model)
+    assert "preprocessor_config.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '"text"', "3"])
+def test_settings_that_are_no_mapping_are_refused(tmp_path, text):
+    model = write_light_model(tmp_path / "m")
+    (model / "preprocessor_config.json").write_text(text)
+    with pytest.raises(UsageError, match=r"preprocessor_config\.json holds no settings but a \w+: get the model again"):
+        load(model)
+
+
+@pytest.mark.parametrize("open_file", [OnnxRuntime, OpenVinoRuntime])
+def test_an_input_that_a_file_does_not_take_is_a_line(folder, open_file):
+    if open_file is OpenVinoRuntime:
+        pytest.importorskip("openvino")
+    runtime = open_file(folder / "onnx" / "model.onnx")
+    assert runtime.input_shape == (None, 3, *SIZE)
+    with pytest.raises(PolypSegError, match=r"model\.onnx cannot compute an input of 1x3x8x8: .") as caught:
+        runtime.run(np.zeros((1, 3, 8, 8), np.float32))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000 + "]" * 100_000,
+        '{"words": "good", "short": "good", "more": "' + "x" * 2**17 + '"}',
+        '{"words": ' + "9" * 5000 + ', "short": ""}',
+        '{"words": ["good"], "short": {}}',
+        '["words", "short"]',
+        "",
+    ],
+    ids=["deep", "huge", "digits", "types", "list", "empty"],
+)
+def test_a_quality_that_cannot_be_read_is_unknown(tmp_path, text):
+    (tmp_path / "quality.json").write_text(text)
+    assert read_quality(tmp_path) == UNKNOWN
 
 
 @pytest.mark.parametrize(

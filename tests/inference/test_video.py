@@ -189,6 +189,35 @@ def test_announced_count_is_an_estimate(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are bytes on POSIX only")
+def animation(width: int, height: int, *, frames: int = 2) -> bytes:
+    """A GIF of a large canvas on which single pixels are drawn."""
+    frame = b"\x21\xf9\4\0\x0a\0\0\0," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\0"
+    start = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+    return start + frame * frames + b";"
+
+
+def test_too_many_pixels_are_refused_before_a_frame_is_decoded(tmp_path, monkeypatch):
+    """66 bytes took 3.5 GB and 45 s."""
+    path = tmp_path / "a.gif"
+    path.write_bytes(animation(13_000, 13_000))
+    assert path.stat().st_size == 66
+    monkeypatch.setattr(Video, "image", lambda self: pytest.fail("a frame was decoded"))
+    with Video.open(path) as video:
+        assert list(video.frames()) == [] and video.read == 0
+        assert video.problem.startswith("too large to be a frame: 13000x13000 pixels, and the limit is 64,000,000. ")
+
+
+def test_the_limit_of_pixels_can_be_set_for_videos(tmp_path, monkeypatch):
+    path = tmp_path / "a.gif"
+    path.write_bytes(animation(300, 200))
+    monkeypatch.setenv("POLYPSEG_MAX_PIXELS", "59999")
+    with Video.open(path) as video:
+        assert list(video.frames()) == [] and "300x200" in video.problem
+    monkeypatch.setenv("POLYPSEG_MAX_PIXELS", "60000")
+    with Video.open(path) as video:
+        assert len(list(video.frames())) == 2 and video.problem == ""
+
+
 def test_name_that_is_no_utf8_is_opened(tmp_path):
     path = tmp_path / os.fsdecode(b"caf\xe9.mp4")
     shutil.move(write_video(tmp_path / "x.mp4"), path)

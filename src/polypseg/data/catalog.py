@@ -250,6 +250,12 @@ DATASETS: dict[str, DatasetSpec] = {
 
 NEGATIVES = "negatives"
 """Test and dataset of a folder of frames without polyps."""
+NEGATIVES_TITLE = "frames without polyps"
+
+
+def title_of(name: str) -> str:
+    """What results call a dataset; a set that is not in the table goes by its name."""
+    return NEGATIVES_TITLE if name == NEGATIVES else DATASETS[name].title if name in DATASETS else name
 
 
 def get_spec(name: str) -> DatasetSpec:
@@ -340,7 +346,12 @@ def population_of(spec: DatasetSpec) -> Population:
 
 def is_synthetic(spec: DatasetSpec) -> bool:
     """Whether a dataset is drawn by this package and shows no patient."""
-    return spec.name.startswith("synthetic_")
+    return is_synthetic_name(spec.name)
+
+
+def is_synthetic_name(name: str) -> bool:
+    """The same by the name, which is all that a receipt has of a dataset."""
+    return name.startswith("synthetic_")
 
 
 def may_be_public(spec: DatasetSpec) -> bool:

@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from polypseg import zoo
+from polypseg.data.catalog import is_synthetic_name
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import PolypSegError
 from polypseg.evaluation.conventions import CONVENTIONS, choose_conventions, needed_measures
@@ -105,7 +106,7 @@ class SuiteResult:
                 "split": self.split,
                 "part": self.part,
                 "content_id": self.content_id,
-                "synthetic": self.dataset.startswith("synthetic_"),
+                "synthetic": is_synthetic_name(self.dataset),
                 "manifest": self.manifest.digest,
                 "clips_known": layout.clips is not None,
             },

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scipy.stats import binomtest
 
-from polypseg.data.catalog import NEGATIVES
+from polypseg.data.catalog import NEGATIVES, is_synthetic_name, title_of
 from polypseg.errors import PolypSegError, UsageError, unknown_name
 from polypseg.evaluation.conventions import CONVENTIONS, Convention
 from polypseg.evaluation.image_metrics import MEASURES, Floats, ImageMeasures
@@ -29,7 +29,7 @@ from polypseg.evaluation.metrics import mean_with_interval
 from polypseg.files import file_sha256, read_json, write_text
 from polypseg.inference.operating_point import OPERATING_POINT_KEY
 from polypseg.provenance.origin import WeightsOrigin
-from polypseg.provenance.passport import KINDS, SplitManifest
+from polypseg.provenance.passport import KINDS, Rule, SplitManifest
 from polypseg.statistics import RESAMPLES, Interval, draw_means, sample_weights, score_set
 from polypseg.statistics.intervals import interval_of, intervals_of
 from polypseg.statistics.scores import METRICS, ScoreSet
@@ -389,7 +389,9 @@ class DatasetRecord(_Record):
 class SeenRecord(_Record):
     """What was done about images that the model saw."""
 
-    rule: str
+    rule: Rule
+    passport: str | None
+    """SHA-256 of the model's passport."""
     reason: str | None
     """Why nothing is known."""
     excluded: Sequence[str]
@@ -464,9 +466,15 @@ class Prints(_Record):
 class Environment(_Record):
     """What computed it, and when."""
 
-    created: str
-    git_revision: str | None
-    versions: Mapping[str, str]
+    model_config = ConfigDict(extra="forbid")
+
+    created: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$")
+    git_revision: str | None = Field(pattern=r"^[0-9a-f]{40}(-dirty)?$")
+    versions: Mapping[str, str] = Field(min_length=1)
+    python: str = Field(min_length=1)
+    platform: str = Field(min_length=1)
+    omp_num_threads: str | None
+    command: Sequence[str] = Field(min_length=1)
 
 
 class Receipt(_Record):
@@ -482,6 +490,7 @@ class Receipt(_Record):
     n: int
     seen: SeenRecord
     collisions: CollisionCounts | None
+    surface_tolerance_pixels: float = Field(ge=0)
     bootstrap: Bootstrap
     clusters: ClusterCounts
     scores: Mapping[str, Mapping[str, Score]]
@@ -686,7 +695,11 @@ def _differences(content: Mapping[str, Any]) -> Iterator[str]:
     rows = content["images"]
     if content["n"] != len(rows):
         yield f"n: stored {content['n']}, but there are {len(rows)} images"
+    yield from _check_types(content)
     yield from compare(content["bootstrap"], BOOTSTRAP, "bootstrap")
+    yield from _check_dataset(content["dataset"])
+    for row in rows:
+        yield from compare(content["surface_tolerance_pixels"], row["tolerance"], "surface_tolerance_pixels")
     yield from _check_model(content)
     yield from _check_collisions(content)
     manifest = yield from _check_manifest(content)
@@ -695,6 +708,20 @@ def _differences(content: Mapping[str, Any]) -> Iterator[str]:
         yield from _check_scores(content, manifest, images, unusable)
     if content.get("digest") != digest_of(content):
         yield "digest: not that of the content, so something was changed after the receipt was written"
+
+
+def _check_types(content: Mapping[str, Any]) -> Iterator[str]:
+    """Whether every field that is read is of its type, and the environment has all its fields."""
+    try:
+        Receipt.model_validate({**content, "path": Path(), "content": content})
+    except ValidationError as error:
+        yield from (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+
+
+def _check_dataset(dataset: Mapping[str, Any]) -> Iterator[str]:
+    """Whether a dataset is called what the table calls it."""
+    yield from compare(dataset["title"], title_of(dataset["name"]), "dataset.title")
+    yield from compare(dataset["synthetic"], is_synthetic_name(dataset["name"]), "dataset.synthetic")
 
 
 def _check_model(content: Mapping[str, Any]) -> Iterator[str]:
@@ -799,16 +826,25 @@ def _check_counts(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_collisions(content: Mapping[str, Any]) -> Iterator[str]:
-    """Whether the counts of collisions are those of the listed ones, and these of tested images."""
+    """Whether the counts of collisions are those of the listed ones, these of tested images, and the rule was kept."""
     seen, collisions = content["seen"], content["collisions"]
+    if (seen["passport"] is None) != (collisions is None):
+        yield "seen.passport: collisions are listed where a model has a passport, and only there"
     if collisions is None:
         if not seen["reason"]:
             yield "collisions: neither listed nor a reason given"
+        if seen["excluded"]:
+            yield "seen.excluded: nothing was checked, so that no image can have been left out"
         return
     hits, ids = collisions["images"], {row["id"] for row in content["images"]}
     kinds = {kind: len({hit["id"] for hit in hits if hit["kind"] == kind}) for kind in KINDS}
     yield from compare(collisions["kinds"], kinds, "collisions.kinds")
     yield from compare(collisions["colliding"], len({hit["id"] for hit in hits}), "collisions.colliding")
+    listed = sorted({hit["id"] for hit in hits})
+    expected = listed if seen["rule"] == "exclude" else []
+    if sorted(seen["excluded"]) != expected or (listed and seen["rule"] == "refuse"):
+        done = f"{len(listed)} seen, {len(seen['excluded'])} left out"
+        yield f"seen.rule: {_shown(seen['rule'])} is not what was done: {done}"
     yield from compare(collisions["tested"], content["n"] + len(seen["excluded"]), "collisions.tested")
     strangers = {hit["id"] for hit in hits} - ids - set(seen["excluded"])
     if strangers:

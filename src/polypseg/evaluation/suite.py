@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from polypseg.data.catalog import DATASETS, NEGATIVES, DatasetSpec, get_spec
+from polypseg.data.catalog import DATASETS, NEGATIVES, NEGATIVES_TITLE, DatasetSpec, get_spec
 from polypseg.data.polyps import PolypDataset, Record, find_source, index_records, open_dataset
 from polypseg.data.sources import open_source
 from polypseg.errors import PolypSegError, UsageError, first_line, unknown_name
@@ -68,7 +68,7 @@ SUITE: tuple[SuiteTest, ...] = (
 # fmt: on
 NEGATIVES_SPEC = DatasetSpec(
     name=NEGATIVES,
-    title="frames without polyps",
+    title=NEGATIVES_TITLE,
     license="yours to state",
     citation="",
     homepage="",

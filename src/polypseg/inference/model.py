@@ -1,6 +1,5 @@
 """Image processors and models by path or Hub id, as evaluation and prediction need them."""
 
-import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +19,9 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 from polypseg.data.images import as_frame
 from polypseg.errors import UsageError, first_line
 from polypseg.files import file_sha256
+from polypseg.inference.preparation import NUMBERS, SIZES, check_settings
 from polypseg.inference.runtimes import refuse_non_finite
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
-from polypseg.modeling.configuration_polypseg import LARGEST_SIDE
 from polypseg.provenance.checksums import MANIFEST, read_manifest
 from polypseg.provenance.origin import UNKNOWN, WEIGHTS_ORIGIN, WeightsOrigin
 
@@ -140,17 +139,8 @@ def _walk(content: Any) -> Iterator[tuple[str, Any]]:
 
 def check_processor(processor: Any, model: Any) -> None:
     """Raise ValueError for an image processor whose numbers cannot be or whose images do not fit the model."""
-    for name in ("size", "crop_size", "pad_size"):
-        size = getattr(processor, name, None)
-        sides = dict(size) if size else {}
-        if any(not isinstance(n, int) or not 0 < n <= LARGEST_SIDE for n in sides.values() if n is not None):
-            raise ValueError(f"{name} of the image processor is {sides}: sides are 1 to {LARGEST_SIDE} pixels")
-    for name in ("image_mean", "image_std", "rescale_factor"):
-        value = getattr(processor, name, None)
-        numbers = value if isinstance(value, list | tuple) else [] if value is None else [value]
-        fits = all(isinstance(x, int | float) and math.isfinite(x) for x in numbers)
-        if not fits or (name == "image_std" and min(numbers, default=1) <= 0):
-            raise ValueError(f"{name} of the image processor is {value}: finite numbers are needed, no deviation of 0")
+    found: dict[str, Any] = {name: getattr(processor, name, None) for name in (*SIZES, *NUMBERS)}
+    check_settings(found | {name: dict(found[name]) for name in SIZES if found[name]})
     pixels = processor(images=[Image.new("RGB", (48, 32))], return_tensors="pt")["pixel_values"]
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"the image processor gives {tuple(pixels.shape)} where (1, 3, height, width) is needed")

@@ -1,12 +1,13 @@
 """Predictions as files: a folder or archive of masks or probability maps, matched to a dataset's ids by name.
 
 8-bit gray is read as value / 255 and 16-bit as value / 65535; a set whose values are all 0 and 1, or in 16 bits all 0
-and 255, is one of masks.
+and 255, is one of masks. Maps that are coded in another way, such as masks of 0 and 100, are refused: read as
+probabilities they predict nothing.
 """
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -28,6 +29,15 @@ _SUFFIXES = (*IMAGE_SUFFIXES, ".npy")
 _STEM = r"(?P<id>.+?)_(mask|pred|prediction|prob|probability)"
 _FAINT = 9 / 255
 """Share of white up to which all values of a set must be class numbers: as probabilities all would be under 4 %."""
+
+_CLASSES = 256
+"""More distinct values are no class or instance numbers."""
+_FEW = 16
+"""Distinct values up to which a set looks coded rather than soft."""
+_SPACINGS = range(1, 11)
+"""Parts into which soft maps of few values divide the way to white, as averages of so many masks do."""
+_BINS = 4096
+"""Of the histogram of a set's values from 0 to 0.5."""
 
 
 @dataclass(frozen=True)
@@ -70,19 +80,85 @@ class FilePredictions:
     def _codes_of(self, kind: np.dtype[Any]) -> frozenset[int] | None:
         """The values of all files of a whole-number type, where they are codes; None where they are probabilities.
 
-        Reading stops at the first file that settles it.
+        Reading stops at the first file that settles it. Values are those of faint soft maps where they are more than
+        any classes, or rise by single steps everywhere: at the border of a class they jump.
         """
         if kind not in self._codes:
-            found: set[int] = set()
-            for name in self._names:
-                pixels = self._stored(name)
-                if pixels.dtype == kind:
-                    found.update(np.unique(pixels).tolist())
-                    if max(found) > _FAINT * np.iinfo(kind).max:
-                        self._codes[kind] = None
-                        return None
-            self._codes[kind] = frozenset(found)
+            found, steepest = set[int](), 0
+            for pixels in self._of_kind(kind):
+                found.update(np.unique(pixels).tolist())
+                if max(found) > _FAINT * np.iinfo(kind).max:
+                    self._codes[kind] = None
+                    return None
+                slopes = (np.abs(np.diff(pixels.astype(np.int32), axis=axis)) for axis in (0, 1))
+                steepest = max(steepest, *(int(slope.max(initial=0)) for slope in slopes))
+            smooth = len(found) > _CLASSES or (steepest <= 1 and len(found) > 3)
+            self._codes[kind] = None if smooth else frozenset(found)
         return self._codes[kind]
+
+    @cached_property
+    def _faults(self) -> dict[tuple[np.dtype[Any], str], str]:
+        """Filled by ``_check_scale``."""
+        return {}
+
+    def _check_scale(self, pixels: NDArray[Any], name: str) -> None:
+        """Raise UsageError for a map of a set that is neither masks of 0 and white nor probabilities.
+
+        A single map may be below 0.5 everywhere, or have few values; the whole set tells what it is.
+        """
+        white = 1.0 if pixels.dtype.kind == "f" else float(np.iinfo(pixels.dtype).max)
+        top = float(pixels.max())
+        if top == 0:
+            return
+        if top <= white / 2:
+            fault = self._fault(pixels.dtype, "low", lambda: self._low(pixels.dtype, white))
+        elif (found := _few_values(pixels)) and not _evenly_spread(found, white) and _straddles(found, white):
+            fault = self._fault(pixels.dtype, "mixed", lambda: self._mixed(pixels.dtype))
+        else:
+            return
+        if fault:
+            raise UsageError(
+                f"{self.path} {fault} ({name}): save masks as 0 and {white:.0f} (what is not labeled as 0 too), "
+                "or probabilities p as p in NPY, 255 p in 8 bits or 65535 p in 16 bits"
+            )
+
+    def _fault(self, kind: np.dtype[Any], which: str, find: Callable[[], str]) -> str:
+        if (kind, which) not in self._faults:
+            self._faults[kind, which] = find()
+        return self._faults[kind, which]
+
+    def _of_kind(self, kind: np.dtype[Any]) -> Iterator[NDArray[Any]]:
+        return (pixels for pixels in map(self._stored, self._names) if pixels.dtype == kind)
+
+    def _low(self, kind: np.dtype[Any], white: float) -> str:
+        """What is wrong with a set that is nowhere above 0.5; empty for soft maps, and where a file is above it."""
+        values, counts = set[float](), np.zeros(_BINS, dtype=np.int64)
+        for pixels in self._of_kind(kind):
+            if pixels.max() > white / 2:
+                return ""
+            if len(values) <= _FEW:
+                values.update(np.unique(pixels).tolist())
+            counts += np.histogram(pixels / white, bins=_BINS, range=(0, 0.5))[0]
+        top = int(np.flatnonzero(counts)[-1])
+        levels = 255 * (top + 1) / (2 * _BINS)
+        faint = white == 1 and levels <= 255 * _FAINT + 1  # whole numbers as faint as that are judged as codes
+        coded = len(values) <= _FEW and (len(values) < levels / 2 or faint)
+        upper = counts[(top + 1) // 2 : top + 1].cumsum()
+        middle = (top + 1) // 2 + int(np.searchsorted(upper, upper[-1] / 2))  # where most of the light pixels lie
+        dark, between, light = (int(part.sum()) for part in np.split(counts, (middle // 4, 3 * middle // 4)))
+        if not coded and not (2 * between < light and between < dark):  # soft maps have a flank wider than their top
+            return ""
+        words = _listed(values) if len(values) <= _FEW else f"up to {top / (2 * _BINS) * white:.3g}"
+        return f"is nowhere above one half although it is not black: its values are {words}"
+
+    def _mixed(self, kind: np.dtype[Any]) -> str:
+        """What is wrong with a set some map of which has values on both sides of 0.5; empty for soft maps."""
+        values = set[float]()
+        for pixels in self._of_kind(kind):
+            values.update(np.unique(pixels).tolist())
+            if len(values) > _FEW:
+                return ""
+        return f"holds only the values {_listed(values)}, neither masks nor probabilities"
 
     def files_of(self, dataset: PolypDataset, ids: Sequence[str]) -> dict[str, str]:
         """id -> file name. Raises UsageError listing missing files, files of no image, and two files of one image."""
@@ -119,16 +195,17 @@ class FilePredictions:
         if name is None:
             return np.zeros(shape, dtype=np.float32)
         pixels = self._stored(name)
-        probability = _unit(pixels) if pixels.dtype.kind == "f" else self._as_probability(pixels, name)
+        probability = self._as_probability(pixels, name)
         if probability.shape == shape:
             return probability
         _refuse_transposed(probability.shape, shape, name=str(self.path / name))
         return probability_map(torch.from_numpy(probability), shape, output="probability")
 
     def _as_probability(self, pixels: NDArray[Any], name: str) -> Probability:
-        """Whole numbers: codes only if the whole set is coded, since one faint map may hold nothing else."""
-        white = np.iinfo(pixels.dtype).max
-        if pixels.max() > _FAINT * white or (codes := self._codes_of(pixels.dtype)) is None:
+        """Whole numbers are codes only if the whole set is coded, since one faint map may hold nothing else."""
+        white = 1 if pixels.dtype.kind == "f" else np.iinfo(pixels.dtype).max
+        if white == 1 or pixels.max() > _FAINT * white or (codes := self._codes_of(pixels.dtype)) is None:
+            self._check_scale(pixels, name)
             return _unit(pixels)
         if codes <= {0, 1}:
             return pixels.astype(np.float32)
@@ -137,7 +214,7 @@ class FilePredictions:
         bits = f" in {8 * pixels.dtype.itemsize} bits" if white > 255 else ""
         raise UsageError(
             f"{self.path} is coded with class numbers up to {max(codes)}{bits} ({name}): save 0 and 1, 0 and 255, "
-            "or probabilities"
+            "or probabilities (as NPY, where all of them are so low)"
         )
 
     def _stored(self, name: str) -> NDArray[Any]:
@@ -157,6 +234,27 @@ def _refuse_transposed(found: tuple[int, ...], wanted: tuple[int, ...], *, name:
             f"{name} is {w}x{h} but its image is {width}x{height}: it seems to be transposed. Save it upright, in the "
             "image's size"
         )
+
+
+def _few_values(pixels: NDArray[Any]) -> list[float]:
+    """The distinct values in order; none where there are more than few."""
+    found: list[float] = np.unique(pixels).tolist()
+    return found if len(found) <= _FEW else []
+
+
+def _evenly_spread(values: Sequence[float], white: float) -> bool:
+    """Whether values divide the way from 0 to white into equal parts, but for rounding to 8 bits."""
+    shares = np.array(values) / white
+    return any(bool((np.abs(shares - np.rint(shares * n) / n) <= 0.5 / 255 + 1e-6).all()) for n in _SPACINGS)
+
+
+def _straddles(values: Sequence[float], white: float) -> bool:
+    """Whether values other than 0 lie on both sides of one half."""
+    return any(0 < value <= white / 2 for value in values) and max(values) > white / 2
+
+
+def _listed(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:.5g}" for value in sorted(values))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """Frames -> a model's input by Pillow and NumPy alone, bit for bit as transformers' image processor."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,54 @@ from polypseg.files import read_json
 PREPROCESSOR = "preprocessor_config.json"
 _NEEDED = ("size", "resample", "image_mean", "image_std")
 _REFUSED = ("do_pad", "do_center_crop", "keep_aspect_ratio")
+_ONLY_RESIZE = "only a plain resize can be done without torch (runtime 'torch')"
+LARGEST_SIDE = 4096
+"""Pixels; that of the configuration of our models."""
+_LARGEST_NUMBER = 1e30
+"""Of means, deviations and scales: beyond it float32 ends."""
+SIZES = ("size", "crop_size", "pad_size")
+NUMBERS = ("image_mean", "image_std", "rescale_factor")
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for ``SIZES`` and ``NUMBERS`` of an image processor that cannot be."""
+    for name in SIZES:
+        sides = settings.get(name) or {}
+        if any(type(n) is not int or not 0 < n <= LARGEST_SIDE for n in sides.values() if n is not None):
+            raise ValueError(f"{name} of the image processor is {_short(sides)}: sides are 1 to {LARGEST_SIDE} pixels")
+    for name in NUMBERS:
+        value = settings.get(name)
+        numbers = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        if not all(map(_is_finite, numbers)) or (name == "image_std" and min(numbers, default=1) <= 0):
+            raise ValueError(
+                f"{name} of the image processor is {_short(value)}: finite numbers are needed, no deviation of 0"
+            )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST_NUMBER
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _check_types(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for what ``FrameProcessor`` cannot compute with, of settings that pass ``check_settings``."""
+    for name in ("image_mean", "image_std"):
+        if not isinstance(settings[name], list) or len(settings[name]) != 3:
+            raise ValueError(f"{name} is {_short(settings[name])}: three numbers are needed, one per color")
+    scale, resample = settings.get("rescale_factor", 1), settings["resample"]
+    if not _is_finite(scale):
+        raise ValueError(f"rescale_factor is {_short(scale)}: a number is needed")
+    if type(resample) is not int or resample not in {int(known) for known in Image.Resampling}:
+        raise ValueError(f"resample is {_short(resample)}: Pillow has 0 to {max(map(int, Image.Resampling))}")
+    if type(multiple := settings["ensure_multiple_of"]) is not int or not 0 < multiple <= LARGEST_SIDE:
+        raise ValueError(f"ensure_multiple_of is {_short(multiple)}: a number of pixels is needed")
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        if not isinstance(settings.get(name, True), bool):
+            raise ValueError(f"{name} is {_short(settings[name])}: true or false is needed")
 
 
 class Prepared(dict[str, Any]):
@@ -48,7 +96,8 @@ class FrameProcessor:
     def from_pretrained(cls, folder: Path) -> "FrameProcessor":
         """What a model folder's ``preprocessor_config.json`` says.
 
-        Raises UsageError for a preparation that this one cannot do (padding, cropping, kept aspect ratio).
+        Raises UsageError for a preparation that this one cannot do (padding, cropping, kept aspect ratio), and for
+        sizes and numbers that cannot be.
         """
         path = folder / PREPROCESSOR
         if not path.is_file():
@@ -58,19 +107,29 @@ class FrameProcessor:
     @classmethod
     def from_dict(cls, settings: dict[str, Any], *, origin: str) -> "FrameProcessor":
         """The same from the file's content."""
+        if not isinstance(settings, dict):
+            raise UsageError(f"{origin} holds no settings but a {type(settings).__name__}: get the model again")
         size: Any = settings.get("size")
         missing = [key for key in _NEEDED if settings.get(key) is None]
         if not missing and not (isinstance(size, dict) and {"height", "width"} <= size.keys()):
             missing = ["size.height and size.width"]
-        refused = [key for key in _REFUSED if settings.get(key)]
-        multiple = int(settings.get("ensure_multiple_of") or 1)
-        if not missing and any(int(size[side]) % multiple for side in ("height", "width")):
-            refused.append("ensure_multiple_of")
-        if missing or refused:
-            what = f"does not give {', '.join(missing)}" if missing else f"asks for {', '.join(refused)}"
-            raise UsageError(f"{origin} {what}: only a plain resize can be done without torch (runtime 'torch')")
+        if missing:
+            raise UsageError(f"{origin} does not give {', '.join(missing)}: {_ONLY_RESIZE}")
         given = {key: settings[key] for key in cls.__dataclass_fields__ if key in settings and key != "origin"}
-        given["size"] = {side: int(size[side]) for side in ("height", "width")}
+        given["size"] = {side: size[side] for side in ("height", "width")}
+        multiple = settings.get("ensure_multiple_of") or 1
+        try:
+            check_settings(given)
+            _check_types(given | {"ensure_multiple_of": multiple})
+        except ValueError as error:
+            raise UsageError(f"{origin} cannot be followed: {error}") from error
+        refused = [key for key in _REFUSED if settings.get(key)]
+        if given.get("do_resize") is False:
+            refused.append("do_resize false")
+        if any(side % multiple for side in given["size"].values()):
+            refused.append("ensure_multiple_of")
+        if refused:
+            raise UsageError(f"{origin} asks for {', '.join(refused)}: {_ONLY_RESIZE}")
         return cls(**given, origin=origin)
 
     def __call__(

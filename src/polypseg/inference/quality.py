@@ -4,8 +4,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from polypseg.files import read_bounded
+
 FILE = "quality.json"
 """In a model folder, written from its receipts when they are added to it."""
+LARGEST = 2**16
+"""Bytes of that file; real ones have some hundred."""
 RESEARCH = "for research only"
 
 
@@ -23,9 +27,10 @@ UNKNOWN = Quality(words="how good it is has not been measured: no receipts come 
 
 
 def read_quality(folder: Path) -> Quality:
-    """What a model folder says; ``UNKNOWN`` where it says nothing."""
+    """What a model folder says; ``UNKNOWN`` where it says nothing that can be read."""
     try:
-        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        return Quality(words=str(content["words"]), short=str(content["short"]))
-    except (OSError, ValueError, TypeError, KeyError):
+        content = json.loads(read_bounded(folder / FILE, largest=LARGEST))
+        words, short = content["words"], content["short"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return UNKNOWN
+    return Quality(words=words, short=short) if isinstance(words, str) and isinstance(short, str) else UNKNOWN

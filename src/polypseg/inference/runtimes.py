@@ -6,7 +6,7 @@ Only the chosen one is imported: ONNX Runtime and OpenVINO need neither torch no
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -116,9 +116,22 @@ class _FileRuntime:
     def __init__(self, path: Path):
         self.path = path
 
-    def run(self, pixels: NDArray[np.float32]) -> Logits:
-        """Prepared frames (B, 3, h, w) -> the file's first output, float32."""
+    @property
+    def input_shape(self) -> tuple[int | None, ...]:
+        """(batch, channels, height, width), None where the file leaves a size open."""
         raise NotImplementedError
+
+    def _compute(self, pixels: NDArray[np.float32]) -> Any:
+        """The file's first output."""
+        raise NotImplementedError
+
+    def run(self, pixels: NDArray[np.float32]) -> Logits:
+        """Prepared frames (B, 3, h, w) -> the file's first output, float32. Raises PolypSegError where it fails."""
+        try:
+            return np.asarray(self._compute(pixels), dtype=np.float32)
+        except Exception as error:  # of neither runtime have they a common class
+            shape = "x".join(map(str, pixels.shape))
+            raise PolypSegError(f"{self.path} cannot compute an input of {shape}: {first_line(error)}") from error
 
     @property
     def version(self) -> str:
@@ -169,12 +182,10 @@ class OnnxRuntime(_FileRuntime):
 
     @property
     def input_shape(self) -> tuple[int | None, ...]:
-        """(batch, channels, height, width), None where the file leaves a size open."""
         return tuple(side if isinstance(side, int) else None for side in self._input.shape)
 
-    def run(self, pixels: NDArray[np.float32]) -> Logits:
-        (result, *_) = self._session.run(None, {self._input.name: pixels})
-        return np.asarray(result, dtype=np.float32)
+    def _compute(self, pixels: NDArray[np.float32]) -> Any:
+        return self._session.run(None, {self._input.name: pixels})[0]
 
 
 class OpenVinoRuntime(_FileRuntime):
@@ -199,8 +210,13 @@ class OpenVinoRuntime(_FileRuntime):
         except Exception as error:  # openvino's errors have no common class
             raise UsageError(f"cannot load {path} into OpenVINO: {first_line(error)}") from error
 
-    def run(self, pixels: NDArray[np.float32]) -> Logits:
-        return np.asarray(self._model([pixels])[0], dtype=np.float32)
+    @property
+    def input_shape(self) -> tuple[int | None, ...]:
+        shape = self._model.input(0).partial_shape
+        return tuple(side.get_length() if side.is_static else None for side in shape) if shape.rank.is_static else ()
+
+    def _compute(self, pixels: NDArray[np.float32]) -> Any:
+        return self._model([pixels])[0]
 
 
 @cache
@@ -224,6 +240,21 @@ def open_runtime(folder: Path, *, runtime: str = AUTO, precision: Precision = "f
     from polypseg.inference.model import load_model
 
     return TorchRuntime(model=load_model(str(folder))[0], title=str(folder))
+
+
+def check_frames(runtime: Runtime, size: Mapping[str, int], *, stated_by: str) -> None:
+    """Raise UsageError where the file of a runtime takes frames of other sides than ``size`` (height, width)."""
+    if not isinstance(runtime, _FileRuntime):
+        return
+    _, channels, height, width = runtime.input_shape if len(runtime.input_shape) == 4 else (None, 0, None, None)
+    if channels not in (None, 3):
+        raise UsageError(f"{runtime.path} takes an input of {list(runtime.input_shape)}: (B, 3, h, w) is needed")
+    asked = size["height"], size["width"]
+    if any(given not in (None, side) for given, side in zip((height, width), asked, strict=True)):
+        raise UsageError(
+            f"{runtime.path} takes frames of {width}x{height} pixels but {stated_by} says {asked[1]}x{asked[0]}: "
+            "get the model again"
+        )
 
 
 def check_names(runtime: str, *, precision: str = "fp32") -> None:

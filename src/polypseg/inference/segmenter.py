@@ -30,6 +30,7 @@ from polypseg.inference.runtimes import (
     Precision,
     Runtime,
     TorchRuntime,
+    check_frames,
     check_names,
     choose_runtime,
     is_installed,
@@ -138,10 +139,13 @@ class Segmenter:
 
         ``name`` is what results call the model, ``revision`` the commit of a Hub repository, ``quality`` what is known
         of its scores, ``expectation`` what was learned of its quality on frames without masks, ``operating_point`` how
-        its logits become masks. Raises UsageError unless exactly one of ``model`` and ``runtime`` is given.
+        its logits become masks. Raises UsageError unless exactly one of ``model`` and ``runtime`` is given, and for a
+        processor that makes other frames than the runtime's file takes.
         """
         if (model is None) == (runtime is None):
             raise UsageError("a segmenter is made of either a model or a runtime")
+        if runtime is not None and isinstance(processor, FrameProcessor):
+            check_frames(runtime, processor.size, stated_by=processor.origin or "the image processor")
         self.runtime: Runtime = TorchRuntime(model=model, title=name) if runtime is None else runtime
         self.processor = processor
         self.name = name

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from polypseg.data.images import check_pixels
 from polypseg.errors import PolypSegError, UsageError, first_line, unknown_name
 from polypseg.files import atomic_path, printable
 
@@ -60,11 +61,20 @@ class Video:
         """Frames read so far."""
         self._estimated_times = 0
         self._damaged_places = 0
+        self._refused = ""
+        width, height = (capture.get(side) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
+        try:
+            if width > 0 and height > 0:
+                check_pixels(int(width), int(height), name="it")
+        except UsageError:  # of the limit itself
+            raise
+        except PolypSegError as error:
+            self._refused = str(error).removeprefix("it is ")
 
     @classmethod
     @contextmanager
     def open(cls, path: Path) -> Iterator["Video"]:
-        """Open a file; one that FFmpeg does not read gives no frame."""
+        """Open a file; one that FFmpeg does not read, or whose frames have too many pixels, gives no frame."""
         import cv2
 
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg's own messages: we report what cannot be read
@@ -83,7 +93,7 @@ class Video:
         """Index and time of every ``every``-th frame; ``image`` decodes the one last given."""
         before: float | None = None
         failures = 0
-        while failures <= _RETRIES and self._capture.isOpened():
+        while not self._refused and failures <= _RETRIES and self._capture.isOpened():
             if not self._capture.grab():
                 failures += 1
                 continue
@@ -127,6 +137,8 @@ class Video:
     @property
     def problem(self) -> str:
         """What is wrong with the file as far as can be known, else an empty text."""
+        if self._refused:
+            return self._refused
         if not self.read:
             return "truncated or not a video that FFmpeg reads: convert it to MP4"
         missing = missing_bytes(self._path)
