@@ -3,6 +3,7 @@
 Each benchmark gives rows (see ``Row``); benchmarks/bench.py runs them all.
 """
 
+import math
 import os
 import statistics
 import time
@@ -17,6 +18,9 @@ QUIET_CORES = 0.1
 """Cores that other processes may use on average while ratios are measured."""
 QUIET_SPREAD = 0.25
 """How far the middle half of a way's times may reach, as a fraction of their median."""
+
+SHORTEST = 0.02
+"""Seconds that a repeat takes at least: what is faster is done several times in it, and its time divided."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +67,21 @@ def spread(times: Sequence[float]) -> float:
 def side_by_side(job: str, ways: Mapping[str, Callable[[], object]], *, repeats: int = 5) -> list[Row]:
     """Run the ways in turn, ``repeats`` times after a first round that is not counted; a row for each but BASELINE."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    times = dict.fromkeys(ways, 1)
     for repeat in range(-1, repeats):
         for name, way in ways.items():
             start = time.perf_counter()
-            way()
+            for _ in range(times[name]):
+                way()
+            taken = (time.perf_counter() - start) / times[name]
             if repeat >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
+            else:
+                times[name] = max(1, math.ceil(SHORTEST / max(taken, 1e-6)))
     before = tuple(seconds[BASELINE])
     return [
-        Row(job=job, way=name, seconds=tuple(times), before=before)
-        for name, times in seconds.items()
+        Row(job=job, way=name, seconds=tuple(taken), before=before)
+        for name, taken in seconds.items()
         if name != BASELINE
     ]
 
