@@ -36,10 +36,20 @@ def test_each_benchmark_times_its_ways_in_turn(name, size):
 
 def test_ratio_is_of_medians_and_the_first_round_is_not_counted(monkeypatch):
     tool = load("side_by_side")
-    clock = iter([0, 100, *(t for k in range(3) for t in (300 + k, 304 + k, 310 + k, 311 + k))])
+    clock = iter([0, 50, 50, 100, *(t for k in range(3) for t in (300 + k, 304 + k, 310 + k, 311 + k))])
     monkeypatch.setattr(tool.time, "perf_counter", lambda: next(clock))
     (row,) = tool.side_by_side("job", {"before": lambda: None, "now": lambda: None}, repeats=3)
     assert (row.before, row.seconds, row.ratio) == ((4, 4, 4), (1, 1, 1), 4)
+
+
+def test_what_is_fast_is_done_several_times_in_a_repeat(monkeypatch):
+    tool, calls = load("side_by_side"), []
+    clock = iter([0, 0.005, 0.005, 0.105, *(t for k in range(2) for t in (k, k + 0.04, k + 0.5, k + 0.6))])
+    monkeypatch.setattr(tool.time, "perf_counter", lambda: next(clock))
+    (row,) = tool.side_by_side("job", {"before": lambda: calls.append(0), "now": lambda: None}, repeats=2)
+    assert (
+        len(calls) == 1 + 4 + 4 and row.before == pytest.approx((0.01, 0.01)) and row.seconds[0] == pytest.approx(0.1)
+    )
 
 
 def test_neither_a_busy_machine_nor_restless_repeats_may_be_quoted():
