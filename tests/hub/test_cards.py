@@ -20,9 +20,10 @@ from polypseg.data.catalog import DATASETS, POPULATIONS, clinicdb_sequence
 from polypseg.data.splits import pinned_split
 from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.evaluation.image_metrics import TOLERANCE
 from polypseg.evaluation.receipt import Receipt, digest_of
 from polypseg.evaluation.receipt_reading import read_results
-from polypseg.files import write_json
+from polypseg.files import environment_record, write_json
 from polypseg.hub.card_checks import lint_card, load_card
 from polypseg.hub.card_facts import PICTURES, collect_facts, measured_facts, planned_facts
 from polypseg.hub.card_pictures import SEED, SIZE, write_card_pictures
@@ -299,7 +300,7 @@ def result(name: str, split: str, part: str, ids: list[str], *, synthetic: bool 
         "model": {"sha256": None, "weights_origin": {}},
         "dataset": dataset | {"content_id": "c", "manifest": "d", "synthetic": synthetic, "clips_known": False},
         "n": len(ids),
-        "seen": {"rule": "report", "reason": "not asked", "excluded": []},
+        "seen": {"rule": "report", "passport": None, "reason": "not asked", "excluded": []},
         "collisions": None,
         "bootstrap": {"by_cluster": "95 %"},
         "clusters": {"by": "image", "images": len(ids), "repeats_merged": 0, "clusters": len(ids)},
@@ -310,7 +311,8 @@ def result(name: str, split: str, part: str, ids: list[str], *, synthetic: bool 
         "images": [{"id": i, **image} for i in ids],
         "manifest": {"pixels": ids},
         "tables": {},
-        "environment": {"created": "2026-01-01", "git_revision": None, "versions": {}},
+        "surface_tolerance_pixels": TOLERANCE,
+        "environment": environment_record(),
     }
     return content | {"digest": digest_of(content)}
 

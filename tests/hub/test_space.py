@@ -117,7 +117,7 @@ def test_requirements_follow_the_packages_own_ranges_and_the_tested_gradio(tiny,
     with pytest.raises(UsageError, match="--trust-remote-code"):
         export_space(tmp_path / "coded", models=[own])
     coded = export_space(tmp_path / "coded", models=[own], trust_remote_code=True) / "requirements.txt"
-    assert "timm" not in plain.read_text() and {"timm>=1.0.21,<2", "torchvision>=0.24,<1"} <= set(
+    assert "timm" not in plain.read_text() and {"timm>=1.0.31,<2", "torchvision>=0.25,<1"} <= set(
         coded.read_text().split()
     )
     repository = Path(__file__).resolve().parents[2]

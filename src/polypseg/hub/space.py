@@ -33,7 +33,7 @@ from polypseg.tables import Column, Table
 GRADIO = "6.31.0"
 """The version that the app was tested with; a Space installs exactly this one."""
 TITLE = "Polyp segmentation"
-OWN_CODE = ("timm>=1.0.21,<2", "torchvision>=0.24,<1")
+OWN_CODE = ("timm>=1.0.31,<2", "torchvision>=0.25,<1")
 """What models that bring their own code need besides the app's requirements."""
 EXAMPLES = (("a", 1), ("a", 2), ("a", 5), ("b", 2), ("b", 3), ("b", 7))
 """Camera and index of the synthetic examples."""
