@@ -111,7 +111,8 @@ np.savez(sys.argv[3], **out)
 def test_exported_folder_works_where_polypseg_cannot_be_imported(source, exported, tmp_path):
     frame = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 130, 3), dtype=np.uint8))
     frame.save(tmp_path / "frame.png")
-    command = [sys.executable, "-c", PLAIN, str(exported), str(tmp_path / "frame.png"), str(tmp_path / "out.npz")]
+    # -B: the folder stays as it was exported
+    command = [sys.executable, "-B", "-c", PLAIN, str(exported), str(tmp_path / "frame.png"), str(tmp_path / "out.npz")]
     done = processes.run(command, capture_output=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     model, processor = load_model(str(source))
