@@ -19,7 +19,7 @@ QUIET_CORES = 0.1
 QUIET_SPREAD = 0.25
 """How far the middle half of a way's times may reach, as a fraction of their median."""
 
-SHORTEST = 0.02
+SHORTEST = 0.1
 """Seconds that a repeat takes at least: what is faster is done several times in it, and its time divided."""
 
 
