@@ -44,7 +44,7 @@ def test_ratio_is_of_medians_and_the_first_round_is_not_counted(monkeypatch):
 
 def test_what_is_fast_is_done_several_times_in_a_repeat(monkeypatch):
     tool, calls = load("side_by_side"), []
-    clock = iter([0, 0.005, 0.005, 0.105, *(t for k in range(2) for t in (k, k + 0.2, k + 0.5, k + 0.6))])
+    clock = iter([0, 0.00501, 0.00501, 0.205, *(t for k in range(2) for t in (k, k + 0.2, k + 0.5, k + 0.6))])
     monkeypatch.setattr(tool.time, "perf_counter", lambda: next(clock))
     (row,) = tool.side_by_side("job", {"before": lambda: calls.append(0), "now": lambda: None}, repeats=2)
     assert (
