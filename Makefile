@@ -32,7 +32,7 @@ check: $(INSTALLED)  ## format, lint, types, fast tests
 	$(MAKE) fast-test
 
 fast-test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not real_data"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow and not real_data"
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
