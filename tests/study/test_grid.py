@@ -213,10 +213,10 @@ def test_workers_share_the_tasks_and_do_none_twice(tmp_path):
 
 def test_killed_workers_task_is_done_by_another(tmp_path):
     slow = Chore(number=0, folder=tmp_path, seconds=600)
-    fork = multiprocessing.get_context("fork")
-    victim = fork.Process(target=work, args=([slow], tmp_path / "claims"))
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
+    victim = spawn.Process(target=work, args=([slow], tmp_path / "claims"))
     victim.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (tmp_path / "log").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(victim.pid, signal.SIGKILL)
