@@ -18,7 +18,6 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from polypseg.data.sources import kind_of_file
 from polypseg.errors import PolypSegError, UsageError
 
 MASK_THRESHOLD = 127  # JPEG and resampled masks are not binary; nonzero would grow them by up to 9 % Dice
@@ -355,6 +354,8 @@ def as_frame(image: Any, *, name: str = "the frame") -> Image.Image:
     if isinstance(image, str | Path):
         try:
             if os.path.lexists(image) and not Path(image).is_file():  # reading a pipe would wait for ever
+                from polypseg.data.sources import kind_of_file  # late: a first mask need not wait for archives
+
                 raise UsageError(f"cannot read {image}: it is {kind_of_file(Path(image))}")
             return decode_frame(Path(image).read_bytes(), name=str(image))
         except OSError as error:
