@@ -7,6 +7,8 @@ INSTALLED := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 # Compiled modules are kept, whatever the environment says: each start would otherwise compile torch anew (11 s).
 unexport PYTHONDONTWRITEBYTECODE
+# Of pytest: a worker a core, the tests of a file by one of them.
+ON_ALL_CORES := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-long check fast-test format bench bench-full faults hub hub-configs cards web docs release clean
 
@@ -18,7 +20,7 @@ demo: $(INSTALLED)  ## the shipped model on three real frames, then all twelve r
 
 test: $(INSTALLED)  ## every test; those on real data run where ../shared/data or $$POLYPSEG_DATA is present
 	@echo "== Running all tests"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --durations 20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ON_ALL_CORES) --max-worker-restart 0 --durations 20
 
 test-long: $(INSTALLED)  ## the two tests that take minutes each: two nodes under Slurm's rules, WebGPU in software
 	@echo "== Running the tests of minutes"
@@ -32,7 +34,7 @@ check: $(INSTALLED)  ## format, lint, types, fast tests
 	$(MAKE) fast-test
 
 fast-test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow and not real_data"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ON_ALL_CORES) -m "not slow and not real_data"
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -1,10 +1,10 @@
 """The tables about the shipped model on README and docs, from its receipts and kept measurements."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polypseg.data.catalog import DATASETS, NEGATIVES
+from polypseg.data.catalog import NEGATIVES, title_of
 from polypseg.evaluation.receipt import Receipt, find_receipts
 from polypseg.evaluation.receipt_reading import cell_of, size_of
 from polypseg.files import read_json, write_text
@@ -80,16 +80,22 @@ def runs_table(folder: Path) -> str:
     for file in sorted(folder.glob("*.epochs.csv")):
         _, name, _ = file.name.split(".", maxsplit=2)
         epochs = read_epochs(file)
-        dice = " ".join(f"{float(row['validation_dice']):.3f}".removeprefix("0") for row in epochs)
         hours = training_hours(epochs, load_recipe(name)) or 0
-        records.append({"recipe": name, "epochs": len(epochs), "hours": hours, "dice": dice})
+        records.append({"recipe": name, "epochs": len(epochs), "hours": hours, "dice": _dice_by_epoch(epochs)})
     columns = [
         Column("recipe", "recipe", "`{}`".format),
         Column("epochs", "epochs"),
         Column("hours of training", "hours", "{:.1f}".format),
-        Column("validation Dice after each epoch", "dice"),
+        _DICE_BY_EPOCH,
     ]
     return Table(columns=columns, records=records).markdown()
+
+
+_DICE_BY_EPOCH = Column("validation Dice after each epoch", "dice")
+
+
+def _dice_by_epoch(epochs: Sequence[Mapping[str, str]]) -> str:
+    return " ".join(f"{float(row['validation_dice']):.3f}".removeprefix("0") for row in epochs)
 
 
 def search_table(folder: Path) -> str:
@@ -105,9 +111,9 @@ def search_table(folder: Path) -> str:
         common = common or changes
         own = [change for change in changes if change not in common]
         epochs = read_epochs(folder / file.name.replace(".recipe.yaml", ".epochs.csv"))
-        dice = " ".join(f"{float(row['validation_dice']):.3f}".removeprefix("0") for row in epochs)
-        records.append({"changes": ", ".join(f"`{change}`" for change in own) or "–", "dice": dice})
-    columns = [Column("changed", "changes"), Column("validation Dice after each epoch", "dice")]
+        changed = ", ".join(f"`{change}`" for change in own) or "–"
+        records.append({"changes": changed, "dice": _dice_by_epoch(epochs)})
+    columns = [Column("changed", "changes"), _DICE_BY_EPOCH]
     told = ", ".join(f"`{change}`" for change in common)
     return f"All by the recipe `starter` with {told}:\n\n{Table(columns=columns, records=records).markdown()}"
 
@@ -140,15 +146,11 @@ def robustness_table(file: Path) -> str:
     ]
     tested, clean = found["dataset"], found["clean"]
     title = (
-        f"{_title(tested['name'])}, {tested['split']} {tested['part']} part, n = {tested['n']}; clean "
+        f"{title_of(tested['name'])}, {tested['split']} {tested['part']} part, n = {tested['n']}; clean "
         f"{with_bounds(clean['mean'], clean['low'], clean['high'])}; over all kinds and severities "
         f"{found['mean_relative_drop']:.0%} of it is lost:"
     )
     return f"{title}\n\n{Table(columns=columns, records=records).markdown()}"
-
-
-def _title(dataset: str) -> str:
-    return DATASETS[dataset].title if dataset in DATASETS else dataset
 
 
 def shift_table(file: Path) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from polypseg.data.catalog import DATASETS, may_be_public
+from polypseg.data.catalog import DATASETS, is_synthetic_name, may_be_public
 from polypseg.data.polyps import PolypDataset, open_dataset
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.metrics import pixel_counts, standard_scores
@@ -95,7 +95,7 @@ def build_galleries(
         raise UsageError(f"no receipt is of the dataset {min(unknown)!r}, for which a source is given")
     tests = [test for test in (material.inside, material.outside) if test in material.tests]
     for name in {test[0] for test in tests} - set(opened):
-        if masks is not None and permission(name) and (name in sources or name.startswith("synthetic_")):
+        if masks is not None and permission(name) and (name in sources or is_synthetic_name(name)):
             values = (mask_values or {}).get(name)
             opened[name] = open_dataset(name, source=sources.get(name), allow_partial=True, mask_values=values)
     return [_gallery(material, test, masks=masks, dataset=opened.get(test[0])) for test in tests]

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from polypseg.data.catalog import is_synthetic_name
 from polypseg.data.polyps import SyntheticOptions, open_dataset
 from polypseg.files import bundled_folder, sole_writer
 from polypseg.provenance.origin import describe_start
@@ -100,7 +101,7 @@ def _print_plan(grid: Grid, tasks: list[Task], *, console: Console) -> None:
 def next_step(grid: Grid, first: FinetuneTask, report: Path) -> str:
     """What to do after this study, in one line; ``first``: the first of its rows."""
     opened = f"open {report} in a browser; then "
-    if grid.comparison is not None and grid.comparison.in_distribution.startswith("synthetic_"):
+    if grid.comparison is not None and is_synthetic_name(grid.comparison.in_distribution):
         return opened + (
             "do the same on real frames: `polypseg data list` says where they are, and `polypseg study --scale small "
             "--in-distribution kvasir_seg --out-of-distribution cvc_clinicdb --output runs/small` continues"

@@ -53,8 +53,9 @@ def work_together(grid: Grid, data: GridData, tasks: Sequence[Task], *, console:
     fails at this one tries again, and raises.
     """
     threads = torch.get_num_threads()
-    with _coworkers(grid, data, count=workers - 1, threads=max(1, threads // workers), console=console):
-        torch.set_num_threads(max(1, threads // workers))
+    share = max(1, threads // workers)
+    with _coworkers(grid, data, count=workers - 1, threads=share, console=console):
+        torch.set_num_threads(share)
         try:
             work_through(tasks, claims_folder(data), console=console, pause=PAUSE if workers == 1 else _SHORT_PAUSE)
         finally:
