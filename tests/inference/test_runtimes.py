@@ -155,7 +155,8 @@ def test_bilinear_resize_is_torchs(small, large):
     theirs = torch.nn.functional.interpolate(
         torch.from_numpy(values)[None, None], size=large, mode="bilinear", align_corners=False
     )[0, 0]
-    np.testing.assert_allclose(resize_bilinear(values, large), theirs.numpy(), rtol=0, atol=2e-6)
+    # 5e-7 from torch's kernels of AVX2 and AVX-512, 5.5e-6 from those without fused multiply-add, which round places.
+    np.testing.assert_allclose(resize_bilinear(values, large), theirs.numpy(), rtol=0, atol=1e-5)
 
 
 def test_sigmoid_is_torchs_and_does_not_overflow():

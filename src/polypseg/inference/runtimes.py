@@ -372,7 +372,7 @@ def _checked(logits: Logits, *, model: str, names: Sequence[str]) -> Logits:
 
 
 def resize_bilinear(values: Logits, size: tuple[int, int]) -> Logits:
-    """(h, w) -> (H, W) of ``size``: bilinear, no antialias, corners not aligned, as torch's to about 1e-6."""
+    """(h, w) -> (H, W) of ``size``: bilinear, no antialias, corners not aligned, as torch's to about 6e-6."""
     rows = _interpolate(np.ascontiguousarray(values, dtype=np.float32), size[0])
     return np.ascontiguousarray(_interpolate(np.ascontiguousarray(rows.T), size[1]).T)
 
