@@ -2,7 +2,8 @@
 """Measure `polypseg adapt` with few labeled clips: what each method gains on frames of others, and what is shipped.
 
 Plans are chosen on `development` (another hospital's set and corrupted validation frames, no cross-validation);
-`test` runs the command's own adaptation on clips of CVC-ClinicDB and scores what it ships on frames of other clips.
+`test` runs the command's own adaptation on clips of CVC-ClinicDB and scores what it ships on frames of other clips;
+`ceiling` gives each method frames of the tested clips themselves, and more steps: what labels could gain at best.
 Every line of the output is one draw, written when it is done.
 """
 
@@ -31,6 +32,10 @@ CANDIDATES: tuple[Plan, ...] = (
     *(TuningPlan(part="network", steps=8, learning_rate=rate, reduction=0.75) for rate in (3e-5, 1e-4)),
     *(TuningPlan(part="decoder", steps=12, learning_rate=rate, reduction=0.75) for rate in (3e-4, 1e-3)),
     StatisticsPlan(prior=256),
+)
+CEILING: tuple[Plan, ...] = (
+    *LABELED_PLANS,
+    TuningPlan(part="network", steps=48, learning_rate=1e-4, reduction=0.75),
 )
 Draw = tuple[str, list[Labeled], list[Labeled]]
 
@@ -65,8 +70,13 @@ def development_draws(data: Path, *, draws: int, frames: int, tested: int) -> It
         yield f"Kvasir-SEG, {kind}, {draw}", read(corrupted, given, given), read(corrupted, others, others)
 
 
-def test_draws(data: Path, *, draws: int, first: int, frames: int, tested: int) -> Iterator[Draw]:
-    """Five clips of CVC-ClinicDB with ``frames`` in all, and as many of each other clip as make up ``tested``."""
+def test_draws(
+    data: Path, *, draws: int, first: int, frames: int, tested: int, from_tested: bool = False
+) -> Iterator[Draw]:
+    """Five clips of CVC-ClinicDB with ``frames`` in all, and as many of each other clip as make up ``tested``.
+
+    ``from_tested``: as many frames as are tested, of the tested clips, instead of those of the five.
+    """
     cvc = open_dataset("cvc_clinicdb", source=data / "CVC-ClinicDB")
     clips: dict[str, list[str]] = {}
     for record in cvc.records:
@@ -74,9 +84,14 @@ def test_draws(data: Path, *, draws: int, first: int, frames: int, tested: int) 
     for draw in range(first, first + draws):
         rng = np.random.default_rng(draw)
         order = [sorted(clips)[place] for place in rng.permutation(len(clips))]
-        given = [(name, clip) for clip in order[:FOLDS] for name in _evenly(clips[clip], frames // FOLDS)]
         rest = order[FOLDS:]
-        others = [(name, clip) for clip in rest for name in _evenly(clips[clip], max(1, tested // len(rest)))]
+        each = max(1, tested // len(rest))
+        others = [(name, clip) for clip in rest for name in _evenly(clips[clip], each)]
+        if from_tested:
+            left = {clip: [name for name in clips[clip] if (name, clip) not in others] for clip in rest}
+            given = [(name, clip) for clip in rest for name in _evenly(left[clip], each)]
+        else:
+            given = [(name, clip) for clip in order[:FOLDS] for name in _evenly(clips[clip], frames // FOLDS)]
         shown, tried = (read(cvc, *zip(*chosen, strict=True)) for chosen in (given, others))
         yield f"CVC-ClinicDB, {draw}", shown, tried
 
@@ -91,7 +106,7 @@ def by_clip(model: PolypSegForSemanticSegmentation, tested: Sequence[Labeled]) -
 
 
 def measure(
-    purpose: Annotated[Literal["development", "test"], Argument(help="Which draws.")],
+    purpose: Annotated[Literal["development", "test", "ceiling"], Argument(help="Which draws.")],
     data: Annotated[Path, Option(help="Folder of Kvasir-SEG, PolypGen-C3 and CVC-ClinicDB.")],
     output: Annotated[Path, Option(help="File of JSON lines, appended to.")],
     draws: Annotated[int, Option(min=1)] = 10,
@@ -104,16 +119,19 @@ def measure(
     if purpose == "development":
         chosen = development_draws(data, draws=draws, frames=frames, tested=tested)
     else:
-        chosen = test_draws(data, draws=draws, first=first, frames=frames, tested=tested)
+        chosen = test_draws(
+            data, draws=draws, first=first, frames=frames, tested=tested, from_tested=purpose == "ceiling"
+        )
     for name, given, others in chosen:
         began = time.process_time()
         before = by_clip(model, others)
-        line: dict[str, object] = {"draw": name, "given": len(given), "tested": len(others), "before": before}
-        if purpose == "development":
+        line: dict[str, object] = {"purpose": purpose, "draw": name, "given": len(given), "tested": len(others)}
+        line["before"] = before
+        if purpose != "test":
             pairs = resize_pairs(
                 [one.frame for one in given], [one.truth for one in given], size=model.config.image_size
             )
-            for plan in CANDIDATES:
+            for plan in CANDIDATES if purpose == "development" else CEILING:
                 line[repr(plan)] = by_clip(adapt_model(model, pairs, plan), others) - before
                 print(name, before, plan, line[repr(plan)], flush=True)
         else:
