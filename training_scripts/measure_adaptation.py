@@ -22,7 +22,9 @@ from polypseg.data.polyps import PolypDataset, corrupt_dataset, open_dataset
 from polypseg.expectation.adapt import FOLDS, LABELED_PLANS, adapt_labeled, score_frames
 from polypseg.expectation.calibrate import Labeled, open_pairs
 from polypseg.expectation.intervals import group_means
+from polypseg.files import file_sha256
 from polypseg.hub.export import our_model
+from polypseg.inference.runtimes import WEIGHTS
 from polypseg.modeling import PolypSegForSemanticSegmentation
 from polypseg.provenance.local import starter_folder
 from polypseg.training.adaptation import Plan, StatisticsPlan, TuningPlan, adapt_model, resize_pairs
@@ -115,7 +117,8 @@ def measure(
     tested: Annotated[int, Option(min=10, help="Frames that are scored.")] = 48,
 ) -> None:
     """Write a line per draw with the Dice before and what was gained."""
-    model = our_model(starter_folder())
+    folder = starter_folder()
+    model, digest = our_model(folder), file_sha256(folder / WEIGHTS)
     if purpose == "development":
         chosen = development_draws(data, draws=draws, frames=frames, tested=tested)
     else:
@@ -126,7 +129,7 @@ def measure(
         began = time.process_time()
         before = by_clip(model, others)
         line: dict[str, object] = {"purpose": purpose, "draw": name, "given": len(given), "tested": len(others)}
-        line["before"] = before
+        line |= {"before": before, "model": digest}
         if purpose != "test":
             pairs = resize_pairs(
                 [one.frame for one in given], [one.truth for one in given], size=model.config.image_size
