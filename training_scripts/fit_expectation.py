@@ -1,6 +1,8 @@
 """Learn a model's expected Dice, margin and operating point; write them into its folder and onto the page of docs.
 
-python training_scripts/fit_expectation.py src/polypseg/starter --page docs/estimate.md
+python training_scripts/fit_expectation.py src/polypseg/starter --page docs/estimate.md --measured docs/estimate
+
+``--only-page`` renders what was learned before.
 """
 
 from pathlib import Path
@@ -10,7 +12,10 @@ import typer
 from typer import Argument, Option
 
 from polypseg.cli.console import run_script
+from polypseg.errors import UsageError
 from polypseg.files import read_json, write_text
+from polypseg.inference.expected import EXPECTATION
+from polypseg.inference.operating_point import OPERATING_POINT
 from polypseg.provenance.local import STARTER_FOLDER
 
 
@@ -21,15 +26,21 @@ def main(
         "runs/expectation"
     ),
     page: Annotated[Path | None, Option(help="Also render the page of what was learned.")] = None,
+    measured: Annotated[Path | None, Option(help="With --page: folder of measured adaptations and time.")] = None,
+    only_page: Annotated[bool, Option("--only-page", help="Learn nothing: render the page.")] = False,
 ) -> None:
     """Measure the model under many conditions, learn what to expect of it, and check that on what was held out."""
     from polypseg.expectation.fit import learn_model
     from polypseg.expectation.page import render_page
 
-    learned, point = learn_model(model, data_dir=data, cache=cache, echo=typer.echo)
-    typer.echo(f"{learned}\n{point}")
+    if page is None and (only_page or measured is not None):
+        raise UsageError("say with --page where the page is to be written")
+    learned, point = model / EXPECTATION, model / OPERATING_POINT
+    if not only_page:
+        learned, point = learn_model(model, data_dir=data, cache=cache, echo=typer.echo)
+        typer.echo(f"{learned}\n{point}")
     if page is not None:
-        typer.echo(write_text(page, render_page(read_json(learned), read_json(point))))
+        typer.echo(write_text(page, render_page(read_json(learned), read_json(point), measured=measured)))
 
 
 if __name__ == "__main__":

@@ -368,7 +368,28 @@ def test_page_is_rendered_from_what_was_measured():
 
     learned, point = (read_json(STARTER_FOLDER / name) for name in ("expectation.json", OPERATING_POINT))
     page = (REPOSITORY / "docs" / "estimate.md").read_text()
-    assert page == render_page(learned, point), "run training_scripts/fit_expectation.py --page docs/estimate.md"
+    measured = REPOSITORY / "docs" / "estimate"
+    assert page == render_page(learned, point, measured=measured), (
+        "run training_scripts/fit_expectation.py --only-page --page docs/estimate.md --measured docs/estimate"
+    )
+
+
+@shipped
+def test_page_shows_the_measured_adaptation_and_refuses_that_of_other_weights(tmp_path):
+    learned, point = (read_json(STARTER_FOLDER / name) for name in ("expectation.json", OPERATING_POINT))
+    digest = learned["model"]["sha256"]["model.safetensors"]
+    said = {"gain": 0.021, "bound": -0.002, "adapted": False, "groups": 5}
+    common = {"draw": "CVC-ClinicDB, 0", "given": 30, "before": 0.845, "model": digest}
+    plans = {"TuningPlan(steps=8)": 0.031, "StatisticsPlan(prior=64)": -0.004}
+    draws = [common | {"purpose": "test", "said": said, "gain": 0.0}, common | {"purpose": "ceiling"} | plans]
+    file = tmp_path / "adaptation.jsonl"
+    file.write_text("".join(json.dumps(draw) + "\n" for draw in draws))
+    page = render_page(learned, point, measured=tmp_path)
+    assert "| CVC-ClinicDB, 0 | 0.845 | +0.021 | -0.002 | no | +0.000 | +0.031 |" in page
+    assert "mean of 1 draws | +0.000 | -.005 | +.03 | floor met |" in page
+    file.write_text(file.read_text().replace(digest, "0" * 64))
+    with pytest.raises(PolypSegError, match="other weights"):
+        render_page(learned, point, measured=tmp_path)
 
 
 @shipped

@@ -1,22 +1,36 @@
 """docs/estimate.md: how to ask what quality to expect, and what the answers were worth where they could be checked."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from polypseg.errors import PolypSegError
 from polypseg.expectation.estimate import LEAST
 from polypseg.expectation.fit import WORTH
+from polypseg.files import read_json
 from polypseg.inference.expected import FLAGS
 from polypseg.report.document import TEMPLATES
 from polypseg.tables import template_environment
 
 _NAMES = {"set": "real set", "corruption": "corruption", "model": "other model"}
+ADAPTATION, TIME = "adaptation.jsonl", "time.json"
+"""Of training_scripts/measure_adaptation.py, and of benchmarks/estimate_time.py."""
 Rows = list[tuple[str, ...]]
+Records = Sequence[Mapping[str, Any]]
 
 
-def render_page(learned: Mapping[str, Any], point: Mapping[str, Any]) -> str:
-    """The page as Markdown, of an expectation file's content and an operating point's."""
+def render_page(learned: Mapping[str, Any], point: Mapping[str, Any], *, measured: Path | None = None) -> str:
+    """The page as Markdown, of an expectation file's content and an operating point's.
+
+    ``measured``: folder of the measured adaptations and time, of the same weights. Raises PolypSegError for others'.
+    """
     evidence, cells = learned["evidence"], learned["learnt_from"]
     name, digest = next(iter(learned["model"]["sha256"].items()))
+    draws, time = _read_measured(measured, digest=digest)
+    tested = [draw for draw in draws if draw["purpose"] == "test"]
+    ceilings = {draw["draw"]: draw for draw in draws if draw["purpose"] == "ceiling"}
     environment = template_environment(TEMPLATES, escape=False)
     return environment.get_template("estimate.md.jinja").render(
         least=LEAST,
@@ -25,7 +39,12 @@ def render_page(learned: Mapping[str, Any], point: Mapping[str, Any]) -> str:
         learned=learned,
         weights=f"`{name}`, SHA-256 `{digest[:16]}…`",
         sets=sum(row["sort"] == "set" for row in evidence["units"]),
-        bounds=_bounds(learned),
+        bounds=[*_bounds(learned), *_adaptation_bounds(tested, ceilings), *_time_bounds(time)],
+        time=time,
+        draws=_draws(tested, ceilings),
+        clips=sorted({draw["said"]["groups"] for draw in tested}),
+        given=sorted({draw["given"] for draw in tested}),
+        shipped=sum(draw["said"]["adapted"] for draw in tested),
         candidates=_candidates(learned),
         units=_units(evidence),
         margin=evidence["margin"],
@@ -40,6 +59,19 @@ def render_page(learned: Mapping[str, Any], point: Mapping[str, Any]) -> str:
         severities=sorted({cell["severity"] for cell in cells} - {0}),
         models=sorted({cell["model"] for cell in cells}),
     )
+
+
+def _read_measured(folder: Path | None, *, digest: str) -> tuple[Records, Mapping[str, Any] | None]:
+    """The draws of adaptation and the record of time in a folder, those that there are."""
+    draws: list[dict[str, Any]] = []
+    time: dict[str, Any] | None = None
+    if folder is not None and (folder / ADAPTATION).is_file():
+        draws = [json.loads(line) for line in (folder / ADAPTATION).read_text(encoding="utf-8").splitlines()]
+    if folder is not None and (folder / TIME).is_file():
+        time = read_json(folder / TIME)
+    if any(record["model"] != digest for record in (*draws, *([time] if time else []))):
+        raise PolypSegError(f"{folder} was measured of other weights than {digest[:16]}: measure again")
+    return draws, time
 
 
 def _n(value: float | None, digits: int = 3) -> str:
@@ -131,6 +163,50 @@ def _refusal_bounds(learned: Mapping[str, Any]) -> Rows:
         refused = [row["refused"] for row in learned["refusals"] if row["to_refuse"] == wanted]
         verdict = _met(sum(refused) / len(refused), floor, aim, smaller=not wanted)
         rows.append((words, f"{sum(refused)} of {len(refused)}", f"{floor:.0%}", f"{aim:.0%}", verdict))
+    return rows
+
+
+def _ceiling(draw: Mapping[str, Any]) -> float:
+    """The most that a method gained with labels of the tested clips, chosen on the tested frames themselves."""
+    return max(value for key, value in draw.items() if key.startswith(("TuningPlan", "StatisticsPlan")))
+
+
+def _adaptation_bounds(tested: Records, ceilings: Mapping[str, Mapping[str, Any]]) -> Rows:
+    if not tested:
+        return []
+    gain = fmean(draw["gain"] for draw in tested)
+    words = f"gain of `adapt` on other clips of CVC-ClinicDB, mean of {len(tested)} draws"
+    rows: Rows = [(words, f"{gain:+.3f}", "-.005", "+.03", _met(gain, -0.005, 0.03))]
+    if ceilings:
+        most = fmean(map(_ceiling, ceilings.values()))
+        words = f"the most that its methods gain with labels of the tested clips, mean of {len(ceilings)} draws"
+        rows.append((words, f"{most:+.3f}", "", "", ""))
+    return rows
+
+
+def _time_bounds(time: Mapping[str, Any] | None) -> Rows:
+    if time is None:
+        return []
+    words = f"time of `estimate` for {time['frames']} frames, {time['cores']} cores ({time['processor']})"
+    verdict = _met(time["median"], 120, 40, smaller=True)
+    return [(words, f"{time['median']:.0f} s", "2 min", "40 s", verdict)]
+
+
+def _draws(tested: Records, ceilings: Mapping[str, Mapping[str, Any]]) -> Rows:
+    rows: Rows = []
+    for draw in tested:
+        said, ceiling = draw["said"], ceilings.get(draw["draw"])
+        rows.append(
+            (
+                draw["draw"],
+                _n(draw["before"]),
+                f"{said['gain']:+.3f}",
+                f"{said['bound']:+.3f}",
+                "yes" if said["adapted"] else "no",
+                f"{draw['gain']:+.3f}",
+                "–" if ceiling is None else f"{_ceiling(ceiling):+.3f}",
+            )
+        )
     return rows
 
 
