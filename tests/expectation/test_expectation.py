@@ -29,6 +29,7 @@ from polypseg.expectation.intervals import (
 from polypseg.expectation.learner import LEARNERS, learn_linear, learn_steps, predict
 from polypseg.expectation.page import render_page
 from polypseg.files import read_json
+from polypseg.inference import gate
 from polypseg.inference.expected import read_expectation
 from polypseg.inference.features import ALL, SINGLE, compare_views, describe, look_at, to_colors
 from polypseg.inference.gate import describe_place, learn_gate
@@ -78,6 +79,22 @@ def test_features_see_doubt():
     assert sure["soft_dice"] > unsure["soft_dice"] and sure["entropy"] < unsure["entropy"]
     assert sure["doubt"] < unsure["doubt"] and sure["threshold_dice"] > unsure["threshold_dice"]
     assert compare_views(logits, [logits, -logits])["agree_least"] == 0
+
+
+@pytest.mark.parametrize("wanted", [("soft_dice",), ("inside", "at_border"), ("soft_dice", "entropy"), ("grain",)])
+def test_features_that_are_wanted_are_those_of_all(wanted):
+    colors = np.random.default_rng(0).random((3, 40, 40)).astype(np.float32)
+    y, x = np.mgrid[:40, :40]
+    for logits in (10 - np.hypot(y - 20, x - 20), np.full((40, 40), -5.0)):
+        whole, part = (describe(logits.astype(np.float32), colors, features=names) for names in (SINGLE, wanted))
+        assert whole.keys() == set(SINGLE) and set(wanted) <= part.keys()
+        assert part == {name: whole[name] for name in part}
+
+
+@pytest.mark.parametrize("shape", [(7, 9), (8, 9), (1, 2), (1, 1), (64, 64)])
+def test_median_is_numpys(shape):
+    values = np.random.default_rng(0).random(shape).astype(np.float32)
+    assert gate._median(values) == np.median(values) and gate._median(values).dtype == np.float32
 
 
 @pytest.mark.parametrize("seed", range(4))

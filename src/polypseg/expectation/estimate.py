@@ -226,9 +226,10 @@ def _look(
     colors = to_colors(pixels, segmenter.processor)
     if learned.gate.unlike(describe_place(colors)[None])[0]:
         return FrameEstimate(name=name, group=group, expected_dice=None, flag=UNLIKE, polyp_share=0.0), None
-    look = look_at(segmenter, [image], views=views, names=[name])[0]
-    share = float((look.logits > 0).mean())
     predictor = learned.three_passes
+    own = set(predictor.features) - set(VIEW_FEATURES)
+    look = look_at(segmenter, [image], views=views, names=[name], features=own)[0]
+    share = float((look.logits > 0).mean())
     value = float(predictor(np.array([[look.features[feature] for feature in predictor.features]]))[0])
     flag = EMPTY if share == 0 else learned.of_frame(look.logits, pixels, segmenter.processor).flag
     expected = None if flag == EMPTY else value

@@ -67,7 +67,7 @@ class Expectation:
             return FrameExpectation(expected_dice=None, flag=UNLIKE)
         if not (logits > 0).any():
             return FrameExpectation(expected_dice=None, flag=EMPTY)
-        features = describe(logits, colors)
+        features = describe(logits, colors, features=self.one_pass.features)
         expected = float(self.one_pass(np.array([[features[name] for name in self.one_pass.features]]))[0])
         return FrameExpectation(expected_dice=expected, flag=DOUBTFUL if expected < self.doubtful_below else "")
 

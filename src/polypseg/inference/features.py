@@ -1,6 +1,6 @@
 """Numbers of a frame and a model's answer to it, from which the expected Dice is read; NumPy alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +72,18 @@ class Look:
     features: Mapping[str, float]
 
 
-def look_at(segmenter: Any, frames: Sequence[Image.Image], *, views: bool, names: Sequence[str] = ()) -> list[Look]:
+def look_at(
+    segmenter: Any,
+    frames: Sequence[Image.Image],
+    *,
+    views: bool,
+    names: Sequence[str] = (),
+    features: Collection[str] = SINGLE,
+) -> list[Look]:
     """RGB frames of any size -> what the segmenter says of each; ``views``: two more passes, for ``VIEW_FEATURES``.
 
-    Raises PolypSegError for outputs that are not finite.
+    ``features``: those of the frame's own pass that are wanted; others may be there or not. Raises PolypSegError for
+    outputs that are not finite.
     """
     looks = []
     for number, frame in enumerate(frames):
@@ -83,10 +91,10 @@ def look_at(segmenter: Any, frames: Sequence[Image.Image], *, views: bool, names
         pixels = segmenter.prepare([frame])
         colors = to_colors(pixels[0], segmenter.processor)
         logits = segmenter.runtime.polyp_logits(pixels, names=[name])[0]
-        features = describe(logits, colors)
+        found = describe(logits, colors, features=features)
         if views:
-            features |= agreement(segmenter, pixels[0], colors, logits, name=name)
-        looks.append(Look(logits=logits, features=features))
+            found |= agreement(segmenter, pixels[0], colors, logits, name=name)
+        looks.append(Look(logits=logits, features=found))
     return looks
 
 
@@ -100,19 +108,43 @@ def to_colors(pixels: Plane, processor: Any) -> Plane:
     return np.clip(pixels * deviation + mean, 0, 1)
 
 
-def describe(logits: Plane, colors: Plane) -> dict[str, float]:
-    """Logits (h, w) and colors (3, H, W) in 0 to 1, of any size -> ``SINGLE`` features by name."""
-    if colors.shape[1:] != logits.shape:
-        colors = np.stack([resize_bilinear(plane, logits.shape) for plane in colors])
-    return _describe_mask(logits, colors) | _describe_frame(colors)
+def describe(logits: Plane, colors: Plane, *, features: Collection[str] = SINGLE) -> dict[str, float]:
+    """Logits (h, w) and colors (3, H, W) in 0 to 1, of any size -> the features of ``SINGLE`` that are wanted, by name.
+
+    They are made in groups; others of a wanted one's group come with it.
+    """
+    found = _describe_areas(logits)
+    if not found.keys() >= set(features):
+        if colors.shape[1:] != logits.shape:
+            colors = np.stack([resize_bilinear(plane, logits.shape) for plane in colors])
+        found |= _describe_outline(logits, colors) | _describe_frame(colors)
+    return found
 
 
-def _describe_mask(logits: Plane, colors: Plane) -> dict[str, float]:
+def _describe_areas(logits: Plane) -> dict[str, float]:
+    """What sums over the frame tell."""
+    probability, mask = sigmoid(logits), logits > 0
+    area = int(mask.sum())
+    if not area:
+        return {"soft_dice": 0.0, "inside": 0.0, "size": 0.0, "at_border": 0.0}
+    inside = float(probability[mask].sum(dtype=np.float64))
+    return {
+        "soft_dice": 2 * inside / (float(probability.sum(dtype=np.float64)) + area),
+        "inside": inside / area,
+        "size": float(np.sqrt(area / mask.size)),
+        "at_border": float(np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean()),
+    }
+
+
+def _describe_outline(logits: Plane, colors: Plane) -> dict[str, float]:
+    """What the outline, its surroundings, the regions and the peak tell."""
     probability = sigmoid(logits)
     mask = logits > 0
     area, pixels = int(mask.sum()), mask.size
     top = np.partition(probability.ravel(), -max(1, pixels // 200))[-max(1, pixels // 200) :]
-    found = dict.fromkeys(MASK_FEATURES, 0.0)
+    found = dict.fromkeys(
+        ("steepness", "entropy", "doubt", "elsewhere", "regions", "largest", "roundness", "contrast"), 0.0
+    )
     found["peak"] = float(top.mean(dtype=np.float64))
     found["threshold_dice"] = dice(probability > 0.3, probability > 0.7)
     if not area:
@@ -124,19 +156,14 @@ def _describe_mask(logits: Plane, colors: Plane) -> dict[str, float]:
     areas = measure_regions(probability, mask=mask).area
     length = int(edge.sum())
     ring = near & ~mask
-    inside = float(probability[mask].sum(dtype=np.float64))
     found |= {
-        "soft_dice": 2 * inside / (float(probability.sum(dtype=np.float64)) + area),
-        "inside": inside / area,
         "steepness": float(np.abs(logits[band]).mean(dtype=np.float64)),
         "entropy": float(-(p * np.log2(p) + (1 - p) * np.log2(1 - p)).mean()),
         "doubt": float(np.log10((probability * (1 - probability)).sum(dtype=np.float64) / length + 1e-3)),
         "elsewhere": float(probability[~near].max()) if not near.all() else 0.0,
-        "size": float(np.sqrt(area / pixels)),
         "regions": float(np.log2(1 + (areas > pixels / 1000).sum())),
         "largest": float(areas.max() / area),
         "roundness": float(np.log10(length**2 / (4 * np.pi * area))),
-        "at_border": float(np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean()),
         "contrast": float(np.linalg.norm(colors[:, mask].mean(axis=1) - colors[:, ring].mean(axis=1)))
         if ring.any()
         else 0.0,

@@ -31,8 +31,15 @@ def describe_place(colors: Plane) -> Floats:
     spreads = [float(np.log10(light[cell].std(dtype=np.float64) + 1e-2)) for cell in cells]
     steps = [np.abs(np.diff(light, axis=axis)) for axis in (0, 1)]
     texture = [float(np.log10(np.mean([step.mean() for step in steps]) + 1e-3))]
-    texture += [float(np.log10(np.mean([np.median(step) for step in steps]) + 1e-3))]
+    texture += [float(np.log10(np.mean([_median(step) for step in steps]) + 1e-3))]
     return np.array(means + spreads + texture)
+
+
+def _median(values: Plane) -> np.floating[Any]:
+    """As ``np.median``, whose partition at two places at once takes ten times as long as this one."""
+    half = values.size // 2
+    parted = np.partition(values, half, axis=None)
+    return parted[half] if values.size % 2 else np.mean([parted[:half].max(), parted[half]])
 
 
 @dataclass(frozen=True, kw_only=True)

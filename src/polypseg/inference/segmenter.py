@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
@@ -421,18 +422,25 @@ def _with_caption(picture: Image.Image, caption: str) -> Image.Image:
     if not caption:
         return picture
     size = max(10, round(picture.height / 40))
-    font = ImageFont.load_default(size)
-    width = font.getlength(caption)
-    if width + size > picture.width:
-        font = ImageFont.load_default(10)
-        size, width = 10, font.getlength(caption)
-        if width + size > picture.width:
-            return picture
+    text = _caption_text(caption, size)
+    if text.width > picture.width and size > 10:
+        size, text = 10, _caption_text(caption, 10)
+    if text.width > picture.width:
+        return picture
     top = picture.height - round(1.6 * size)
     band = picture.crop((0, top, picture.width, picture.height)).point(lambda value: value * 0.35)
     picture.paste(band, (0, top))
-    ImageDraw.Draw(picture).text((size // 2, top + round(0.15 * size)), caption, fill=(255, 255, 255), font=font)
+    picture.paste((255, 255, 255), (0, top), text)
     return picture
+
+
+@lru_cache(maxsize=8)
+def _caption_text(caption: str, size: int) -> Image.Image:
+    """The text of a caption as opacities, with half a letter's height before and after it; all frames share it."""
+    font = ImageFont.load_default(size)
+    text = Image.new("L", (math.ceil(font.getlength(caption) + size), round(1.6 * size)))
+    ImageDraw.Draw(text).text((size // 2, round(0.15 * size)), caption, fill=255, font=font)
+    return text
 
 
 def _boundary(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
