@@ -332,16 +332,16 @@ class Interruption:
     """Stands for Ctrl-C during the n-th frame; counts what the model is asked."""
 
     def __init__(self, segmenter: Segmenter, *, at: int | None = None):
-        self.calls, self._segmenter, self._at = 0, segmenter, at
+        self.calls, self.runtime, self._segmenter, self._at = 0, self, segmenter, at
 
     def __getattr__(self, name):
         return getattr(self._segmenter, name)
 
-    def predict(self, frames, **options):
+    def polyp_logits(self, pixels, **options):
         self.calls += 1
         if self.calls == self._at:
             raise KeyboardInterrupt
-        return self._segmenter.predict(frames, **options)
+        return self._segmenter.runtime.polyp_logits(pixels, **options)
 
 
 @pytest.mark.parametrize("at", [1, 3, 9])  # before the first frame, inside the video, among the images

@@ -151,6 +151,10 @@ class _Frame:
     finished: bool = False
     """Whether an earlier call has finished it."""
     in_finished_video: bool = False
+    pixels: NDArray[np.float32] | None = None
+    """Prepared for the model (3, h, w); None where it is not asked."""
+    logits: NDArray[np.float32] | None = None
+    """The model's answer (h', w')."""
     prediction: Prediction | None = None
     overlay: Image.Image | None = None
     """Of a video's frame."""
@@ -289,19 +293,18 @@ def _segment(
     start = time.perf_counter()
     try:
         with tables.open(), tqdm(total=_count_frames(sources, every), unit="frame", disable=None) as progress:
-            read = in_background(tables.read(sources, every=every, draws=videos.draws), depth=max(_AHEAD, batch_size))
-            predicted = in_background(
-                _predict(read, segmenter, point=point, min_area=min_area, batch_size=batch_size), depth=_AHEAD
-            )
+            entries = _prepare(tables.read(sources, every=every, draws=videos.draws), segmenter)
+            read = in_background(entries, depth=max(_AHEAD, batch_size))
+            predicted = in_background(_predict(read, segmenter, batch_size=batch_size), depth=_AHEAD)
             drawing = _Drawing(
                 output,
+                segmenter,
                 point=point,
                 min_area=min_area,
                 smooth=smooth,
                 save_probability=save_probability,
                 margin=known,
                 stills=kind == "jpg",
-                caption=segmenter.caption,
             )
             with videos, closing(in_background(drawing.draw(predicted), depth=_AHEAD)) as drawn:
                 for entry in drawn:
@@ -418,23 +421,27 @@ def _read_image(path: Path) -> Image.Image:
         raise _UnreadableError(str(error)) from error
 
 
-def _predict(
-    entries: _Entries, segmenter: Segmenter, *, point: OperatingPoint, min_area: int, batch_size: int
-) -> _Entries:
-    """Add predictions to the frames that need one."""
+def _prepare(entries: _Entries, segmenter: Segmenter) -> _Entries:
+    """Add the model's input to the frames that need a prediction."""
+    with closing(entries):
+        for entry in entries:
+            if isinstance(entry, _Frame) and not entry.finished and entry.image is not None:
+                entry = replace(entry, pixels=segmenter.prepare([entry.image])[0])
+            yield entry
+
+
+def _predict(entries: _Entries, segmenter: Segmenter, *, batch_size: int) -> _Entries:
+    """Add the model's answers to the frames that it is asked about."""
     waiting: list[_Entry] = []
 
     def predict() -> Iterator[_Entry]:
-        frames = [entry for entry in waiting if isinstance(entry, _Frame) and not entry.finished]
-        images = [frame.image for frame in frames if frame.image is not None]
-        names = [_called(frame) for frame in frames]
-        options: dict[str, Any] = {"min_area": min_area, "batch_size": batch_size}
-        if segmenter.operating_point is None:
-            options["threshold"] = point.threshold
-        made = iter(segmenter.predict(images, names=names, **options) if images else ())
+        asked = [entry for entry in waiting if isinstance(entry, _Frame) and entry.pixels is not None]
+        pixels = [frame.pixels for frame in asked if frame.pixels is not None]
+        names = [_called(frame) for frame in asked]
+        answers = iter(segmenter.runtime.polyp_logits(np.stack(pixels), names=names) if pixels else ())
         for entry in waiting:
-            if isinstance(entry, _Frame) and not entry.finished:
-                entry = replace(entry, prediction=next(made))
+            if isinstance(entry, _Frame) and entry.pixels is not None:
+                entry = replace(entry, logits=next(answers))
             yield entry
         waiting.clear()
 
@@ -442,7 +449,7 @@ def _predict(
         open_frames = 0
         for entry in entries:
             waiting.append(entry)
-            open_frames += isinstance(entry, _Frame) and not entry.finished
+            open_frames += isinstance(entry, _Frame) and entry.pixels is not None
             if open_frames in (0, batch_size):
                 yield from predict()
                 open_frames = 0
@@ -450,11 +457,12 @@ def _predict(
 
 
 class _Drawing:
-    """Smoothing, flicker, overlays and the pictures' bytes: everything between the model and the disk."""
+    """Predictions, smoothing, flicker, overlays and pictures' bytes: everything between the model and the disk."""
 
     def __init__(
         self,
         output: Path,
+        segmenter: Segmenter,
         *,
         point: OperatingPoint,
         min_area: int,
@@ -462,13 +470,9 @@ class _Drawing:
         save_probability: bool,
         margin: tuple[Margin, float] | None,
         stills: bool,
-        caption: str,
     ):
-        """``stills``: frames of videos get overlays as images do; ``caption``: at the foot of every overlay.
-
-        ``margin``: what is known, and the level.
-        """
-        self._caption = caption
+        """``stills``: frames of videos get overlays as images do. ``margin``: what is known, and the level."""
+        self._segmenter, self._caption = segmenter, segmenter.caption
         self._margin = margin
         self._stills = stills
         self._output, self._point, self._min_area = output, point, min_area
@@ -489,10 +493,16 @@ class _Drawing:
                     entry = self._frame(entry)
                 yield entry
 
+    def _read(self, frame: _Frame) -> Prediction | None:
+        if frame.image is None or frame.pixels is None or frame.logits is None:
+            return None
+        return self._segmenter.read(frame.image, frame.pixels, frame.logits, point=self._point, min_area=self._min_area)
+
     def _frame(self, frame: _Frame) -> _Frame:
-        prediction = frame.prediction
+        prediction = self._read(frame)
         if frame.index is None:
-            return replace(frame, pictures=self._pictures(frame, prediction)) if prediction else frame
+            pictures = self._pictures(frame, prediction) if prediction else {}
+            return replace(frame, prediction=prediction, pictures=pictures, pixels=None, logits=None)
         if frame.in_finished_video:
             return frame
         if prediction is None:
@@ -509,7 +519,7 @@ class _Drawing:
             else draw_overlay(frame.image, _with_mask(mask), caption=self._caption)
         )
         pictures = self._pictures(frame, prediction) if prediction else {}
-        return replace(frame, prediction=prediction, overlay=overlay, pictures=pictures)
+        return replace(frame, prediction=prediction, overlay=overlay, pictures=pictures, pixels=None, logits=None)
 
     def _smoothed(self, prediction: Prediction, *, time: float | None) -> Prediction:
         assert self._smoother is not None
@@ -706,7 +716,7 @@ class _Tables:
                 self._writers[table.path.name] = (csv.DictWriter(file, table.fields, lineterminator="\n"), file)
             yield
 
-    def read(self, sources: Iterable[Source], *, every: int, draws: bool) -> Iterator[_Entry]:
+    def read(self, sources: Iterable[Source], *, every: int, draws: bool) -> _Entries:
         """Everything in the files, in order, without pixels where they are finished.
 
         ``draws``: the frames of an unfinished video all have pixels, for its overlay video.

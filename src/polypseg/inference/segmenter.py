@@ -235,13 +235,30 @@ class Segmenter:
             pixels = self.prepare(batch)
             answers = self.runtime.polyp_logits(pixels, names=called)
             for frame, prepared, logits in zip(batch, pixels, answers, strict=True):
-                resized = self.runtime.resize(logits, (frame.height, frame.width))
-                read = read_logits(resized, point=point, min_area=min_area)
-                if self.expectation is not None and point.is_default:
-                    of_frame = self.expectation.of_frame(logits, prepared, self.processor)
-                    read = replace(read, expected_dice=of_frame.expected_dice, flag=of_frame.flag)
-                predictions.append(replace(read, frame=frame, caption=self.caption))
+                predictions.append(self.read(frame, prepared, logits, point=point, min_area=min_area))
         return predictions
+
+    def read(
+        self,
+        frame: Image.Image,
+        pixels: NDArray[np.float32],
+        logits: NDArray[np.float32],
+        *,
+        point: OperatingPoint | None = None,
+        min_area: int = MIN_AREA,
+    ) -> Prediction:
+        """The runtime's answer (h', w') to one prepared frame (3, h, w) -> its prediction, of the frame's size.
+
+        What ``predict`` does after the model, for those who run the steps in threads of their own. ``point``: how
+        logits become masks, by default the segmenter's.
+        """
+        point = point or self.point()
+        resized = self.runtime.resize(logits, (frame.height, frame.width))
+        found = read_logits(resized, point=point, min_area=min_area)
+        if self.expectation is not None and point.is_default:
+            of_frame = self.expectation.of_frame(logits, pixels, self.processor)
+            found = replace(found, expected_dice=of_frame.expected_dice, flag=of_frame.flag)
+        return replace(found, frame=frame, caption=self.caption)
 
     @property
     def caption(self) -> str:
