@@ -29,8 +29,8 @@ from polypseg.evaluation.evaluate import score_predictions
 from polypseg.files import SAMPLE_FRAMES
 from polypseg.hub.onnx import export_runtime
 from polypseg.inference.model import build_image_processor, load_model
-from polypseg.inference.predictors import open_model
-from polypseg.inference.runtimes import Precision
+from polypseg.inference.predictors import PredictionSource, open_model
+from polypseg.inference.runtimes import ONNX_FILES, Precision
 from polypseg.inference.segment_files import segment_files
 from polypseg.provenance.local import STARTER_FOLDER
 from polypseg.recipe import load_recipe
@@ -106,6 +106,7 @@ def evaluation_rows(*, frames: int, repeats: int) -> list[Row]:
     """Scores of the shipped model on drawn frames of 512x512, receipt included; before: every measure in the loop."""
     data = open_dataset("synthetic_a", synthetic_options=SyntheticOptions(count=frames, size=(512, 512)))
     source, plain = open_model(str(STARTER_FOLDER)), frozen_measures()
+    file = open_model(str(STARTER_FOLDER / ONNX_FILES["fp32"]))
     model, processor = load_model(str(STARTER_FOLDER))
 
     def before() -> None:
@@ -113,12 +114,13 @@ def evaluation_rows(*, frames: int, repeats: int) -> list[Row]:
             frame, mask = data.pair(record)
             plain.measure_image(eager(model, processor, [frame])[0], mask.astype(bool))
 
-    def scored(conventions: tuple[str, ...]) -> None:
-        score_predictions(source, data, conventions=conventions).content()
+    def scored(conventions: tuple[str, ...], *, by: PredictionSource = source) -> None:
+        score_predictions(by, data, conventions=conventions).content()
 
     ways: dict[str, Callable[[], object]] = {
         BASELINE: before,
         "paper's metrics": lambda: scored(("paper",)),
+        "paper's metrics of its ONNX file": lambda: scored(("paper",), by=file),
         "every convention": lambda: scored(tuple(CONVENTIONS)),
     }
     return side_by_side(f"evaluate on {frames} frames", ways, repeats=repeats)
