@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from marks import first_fast
 from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation
 
 smp = pytest.importorskip("segmentation_models_pytorch")
@@ -87,7 +88,7 @@ def copy_dpt(reference: nn.Module, ours: PolypSegForSemanticSegmentation) -> Non
         copy_in_order(reference.segmentation_head, ours.decoder.head)
 
 
-@pytest.mark.parametrize("size", [(224, 224), (352, 352), (224, 352)])
+@pytest.mark.parametrize("size", first_fast([(224, 224), (352, 352), (224, 352)]))
 def test_dpt_matches_smp(size):
     torch.manual_seed(0)
     reference = randomize(smp_dpt("vit_tiny_patch16_224", 192))

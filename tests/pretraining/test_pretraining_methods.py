@@ -307,6 +307,7 @@ def test_what_should_train_does_and_what_is_frozen_does_not(name, encoder):
     assert frozen <= still
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "encoder"), ALL)
 def test_overfits_a_small_set(name, encoder):
     """Forty AdamW steps on eight images; the pinned shares leave room above what was observed."""

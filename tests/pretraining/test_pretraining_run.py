@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import processes
+from marks import first_fast
 from polypseg import zoo
 from polypseg.data.corpus import open_frames
 from polypseg.errors import PolypSegError, UsageError
@@ -78,7 +79,7 @@ def command(method: str, frames: Path, output: Path, *more: str) -> list[str]:
     return [script, "--recipe", recipe, "--frames", str(frames), "--output", str(output), *overrides, *more]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", first_fast(METHODS))
 def test_run_leaves_everything_that_explains_it(method, frames, tmp_path):
     progress, network, recipe, store = run(method, frames, tmp_path)
     assert progress.step == 10 and len(progress.losses) == len(progress.spreads) == 10 and progress.epoch == 2
@@ -103,7 +104,7 @@ def test_run_leaves_everything_that_explains_it(method, frames, tmp_path):
     assert numbers["n"] == 40 and numbers["facts"]["seen_in_pretraining"] is True
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", first_fast(METHODS))
 def test_resume_after_sigint_continues_to_the_same_weights(method, frames, tmp_path, monkeypatch):
     run(method, frames, tmp_path / "whole")
     from polypseg.pretraining import loop as module

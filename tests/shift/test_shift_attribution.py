@@ -9,6 +9,7 @@ import typer
 from scipy import stats
 from typer.testing import CliRunner
 
+from marks import first_fast
 from polypseg.cli.shift import shift_app
 from polypseg.errors import UsageError
 from polypseg.shift import FACTORS, attribute_shift, compare_sets, measure_set, typical_look
@@ -41,7 +42,7 @@ def test_measurement_puts_the_injected_factor_on_top(factor):
     assert low * high > 0 and found.measures_auc.estimate > 0.7
 
 
-@pytest.mark.parametrize("factor", INJECTED)
+@pytest.mark.parametrize("factor", first_fast(INJECTED))
 def test_attribution_puts_the_injected_factor_on_top(factor):
     """A segmenter that every factor misleads alike: what is on top is what was injected."""
     found = injected(factor, KnownSensitivity(opened("plain").measured))
@@ -52,13 +53,14 @@ def test_attribution_puts_the_injected_factor_on_top(factor):
     assert found.rows()[-1]["factor"] == ALL
 
 
-@pytest.mark.parametrize("factor", ["sharpness", "scale", "compression"])
+@pytest.mark.parametrize("factor", first_fast(["sharpness", "scale", "compression"]))
 def test_attribution_of_a_trained_segmenter_finds_what_was_injected(factor):
     first, second, *_ = injected(factor, pixel_classifier()).rows()
     assert first["factor"] == factor and first["cost"] > 1.5 * max(second["cost"], 0.01)
     assert 0.3 < first["share_of_drop"] < 3
 
 
+@pytest.mark.slow
 def test_zero_strength_changes_no_byte():
     plain, other = opened("plain"), opened("colour")
     for factor in FACTORS:
@@ -157,6 +159,7 @@ def test_kernel_distance_leaves_out_each_cluster_in_turn(seed):
     assert _floor([x, y], groups, seed=seed) == pytest.approx(tuple(np.quantile(halves, [0.025, 0.975])), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_commands_write_both_directions(tmp_path):
     model = write_tiny_model(tmp_path / "model")
     app = typer.Typer()
@@ -177,6 +180,7 @@ def test_commands_write_both_directions(tmp_path):
     assert {row["factor"] for row in content["factors"]} == {*OWN, ALL}
 
 
+@pytest.mark.slow
 def test_attribute_takes_a_network_of_another_library(tmp_path):
     smp = pytest.importorskip("segmentation_models_pytorch")
     smp.Unet("resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=(16, 8, 8)).save_pretrained(

@@ -211,6 +211,7 @@ def test_workers_share_the_tasks_and_do_none_twice(tmp_path):
     assert sorted(map(int, (tmp_path / "log").read_text().split())) == list(range(25))
 
 
+@pytest.mark.slow
 def test_killed_workers_task_is_done_by_another(tmp_path):
     slow = Chore(number=0, folder=tmp_path, seconds=600)
     spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang

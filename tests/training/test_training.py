@@ -113,6 +113,7 @@ def test_training_is_deterministic_and_a_seed_matters(tmp_path):
     assert any(not torch.equal(a[key], c[key]) for key in a)
 
 
+@pytest.mark.slow
 def test_overfits_a_few_images(tmp_path):
     """No augmentation, no dropout, small set: the loss must fall far, or something does not learn."""
     still = ["brightness=0", "contrast=0", "saturation=0", "hue=0", "blur_kernel=0", "horizontal_flip=0"]

@@ -17,6 +17,7 @@ import timm
 import torch
 from torch import Tensor
 
+from marks import first_fast
 from polypseg import zoo
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.inference.model import load_model
@@ -121,7 +122,7 @@ def check_model(source: ReferenceFile, entry: zoo.ZooEntry, folder: Path) -> Pol
     return model  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("short_name", ["VT-HK-MC", "VT-IN-MA", "VT-NA-NA"])
+@pytest.mark.parametrize("short_name", first_fast(["VT-HK-MC", "VT-IN-MA", "VT-NA-NA"]))
 def test_convert_file_gives_the_outputs_of_another_implementation(short_name, tmp_path, small_vit):
     entry = zoo.get(short_name)
     model = check_model(write_reference_file(entry, tmp_path, seed=1), entry, tmp_path / "model")
@@ -138,6 +139,7 @@ def test_convert_file_converts_the_full_size_files(short_name, tmp_path):
     assert origin.official and origin.converted_from.upstream == "SSL4GIE"
 
 
+@pytest.mark.slow
 def test_convert_file_takes_tensors_saved_from_within_distributed_training(tmp_path, small_vit):
     entry = zoo.get("VT-IN-SL")
     state, oracle = reference_state(entry, seed=2)
@@ -158,6 +160,7 @@ def test_file_names_are_those_that_the_authors_script_writes():
     assert file_name(zoo.get("VT-NA-NA"), dataset="CVC") == "vit_b-random_init-frozen_False-dataset_CVC.pth"
 
 
+@pytest.mark.slow
 def test_a_file_tuned_on_cvc_keeps_its_row_but_not_its_name(tmp_path, small_vit):
     entry = zoo.get("VT-IN-MC")
     source = write_reference_file(entry, tmp_path, seed=3, dataset="CVC")
@@ -296,7 +299,7 @@ TENSORS = {
 }
 
 
-@pytest.mark.parametrize("kind", ENCODER_KINDS)
+@pytest.mark.parametrize("kind", first_fast(ENCODER_KINDS))
 def test_every_published_encoder_is_recognized_converted_and_loaded(kind, tmp_path, small_vit):
     source = write_upstream_encoder(kind, tmp_path, seed=6, head_width=8)
     method, left_out, rows = KINDS[kind]
