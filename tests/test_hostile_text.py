@@ -53,6 +53,7 @@ LONG = {
 
 
 @pytest.mark.parametrize("name", LONG)
+@pytest.mark.slow
 def test_the_largest_yaml_file_takes_seconds_and_one_line(name, tmp_path):
     """A flat list of 0.8 MB took 45 s, and the error was as long as the file."""
     path = tmp_path / "mine.yaml"

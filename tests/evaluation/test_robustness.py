@@ -36,6 +36,7 @@ def parts():
     return BrightRed(), build_image_processor(PolypSegConfig(encoder="resnet10t", image_size=64)), dataset
 
 
+@pytest.mark.slow
 def test_clean_is_the_plain_evaluation_and_corruptions_are_paired_with_it(parts, tmp_path):
     model, processor, dataset = parts
     source = ModelPredictions(name="red", model=model, processor=processor)

@@ -244,6 +244,7 @@ def test_without_an_expectation_masks_are_asked_for(good, unlabeled, tmp_path):
 
 
 @pytest.mark.parametrize(("rises", "shipped"), [(0.4, True), (0.05, False)])
+@pytest.mark.slow
 def test_expected_dice_decides_without_masks(rises, shipped, broken, unlabeled, few_plans, monkeypatch, tmp_path):
     """The half width is .05: a gain within what two estimates may err by is none."""
     source = save(broken, tmp_path / "model")

@@ -173,6 +173,7 @@ def test_half_refuses_values_that_it_cannot_hold():
         half(layer)
 
 
+@pytest.mark.slow
 def test_an_exported_folder_can_be_exported_again(source, exported, tmp_path, without_card):
     again = export_model(exported, tmp_path / "again", organization="someone")
     first = safetensors.torch.load_file(exported / "model.safetensors")
@@ -181,6 +182,7 @@ def test_an_exported_folder_can_be_exported_again(source, exported, tmp_path, wi
     assert again.origin.sha256 == file_sha256(source / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_card_bears_the_name_that_the_weights_earn(exported, tmp_path, monkeypatch):
     named = []
     monkeypatch.setattr(export_module, "_write_card", lambda *_, name, **__: named.append(name))
@@ -253,6 +255,7 @@ def test_only_an_earlier_export_is_replaced(source, tmp_path, without_card):
     assert (tmp_path / "work" / "notes.txt").read_text() == "mine" and (source / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_changed_weights_lose_the_name_and_the_results_of_the_old_ones(source, tmp_path, without_card):
     model, processor = load_model(str(source))
     with torch.no_grad():

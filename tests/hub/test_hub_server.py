@@ -243,6 +243,7 @@ def test_cut_download_resumes_where_it_was_cut(hub: HubProcess, model: Path, tmp
     assert (second["status"], second["range"], second["sent"]) == (206, f"bytes={10 * MEBIBYTE}-", 2 * MEBIBYTE)
 
 
+@pytest.mark.slow
 def test_broken_uploads_are_repeated(hub: HubProcess, model: Path, tmp_path: Path) -> None:
     hub.control("PUT /lfs/.*/parts/1", "status", times=1)
     hub.control("PUT /lfs/.*/parts/2", "cut_request", after=MEBIBYTE)
@@ -459,6 +460,7 @@ def packing(xorb: Path) -> set[int]:
     return {data[start + 4] for start in chunk_offsets(data)[:-1]}
 
 
+@pytest.mark.slow
 def test_xet_round_trip_returns_equal_files(xet_hub: HubProcess, model: Path, tmp_path: Path) -> None:
     """Plain, LZ4 and byte-grouped chunks: noise, text and numbers."""
     (model / "text.bin").write_bytes(b"colon " * MEBIBYTE)
@@ -519,6 +521,7 @@ def test_flipped_byte_of_a_xorb_is_seen_only_by_a_check(xet_hub: HubProcess, mod
     assert run_client(xet_hub, tmp_path / "home", UPLOAD, program, arguments=[model]) == ["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_hf_command_uploads_and_downloads(hub: HubProcess, model: Path, tmp_path: Path) -> None:
     command = Path(sys.executable).with_name("hf")
     if not command.is_file():

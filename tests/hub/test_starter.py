@@ -32,6 +32,7 @@ def test_the_folder_is_whole_and_small():
         assert (STARTER_FOLDER / name).is_file(), name
 
 
+@pytest.mark.slow
 def test_it_segments_the_sample_frames_alike_in_every_runtime():
     assert len(FRAMES) == 3
     by_runtime = {name: polypseg.load(runtime=name).predict(FRAMES) for name in ("onnxruntime", "torch")}

@@ -240,6 +240,7 @@ def test_export_leaves_other_folders_alone(built, model, tmp_path):
         (["--model", "nowhere"], "no model folder|not built"),
     ],
 )
+@pytest.mark.slow
 def test_command_refuses_options_that_do_not_apply(tmp_path, options, words):
     command = [sys.executable, "-m", "polypseg_command", "web", *options]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ)

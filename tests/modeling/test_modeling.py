@@ -190,6 +190,7 @@ def test_the_encoder_does_not_depend_on_the_decoder():
 
 
 @pytest.mark.parametrize("name", ["resnet_dpt", "vit_deeplabv3plus"])
+@pytest.mark.slow
 def test_a_few_steps_lower_the_loss_of_the_other_pairs(name):
     torch.manual_seed(0)
     model = PolypSegForSemanticSegmentation(SMALL[name]).train()

@@ -142,6 +142,7 @@ def test_deeplabv3plus_on_a_vit_is_smps_decoder_on_the_third_and_the_last_block(
     torch.testing.assert_close(logits[:, 1:], expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_dpt_on_a_cnn_is_smps_fusion_of_four_projected_levels():
     torch.manual_seed(0)
     reference = randomize(smp_dpt("vit_tiny_patch16_224", 192))
@@ -176,6 +177,7 @@ def test_parameter_counts_are_the_references():
     assert parameter_count(vit) == 85_798_656 - unused_norm + 20_328_641 - dead_unit
 
 
+@pytest.mark.slow
 def test_the_other_pairs_differ_from_the_studys_by_their_decoders_inputs_only():
     """Counted by hand from the layers' sizes at width 256, with the encoders of the study's pairs."""
     encoders = {"resnet50": 23_508_032, "vit_base_patch16_224": 85_798_656 - 1_536}

@@ -174,6 +174,7 @@ def test_two_processes_give_the_curve_of_one(method, frames, tmp_path):
     assert [float(row["spread"]) for row in rows] == pytest.approx(progress.spreads, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_workers_change_no_result(frames, tmp_path):
     run("moco_v3", frames, tmp_path / "none", "training.epochs=1")
     run("moco_v3", frames, tmp_path / "two", "training.epochs=1", workers=2)
@@ -181,6 +182,7 @@ def test_workers_change_no_result(frames, tmp_path):
     assert all(torch.equal(none[key], two[key]) for key in none)
 
 
+@pytest.mark.slow
 def test_accumulation_is_exact_for_mae(frames, tmp_path):
     """Four micro-batches against one batch; float32 sums in another order, and AdamW divides by small numbers."""
     once, *_ = run("mae", frames, tmp_path / "once")
@@ -262,6 +264,7 @@ def test_recipe_mistakes_are_named():
         load_pretraining_recipe("finetune")
 
 
+@pytest.mark.slow
 def test_pretrained_encoder_goes_into_the_matching_row_and_no_other(frames, tmp_path):
     progress, network, recipe, store = run("barlow_twins", frames, tmp_path, "training.max_steps=2", "encoder=resnet18")
     path = export_encoder(network, recipe, progress, store, folder=tmp_path / "encoder")
@@ -281,6 +284,7 @@ def test_supervised_pretraining_refuses_another_number_of_classes(frames, tmp_pa
         run("supervised", frames, tmp_path / "run", "supervised.classes=3")
 
 
+@pytest.mark.slow
 def test_supervised_pretraining_learns_the_labels(frames, tmp_path):
     longer = ("training.epochs=8", "optimiser.base_learning_rate=0.05", "supervised.label_smoothing=0.0")
     progress, *_ = run("supervised", frames, tmp_path / "run", *longer)

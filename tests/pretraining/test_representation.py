@@ -247,6 +247,7 @@ def test_corrected_interval_is_that_of_nadeau_and_bengio():
 # Report and figures
 
 
+@pytest.mark.slow
 def test_write_report_leaves_complete_files(tmp_path):
     frames = make_frames(twins=10)
     trained, untrained = blobs(frames), blobs(frames, seed=1, distance=0.5)
@@ -274,6 +275,7 @@ def test_write_report_leaves_complete_files(tmp_path):
     assert f"{content['probe']['trained']['accuracy']['mean']:.3f} [" in table
 
 
+@pytest.mark.slow
 def test_write_report_shows_collapse_and_how_few_neighbors_few_frames_allow(tmp_path):
     frames = make_frames((6, 5))
     flat = np.ones((len(frames), 16), dtype=np.float32)

@@ -427,6 +427,7 @@ def write_encoder(folder: Path, passport: Passport) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_finetuning_leaves_the_passport_of_all_stages_and_export_takes_it_along(tmp_path, monkeypatch):
     """An encoder that `pretrain.py` left with its passport, fine-tuning, then an export and a card."""
     stage = Seen(stage="pretraining", description="30 frames", manifest=manifest_with(images_of(30), dataset="frames"))

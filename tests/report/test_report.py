@@ -150,6 +150,7 @@ def test_page_escapes_and_asks_for_nothing_outside(page):
     assert policy is not None and "default-src 'none'" in policy[1].replace("&#39;", "'")
 
 
+@pytest.mark.slow
 def test_same_receipts_give_the_same_bytes(tmp_path):
     first = rendered_report()
     again = render(first.parent, "again.html")
@@ -158,6 +159,7 @@ def test_same_receipts_give_the_same_bytes(tmp_path):
         assert path.read_bytes() == (again.with_name("again_files") / path.name).read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_study_with_one_test_and_one_row_is_rendered_and_says_so(tmp_path):
     entry = next(iter(SKILLS))
     write_receipt(
@@ -169,6 +171,7 @@ def test_study_with_one_test_and_one_row_is_rendered_and_says_so(tmp_path):
     assert 'id="ranking"' not in text and row_cells(text, "comparison", "resnet10t-IN-MC")[5] == "–"
 
 
+@pytest.mark.slow
 def test_frames_without_polyps_give_false_alarms_and_no_dice(receipts, tmp_path):
     entry, folder = ROWS["RN-NA-NA"], {}
     for seed, skill in ((0, 3.0), (1, 0.5)):

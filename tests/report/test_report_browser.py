@@ -52,6 +52,7 @@ def column(page, number: int) -> list[str]:
     return [cell.split("\n")[0] for cell in cells]
 
 
+@pytest.mark.slow
 def test_table_sorts_by_mouse_and_by_keyboard_and_says_so(open_report):
     page = open_report()
     first = column(page, 1)
@@ -72,6 +73,7 @@ def test_table_sorts_by_mouse_and_by_keyboard_and_says_so(open_report):
 
 
 @pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.slow
 def test_page_never_scrolls_sideways_but_tables_do(open_report, width):
     page = open_report(width=width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -83,6 +85,7 @@ def test_page_never_scrolls_sideways_but_tables_do(open_report, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.slow
 def test_what_is_wider_than_a_phone_says_so_and_only_that(open_report):
     hints = "box => [box.scrollWidth > box.clientWidth + 1, !box.previousElementSibling.hidden]"
     for width in (360, 1280):

@@ -70,6 +70,7 @@ def test_zero_strength_changes_no_byte():
             assert np.array_equal(np.asarray(frame), np.asarray(same)) and np.array_equal(mask, kept), factor.name
 
 
+@pytest.mark.slow
 def test_strength_moves_a_factor_monotonically_and_all_the_way():
     plain, other = opened("plain"), opened("sharpness")
     sharpness = next(factor for factor in FACTORS if factor.name == "sharpness").render(plain.look, other.look)
@@ -94,6 +95,7 @@ def test_scale_moves_frame_and_mask_together():
     assert ((small[..., 0] > 100) != (cut > 0)).mean() < 0.01
 
 
+@pytest.mark.slow
 def test_two_halves_of_one_set_are_not_told_apart():
     data = draw("plain", seed=5, count=60)
     halves = [measure_set(data, data.ids[start::2], title=f"half {start}") for start in (0, 1)]

@@ -109,6 +109,7 @@ def test_two_identical_models_do_not_differ():
     assert found.reading == "equivalent"
 
 
+@pytest.mark.slow
 def test_a_known_shift_is_recovered_in_95_of_100_cases():
     rng = np.random.default_rng(7)
     clusters = np.repeat(range(40), 5)

@@ -56,6 +56,7 @@ def test_gap_of_a_model_tested_twice_on_the_same_scores_is_zero_but_not_certain(
     assert gap.gap.estimate == 0 and gap.gap.low < -0.05 and gap.gap.high > 0.05
 
 
+@pytest.mark.slow
 def test_gap_and_contrast_cover_the_truth_in_95_of_100_cases():
     rng = np.random.default_rng(1)
     inside_means, outside_means = np.array([0.9, 0.88, 0.86, 0.84]), np.array([0.6, 0.62, 0.7, 0.72])

@@ -108,6 +108,7 @@ def test_rank_probabilities_are_doubly_stochastic_and_agree_with_counted_ranks()
         assert row["rank_inside_low"] == 1 or shares[row["rank_inside_low"] - 2] < 0.025
 
 
+@pytest.mark.slow
 def test_flip_test_rarely_errs_when_the_orders_are_equal():
     """Two models whose true order is the same, barely, in one set: a flip may be claimed in at most 5 % of cases."""
     rng = np.random.default_rng(6)
@@ -118,6 +119,7 @@ def test_flip_test_rarely_errs_when_the_orders_are_equal():
     assert claims <= 8  # at the border of the hypothesis one direction of two counts: 2.5 % are expected
 
 
+@pytest.mark.slow
 def test_test_of_one_order_holds_its_level_and_finds_reversals():
     rng = np.random.default_rng(8)
     spread = np.linspace(0, 1, 8)

@@ -199,6 +199,7 @@ def test_page_shows_the_cost_table(costs):
     assert costs.cost_markdown(kept_rows()) in PAGE
 
 
+@pytest.mark.slow
 def test_cost_of_finetuning_a_resnet_recomputes(costs):
     name = "finetune, ResNet50 + DeepLabV3+"
     kept = next(row for row in kept_rows() if row["recipe"] == name)
@@ -224,6 +225,7 @@ def test_counter_knows_the_groups_of_a_convolution(costs):
     assert cost.kept_bytes == 4 * 256 * (3 + 8)
 
 
+@pytest.mark.slow
 def test_flops_of_a_masked_autoencoder_are_those_of_its_matrices(costs):
     method = MAE(build_encoder("test_vit"), image_size=64, decoder_width=32, decoder_depth=1, decoder_heads=2)
     cost = costs.pass_cost(method, lambda m, n: costs.view_inputs(m, n, size=64), half=False)

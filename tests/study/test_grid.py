@@ -230,6 +230,7 @@ def test_killed_workers_task_is_done_by_another(tmp_path):
 # -- the whole ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_grid_trains_every_cell_and_a_second_call_trains_none(tmp_path, toys):
     grid = load_grid(write_grid(tmp_path))
     data = GridData(

@@ -219,6 +219,7 @@ def write_pairs(folder: Path, count: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_study_continues_from_rows_of_finetune_and_refuses_those_of_another_start(tmp_path):
     """As the refusal of several processes promises; and a row's results never stand beside another row's start."""
     data, study_folder = write_pairs(tmp_path / "data", 20), tmp_path / "study"

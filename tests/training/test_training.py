@@ -348,6 +348,7 @@ def listed_negatives(tmp_path) -> Path:
     return folder.parent
 
 
+@pytest.mark.slow
 def test_polyp_free_frames_are_trained_on_and_stand_in_the_passport(tmp_path, listed_negatives):
     progress = train_starter(tmp_path / "run", listed_negatives)
     assert progress.step == 2 * (37 // 8)  # 32 frames with polyps and 5 without
@@ -363,6 +364,7 @@ def test_polyp_free_frames_are_trained_on_and_stand_in_the_passport(tmp_path, li
     assert len(collisions.images("same content")) == 7, "all but the one of the list's test part"
 
 
+@pytest.mark.slow
 def test_the_last_average_is_kept_and_frozen_stages_stay(tmp_path, listed_negatives):
     train_starter(tmp_path / "run", listed_negatives)
     start = build_model(zoo.get("RN-NA-NA"), load_recipe("starter", overrides=STARTER)).state_dict()
@@ -374,6 +376,7 @@ def test_the_last_average_is_kept_and_frozen_stages_stay(tmp_path, listed_negati
     assert any(not torch.equal(kept[key], last[key]) for key in moved), "the average is not the last step's weights"
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_further_from_another_runs_and_says_so(tmp_path, listed_negatives):
     train_starter(tmp_path / "first", listed_negatives)
     first, recipe = tmp_path / "first" / "best", load_recipe("starter_further", overrides=STARTER)

@@ -162,6 +162,7 @@ def test_load_encoder_weights_names_a_tensor_of_another_shape(resnet, tmp_path, 
 
 
 @pytest.mark.parametrize("other", ["resnet34", "vit_tiny_patch16_224"])
+@pytest.mark.slow
 def test_load_encoder_weights_refuses_another_architecture(other, tmp_path, refused):
     message = refused(save(whole_state(other), tmp_path / "other.safetensors"))
     assert "does not fit encoder 'resnet18'" in message

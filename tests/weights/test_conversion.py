@@ -243,6 +243,7 @@ def test_a_finetuned_file_is_taken_exactly_or_not_at_all(tmp_path, change, said)
 
 
 @pytest.mark.parametrize("wrong", ["swapped", "nan"])
+@pytest.mark.slow
 def test_weights_in_the_wrong_place_are_found_by_their_outputs(tmp_path, small_vit, monkeypatch, wrong):
     """Same keys, same shapes: only a second network can tell."""
     source = write_reference_file(zoo.get("VT-NA-NA"), tmp_path, seed=5)

@@ -55,6 +55,7 @@ def noise(of: Tensor) -> float:
 
 @pytest.mark.parametrize("image_size", [224, 352, 96])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.slow
 def test_to_native_dpt_gives_the_same_logits_at_the_models_image_size(image_size, dtype):
     model = build(image_size=image_size).to(dtype)
     native = to_native_dpt(model)
