@@ -1,10 +1,13 @@
 """Every job against the way before it, as JSON and as a Markdown table that may be quoted or says why not.
 
 OMP_NUM_THREADS=1 python benchmarks/bench.py --output runs/bench
+
+``--page`` renders a page from a kept record instead of measuring.
 """
 
 import platform
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +21,8 @@ import near_duplicates
 import pretraining_feed
 import synthetic_frames
 from polypseg.cli.console import run_script
-from polypseg.files import environment_record, write_json, write_text
+from polypseg.errors import UsageError
+from polypseg.files import environment_record, read_json, write_json, write_text
 from side_by_side import Neighbors, Row, why_not_quotable
 
 BENCHMARKS = (
@@ -43,24 +47,50 @@ def processor() -> str:
     return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
 
 
-def to_markdown(rows: list[Row], *, reasons: list[str]) -> str:
-    """The table; without ratios where the machine was not quiet."""
-    lines = [f"Measured on {processor()}; medians, in turn with the way before, whose time is 1.", ""]
-    if reasons:
-        return "\n".join(["**Not to be quoted:**", *(f"- {reason}" for reason in reasons), ""])
+PAGE = """# How fast
+
+Each job, as this package does it, against the way before it: the reference study's, or what a user would otherwise
+write (eager float32 in PyTorch, Pillow, one image after the other). Both run in turn on one machine, one thread each;
+medians of {repeats} repeats. Ratios hold for this machine; `make bench` measures them on yours, in some minutes, and
+says so where it was not quiet enough.
+
+{table}
+How long a frame takes in each runtime and precision, and what that costs in Dice: [what was trained here](results.md).
+"""
+
+
+def to_markdown(content: Mapping[str, Any]) -> str:
+    """The table of a record (``bench.json``); without ratios where the machine was not quiet."""
+    lines = [f"Measured on {content['processor']}; medians, in turn with the way before, whose time is 1.", ""]
+    if content["reasons"]:
+        return "\n".join(["**Not to be quoted:**", *(f"- {reason}" for reason in content["reasons"]), ""])
     lines += ["| job | way | times as fast | seconds | before |", "|---|---|---|---|---|"]
-    for row in rows:
-        cells = (f"{row.ratio:.1f}", *(f"{statistics.median(times):.3g}" for times in (row.seconds, row.before)))
-        lines.append(f"| {row.job} | {row.way} | {' | '.join(cells)} |")
+    for row in content["rows"]:
+        if row["steady"]:
+            cells = (f"{statistics.median(row[key]):.3g}" for key in ("seconds", "before_seconds"))
+            lines.append(f"| {row['job']} | {row['way']} | {row['ratio']:.1f} | {' | '.join(cells)} |")
+        else:
+            lines.append(f"| {row['job']} | {row['way']} | repeats differ | | |")
     return "\n".join(lines) + "\n"
+
+
+def render_page(content: Mapping[str, Any]) -> str:
+    """A page from a record. Raises UsageError for one that may not be quoted."""
+    if content["reasons"]:
+        raise UsageError(f"this record may not be quoted: {content['reasons'][0]}: measure again on a quiet machine")
+    return PAGE.format(repeats=len(content["rows"][0]["seconds"]), table=to_markdown(content))
 
 
 def main(
     output: Annotated[Path, Option(help="Folder that receives bench.json and bench.md.")] = Path("runs/bench"),
     repeats: Annotated[int, Option(help="Repeats of each way, alternating.", min=2)] = 5,
     full: Annotated[bool, Option(help="Also the full-size architectures, which takes minutes more.")] = False,
+    page: Annotated[Path | None, Option(help="Measure nothing: render this page from bench.json in --output.")] = None,
 ) -> None:
     """Run all benchmarks and write their rows; on a busy machine the table says that it may not be quoted."""
+    if page is not None:
+        print(write_text(page, render_page(read_json(output / "bench.json"))))
+        return
     neighbors, rows = Neighbors(), list[Row]()
     for benchmark in (*BENCHMARKS, *(FULL if full else ())):
         found = list(benchmark(repeats=repeats))
@@ -78,7 +108,7 @@ def main(
         "environment": environment_record(),
     }
     write_json(output / "bench.json", content)
-    table = write_text(output / "bench.md", to_markdown(rows, reasons=reasons))
+    table = write_text(output / "bench.md", to_markdown(content))
     for reason in reasons:
         print(f"NOT TO BE QUOTED: {reason}")
     print(f"written: {table}")

@@ -18,7 +18,8 @@ QUIET_CORES = 0.1
 """Cores that other processes may use on average while ratios are measured."""
 QUIET_SPREAD = 0.25
 """How far the middle half of a way's times may reach, as a fraction of their median."""
-
+RESTLESS_SHARE = 0.25
+"""Share of rows with restless repeats from which the machine counts as noisy, and no row is quoted."""
 SHORTEST = 0.1
 """Seconds that a repeat takes at least: what is faster is done several times in it, and its time divided."""
 
@@ -114,14 +115,14 @@ class Neighbors:
 
 
 def why_not_quotable(rows: Sequence[Row], others: float | None) -> list[str]:
-    """Reasons for which the ratios may not be quoted; none on a quiet machine."""
+    """Reasons for which no ratio may be quoted, none on a quiet machine; one restless row is left out by itself."""
     reasons = []
     if others is None:
         reasons.append("what else the machine did is not known here")
     elif others > QUIET_CORES:
         reasons.append(f"other processes used {others:.1f} cores")
     restless = [f"{row.job}, {row.way}" for row in rows if not row.steady]
-    if restless:
+    if len(restless) > RESTLESS_SHARE * len(rows):
         reasons.append(f"the repeats differ by more than {QUIET_SPREAD:.0%}: {'; '.join(restless)}")
     return reasons
 
@@ -131,6 +132,7 @@ def show(rows: Sequence[Row], others: float | None) -> str:
     lines = [
         f"{row.job}: {row.way} {row.ratio:.1f} times as fast as before "
         f"({statistics.median(row.seconds):.3g} s against {statistics.median(row.before):.3g} s)"
+        + ("" if row.steady else "; NOT TO BE QUOTED: its repeats differ")
         for row in rows
     ]
     return "\n".join([*lines, *(f"NOT TO BE QUOTED: {reason}" for reason in why_not_quotable(rows, others))])

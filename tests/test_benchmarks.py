@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from polypseg.errors import UsageError
+
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -26,7 +28,7 @@ def load(name: str):
         ("measures", {"images": 1}),
         ("synthetic_frames", {"frames": 9}),
         ("pretraining_feed", {"images": 1}),
-        ("inference", {"frames": 2}),
+        pytest.param("inference", {"frames": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_each_benchmark_times_its_ways_in_turn(name, size):
@@ -59,6 +61,7 @@ def test_neither_a_busy_machine_nor_restless_repeats_may_be_quoted():
     assert tool.why_not_quotable([steady], 0.05) == []
     assert "other processes used 1.3 cores" in tool.why_not_quotable([steady], 1.3)[0]
     assert "c, d" in tool.why_not_quotable([steady, restless], 0.0)[0]
+    assert tool.why_not_quotable([*[steady] * 3, restless], 0.0) == []
     assert tool.why_not_quotable([steady], None)
 
 
@@ -66,10 +69,19 @@ def test_neither_a_busy_machine_nor_restless_repeats_may_be_quoted():
 def test_bench_writes_a_table_or_why_there_is_none(tmp_path, monkeypatch, cores):
     bench, tool = load("bench"), load("side_by_side")
     row = tool.Row(job="a job", way="new", seconds=(1.0, 1.0), before=(3.0, 3.0))
-    monkeypatch.setattr(bench, "BENCHMARKS", (lambda repeats: [row],))
+    restless = tool.Row(job="another", way="new", seconds=(1.0, 9.0), before=(3.0, 3.0))
+    monkeypatch.setattr(bench, "BENCHMARKS", (lambda repeats: [row, row, row, restless],))
     monkeypatch.setattr(tool.Neighbors, "cores", lambda self: cores)
     bench.main(output=tmp_path, repeats=2)
     content, table = json.loads((tmp_path / "bench.json").read_text()), (tmp_path / "bench.md").read_text()
     assert content["quotable"] == (cores == 0.0) and content["rows"][0]["ratio"] == 3
     assert ("| a job | new | 3.0 | 1 | 3 |" in table) == (cores == 0.0)
     assert ("Not to be quoted" in table) == (cores > 0.0)
+    assert ("| another | new | repeats differ | | |" in table) == (cores == 0.0)
+    page = tmp_path / "speed.md"
+    if cores:
+        with pytest.raises(UsageError, match="measure again"):
+            bench.main(output=tmp_path, page=page)
+    else:
+        bench.main(output=tmp_path, page=page)
+        assert table in page.read_text() and "medians of 2 repeats" in page.read_text()
