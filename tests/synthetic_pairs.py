@@ -27,11 +27,12 @@ INJECTED = {
     "compression": replace(PLAIN, jpeg_quality=(8, 9)),
 }
 """Factor -> the camera in which only it is changed."""
+STYLES = {"plain": PLAIN, **INJECTED}
+"""What ``draw`` draws by; a test puts them among the package's cameras for its time."""
 
 
 def draw(camera: str, *, seed: int, count: int = COUNT) -> PolypDataset:
-    """Frames of one of the cameras above, or ``plain``."""
-    CAMERAS.setdefault(camera, PLAIN if camera == "plain" else INJECTED[camera])
+    """Frames of one of STYLES."""
     source = SyntheticSource(camera, SyntheticOptions(count=count, seed=seed, size=(SIDE, SIDE)))
     spec = replace(get_spec("synthetic_a"), title=f"camera {camera}, seed {seed}")
     return PolypDataset(spec=spec, source=source, records=index_records(spec, source))

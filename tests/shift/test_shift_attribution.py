@@ -11,14 +11,22 @@ from typer.testing import CliRunner
 
 from marks import first_fast
 from polypseg.cli.shift import shift_app
+from polypseg.data.synthetic import CAMERAS
 from polypseg.errors import UsageError
 from polypseg.shift import FACTORS, attribute_shift, compare_sets, measure_set, typical_look
 from polypseg.shift.attribution import ALL, ShiftSet, render_dataset
 from polypseg.shift.comparison import HALVES, _floor, kernel_distance
-from synthetic_pairs import INJECTED, KnownSensitivity, draw, pixel_classifier
+from synthetic_pairs import INJECTED, STYLES, KnownSensitivity, draw, pixel_classifier
 from tiny_models import write_tiny_model
 
 OWN = {factor.name: factor.measures for factor in FACTORS}
+
+
+@pytest.fixture(autouse=True)
+def cameras(monkeypatch):
+    """The injected styles are cameras for a test's time: others count the package's own."""
+    for name, style in STYLES.items():
+        monkeypatch.setitem(CAMERAS, name, style)
 
 
 @cache
