@@ -113,17 +113,17 @@ def describe(logits: Plane, colors: Plane, *, features: Collection[str] = SINGLE
 
     They are made in groups; others of a wanted one's group come with it.
     """
-    found = _describe_areas(logits)
+    probability, mask = sigmoid(logits), logits > 0
+    found = _describe_areas(probability, mask=mask)
     if not found.keys() >= set(features):
         if colors.shape[1:] != logits.shape:
             colors = np.stack([resize_bilinear(plane, logits.shape) for plane in colors])
-        found |= _describe_outline(logits, colors) | _describe_frame(colors)
+        found |= _describe_outline(logits, colors, probability=probability, mask=mask) | _describe_frame(colors)
     return found
 
 
-def _describe_areas(logits: Plane) -> dict[str, float]:
+def _describe_areas(probability: Plane, *, mask: Mask) -> dict[str, float]:
     """What sums over the frame tell."""
-    probability, mask = sigmoid(logits), logits > 0
     area = int(mask.sum())
     if not area:
         return {"soft_dice": 0.0, "inside": 0.0, "size": 0.0, "at_border": 0.0}
@@ -136,10 +136,8 @@ def _describe_areas(logits: Plane) -> dict[str, float]:
     }
 
 
-def _describe_outline(logits: Plane, colors: Plane) -> dict[str, float]:
+def _describe_outline(logits: Plane, colors: Plane, *, probability: Plane, mask: Mask) -> dict[str, float]:
     """What the outline, its surroundings, the regions and the peak tell."""
-    probability = sigmoid(logits)
-    mask = logits > 0
     area, pixels = int(mask.sum()), mask.size
     top = np.partition(probability.ravel(), -max(1, pixels // 200))[-max(1, pixels // 200) :]
     found = dict.fromkeys(

@@ -2,8 +2,8 @@
 
 A convolution of dilation d acts on d x d interleaved grids that never mix. Taken apart (Shi et al. 2016's sub-pixel
 layout, backwards), each grid sees an ordinary convolution, whose backward pass is several times faster. A dilation of
-more than half the map's size leaves the center tap and narrow strips, which are added tap by tap (ResNet50 at 224 px,
-bf16: 2.1 s instead of .1 s backwards of a step's 5.6 s, as grids). The weights, their names and the results stay.
+more than half the map's size leaves the center tap and narrow strips, which are added tap by tap: as grids they took
+two fifths of a bf16 step of ResNet50 at 224 px. The weights, their names and the results stay as they were.
 """
 
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ class _ShiftedTaps(torch.autograd.Function):
         center = weight.shape[-1] // 2
         y = x * _per_channel(weight[:, 0, center, center])
         for tap, to, source in _reaching_taps(x, weight, dilation):
-            y[to] += x[source] * _per_channel(weight[(slice(None), 0, *tap)])
+            y[to] += x[source] * _per_channel(weight[:, 0, *tap])
         return y
 
     @staticmethod
@@ -63,8 +63,8 @@ class _ShiftedTaps(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight)
         grad_weight[:, 0, center, center] = _sum_per_channel(grad * x)
         for tap, to, source in _reaching_taps(x, weight, ctx.dilation):
-            grad_x[source] += grad[to] * _per_channel(weight[(slice(None), 0, *tap)])
-            grad_weight[(slice(None), 0, *tap)] = _sum_per_channel(grad[to] * x[source])
+            grad_x[source] += grad[to] * _per_channel(weight[:, 0, *tap])
+            grad_weight[:, 0, *tap] = _sum_per_channel(grad[to] * x[source])
         return grad_x, grad_weight, None
 
 
