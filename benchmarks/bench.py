@@ -20,6 +20,7 @@ import measures
 import near_duplicates
 import pretraining_feed
 import synthetic_frames
+import training_step
 from polypseg.cli.console import run_script
 from polypseg.errors import UsageError
 from polypseg.files import environment_record, read_json, write_json, write_text
@@ -33,6 +34,7 @@ BENCHMARKS = (
     near_duplicates.rows,
     embedding_distance.rows,
     synthetic_frames.rows,
+    training_step.rows,
 )
 FULL = (inference.full_size_rows,)
 """Those that take minutes more."""

@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from polypseg.data.polyps import PolypDataset
 from polypseg.errors import UsageError, first_line
 from polypseg.files import file_sha256, read_json
+from polypseg.inference.memory import keep_freed_memory
 from polypseg.inference.model import (
     build_image_processor,
     current_origin,
@@ -77,6 +78,8 @@ class ModelPredictions:
 
     def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
         """Thresholded at 0.5 (strictly), these are predicted_mask's masks."""
+        if torch.device(self.device).type == "cpu":
+            keep_freed_memory()
         model = self.model.to(self.device).eval()
 
         def forward(pixels: Tensor, images: Sequence[str]) -> Tensor:

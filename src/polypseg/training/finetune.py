@@ -321,7 +321,7 @@ class _Run:
             self.average = AveragedModel(network, multi_avg_fn=average, use_buffers=True).to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.average)
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        optimizer = AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        optimizer = AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.schedule = Schedule(self.optimizer, self.recipe.schedule, self.total_steps, recipe.learning_rate)
 

@@ -27,6 +27,7 @@ from polypseg.files import (
     sole_writer,
     write_json,
 )
+from polypseg.inference.memory import keep_freed_memory
 
 
 class InterruptedRunError(PolypSegError):
@@ -45,6 +46,8 @@ def make_accelerator(precision: str, *, run_dir: Path) -> Accelerator:
     threads = use_cores(local_processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if state.is_main_process:
         _say_once(f"{state.num_processes} process(es) on {state.device.type}, {threads} thread(s) each")
+    if state.device.type == "cpu":
+        keep_freed_memory()
     usable = usable_precision(precision, device=state.device.type)
     if usable != precision:
         state.print(f"this {state.device.type} has no {precision} arithmetic: computing in float32")
