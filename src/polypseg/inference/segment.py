@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from polypseg.inference.memory import share_one_arena
 from polypseg.inference.quality import RESEARCH
 from polypseg.inference.runtimes import AUTO, TORCH
 from polypseg.inference.segment_files import segment_files
@@ -36,6 +37,7 @@ def run_segment(
 
     A ``device`` other than the CPU is torch's: with ``runtime`` auto it chooses torch.
     """
+    share_one_arena()
     if device not in (None, "cpu") and runtime == AUTO:
         runtime = TORCH
     segmenter = load(model, revision=revision, runtime=runtime, operating_point=operating_point)
