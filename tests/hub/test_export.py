@@ -16,6 +16,7 @@ from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import processes
+from marks import first_fast
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.evaluate import score_predictions
 from polypseg.evaluation.receipt import read_content, save_receipt
@@ -52,7 +53,7 @@ def randomize(model: nn.Module) -> None:
             module.running_var.uniform_(0.5, 1.5, generator=generator)
 
 
-@pytest.fixture(scope="module", params=FIELDS)
+@pytest.fixture(scope="module", params=first_fast(FIELDS))
 def source(request, tmp_path_factory) -> Path:
     """A model folder as fine-tuning leaves it."""
     folder = tmp_path_factory.mktemp(request.param) / "best"

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from marks import first_fast
 from polypseg.data.images import decode_frame
 from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.hub.web_page import BUILT, PageServer, assemble_page, export_page
@@ -209,6 +210,7 @@ def test_page_works_after_its_server_stopped(browser, content, frame):
         np.testing.assert_array_equal(shown_mask(page), before)
 
 
+@pytest.mark.slow
 def test_another_model_at_the_same_address_replaces_the_kept_one(browser, content, model):
     other = assemble_page(model, threshold=0.3)
     server = PageServer(content)
@@ -223,6 +225,7 @@ def test_another_model_at_the_same_address_replaces_the_kept_one(browser, conten
             assert page.inner_text("#threshold-value") == "0.30"
 
 
+@pytest.mark.slow
 def test_plain_host_without_headers_runs_on_one_thread_and_on_more_later(browser, content, frame, tmp_path):
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args):
@@ -290,6 +293,7 @@ def test_folder_is_listed_and_refused_files_say_why(browser, content, model, fra
         assert lines[1].split(",")[3] == "0.55"
 
 
+@pytest.mark.slow
 def test_camera_is_segmented_frozen_and_stopped(driver, content, frame, tmp_path):
     image = Image.open(io.BytesIO(frame)).resize((320, 240))
     clip = tmp_path / "clip.mjpeg"
@@ -358,8 +362,9 @@ CONTRAST = """() => {
 }"""
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (375, "light"), (375, "dark")])
-def test_page_fits_and_stays_legible(browser, content, frame, width, scheme):
+@pytest.mark.parametrize("case", first_fast([(375, "light"), (375, "dark"), (1280, "dark")]), ids=str)
+def test_page_fits_and_stays_legible(browser, content, frame, case):
+    width, scheme = case
     view = {"viewport": {"width": width, "height": 780}, "color_scheme": scheme}
     with running(PageServer(content)) as address, opened(browser, address, **view) as page:
         keep_picture(page, f"{width}-{scheme}-empty")

@@ -56,6 +56,7 @@ glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no
 
 
 @glibc
+@pytest.mark.slow
 def test_blocks_that_are_freed_and_asked_for_again_are_seldom_mapped_anew():
     usual, (kept, count) = faults("usual"), faults("kept")
     assert usual[0] == "False" and kept == "True"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForSemanticSegmentation, Trainer, TrainingArguments
 
+from marks import first_fast
 from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.inference.model import build_image_processor
 
@@ -84,7 +85,7 @@ def test_a_copy_and_a_state_dict_carry_the_whole_model(model):
     assert not list(model._tied_weights_keys or ())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", first_fast([torch.bfloat16, torch.float16]))
 def test_half_precision_is_loaded_and_computed(model, folder, dtype):
     half = AutoModelForSemanticSegmentation.from_pretrained(folder, dtype=dtype).eval()
     assert {p.dtype for p in half.parameters()} == {dtype} and half.dtype == dtype
@@ -127,8 +128,8 @@ def test_outputs_are_resized_to_each_frame(model, folder):
 # -- what its tools do with the class --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["cnn", "vit"])
+@pytest.mark.parametrize("checkpointing", first_fast([True, False]))
+@pytest.mark.parametrize("name", first_fast(["vit", "cnn"]))
 def test_trainer_takes_two_steps_and_its_checkpoint_loads(name, checkpointing, tmp_path):
     torch.manual_seed(0)
     network = PolypSegForSemanticSegmentation(config_of(name))

@@ -61,7 +61,8 @@ def test_attribution_puts_the_injected_factor_on_top(factor):
     assert found.rows()[-1]["factor"] == ALL
 
 
-@pytest.mark.parametrize("factor", first_fast(["sharpness", "scale", "compression"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", ["sharpness", "scale", "compression"])
 def test_attribution_of_a_trained_segmenter_finds_what_was_injected(factor):
     first, second, *_ = injected(factor, pixel_classifier()).rows()
     assert first["factor"] == factor and first["cost"] > 1.5 * max(second["cost"], 0.01)

@@ -357,8 +357,13 @@ def test_the_row_names_the_method_of_an_encoder_that_does_not_tell_it(tmp_path):
     ("kind", "model", "said"),
     [
         ("mae", "VT-IN-MC", "pretrained with MAE, but VT-IN-MC stands for MoCo v3"),
-        ("hyperkvasir_moco_v3_vit_b", "VT-HK-MA", "pretrained with MoCo v3, but VT-HK-MA stands for MAE"),
-        ("augreg", "VT-IN-MA", "pretrained with supervised, but"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("hyperkvasir_moco_v3_vit_b", "VT-HK-MA", "pretrained with MoCo v3, but VT-HK-MA stands for MAE"),
+                ("augreg", "VT-IN-MA", "pretrained with supervised, but"),
+            ]
+        ),
         ("mae", "RN-IN-BT", f"holds {TINY}, but RN-IN-BT has resnet50"),
         ("augreg", "VT-NA-NA", "stands for random initialization"),
     ],
