@@ -22,12 +22,14 @@ from polypseg.errors import UsageError
 from polypseg.evaluation.metrics import pixel_counts, score
 from polypseg.files import write_json
 from polypseg.inference.runtimes import (
+    BF16,
     ONNX_FILES,
     ONNXRUNTIME,
     OPENVINO,
     OPENVINO_FILES,
     TORCH,
     WEIGHTS,
+    has_bf16,
     is_installed,
     thread_count,
 )
@@ -89,12 +91,12 @@ def _present(folder: Path) -> list[tuple[str, str]]:
             found.append((ONNXRUNTIME, precision))
         if ((folder / OPENVINO_FILES[precision]).is_file() or (folder / file).is_file()) and is_installed(OPENVINO):
             found.append((OPENVINO, precision))
-    return found
+    return [*found, (OPENVINO, BF16)] if (OPENVINO, "fp32") in found and has_bf16() else found
 
 
 def _size(folder: Path, name: tuple[str, str]) -> int:
     """Bytes of the file or files that a runtime reads."""
-    runtime, precision = name
+    runtime, precision = name[0], "fp32" if name[1] == BF16 else name[1]
     if runtime == TORCH:
         return (folder / WEIGHTS).stat().st_size
     own = folder / OPENVINO_FILES[precision]

@@ -3,8 +3,8 @@
 OMP_NUM_THREADS=1 python benchmarks/inference.py
 
 The way before is the reference's: an eager model in float32, Pillow, one image after the other. ``exact`` is the best
-exact runtime at hand, which ``load()`` takes by itself; ``int8`` changes the mean Dice (benchmarks/export_table.py says
-by how much).
+exact runtime at hand, which ``load()`` takes by itself; ``int8`` and, on CPUs that have it, ``bf16`` change the mean
+Dice (benchmarks/export_table.py says by how much).
 """
 
 import tempfile
@@ -30,13 +30,15 @@ from polypseg.files import SAMPLE_FRAMES
 from polypseg.hub.onnx import export_runtime
 from polypseg.inference.model import build_image_processor, load_model
 from polypseg.inference.predictors import PredictionSource, open_model
-from polypseg.inference.runtimes import ONNX_FILES, Precision
+from polypseg.inference.runtimes import ONNX_FILES, Precision, has_bf16
 from polypseg.inference.segment_files import segment_files
 from polypseg.provenance.local import STARTER_FOLDER
 from polypseg.recipe import load_recipe
 from polypseg.training.finetune import build_model
 from side_by_side import BASELINE, Neighbors, Row, show, side_by_side
 
+ROUNDED: dict[str, tuple[str, Precision]] = {"bf16": ("openvino", "bf16")} if has_bf16() else {}
+"""Way -> runtime and precision, where this CPU has it."""
 FULL_SIZE = {"RN-NA-NA": 1, "VT-NA-NA": 8}
 """Row of the table -> frames per forward pass."""
 
@@ -74,7 +76,11 @@ def forward_rows(
 
 def shipped_rows(*, frames: int, repeats: int) -> Iterator[Row]:
     """The shipped model: forward pass, ``segment``, ``evaluate``."""
-    ways: dict[str, tuple[str, Precision]] = {"exact": ("auto", "fp32"), "int8": ("onnxruntime", "int8")}
+    ways: dict[str, tuple[str, Precision]] = {
+        "exact": ("auto", "fp32"),
+        "int8": ("onnxruntime", "int8"),
+        **ROUNDED,
+    }
     yield from forward_rows(STARTER_FOLDER, "the shipped model", batch=1, ways=ways, repeats=repeats)
     model, processor = load_model(str(STARTER_FOLDER))
     with tempfile.TemporaryDirectory() as name:
@@ -138,6 +144,7 @@ def full_size_rows(*, repeats: int) -> Iterator[Row]:
             ways: dict[str, tuple[str, Precision]] = {
                 "ONNX Runtime": ("onnxruntime", "fp32"),
                 "OpenVINO": ("openvino", "fp32"),
+                **ROUNDED,
             }
             yield from forward_rows(folder, f"{short} at full size", batch=batch, ways=ways, repeats=repeats)
 

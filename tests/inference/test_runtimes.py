@@ -256,6 +256,21 @@ def test_openvino_gives_the_same_masks(folder):
         np.testing.assert_allclose(a.probability, b.probability, atol=1e-4)
 
 
+def test_bf16_is_openvinos_only_on_request_and_another_model_by_its_fingerprint(folder):
+    openvino = pytest.importorskip("openvino")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(UsageError, match="no bf16 arithmetic"):
+            load(folder, precision="bf16")
+        return
+    exact, rounded = load(folder, runtime="openvino"), load(folder, precision="bf16")
+    assert rounded.runtime.description == f"{exact.runtime.description} in bf16"
+    assert rounded.fingerprint() != exact.fingerprint()
+    pixels = np.random.default_rng(0).normal(size=(2, 3, *SIZE)).astype(np.float32)
+    one, other = (segmenter.runtime.polyp_logits(pixels) for segmenter in (exact, rounded))
+    scale = np.abs(one).max()
+    assert 1e-5 * scale < np.abs(one - other).max() < 0.05 * scale  # rounded, to eight bits
+
+
 def test_auto_falls_back_to_what_is_installed(folder, monkeypatch):
     monkeypatch.setattr(runtimes, "is_installed", lambda name: name == "openvino")
     assert runtimes.choose_runtime(folder) == ("openvino", folder / "onnx" / "model.onnx")
@@ -271,6 +286,7 @@ def test_auto_falls_back_to_what_is_installed(folder, monkeypatch):
         ({"precision": "int4"}, "unknown precision 'int4'"),
         ({"precision": "int8"}, "--format onnx --precision int8"),
         ({"runtime": "torch", "precision": "fp16"}, "torch computes in fp32"),
+        ({"runtime": "onnxruntime", "precision": "bf16"}, "onnxruntime does not compute in bf16: ask openvino"),
         ({"revision": "main"}, "a revision belongs to a Hub id"),
     ],
 )

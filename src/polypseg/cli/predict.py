@@ -1,7 +1,7 @@
 """Commands that use models: list them, tell their license, segment files, run the app, measure robustness."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from typer import Argument, Option
 
@@ -10,6 +10,7 @@ from polypseg.cli.options import JsonOption, MaskValuesOption, SourceOption, Wid
 
 if TYPE_CHECKING:
     from polypseg.evaluation.receipt import Test
+    from polypseg.inference.runtimes import Precision
     from polypseg.zoo import ZooEntry
 
 NOT_EVALUATED = "not evaluated"
@@ -24,6 +25,11 @@ ModelOption = Annotated[
 ]
 RuntimeOption = Annotated[
     str, Option(help="auto (the fastest exact one at hand, and says which), onnxruntime, openvino or torch.")
+]
+
+PrecisionOption = Annotated[
+    str,
+    Option(help="fp32, or what a file of the model (fp16, int8) or OpenVINO on this CPU (bf16) is asked to round to."),
 ]
 
 
@@ -155,6 +161,7 @@ def segment(
     model: ModelOption = "starter",
     output: Annotated[Path, Option(help="Folder of the results; a second call completes it.")] = Path("segmented"),
     runtime: RuntimeOption = "auto",
+    precision: PrecisionOption = "fp32",
     revision: Annotated[str | None, Option(help="Tag, branch or commit of a Hub model.")] = None,
     threshold: Annotated[
         float | None, Option(help="A pixel is polyp where its probability exceeds this; default 0.5.")
@@ -188,6 +195,7 @@ def segment(
         output,
         model=model,
         runtime=runtime,
+        precision=cast("Precision", precision),
         revision=revision,
         threshold=threshold,
         min_area=min_area,

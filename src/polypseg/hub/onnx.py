@@ -38,7 +38,6 @@ from polypseg.inference.runtimes import (
     OpenVinoRuntime,
     Runtime,
     TorchRuntime,
-    check_names,
     openvino_core,
     sigmoid,
 )
@@ -104,7 +103,8 @@ def export_runtime(
     """
     if format not in FORMATS:
         raise unknown_name("format", format, FORMATS)
-    check_names("auto", precision=precision)
+    if precision not in ONNX_FILES:  # bf16 is no file's precision
+        raise unknown_name("precision", precision, ONNX_FILES)
     if (precision == "int8") != (calibration is not None):
         raise UsageError(
             "int8 needs training frames to set its ranges: name them with --calibration"

@@ -19,7 +19,7 @@ from polypseg.errors import PIP, PolypSegError, UsageError, first_line, unknown_
 from polypseg.files import cache_folder, file_sha256
 
 Logits = NDArray[np.float32]
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "bf16"]
 AUTO, TORCH, ONNXRUNTIME, OPENVINO = "auto", "torch", "onnxruntime", "openvino"
 RUNTIMES = (TORCH, ONNXRUNTIME, OPENVINO)
 ONNX_FILES: dict[str, str] = {
@@ -28,6 +28,9 @@ ONNX_FILES: dict[str, str] = {
     "int8": "onnx/model_quantized.onnx",
 }
 """Precision -> file of a model folder, in the layout that transformers.js reads."""
+BF16 = "bf16"
+"""No file's precision: OpenVINO computes the fp32 file in it, where the CPU has such arithmetic."""
+PRECISIONS = (*ONNX_FILES, BF16)
 OPENVINO_FILES: dict[str, str] = {
     "fp32": "openvino/openvino_model.xml",
     "fp16": "openvino/openvino_model_fp16.xml",
@@ -189,18 +192,21 @@ class OnnxRuntime(_FileRuntime):
 
 
 class OpenVinoRuntime(_FileRuntime):
-    """An ONNX file or an OpenVINO model in OpenVINO on the CPU, in the precision of the file and no lower."""
+    """An ONNX file or an OpenVINO model in OpenVINO on the CPU, in the precision of the file or, asked for, in bf16."""
 
     name = OPENVINO
 
-    def __init__(self, path: Path):
-        """Raises UsageError without openvino, without the file, and for one that is no model."""
+    def __init__(self, path: Path, *, bf16: bool = False):
+        """Raises UsageError without openvino or the file, for one that is no model, and for bf16 on other CPUs."""
         super().__init__(path)
+        self._bf16 = bf16
         _import(OPENVINO, path)
         if not path.is_file():
             raise UsageError(f"{path} does not exist: give an ONNX file or an OpenVINO model (.xml)")
+        if bf16 and not has_bf16():
+            raise UsageError("this CPU has no bf16 arithmetic (AVX512_BF16 or AMX): ask for fp32 or int8")
         options = {
-            "INFERENCE_PRECISION_HINT": "f32",  # on CPUs with bf16, OpenVINO would round to it unasked
+            "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",  # without it, OpenVINO would round to bf16 unasked
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": thread_count(),
             "CACHE_DIR": str(cache_folder() / "openvino"),  # compiled once for each machine: starts twice as fast
@@ -215,8 +221,22 @@ class OpenVinoRuntime(_FileRuntime):
         shape = self._model.input(0).partial_shape
         return tuple(side.get_length() if side.is_static else None for side in shape) if shape.rank.is_static else ()
 
+    @property
+    def description(self) -> str:
+        return super().description + (f" in {BF16}" if self._bf16 else "")
+
+    def update_digest(self, update: Callable[[bytes], object]) -> None:
+        super().update_digest(update)
+        if self._bf16:
+            update(f"{BF16}\n".encode())
+
     def _compute(self, pixels: NDArray[np.float32]) -> Any:
         return self._model([pixels])[0]
+
+
+def has_bf16() -> bool:
+    """Whether OpenVINO is installed and computes in bf16 on this CPU."""
+    return is_installed(OPENVINO) and "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 @cache
@@ -235,7 +255,7 @@ def open_runtime(folder: Path, *, runtime: str = AUTO, precision: Precision = "f
     if chosen == ONNXRUNTIME:
         return OnnxRuntime(path)
     if chosen == OPENVINO:
-        return OpenVinoRuntime(path)
+        return OpenVinoRuntime(path, bf16=precision == BF16)
     _import(TORCH, folder)
     from polypseg.inference.model import load_model
 
@@ -261,18 +281,22 @@ def check_names(runtime: str, *, precision: str = "fp32") -> None:
     """Raise UsageError for a runtime or a precision that there is not."""
     if runtime not in (AUTO, *RUNTIMES):
         raise unknown_name("runtime", runtime, [AUTO, *RUNTIMES])
-    if precision not in ONNX_FILES:
-        raise unknown_name("precision", precision, ONNX_FILES)
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
+    if precision == BF16 and runtime not in (AUTO, OPENVINO):
+        raise UsageError(f"{runtime} does not compute in {BF16}: ask openvino for it")
 
 
 def choose_runtime(folder: Path, *, runtime: str = AUTO, precision: Precision = "fp32") -> tuple[str, Path]:
     """The runtime for a model folder and the file that it computes.
 
     ``auto``: the exact path that starts and runs fastest with what is installed and in the folder - ONNX Runtime on the
-    folder's fp32 ONNX file, OpenVINO on its own or that file, else torch. Raises UsageError for an unknown name, a
-    runtime that is not installed, or a file that the folder does not have.
+    folder's fp32 ONNX file, OpenVINO on its own or that file, else torch; for bf16, OpenVINO. Raises UsageError for an
+    unknown name, a runtime that is not installed, or a file that the folder does not have.
     """
     check_names(runtime, precision=precision)
+    if precision == BF16:
+        return choose_runtime(folder, runtime=OPENVINO)
     onnx = folder / ONNX_FILES[precision]
     own = folder / OPENVINO_FILES[precision]
     if runtime == AUTO:
@@ -318,9 +342,10 @@ def runtime_files(runtime: str, *, precision: Precision = "fp32") -> tuple[str, 
     if runtime == TORCH:
         return ("*.json", "*.safetensors")
     described = ("config.json", "preprocessor_config.json", "expectation.json")
-    files: tuple[str, ...] = (ONNX_FILES[precision],)
+    stored = "fp32" if precision == BF16 else precision
+    files: tuple[str, ...] = (ONNX_FILES[stored],)
     if runtime == OPENVINO:
-        files += (OPENVINO_FILES[precision], OPENVINO_FILES[precision].replace(".xml", ".bin"))
+        files += (OPENVINO_FILES[stored], OPENVINO_FILES[stored].replace(".xml", ".bin"))
     return described + files
 
 

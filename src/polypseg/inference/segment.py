@@ -5,7 +5,7 @@ from pathlib import Path
 
 from polypseg.inference.memory import share_one_arena
 from polypseg.inference.quality import RESEARCH
-from polypseg.inference.runtimes import AUTO, TORCH
+from polypseg.inference.runtimes import AUTO, TORCH, Precision
 from polypseg.inference.segment_files import segment_files
 from polypseg.inference.segmenter import MIN_AREA, load
 from polypseg.provenance.local import STARTER
@@ -20,6 +20,7 @@ def run_segment(
     *,
     model: str = STARTER,
     runtime: str = AUTO,
+    precision: Precision = "fp32",
     revision: str | None = None,
     threshold: float | None = None,
     min_area: int = MIN_AREA,
@@ -40,7 +41,7 @@ def run_segment(
     share_one_arena()
     if device not in (None, "cpu") and runtime == AUTO:
         runtime = TORCH
-    segmenter = load(model, revision=revision, runtime=runtime, operating_point=operating_point)
+    segmenter = load(model, revision=revision, runtime=runtime, precision=precision, operating_point=operating_point)
     if device is None and segmenter.runtime.name == TORCH:
         from polypseg.inference.model import default_device
 

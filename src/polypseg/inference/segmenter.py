@@ -26,7 +26,9 @@ from polypseg.inference.quality import RESEARCH, UNKNOWN, Quality, read_quality
 from polypseg.inference.regions import measure_regions
 from polypseg.inference.runtimes import (
     AUTO,
+    BF16,
     ONNXRUNTIME,
+    OPENVINO,
     TORCH,
     Precision,
     Runtime,
@@ -311,7 +313,8 @@ def load(
     a model id of the table or the paper's short name. ``revision``: tag, branch or commit. ``runtime``: ``torch``,
     ``onnxruntime``, ``openvino``, or ``auto``, the fastest of them that computes the model exactly with what is
     installed and in the folder (``segmenter.runtime.description`` says which); of a Hub model ``auto`` takes torch
-    where it is installed. ``precision``: fp16 and int8 files are used on request only.
+    where it is installed. ``precision``: fp16 and int8 files, and bf16 (OpenVINO, on CPUs that have it), are used on
+    request only; docs/results.md says what each changes in Dice.
     ``operating_point``: a file that ``polypseg calibrate`` wrote, or ``model`` for the model's own.
 
     Files are compared with the model's checksums; a damaged one is reported and fetched again. Works from the cache
@@ -328,7 +331,8 @@ def load(
         except ModuleNotFoundError as error:
             raise missing_package(error) from error
         if runtime == AUTO:
-            runtime = TORCH if is_installed(TORCH) and precision == "fp32" else ONNXRUNTIME
+            exact = TORCH if is_installed(TORCH) else ONNXRUNTIME
+            runtime = {"fp32": exact, BF16: OPENVINO}.get(precision, ONNXRUNTIME)
         folder = fetch(
             str(id_or_path),
             revision=revision,
