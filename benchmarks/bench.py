@@ -5,6 +5,7 @@ OMP_NUM_THREADS=1 python benchmarks/bench.py --output runs/bench
 ``--page`` renders a page from a kept record instead of measuring.
 """
 
+import os
 import platform
 import statistics
 from collections.abc import Mapping
@@ -36,17 +37,22 @@ BENCHMARKS = (
     synthetic_frames.rows,
     training_step.rows,
 )
+INSTRUCTIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX"}
+"""Flag of /proc/cpuinfo -> name."""
 FULL = (inference.full_size_rows,)
 """Those that take minutes more."""
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    facts = Path("/proc/cpuinfo")
-    names = (
-        [line for line in facts.read_text().splitlines() if line.startswith("model name")] if facts.is_file() else []
-    )
-    return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
+    """The processor's name, cores and instructions that decide ratios, as far as the system tells them."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    known = set(facts.get("flags", "").split())
+    told = [f"{os.cpu_count()} cores", *(title for flag, title in INSTRUCTIONS.items() if flag in known)]
+    return f"{facts['model name']} ({', '.join(told)})"
 
 
 PAGE = """# How fast

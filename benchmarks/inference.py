@@ -112,7 +112,7 @@ def evaluation_rows(*, frames: int, repeats: int) -> list[Row]:
     """Scores of the shipped model on drawn frames of 512x512, receipt included; before: every measure in the loop."""
     data = open_dataset("synthetic_a", synthetic_options=SyntheticOptions(count=frames, size=(512, 512)))
     source, plain = open_model(str(STARTER_FOLDER)), frozen_measures()
-    file = open_model(str(STARTER_FOLDER / ONNX_FILES["fp32"]))
+    file, rounded = (open_model(str(STARTER_FOLDER / ONNX_FILES[precision])) for precision in ("fp32", "int8"))
     model, processor = load_model(str(STARTER_FOLDER))
 
     def before() -> None:
@@ -127,6 +127,7 @@ def evaluation_rows(*, frames: int, repeats: int) -> list[Row]:
         BASELINE: before,
         "paper's metrics": lambda: scored(("paper",)),
         "paper's metrics of its ONNX file": lambda: scored(("paper",), by=file),
+        "paper's metrics of its int8 file": lambda: scored(("paper",), by=rounded),
         "every convention": lambda: scored(tuple(CONVENTIONS)),
     }
     return side_by_side(f"evaluate on {frames} frames", ways, repeats=repeats)

@@ -16,12 +16,14 @@ from pathlib import Path
 from threading import Thread
 from typing import Annotated, Any
 
+from PIL import Image
 from typer import Option
 
 from polypseg.cli.console import run_script
 from polypseg.errors import UsageError
-from polypseg.files import SAMPLE_FRAMES
+from polypseg.files import SAMPLE_FRAMES, read_json
 from polypseg.hub.web_page import PageServer, assemble_page
+from polypseg.inference.preparation import PREPROCESSOR
 from polypseg.provenance.local import STARTER_FOLDER
 
 PATIENCE = 120_000
@@ -42,13 +44,17 @@ def first_mask(browser: Any, address: str, frame: Path, **options: Any) -> tuple
     return time.perf_counter() - began, sum(sizes.values()), page
 
 
-def frames_per_second(page: Any, count: int) -> float:
-    """Of a folder of the sample frames, in the page that is open, listing included."""
+def frames_per_second(page: Any, count: int, *, side: int | None = None) -> float:
+    """Of a folder of the sample frames, in the page that is open, listing included; ``side``: frames of this size."""
     with tempfile.TemporaryDirectory() as name:
         folder, samples = Path(name) / "frames", sorted(SAMPLE_FRAMES.glob("*.jpg"))
         folder.mkdir()
         for number in range(count):
-            shutil.copyfile(samples[number % len(samples)], folder / f"{number:03d}.jpg")
+            sample, copy = samples[number % len(samples)], folder / f"{number:03d}.jpg"
+            if side is None:
+                shutil.copyfile(sample, copy)
+            else:
+                Image.open(sample).resize((side, side)).save(copy, quality=90)
         began = time.perf_counter()
         page.set_input_files("#folders", str(folder))
         while page.locator("#rows tr").count() < count:
@@ -88,6 +94,10 @@ def main(
                     page.screenshot(path=pictures / "wide.png", full_page=True)
                 print(f"{frames_per_second(page, frames):.1f} frames per second over a folder of {frames}")
             page.context.close()
+        side = read_json(STARTER_FOLDER / PREPROCESSOR)["size"]["height"]
+        _, _, page = first_mask(browser, address, frame)
+        print(f"{frames_per_second(page, frames, side=side):.1f} with frames of the model's size, {side}x{side}")
+        page.context.close()
         spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
         print(f"first mask from cold: median {statistics.median(seconds):.1f} s of {repeats} ({spread})")
         if pictures is not None:

@@ -28,6 +28,7 @@ def load(name: str):
         ("measures", {"images": 1}),
         ("synthetic_frames", {"frames": 9}),
         ("pretraining_feed", {"images": 1}),
+        pytest.param("training_step", {"batch": 2}, marks=pytest.mark.slow),
         pytest.param("inference", {"frames": 2}, marks=pytest.mark.slow),
     ],
 )
@@ -63,6 +64,12 @@ def test_neither_a_busy_machine_nor_restless_repeats_may_be_quoted():
     assert "c, d" in tool.why_not_quotable([steady, restless], 0.0)[0]
     assert tool.why_not_quotable([*[steady] * 3, restless], 0.0) == []
     assert tool.why_not_quotable([steady], None)
+
+
+def test_the_page_shows_the_kept_record():
+    docs = FOLDER.parent / "docs"
+    record = json.loads((docs / "speed" / "bench.json").read_text())
+    assert (docs / "speed.md").read_text() == load("bench").render_page(record)
 
 
 @pytest.mark.parametrize("cores", [0.0, 1.5])

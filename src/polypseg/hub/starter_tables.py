@@ -1,5 +1,6 @@
 """The tables about the shipped model on README and docs, from its receipts and kept measurements."""
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ RUNS_MARKS = ("<!-- runs -->", "<!-- /runs -->")
 SEARCH_MARKS = ("<!-- search -->", "<!-- /search -->")
 ROBUSTNESS_MARKS = ("<!-- robustness -->", "<!-- /robustness -->")
 SHIFT_MARKS = ("<!-- shift -->", "<!-- /shift -->")
+FLICKER_MARKS = ("<!-- flicker -->", "<!-- /flicker -->")
 EXPORTS_MARKS = ("<!-- exports -->", "<!-- /exports -->")
 """Between two marks of a page stands the text that these functions render."""
 _SHOWN_SEVERITIES = (1, 3, 5)
@@ -202,6 +204,22 @@ def exports_table(folder: Path) -> str:
     return "\n\n".join(tables)
 
 
+def flicker_table(path: Path) -> str:
+    """What benchmarks/flicker.py wrote, as Markdown."""
+    with path.open(encoding="utf-8", newline="") as file:
+        records = list(csv.DictReader(file))
+    columns = [
+        Column("masks", "masks", str),
+        Column("mDice", "dice", str),
+        Column("mean of clips", "dice_by_clip", str),
+        Column("flicker index", "flicker", str),
+        Column("where the annotation stays", "false_flicker", str),
+        Column("1 - IoU of neighbors", "change", str),
+    ]
+    of = f"{records[0]['frames']} frames of {records[0]['clips']} clips"
+    return f"CVC-ClinicDB, {of}:\n\n{Table(columns=columns, records=records).markdown()}"
+
+
 def starter_texts(root: Path) -> list[tuple[Path, tuple[str, str], str]]:
     """Page, marks and text of everything that README and docs/results.md of a clone say of the shipped model."""
     readme, results, kept = root / "README.md", root / "docs" / "results.md", root / "docs" / "starter"
@@ -210,6 +228,7 @@ def starter_texts(root: Path) -> list[tuple[Path, tuple[str, str], str]]:
     for marks, name, table in (
         (ROBUSTNESS_MARKS, "robustness.json", robustness_table),
         (SHIFT_MARKS, "attribution.json", shift_table),
+        (FLICKER_MARKS, "flicker.csv", flicker_table),
     ):
         if (kept / name).is_file():
             texts.append((results, marks, table(kept / name)))
