@@ -105,15 +105,17 @@ def shipped_rows(*, frames: int, repeats: int) -> Iterator[Row]:
             segmenter = polypseg.load(runtime=runtime, precision=precision)
             timed[way] = partial(segment_files, segmenter, [str(inputs)], folder / way, overwrite=True)
         yield from side_by_side(f"segment {frames} frames, with overlays and tables", timed, repeats=repeats)
-    yield from evaluation_rows(frames=frames, repeats=repeats)
+    yield from evaluation_rows(STARTER_FOLDER, "the shipped model", frames=frames, repeats=repeats)
 
 
-def evaluation_rows(*, frames: int, repeats: int) -> list[Row]:
-    """Scores of the shipped model on drawn frames of 512x512, receipt included; before: every measure in the loop."""
+def evaluation_rows(folder: Path, title: str, *, frames: int, repeats: int) -> list[Row]:
+    """Scores of a model on drawn frames of 512x512, receipt included; before: every measure in the loop."""
     data = open_dataset("synthetic_a", synthetic_options=SyntheticOptions(count=frames, size=(512, 512)))
-    source, plain = open_model(str(STARTER_FOLDER)), frozen_measures()
-    file, rounded = (open_model(str(STARTER_FOLDER / ONNX_FILES[precision])) for precision in ("fp32", "int8"))
-    model, processor = load_model(str(STARTER_FOLDER))
+    source, plain = open_model(str(folder)), frozen_measures()
+    model, processor = load_model(str(folder))
+    asked: tuple[Precision, ...] = ("fp32", "int8")
+    others = [("onnxruntime", precision) for precision in asked if (folder / ONNX_FILES[precision]).is_file()]
+    others += ROUNDED.values()
 
     def before() -> None:
         for record in data.records:
@@ -126,11 +128,15 @@ def evaluation_rows(*, frames: int, repeats: int) -> list[Row]:
     ways: dict[str, Callable[[], object]] = {
         BASELINE: before,
         "paper's metrics": lambda: scored(("paper",)),
-        "paper's metrics of its ONNX file": lambda: scored(("paper",), by=file),
-        "paper's metrics of its int8 file": lambda: scored(("paper",), by=rounded),
+        **{
+            f"paper's metrics, {runtime} {precision}": partial(
+                scored, ("paper",), by=open_model(str(folder), runtime=runtime, precision=precision)
+            )
+            for runtime, precision in others
+        },
         "every convention": lambda: scored(tuple(CONVENTIONS)),
     }
-    return side_by_side(f"evaluate on {frames} frames", ways, repeats=repeats)
+    return side_by_side(f"evaluate {title} on {frames} frames", ways, repeats=repeats)
 
 
 def full_size_rows(*, repeats: int) -> Iterator[Row]:
@@ -148,6 +154,7 @@ def full_size_rows(*, repeats: int) -> Iterator[Row]:
                 **ROUNDED,
             }
             yield from forward_rows(folder, f"{short} at full size", batch=batch, ways=ways, repeats=repeats)
+            yield from evaluation_rows(folder, f"{short} at full size", frames=8, repeats=repeats)
 
 
 def rows(*, frames: int = 12, repeats: int = 5) -> list[Row]:

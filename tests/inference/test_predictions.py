@@ -22,7 +22,13 @@ from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.evaluate import score_predictions
 from polypseg.inference.model import build_image_processor, predicted_mask
 from polypseg.inference.prediction_files import FilePredictions, read_map, save_predictions
-from polypseg.inference.predictors import ModelPredictions, OnnxPredictions, SmpPredictions, probability_map
+from polypseg.inference.predictors import (
+    ModelPredictions,
+    OnnxPredictions,
+    SmpPredictions,
+    open_model,
+    probability_map,
+)
 from polypseg.statistics.scores import METRICS
 
 
@@ -218,6 +224,44 @@ def test_onnx_files_are_prepared_for_as_their_own_folder_says(tmp_path, data):
     other = OnnxPredictions(name="o", path=folder / "onnx" / "model.onnx", image_size=96)
     with pytest.raises(UsageError, match=rf"asked for 96x96 pixels but .* says {SIZE[1]}x{SIZE[0]}"):
         list(other.predict(data, data.ids[:1]))
+
+
+def test_a_folder_is_scored_by_the_runtime_and_in_the_precision_that_are_asked_for(tmp_path, data):
+    from light_models import write_light_model
+    from polypseg.inference.runtimes import has_bf16
+
+    folder = write_light_model(tmp_path / "m")
+    wanted = dict(open_model(str(folder), runtime="onnxruntime").predict(data, data.ids[:2]))
+    for precision in ("fp32", *(["bf16"] if has_bf16() else [])):
+        source = open_model(str(folder), runtime="openvino", precision=precision)
+        assert source.name == f"m.openvino.{precision}"
+        assert (source.origin["source"], source.origin.get("precision", "fp32")) == ("openvino", precision)
+        found = dict(source.predict(data, data.ids[:2]))
+        differences = [np.abs(found[name] - wanted[name]).max() for name in wanted]
+        assert max(differences) < (1e-4 if precision == "fp32" else 0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"precision": "int8"}, "--format onnx --precision int8"),
+        ({"runtime": "torch", "precision": "bf16"}, "torch does not compute in bf16"),
+        ({"runtime": "onnx"}, "unknown runtime 'onnx'"),
+    ],
+)
+def test_a_runtime_or_precision_that_a_folder_has_not_is_refused(tmp_path, options, match):
+    from light_models import write_light_model
+
+    with pytest.raises(UsageError, match=match):
+        open_model(str(write_light_model(tmp_path / "m")), **options)
+
+
+def test_an_onnx_file_has_its_own_precision(tmp_path):
+    from light_models import write_light_model
+
+    path = write_light_model(tmp_path / "m") / "onnx" / "model.onnx"
+    with pytest.raises(UsageError, match="has a precision of its own"):
+        open_model(str(path), precision="int8")
 
 
 def test_onnx_without_its_runtime_says_how_to_get_it(monkeypatch, tmp_path, data):

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 from typer import Argument, Option
 
@@ -15,6 +15,7 @@ from polypseg.cli.options import (
     GivesProbabilities,
     ImageSize,
     JsonOption,
+    PrecisionOption,
     SourceOption,
     WideOption,
     named_mask_values,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from polypseg.evaluation.receipt import Receipt
     from polypseg.evaluation.suite import Outcome, SuitePlan
     from polypseg.inference.predictors import PredictionSource
+    from polypseg.inference.runtimes import Precision
 
 _SHOWN = 20
 """Differences of a receipt that are printed."""
@@ -89,6 +91,11 @@ def evaluate(
     save_masks: Annotated[bool, Option("--save-masks", help="Keep the predicted masks as 1-bit PNG files.")] = False,
     name: Annotated[str | None, Option(help="Name in the results; default: the recorded id or the folder's.")] = None,
     batch_size: Annotated[int, Option(min=1, help="Images per forward pass of a transformers model.")] = 8,
+    runtime: Annotated[
+        str | None,
+        Option(help="onnxruntime, openvino, auto or torch. Default: torch, which computes the weights themselves."),
+    ] = None,
+    precision: PrecisionOption = "fp32",
     revision: Annotated[str | None, Option(help="Tag, branch or commit of a Hub model.")] = None,
     trust_remote_code: Annotated[
         bool, Option("--trust-remote-code", help="Run the code of the model's repository; only at a full commit.")
@@ -124,6 +131,8 @@ def evaluate(
             "--operating-point": operating_point,
             "--image-size": image_size,
             "--gives-probabilities": gives_probabilities,
+            "--runtime": runtime,
+            "--precision": precision != "fp32",
         }
         refuse_options(model_only, because="it is of a --model, and --predictions are files")
     elif allow_missing:
@@ -168,6 +177,8 @@ def evaluate(
             gives_probabilities=gives_probabilities,
             batch_size=batch_size,
             trust_remote_code=trust_remote_code,
+            runtime=runtime,
+            precision=cast("Precision", precision),
         )
         return _at_point(chosen, operating_point, folder=folder)
 

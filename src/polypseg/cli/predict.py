@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from typer import Argument, Option
 
 from polypseg.cli.console import print_json, print_table
-from polypseg.cli.options import JsonOption, MaskValuesOption, SourceOption, WideOption, places
+from polypseg.cli.options import JsonOption, MaskValuesOption, PrecisionOption, SourceOption, WideOption, places
 
 if TYPE_CHECKING:
     from polypseg.evaluation.receipt import Test
@@ -25,11 +25,6 @@ ModelOption = Annotated[
 ]
 RuntimeOption = Annotated[
     str, Option(help="auto (the fastest exact one at hand, and says which), onnxruntime, openvino or torch.")
-]
-
-PrecisionOption = Annotated[
-    str,
-    Option(help="fp32, or what a file of the model (fp16, int8) or OpenVINO on this CPU (bf16) is asked to round to."),
 ]
 
 

@@ -34,7 +34,20 @@ from polypseg.inference.model import (
 )
 from polypseg.inference.operating_point import OPERATING_POINT_KEY, OperatingPoint
 from polypseg.inference.preparation import PREPROCESSOR, FrameProcessor
-from polypseg.inference.runtimes import OnnxRuntime, refuse_non_finite
+from polypseg.inference.runtimes import (
+    AUTO,
+    BF16,
+    ONNXRUNTIME,
+    OPENVINO,
+    TORCH,
+    OnnxRuntime,
+    OpenVinoRuntime,
+    Precision,
+    check_names,
+    choose_runtime,
+    refuse_non_finite,
+    runtime_files,
+)
 from polypseg.modeling import PolypSegConfig
 from polypseg.provenance.checksums import LOADED, check_folder
 from polypseg.provenance.fetch import fetch
@@ -43,7 +56,7 @@ from polypseg.provenance.origin import WEIGHTS_ORIGIN, WeightsOrigin
 
 Probability = NDArray[np.float32]
 Output = Literal["logits", "probability"]
-ONNX = ".onnx"
+ONNX, OPENVINO_SUFFIX = ".onnx", ".xml"
 _ABOVE_HALF = float(np.nextafter(np.float32(0.5), np.float32(1)))
 
 
@@ -125,8 +138,10 @@ class SmpPredictions:
 class OnnxPredictions:
     """An ONNX file: input (B, 3, h, w) of a normalized RGB frame, output (B, 1 or 2, h, w) of logits or probabilities.
 
-    ``image_size`` is needed only when the file leaves its input's size open. Without ``processor``, frames are prepared
-    as the file's model folder says, or, for a file alone, with ImageNet's mean and standard deviation.
+    ``runtime`` computes it: ONNX Runtime, or OpenVINO (its own .xml files too), which can be asked for bf16 by
+    ``precision``. ``image_size`` is needed only when the file leaves its input's size open. Without ``processor``,
+    frames are prepared as the file's model folder says, or, for a file alone, with ImageNet's mean and standard
+    deviation.
     """
 
     name: str
@@ -135,14 +150,25 @@ class OnnxPredictions:
     image_size: int | None = None
     output: Output = "logits"
     batch_size: int = 8
+    runtime: str = ONNXRUNTIME
+    precision: Precision = "fp32"
 
     @property
     def origin(self) -> dict[str, Any]:
-        return {"source": "onnx", "file": self.path.name, "sha256": file_sha256(self.path)}
+        files = {"file": self.path.name, "sha256": file_sha256(self.path)}
+        if self.path.suffix == OPENVINO_SUFFIX:
+            files["weights_sha256"] = file_sha256(self.path.with_suffix(".bin"))
+        if self.runtime == ONNXRUNTIME:
+            return {"source": "onnx"} | files
+        return {"source": self.runtime} | files | ({"precision": BF16} if self.precision == BF16 else {})
 
     def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
-        """Raises UsageError without onnxruntime, and for a file that is not such a model."""
-        network = OnnxRuntime(self.path)
+        """Raises UsageError without the runtime, and for a file that is not such a model."""
+        network: OnnxRuntime | OpenVinoRuntime = (
+            OnnxRuntime(self.path)
+            if self.runtime == ONNXRUNTIME
+            else OpenVinoRuntime(self.path, bf16=self.precision == BF16)
+        )
         batch, channels, height, width = network.input_shape if len(network.input_shape) == 4 else (None,) * 4
         if channels != 3:
             raise UsageError(
@@ -267,25 +293,52 @@ def open_model(
     gives_probabilities: bool = False,
     batch_size: int = 8,
     trust_remote_code: bool = False,
+    runtime: str | None = None,
+    precision: Precision = "fp32",
 ) -> PredictionSource:
     """Any model that can be tested: transformers or segmentation_models_pytorch folder, Hub id, row's id, ONNX file.
 
     ``folder``: where ``model_folder`` found it, so that it is fetched once. ``image_size`` and ``gives_probabilities``
     (not logits) are of ONNX and segmentation_models_pytorch models, whose files do not say so; ``name`` is the one in
-    results; ``trust_remote_code`` runs the code in the folder of a transformers model. Raises UsageError for a model
-    that is not there or cannot be loaded.
+    results; ``trust_remote_code`` runs the code in the folder of a transformers model. ``runtime``: by default torch
+    for a folder, whose weights are tested then, and ONNX Runtime for a file; with another, or another ``precision``,
+    the folder's file for it. Raises UsageError for a model that is not there or cannot be loaded.
     """
+    check_names(runtime or AUTO, precision=precision)
     output: Output = "probability" if gives_probabilities else "logits"
     if Path(model).suffix == ONNX:
         path = Path(model)
         if not path.is_file():
             raise UsageError(f"{path} does not exist: give an ONNX file")
-        return OnnxPredictions(name=name or path.stem, path=path, image_size=image_size, output=output)
+        if runtime == TORCH or precision not in ("fp32", BF16):
+            raise UsageError(f"{path} has a precision of its own: ask onnxruntime or openvino to compute it")
+        return OnnxPredictions(
+            name=name or path.stem,
+            path=path,
+            image_size=image_size,
+            output=output,
+            runtime=(OPENVINO if precision == BF16 else ONNXRUNTIME) if runtime in (None, AUTO) else runtime,
+            precision=precision,
+        )
     folder = folder or named_folder(model, with_code=trust_remote_code)
     if is_smp_folder(folder):
+        if runtime not in (None, TORCH) or precision != "fp32":
+            raise UsageError(f"{folder} is computed by torch in fp32: leave out the runtime and the precision")
         return open_smp(folder, name=name or folder.resolve().name, image_size=image_size, output=output)
     if image_size is not None or gives_probabilities:
         raise UsageError("--image-size and --gives-probabilities are of ONNX and segmentation_models_pytorch models")
+    if runtime is not None or precision != "fp32":
+        chosen, path = choose_runtime(folder, runtime=runtime or AUTO, precision=precision)
+        if chosen != TORCH:
+            check_folder(folder, names=runtime_files(chosen, precision=precision))
+            return OnnxPredictions(
+                name=name or f"{results_name(PolypSegConfig.from_pretrained(folder), model)}.{chosen}.{precision}",
+                path=path,
+                processor=FrameProcessor.from_pretrained(folder),
+                batch_size=batch_size,
+                runtime=chosen,
+                precision=precision,
+            )
     check_folder(folder)
     network, processor = load_model(str(folder), trust_remote_code=trust_remote_code)
     origin = WeightsOrigin.within(network.config)
