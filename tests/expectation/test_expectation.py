@@ -35,7 +35,7 @@ from polypseg.inference.features import ALL, SINGLE, compare_views, describe, lo
 from polypseg.inference.gate import describe_place, learn_gate
 from polypseg.inference.operating_point import OPERATING_POINT, find_operating_point
 from polypseg.inference.predictor import read_predictor
-from polypseg.inference.regions import drop_small, grow_mask
+from polypseg.inference.regions import drop_regions, grow_mask
 from polypseg.provenance.checksums import check_folder, write_manifest
 from polypseg.provenance.local import STARTER_FOLDER
 from polypseg.provenance.passport import PASSPORT, Passport, Seen, SplitManifest, image_print
@@ -104,8 +104,11 @@ def test_growing_and_dropping_regions_are_scipys(seed):
         assert (grow_mask(mask, reach) == ndimage.maximum_filter(mask, 2 * reach + 1, mode="constant")).all()
     labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
     sizes = ndimage.sum(mask, labels, range(count + 1))
-    assert (drop_small(mask, least=4) == (mask & (sizes >= 4)[labels])).all()
-    assert not drop_small(np.zeros((5, 5), bool), least=2).any()
+    values = np.random.default_rng(seed).random(mask.shape, dtype=np.float32)
+    peaks = np.array([values[labels == number].max(initial=-1) for number in range(len(sizes))])
+    found = drop_regions(mask, least=4, values=values, peak=0.9)
+    assert (found == (mask & ((sizes >= 4) & (peaks > np.float32(0.9)))[labels])).all() and found.any()
+    assert not drop_regions(np.zeros((5, 5), bool), least=2, values=np.zeros((5, 5), np.float32), peak=0).any()
 
 
 # Learners ----------------------------------------------------------------------------------------------

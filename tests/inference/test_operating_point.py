@@ -17,6 +17,8 @@ from polypseg.evaluation.receipt import read_receipt
 from polypseg.evaluation.receipt_reading import cell_of, read_results
 from polypseg.expectation.calibrate import (
     DEFAULT,
+    GRID,
+    PEAKS,
     SHARES,
     THRESHOLDS,
     Labeled,
@@ -51,7 +53,10 @@ def make_margin(needs, **changes) -> Margin:
 def test_point_cuts_logits_and_moved_maps_cut_at_half_alike():
     rng = np.random.default_rng(0)
     logits = np.kron(rng.normal(-2, 3, (8, 9)), np.ones((4, 4))).astype(np.float32)
-    for point in (OperatingPoint(), OperatingPoint(threshold=0.3, temperature=1.7, minimum_share=0.02)):
+    for point in (
+        OperatingPoint(),
+        OperatingPoint(threshold=0.3, temperature=1.7, minimum_share=0.02, minimum_peak=0.7),
+    ):
         mask = point.mask(logits)
         probability = (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
         moved = point.moved(probability)
@@ -61,7 +66,10 @@ def test_point_cuts_logits_and_moved_maps_cut_at_half_alike():
     assert low.mask(logits).sum() > mask.sum()  # small regions are gone
 
 
-@pytest.mark.parametrize("values", [{"threshold": 0}, {"threshold": "x"}, {"temperature": 0}, {"minimum_share": 0.7}])
+@pytest.mark.parametrize(
+    "values",
+    [{"threshold": 0}, {"threshold": "x"}, {"temperature": 0}, {"minimum_share": 0.7}, {"minimum_peak": 1}],
+)
 def test_impossible_points_are_refused(values):
     with pytest.raises(UsageError, match="operating point"):
         OperatingPoint(**values)
@@ -86,17 +94,18 @@ def test_score_grid_is_what_each_cut_scores():
     logits = np.kron(rng.normal(0, 2, (10, 10)), np.ones((5, 5))).astype(np.float32)
     truth = np.roll(logits > 0.3, 2, axis=0)
     grid = score_grid(logits, truth)
-    for row, column in ((0, 0), DEFAULT, (9, 5)):
-        mask = OperatingPoint(threshold=THRESHOLDS[row], minimum_share=SHARES[column]).mask(logits)
-        assert grid[row, column] == pytest.approx(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
+    for row, column, layer in ((0, 0, 0), DEFAULT, (9, 5, 0), (6, 0, 3), (5, 5, 2)):
+        point = OperatingPoint(threshold=THRESHOLDS[row], minimum_share=SHARES[column], minimum_peak=PEAKS[layer])
+        mask = point.mask(logits)
+        assert grid[row, column, layer] == pytest.approx(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
     assert (score_grid(np.full((9, 9), -9, np.float32), np.zeros((9, 9), bool)) == 1).all()
 
 
 def grid_of(count, *, better=0.0, noise=0.02, seed=0):
     """Scores of ``count`` frames; threshold 0.3 is better by ``better``."""
     rng = np.random.default_rng(seed)
-    scores = np.repeat(rng.uniform(0.6, 0.9, (count, 1, 1)), len(THRESHOLDS), axis=1) + np.zeros((1, 1, len(SHARES)))
-    scores += rng.normal(0, noise, (count, len(THRESHOLDS), 1))
+    scores = rng.uniform(0.6, 0.9, (count, 1, 1, 1)) + np.zeros((1, *GRID))
+    scores += rng.normal(0, noise, (count, len(THRESHOLDS), 1, 1))
     scores[:, THRESHOLDS.index(0.3)] += better
     return scores
 
@@ -108,6 +117,32 @@ def test_a_better_point_is_found_and_noise_keeps_the_default():
     assert sum(one.better for one in kept) <= 3  # one-sided 5 %
     unsure = next(one for one in kept if not one.better)
     assert unsure.point.is_default and "nothing better" in unsure.lines()[1]
+
+
+def test_most_alarms_bounds_the_alarms_and_keeps_the_best_dice():
+    """Regions need a peak to be believed: it costs frames with polyps less than a higher threshold does."""
+    scores, free = grid_of(40, noise=0.0), np.arange(40) < 20
+    scores[free] = 0.0  # an alarm
+    layer, row = PEAKS.index(0.95), THRESHOLDS.index(0.7)
+    scores[:19, :, :, layer:] = 1.0
+    scores[:19, row:] = 1.0
+    scores[~free, :, :, layer:] -= 0.01
+    scores[~free, row:] -= 0.05
+    names = [str(k) for k in range(40)]
+    found = choose_point(scores, names, free=free, most_alarms=0.1)
+    assert found.chosen == (0.5, 0.0, 0.95) and found.better and found.alarms == pytest.approx((1, 0.05))
+    assert found.point.minimum_peak == 0.95 and found.point.drops_regions and not found.point.is_default
+    assert "raise an alarm: 100.0% at the default, 5.0% at this one" in found.lines()[0]
+    with pytest.raises(UsageError, match="frames with polyps and frames without"):
+        choose_point(scores, names, most_alarms=0.1)
+
+
+def test_a_region_that_is_nowhere_sure_is_dropped():
+    logits = np.full((20, 30), -5, np.float32)
+    logits[2:8, 2:8], logits[12:18, 12:18] = 1, 1
+    logits[14, 14] = 6
+    mask = OperatingPoint(minimum_peak=0.9).mask(logits)
+    assert mask.sum() == 36 and mask[14, 14] and not mask[3, 3]
 
 
 def test_frames_of_one_clip_are_one_piece_of_evidence():
@@ -279,6 +314,6 @@ def test_segment_writes_margins_flags_and_alarm(tmp_path):
 
 
 def test_saved_calibration_says_how_it_was_found(tmp_path):
-    found = choose_point(grid_of(6), list("abcdef"), polyp_free=2)
+    found = choose_point(grid_of(6), list("abcdef"), free=np.arange(6) < 2)
     content = json.loads(save_calibration(found, tmp_path / "p.json", model="m", weights={"a": "b"}).read_text())
     assert content["evidence"]["groups"] == 6 and content["evidence"]["polyp_free"] == 2 and content["model"] == "m"

@@ -42,15 +42,26 @@ def calibrate(
     clip: Annotated[
         str | None, Option(help="Which frames are of one clip: a regular expression such as '(.*)_[0-9]+'.")
     ] = None,
+    most_alarms: Annotated[
+        float | None,
+        Option(
+            min=0,
+            max=1,
+            help="Best Dice on frames with polyps where at most this share of those without raises an alarm; try 0.1. "
+            "Default: best mean of both.",
+        ),
+    ] = None,
     output: Annotated[Path, Option(help="File to write.")] = Path("operating_point.json"),
 ) -> None:
-    """Choose threshold, temperature and minimum area on labeled frames; keep the default if none is better."""
+    """Choose threshold, temperature, minimum area and peak on labeled frames; keep the default if none is better."""
     from polypseg.expectation.calibrate import calibrate_files
     from polypseg.inference.segmenter import load
     from polypseg.provenance.local import local_folder
 
     segmenter = load(model, runtime=runtime)
-    found = calibrate_files(segmenter, frames, masks, output, folder=local_folder(model), clip=clip)
+    found = calibrate_files(
+        segmenter, frames, masks, output, folder=local_folder(model), clip=clip, most_alarms=most_alarms
+    )
     print("\n".join(found.lines()))
     print(f"{output}: for `polypseg segment` and `polypseg evaluate` with --operating-point, and for polypseg.load")
 

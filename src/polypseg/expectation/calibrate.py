@@ -1,4 +1,4 @@
-"""An operating point from a few labeled frames: threshold, temperature, minimum area, kept only where shown better."""
+"""An operating point from a few labeled frames: where to cut, which regions count; kept only where shown better."""
 
 import hashlib
 import re
@@ -28,7 +28,10 @@ Floats = NDArray[np.float64]
 THRESHOLDS = tuple(round(0.2 + 0.05 * step, 2) for step in range(14))
 SHARES = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01)
 """Minimum areas, as shares of the frame."""
-DEFAULT = (THRESHOLDS.index(0.5), 0)
+PEAKS = (0.0, 0.8, 0.9, 0.95, 0.97, 0.98)
+"""Probabilities that a region exceeds somewhere."""
+GRID = (len(THRESHOLDS), len(SHARES), len(PEAKS))
+DEFAULT = (THRESHOLDS.index(0.5), 0, 0)
 LEAST_GROUPS = 5
 """Clips, or frames where clips are unknown, below which nothing is chosen."""
 _SURE = 0.95
@@ -105,8 +108,12 @@ class Calibration:
     point: OperatingPoint
     """The default where nothing better is shown."""
     better: bool
-    chosen: tuple[float, float]
-    """Threshold and minimum share that are best on all frames."""
+    chosen: tuple[float, float, float]
+    """Threshold, minimum share and minimum peak that are best on all frames."""
+    most_alarms: float | None = None
+    """The share of polyp-free frames that the choice let raise an alarm; None where alarms counted as errors only."""
+    alarms: tuple[float, float] | None = None
+    """Shares of polyp-free frames with an alarm, at the default and at the choice; None without such frames."""
     gain: float
     """Mean over groups of the score on frames that the choice did not see, less the default's."""
     bound: float
@@ -118,17 +125,20 @@ class Calibration:
 
     def lines(self) -> list[str]:
         """A summary to print."""
-        threshold, share = self.chosen
+        threshold, share, peak = self.chosen
         told = (
-            f"threshold {threshold:g} and minimum area {share:.2%} of the frame score best on these {self.frames} "
-            f"frames; on clips that the choice did not see they gain {self.gain:+.4f} (at least {self.bound:+.4f}, "
-            f"one-sided 95 %, {self.groups} clips) over {self.default_score:.4f} of the default"
+            f"threshold {threshold:g}, minimum area {share:.2%} of the frame and minimum peak {peak:g} are best on "
+            f"these {self.frames} frames; on clips that the choice did not see they gain {self.gain:+.4f} (at least "
+            f"{self.bound:+.4f}, one-sided 95 %, {self.groups} clips) over {self.default_score:.4f} of the default"
         )
         verdict = (
             "written: this operating point is better than the default on frames like these"
             if self.better
-            else "nothing better than the default can be shown: threshold 0.5 and no minimum area are kept"
+            else "nothing better than the default can be shown: threshold 0.5 and every region are kept"
         )
+        if self.alarms is not None:
+            before, after = self.alarms
+            told += f"; frames without polyp that raise an alarm: {before:.1%} at the default, {after:.1%} at this one"
         return [told, f"{verdict}; temperature {self.point.temperature:.3f}"]
 
     def content(self) -> dict[str, Any]:
@@ -137,6 +147,9 @@ class Calibration:
             "better": self.better,
             "chosen_threshold": self.chosen[0],
             "chosen_minimum_share": self.chosen[1],
+            "chosen_minimum_peak": self.chosen[2],
+            "most_alarms": self.most_alarms,
+            "alarms": None if self.alarms is None else list(self.alarms),
             "gain": self.gain,
             "gain_bound": self.bound,
             "default_score": self.default_score,
@@ -147,10 +160,18 @@ class Calibration:
         }
 
 
-def calibrate(segmenter: Segmenter, labeled: Sequence[Labeled], *, show_progress: bool = True) -> Calibration:
-    """Choose threshold and minimum area by leave-one-clip-out, and a temperature by the pixels' likelihood.
+def calibrate(
+    segmenter: Segmenter,
+    labeled: Sequence[Labeled],
+    *,
+    most_alarms: float | None = None,
+    show_progress: bool = True,
+) -> Calibration:
+    """Choose threshold, minimum area and peak by leave-one-clip-out, and a temperature by the pixels' likelihood.
 
-    Raises UsageError for fewer than LEAST_GROUPS clips.
+    ``most_alarms``: the best Dice on frames with polyps of all points at which at most this share of the frames without
+    polyp raise an alarm; by default the best mean over both, see ``Calibration.content``. Raises UsageError for fewer
+    than LEAST_GROUPS clips, and for ``most_alarms`` without frames of both kinds.
     """
     groups = groups_of(labeled, needed=f"an operating point needs frames of {LEAST_GROUPS} or more")
     scores, samples = [], []
@@ -158,9 +179,8 @@ def calibrate(segmenter: Segmenter, labeled: Sequence[Labeled], *, show_progress
         logits = logits_of(segmenter, one)
         scores.append(score_grid(logits, one.truth))
         samples.append(_sample(logits, one.truth))
-    return choose_point(
-        np.array(scores), groups, samples=samples, polyp_free=sum(not one.truth.any() for one in labeled)
-    )
+    free = np.array([not one.truth.any() for one in labeled])
+    return choose_point(np.array(scores), groups, samples=samples, free=free, most_alarms=most_alarms)
 
 
 def groups_of(labeled: Sequence[Labeled], *, needed: str) -> list[str]:
@@ -182,58 +202,90 @@ def logits_of(segmenter: Segmenter, one: Labeled) -> NDArray[np.float32]:
 
 
 def score_grid(logits: NDArray[np.float32], truth: NDArray[np.bool_]) -> Floats:
-    """Logits and true mask (H, W) -> (len(THRESHOLDS), len(SHARES)) scores."""
-    found = np.zeros((len(THRESHOLDS), len(SHARES)))
+    """Logits and true mask (H, W) -> scores, of the shape GRID."""
+    found = np.zeros(GRID)
     values, true = truth.astype(np.float32), int(truth.sum())
-    least = np.array(SHARES) * truth.size
+    least = (np.array(SHARES) * truth.size)[:, None]
+    peaks = np.array([_logit(peak) if peak else -np.inf for peak in PEAKS])
     for row, threshold in enumerate(THRESHOLDS):
-        regions = measure_regions(values, mask=logits > np.log(threshold / (1 - threshold)))
-        kept = regions.area[:, None] >= least
-        area = (regions.area[:, None] * kept).sum(axis=0)
-        common = ((regions.area * regions.mean)[:, None] * kept).sum(axis=0)
+        mask = logits > _logit(threshold)
+        regions, highest = measure_regions(values, mask=mask), measure_regions(logits, mask=mask).maximum
+        kept = (regions.area[:, None, None] >= least) & (highest[:, None, None] > peaks)
+        area = (regions.area[:, None, None] * kept).sum(axis=0)
+        common = ((regions.area * regions.mean)[:, None, None] * kept).sum(axis=0)
         found[row] = np.where(area + true == 0, 1.0, 2 * common / np.maximum(area + true, 1))
     return found
 
 
+def _logit(probability: float) -> float:
+    return float(np.log(probability / (1 - probability)))
+
+
 def choose_point(
-    scores: Floats, groups: Sequence[str], *, samples: Sequence[tuple[Floats, Floats]] = (), polyp_free: int = 0
+    scores: Floats,
+    groups: Sequence[str],
+    *,
+    samples: Sequence[tuple[Floats, Floats]] = (),
+    free: NDArray[np.bool_] | None = None,
+    most_alarms: float | None = None,
 ) -> Calibration:
-    """The point from scores (N, thresholds, shares) of frames in groups; ``samples``: logits and truth of pixels."""
-    by_group = np.stack(
-        [
-            group_means(scores[:, row, column], groups)
-            for row in range(scores.shape[1])
-            for column in range(scores.shape[2])
-        ],
-        axis=1,
-    )  # (G, thresholds * shares)
-    default = DEFAULT[0] * len(SHARES) + DEFAULT[1]
-    total = by_group.sum(axis=0)
-    best = _best(total)
-    unseen = np.array([by_group[g, _best(total - by_group[g])] for g in range(len(by_group))])
-    gains = unseen - by_group[:, default]
-    gain, bound = sure_gain(gains)
+    """The point from scores (N, *GRID) of frames in groups.
+
+    ``samples``: logits and truth of pixels; ``free``: which frames have no polyp. Raises UsageError for ``most_alarms``
+    without frames of both kinds.
+    """
+    cells = scores.reshape(len(scores), -1)
+    free = np.zeros(len(cells), dtype=bool) if free is None else free
+    if most_alarms is not None and (free.all() or not free.any()):
+        raise UsageError("a share of false alarms needs frames with polyps and frames without: give both")
+    by_group = np.stack([group_means(cell, groups) for cell in cells.T], axis=1)  # (G, cells)
+    default = int(np.ravel_multi_index(DEFAULT, GRID))
+    number = np.unique(np.asarray(groups), return_inverse=True)[1]
+
+    def best_without(left_out: int | None) -> int:
+        """The best cell of all groups but one."""
+        others = np.arange(len(by_group)) != left_out
+        if most_alarms is None:
+            return _best(by_group[others].sum(axis=0))
+        frames = others[number]
+        alarms = 1 - cells[frames & free].mean(axis=0)
+        allowed = alarms <= max(most_alarms, alarms.min())
+        return _best(np.where(allowed, cells[frames & ~free].mean(axis=0), -1.0))
+
+    best = best_without(None)
+    unseen = np.array([by_group[g, best_without(g)] for g in range(len(by_group))])
+    gain, bound = sure_gain(unseen - by_group[:, default])
     better = bound > 0 and best != default
-    threshold, share = THRESHOLDS[best // len(SHARES)], SHARES[best % len(SHARES)]
+    row, column, layer = np.unravel_index(best, GRID)
+    chosen = THRESHOLDS[row], SHARES[column], PEAKS[layer]
     temperature = _temperature(samples)
-    point = OperatingPoint(
-        threshold=threshold if better else 0.5, minimum_share=share if better else 0.0, temperature=temperature
-    )
-    if better and temperature != 1:
-        # The threshold was chosen for untempered probabilities: this is the same cut.
-        logit = np.log(threshold / (1 - threshold)) / temperature
-        point = replace(point, threshold=float(1 / (1 + np.exp(-logit))))
+    point = OperatingPoint(temperature=temperature)
+    if better:
+        threshold, share, peak = chosen
+        point = OperatingPoint(
+            threshold=_tempered(threshold, temperature),
+            minimum_share=share,
+            minimum_peak=_tempered(peak, temperature) if peak else 0.0,
+            temperature=temperature,
+        )
     return Calibration(
         point=point,
         better=better,
-        chosen=(threshold, share),
+        chosen=chosen,
+        most_alarms=most_alarms,
+        alarms=(1 - float(cells[free, default].mean()), 1 - float(cells[free, best].mean())) if free.any() else None,
         gain=gain,
         bound=bound,
         default_score=float(by_group[:, default].mean()),
         frames=len(scores),
         groups=len(by_group),
-        polyp_free=polyp_free,
+        polyp_free=int(free.sum()),
     )
+
+
+def _tempered(probability: float, temperature: float) -> float:
+    """A cut of untempered probabilities -> the same cut of tempered ones."""
+    return probability if temperature == 1 else float(1 / (1 + np.exp(-_logit(probability) / temperature)))
 
 
 def sure_gain(gains: Floats) -> tuple[float, float]:
@@ -244,8 +296,8 @@ def sure_gain(gains: Floats) -> tuple[float, float]:
 
 def _best(total: Floats) -> int:
     """The highest sum; of equal ones the closest to the default."""
-    rows = np.arange(len(total)) // len(SHARES)
-    order = np.lexsort((np.arange(len(total)) % len(SHARES), np.abs(rows - DEFAULT[0]), -np.round(total, 9)))
+    rows, columns, layers = np.unravel_index(np.arange(len(total)), GRID)
+    order = np.lexsort((layers, columns, np.abs(rows - DEFAULT[0]), -np.round(total, 9)))
     return int(order[0])
 
 
@@ -277,13 +329,14 @@ def calibrate_files(
     *,
     folder: Path | None = None,
     clip: str | None = None,
+    most_alarms: float | None = None,
 ) -> Calibration:
     """Calibrate on a folder of frames and one of masks, and write the operating point to ``output``.
 
-    ``folder``: the model's, to whose weights the point is bound.
+    ``folder``: the model's, to whose weights the point is bound; ``most_alarms``: see ``calibrate``.
     """
     dataset = open_pairs(frames, masks)
-    found = calibrate(segmenter, read_labeled(dataset, clip=clip))
+    found = calibrate(segmenter, read_labeled(dataset, clip=clip), most_alarms=most_alarms)
     save_calibration(found, output, model=segmenter.name, weights={} if folder is None else weights_digests(folder))
     return found
 

@@ -41,7 +41,7 @@ def starter_table(results: Path) -> str:
         parts.append(
             f"At its own operating point, chosen on validation frames (`--operating-point model`: probability above "
             f"{point['threshold']:.2f} at temperature {point['temperature']:.2f}, regions of at least "
-            f"{100 * point['minimum_share']:g} % of the frame), it finds less and is quieter:"
+            f"{100 * point['minimum_share']:g} % of the frame that exceed {point['minimum_peak']:.2f} somewhere):"
         )
         parts.append(_scores_and_alarms(pointed))
     return "\n\n".join(parts)

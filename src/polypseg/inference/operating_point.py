@@ -1,4 +1,4 @@
-"""Where a model's probabilities are cut into masks: threshold, temperature, minimum area; kept in a small file."""
+"""Where a model's probabilities are cut into masks, and which regions count; kept in a small file."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from polypseg.errors import UsageError
 from polypseg.files import file_sha256, read_json, write_json
-from polypseg.inference.regions import drop_small
+from polypseg.inference.regions import drop_regions
 from polypseg.provenance.checksums import MANIFEST, read_manifest
 
 OPERATING_POINT = "operating_point.json"
@@ -33,6 +33,8 @@ class OperatingPoint:
     """By which logits are divided before they become probabilities."""
     minimum_share: float = 0.0
     """Regions smaller than this share of the frame are no polyps."""
+    minimum_peak: float = 0.0
+    """Regions whose highest tempered probability does not exceed this are no polyps."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that no mask can be made with."""
@@ -47,17 +49,30 @@ class OperatingPoint:
                 f"the minimum share of an operating point lies between 0 and {_LARGEST_SHARE}; got "
                 f"{self.minimum_share!r}"
             )
+        if not (isinstance(self.minimum_peak, int | float) and 0 <= self.minimum_peak < 1):
+            raise UsageError(f"the minimum peak of an operating point lies between 0 and 1; got {self.minimum_peak!r}")
 
     @property
     def is_default(self) -> bool:
         """Whether its masks are those at probability 0.5."""
-        return self.threshold == 0.5 and self.minimum_share == 0
+        return self.threshold == 0.5 and not self.drops_regions
+
+    @property
+    def drops_regions(self) -> bool:
+        """Whether some regions above the threshold do not count."""
+        return self.minimum_share > 0 or self.minimum_peak > self.threshold
 
     def mask(self, logits: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Logits (H, W) at the frame's size -> the mask."""
-        limit = self.temperature * math.log(self.threshold / (1 - self.threshold))
-        mask: NDArray[np.bool_] = logits > limit
-        return drop_small(mask, least=self.minimum_share * mask.size) if self.minimum_share else mask
+        mask: NDArray[np.bool_] = logits > self._limit(self.threshold)
+        if not self.drops_regions:
+            return mask
+        peak = self._limit(self.minimum_peak) if self.minimum_peak else -math.inf
+        return drop_regions(mask, least=self.minimum_share * mask.size, values=logits, peak=peak)
+
+    def _limit(self, probability: float) -> float:
+        """The logit of a tempered probability."""
+        return self.temperature * math.log(probability / (1 - probability))
 
     def moved(self, probability: NDArray[np.float32]) -> NDArray[np.float32]:
         """A model's probability map (H, W) -> one that exceeds 0.5 exactly where this point's mask is."""
@@ -100,10 +115,11 @@ def read_operating_point(path: Path) -> OperatingPoint:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise UsageError(f"{path} is no operating point: write one with `polypseg calibrate`")
-    missing = [name for name in OperatingPoint.__dataclass_fields__ if name not in content]
+    names = OperatingPoint.__dataclass_fields__.keys() - ({"minimum_peak"} - content.keys())  # a younger field
+    missing = sorted(names - content.keys())
     if missing:
         raise UsageError(f"{path} does not give {', '.join(missing)}: write it again with `polypseg calibrate`")
-    return OperatingPoint(**{name: content[name] for name in OperatingPoint.__dataclass_fields__})
+    return OperatingPoint(**{name: content[name] for name in names})
 
 
 def weights_digests(folder: Path) -> dict[str, str]:

@@ -33,17 +33,23 @@ def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]
     return np.flatnonzero(steps == 1), np.flatnonzero(steps == -1), stride
 
 
-def drop_small(mask: NDArray[np.bool_], *, least: float) -> NDArray[np.bool_]:
-    """The mask (H, W) without its regions of fewer than ``least`` pixels."""
+def drop_regions(
+    mask: NDArray[np.bool_], *, least: float, values: NDArray[np.float32], peak: float
+) -> NDArray[np.bool_]:
+    """The mask (H, W) without its regions of fewer than ``least`` pixels and those whose ``values`` nowhere exceed
+    ``peak``."""
     starts, ends, stride = _runs(mask)
     if not len(starts):
         return mask
     region, lengths = _join(starts, ends, stride=stride), ends - starts
-    small = (np.bincount(region, weights=lengths) < least)[region]
-    if not small.any():
+    area = np.bincount(region, weights=lengths)
+    highest = np.full(len(area), -np.inf)
+    np.maximum.at(highest, region, np.maximum.reduceat(values[mask], np.cumsum(lengths) - lengths))
+    kept = ((area >= least) & (highest > peak))[region]
+    if kept.all():
         return mask
     change = np.zeros(mask.shape[0] * stride + 1, dtype=np.int8)
-    change[starts[~small]], change[ends[~small]] = 1, -1
+    change[starts[kept]], change[ends[kept]] = 1, -1
     return np.cumsum(change[:-1], dtype=np.int8).reshape(mask.shape[0], stride)[:, 1:-1].astype(bool)
 
 

@@ -43,7 +43,7 @@ from polypseg.inference.inputs import Inputs, Source, read_inputs
 from polypseg.inference.margin import Margin
 from polypseg.inference.operating_point import OperatingPoint
 from polypseg.inference.pipeline import in_background
-from polypseg.inference.regions import drop_small
+from polypseg.inference.regions import drop_regions
 from polypseg.inference.segmenter import MIN_AREA, Prediction, Segmenter, check_options, draw_overlay, find_lesions
 from polypseg.inference.video import (
     ENCODED_FORMATS,
@@ -250,6 +250,7 @@ def segment_files(
         "threshold": point.threshold,
         "temperature": point.temperature,
         "minimum_share": point.minimum_share,
+        "minimum_peak": point.minimum_peak,
         "min_area": min_area,
         "every": every,
         "save_probability": save_probability,
@@ -275,7 +276,7 @@ def _segment(
 ) -> SegmentReport:
     """What segment_files does while nobody else writes to ``output``."""
     min_area, every = settings["min_area"], settings["every"]
-    point = OperatingPoint(**{name: settings[name] for name in ("threshold", "temperature", "minimum_share")})
+    point = OperatingPoint(**{name: settings[name] for name in OperatingPoint.__dataclass_fields__})
     save_probability, smooth, margin = (settings[name] for name in ("save_probability", "smooth", "margin"))
     _claim_output(output, dict(settings), overwrite=overwrite)
     known = None if margin is None or segmenter.expectation is None else (segmenter.expectation.margin, margin)
@@ -524,7 +525,12 @@ class _Drawing:
     def _smoothed(self, prediction: Prediction, *, time: float | None) -> Prediction:
         assert self._smoother is not None
         probability = self._smoother(prediction.probability, time=time)
-        mask = drop_small(probability > self._point.threshold, least=self._point.minimum_share * probability.size)
+        mask = drop_regions(
+            probability > self._point.threshold,
+            least=self._point.minimum_share * probability.size,
+            values=probability,
+            peak=self._point.minimum_peak,
+        )
         lesions = find_lesions(probability, mask=mask, min_area=self._min_area)
         # What is expected is of the frame's own mask; its average with the frames before is alike.
         return replace(prediction, probability=probability, mask=mask, lesions=lesions)
