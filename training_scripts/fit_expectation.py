@@ -2,7 +2,7 @@
 
 python training_scripts/fit_expectation.py src/polypseg/starter --page docs/estimate.md --measured docs/estimate
 
-``--only-page`` renders what was learned before.
+``--only-page`` renders what was learned before; ``--only-point`` chooses the operating point anew.
 """
 
 from pathlib import Path
@@ -27,16 +27,21 @@ def main(
     ),
     page: Annotated[Path | None, Option(help="Also render the page of what was learned.")] = None,
     measured: Annotated[Path | None, Option(help="With --page: folder of measured adaptations and time.")] = None,
+    only_point: Annotated[bool, Option("--only-point", help="Choose the operating point anew, nothing else.")] = False,
     only_page: Annotated[bool, Option("--only-page", help="Learn nothing: render the page.")] = False,
 ) -> None:
     """Measure the model under many conditions, learn what to expect of it, and check that on what was held out."""
-    from polypseg.expectation.fit import learn_model
+    from polypseg.expectation.fit import learn_model, learn_model_point
     from polypseg.expectation.page import render_page
 
     if page is None and (only_page or measured is not None):
         raise UsageError("say with --page where the page is to be written")
+    if only_point and only_page:
+        raise UsageError("give either --only-point or --only-page")
     learned, point = model / EXPECTATION, model / OPERATING_POINT
-    if not only_page:
+    if only_point:
+        typer.echo(learn_model_point(model, data_dir=data, echo=typer.echo))
+    elif not only_page:
         learned, point = learn_model(model, data_dir=data, cache=cache, echo=typer.echo)
         typer.echo(f"{learned}\n{point}")
     if page is not None:

@@ -52,7 +52,7 @@ from polypseg.expectation.intervals import (
 )
 from polypseg.expectation.learner import LEARNERS, baselines
 from polypseg.expectation.margins import learn_margin, margin_evidence
-from polypseg.files import environment_record, write_json
+from polypseg.files import environment_record, read_json, write_json
 from polypseg.inference.expected import EXPECTATION, FORMAT, THRESHOLD
 from polypseg.inference.features import SINGLE, to_colors
 from polypseg.inference.gate import MOST_UNLIKE, Gate, describe_place, learn_gate
@@ -354,15 +354,30 @@ def learn_model(folder: Path, *, data_dir: Path | None, cache: Path, echo: Echo)
     check_folder(folder, names=WEIGHTS)
     learned = learn_expectation(folder, data_dir=data_dir, cache=cache, echo=echo)
     found = learn_point(folder, data_dir=data_dir)
+    written = write_json(folder / EXPECTATION, learned)
+    return written, _write_point(folder, found, learned["model"], echo=echo)
+
+
+def learn_model_point(folder: Path, *, data_dir: Path | None, echo: Echo) -> Path:
+    """Choose only the operating point of a model of which everything else was learned, and write it into its folder.
+
+    Raises UsageError for a model of which nothing was learned or where datasets are absent, and what ``learn_model``
+    raises for other weights.
+    """
+    check_folder(folder, names=WEIGHTS)
+    if not (folder / EXPECTATION).is_file():
+        raise UsageError(f"{folder} has no {EXPECTATION}: learn all of it, without --only-point")
+    model = read_json(folder / EXPECTATION)["model"]
+    return _write_point(folder, learn_point(folder, data_dir=data_dir), model, echo=echo)
+
+
+def _write_point(folder: Path, found: Calibration, model: Mapping[str, Any], *, echo: Echo) -> Path:
     for line in found.lines():
         echo(line)
-    written = write_json(folder / EXPECTATION, learned)
-    point = save_calibration(
-        found, folder / OPERATING_POINT, model=learned["model"]["id"], weights=learned["model"]["sha256"]
-    )
+    point = save_calibration(found, folder / OPERATING_POINT, model=model["id"], weights=model["sha256"])
     if (folder / MANIFEST).is_file():
         write_manifest(folder)
-    return written, point
+    return point
 
 
 def fit_cells(cells: Sequence[Cell]) -> dict[str, Any]:
