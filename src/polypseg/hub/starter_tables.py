@@ -1,4 +1,4 @@
-"""The tables about the shipped model on README and docs, from its receipts and kept measurements."""
+"""The tables on README and docs about the shipped model and full-size rows in training, from receipts and records."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from polypseg.data.catalog import NEGATIVES, title_of
+from polypseg.errors import PolypSegError
 from polypseg.evaluation.receipt import Receipt, find_receipts
 from polypseg.evaluation.receipt_reading import cell_of, size_of
 from polypseg.files import read_json, write_text
@@ -21,8 +22,13 @@ SEARCH_MARKS = ("<!-- search -->", "<!-- /search -->")
 ROBUSTNESS_MARKS = ("<!-- robustness -->", "<!-- /robustness -->")
 SHIFT_MARKS = ("<!-- shift -->", "<!-- /shift -->")
 FLICKER_MARKS = ("<!-- flicker -->", "<!-- /flicker -->")
+IN_TRAINING_MARKS = ("<!-- in training -->", "<!-- /in training -->")
 EXPORTS_MARKS = ("<!-- exports -->", "<!-- /exports -->")
 """Between two marks of a page stands the text that these functions render."""
+_SCORES = tuple(
+    Column(title, key, cell_of)
+    for title, key in (("mDice", "dice"), ("mIoU", "iou"), ("mPrecision", "precision"), ("mRecall", "recall"))
+)
 _SHOWN_SEVERITIES = (1, 3, 5)
 _STATED_SEVERITY = 3
 
@@ -65,10 +71,7 @@ def _scores_and_alarms(receipts: Sequence[Receipt]) -> str:
     columns = [
         Column("tested on", "test"),
         Column("n", "size"),
-        *(
-            Column(title, key, cell_of)
-            for title, key in (("mDice", "dice"), ("mIoU", "iou"), ("mPrecision", "precision"), ("mRecall", "recall"))
-        ),
+        *_SCORES,
     ]
     return "\n".join([Table(columns=columns, records=records).markdown(), *(["", *alarms] if alarms else [])])
 
@@ -204,6 +207,33 @@ def exports_table(folder: Path) -> str:
     return "\n\n".join(tables)
 
 
+def in_training_table(folder: Path) -> str:
+    """Full-size rows that are not trained to their end as Markdown: a row per test of each ``ROW.EPOCHS`` of a folder.
+
+    Each holds the run's ``epochs.csv`` up to there and the receipts of its best model by validation.
+    """
+    records = []
+    for kept in sorted(folder.iterdir(), key=lambda path: (path.stem, int(path.suffix[1:]))):
+        epochs = read_epochs(kept / "epochs.csv")
+        dice = max(float(row["validation_dice"]) for row in epochs)
+        for receipt in sorted(find_receipts(kept).values(), key=lambda receipt: receipt.n):
+            origin = None if receipt.model is None else receipt.model.weights_origin
+            recipe = None if origin is None else origin.bundled_recipe
+            if recipe is None or origin is None or origin.finished:
+                raise PolypSegError(f"{receipt.path} is not of a row in training: remove it")
+            told = f"{kept.stem} after {len(epochs)} of {recipe.training.epochs} epochs"
+            records.append({"row": told, "dice": dice, "test": receipt.dataset.title, "size": size_of(receipt)})
+            records[-1] |= receipt.stated
+    columns = [
+        Column("unfinished", "row"),
+        Column("best validation Dice", "dice", "{:.3f}".format),
+        Column("tested on", "test"),
+        Column("n", "size"),
+        *_SCORES,
+    ]
+    return Table(columns=columns, records=records).markdown()
+
+
 def flicker_table(path: Path) -> str:
     """What benchmarks/flicker.py wrote, as Markdown."""
     with path.open(encoding="utf-8", newline="") as file:
@@ -236,4 +266,6 @@ def starter_texts(root: Path) -> list[tuple[Path, tuple[str, str], str]]:
         texts.append((results, SEARCH_MARKS, search_table(kept / "search")))
     if any(kept.glob("exports.*.json")):
         texts.append((results, EXPORTS_MARKS, exports_table(kept)))
+    if (root / "docs" / "full_size").is_dir():
+        texts.append((results, IN_TRAINING_MARKS, in_training_table(root / "docs" / "full_size")))
     return texts
