@@ -44,10 +44,12 @@ def starter_table(results: Path) -> str:
     parts = [_scores_and_alarms([receipt for receipt in receipts if receipt.operating_point is None])]
     if pointed := [receipt for receipt in receipts if receipt.operating_point is not None]:
         point = pointed[0].operating_point or {}
+        asked = f"regions that exceed {point['minimum_peak']:.2f} somewhere" if point.get("minimum_peak") else "regions"
+        if point["minimum_share"]:
+            asked += f" of at least {100 * point['minimum_share']:g} % of the frame"
         parts.append(
             f"At its own operating point, chosen on validation frames (`--operating-point model`: probability above "
-            f"{point['threshold']:.2f} at temperature {point['temperature']:.2f}, regions of at least "
-            f"{100 * point['minimum_share']:g} % of the frame that exceed {point['minimum_peak']:.2f} somewhere):"
+            f"{point['threshold']:.2f} at temperature {point['temperature']:.2f}, {asked}):"
         )
         parts.append(_scores_and_alarms(pointed))
     return "\n\n".join(parts)
