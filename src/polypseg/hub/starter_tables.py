@@ -224,11 +224,11 @@ def in_training_table(folder: Path) -> str:
             if recipe is None or origin is None or origin.finished:
                 raise PolypSegError(f"{receipt.path} is not of a row in training: remove it")
             told = f"{kept.stem} after {len(epochs)} of {recipe.training.epochs} epochs"
-            records.append({"row": told, "dice": dice, "test": receipt.dataset.title, "size": size_of(receipt)})
+            records.append({"row": told, "validation": dice, "test": receipt.dataset.title, "size": size_of(receipt)})
             records[-1] |= receipt.stated
     columns = [
         Column("unfinished", "row"),
-        Column("best validation Dice", "dice", "{:.3f}".format),
+        Column("best validation Dice", "validation", "{:.3f}".format),
         Column("tested on", "test"),
         Column("n", "size"),
         *_SCORES,
