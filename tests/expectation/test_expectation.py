@@ -106,6 +106,8 @@ def test_growing_and_dropping_regions_are_scipys(seed):
     sizes = ndimage.sum(mask, labels, range(count + 1))
     values = np.random.default_rng(seed).random(mask.shape, dtype=np.float32)
     peaks = np.array([values[labels == number].max(initial=-1) for number in range(len(sizes))])
+    by_size = drop_regions(mask, least=4, values=values, peak=-np.inf)
+    assert (by_size == (mask & (sizes >= 4)[labels])).all()
     found = drop_regions(mask, least=4, values=values, peak=0.9)
     assert (found == (mask & ((sizes >= 4) & (peaks > np.float32(0.9)))[labels])).all() and found.any()
     assert not drop_regions(np.zeros((5, 5), bool), least=2, values=np.zeros((5, 5), np.float32), peak=0).any()

@@ -17,7 +17,6 @@ import polypseg
 from polypseg.data.polyps import PolypDataset, open_dataset
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.robustness import measure_robustness
-from polypseg.inference import predictors as predictions
 from polypseg.inference.model import fold_names, load_model, polyp_logits, predict_masks, resize_map, results_name
 from polypseg.inference.predictors import ModelPredictions, OnnxPredictions, SmpPredictions, open_model
 from polypseg.inference.segment_files import segment_files
@@ -146,7 +145,7 @@ class TestNotFinite:
             def run(self, pixels):
                 return Half()(torch.from_numpy(pixels)).numpy()
 
-        monkeypatch.setattr(predictions, "OnnxRuntime", Session)
+        monkeypatch.setattr("polypseg.inference.runtimes.OnnxRuntime", Session)
         for source in (
             SmpPredictions(name="smp", model=Half(), image_size=64, output=output),
             OnnxPredictions(name="onnx", path=Path("some.onnx"), output=output),

@@ -64,11 +64,18 @@ class OperatingPoint:
 
     def mask(self, logits: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Logits (H, W) at the frame's size -> the mask."""
-        mask: NDArray[np.bool_] = logits > self._limit(self.threshold)
+        peak = self._limit(self.minimum_peak) if self.minimum_peak else -math.inf
+        return self._cut(logits, above=self._limit(self.threshold), peak=peak)
+
+    def mask_of(self, probability: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Tempered probabilities (H, W) -> the mask."""
+        return self._cut(probability, above=self.threshold, peak=self.minimum_peak)
+
+    def _cut(self, values: NDArray[np.float32], *, above: float, peak: float) -> NDArray[np.bool_]:
+        mask: NDArray[np.bool_] = values > above
         if not self.drops_regions:
             return mask
-        peak = self._limit(self.minimum_peak) if self.minimum_peak else -math.inf
-        return drop_regions(mask, least=self.minimum_share * mask.size, values=logits, peak=peak)
+        return drop_regions(mask, least=self.minimum_share * mask.size, values=values, peak=peak)
 
     def _limit(self, probability: float) -> float:
         """The logit of a tempered probability."""

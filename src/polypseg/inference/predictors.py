@@ -40,11 +40,10 @@ from polypseg.inference.runtimes import (
     ONNXRUNTIME,
     OPENVINO,
     TORCH,
-    OnnxRuntime,
-    OpenVinoRuntime,
     Precision,
     check_names,
     choose_runtime,
+    open_file,
     refuse_non_finite,
     runtime_files,
 )
@@ -164,11 +163,7 @@ class OnnxPredictions:
 
     def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
         """Raises UsageError without the runtime, and for a file that is not such a model."""
-        network: OnnxRuntime | OpenVinoRuntime = (
-            OnnxRuntime(self.path)
-            if self.runtime == ONNXRUNTIME
-            else OpenVinoRuntime(self.path, bf16=self.precision == BF16)
-        )
+        network = open_file(self.path, runtime=self.runtime, precision=self.precision)
         batch, channels, height, width = network.input_shape if len(network.input_shape) == 4 else (None,) * 4
         if channels != 3:
             raise UsageError(

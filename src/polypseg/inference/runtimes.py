@@ -252,14 +252,17 @@ def openvino_core() -> Any:
 def open_runtime(folder: Path, *, runtime: str = AUTO, precision: Precision = "fp32") -> Runtime:
     """What computes the model of a folder; see ``choose_runtime``."""
     chosen, path = choose_runtime(folder, runtime=runtime, precision=precision)
-    if chosen == ONNXRUNTIME:
-        return OnnxRuntime(path)
-    if chosen == OPENVINO:
-        return OpenVinoRuntime(path, bf16=precision == BF16)
+    if chosen != TORCH:
+        return open_file(path, runtime=chosen, precision=precision)
     _import(TORCH, folder)
     from polypseg.inference.model import load_model
 
     return TorchRuntime(model=load_model(str(folder))[0], title=str(folder))
+
+
+def open_file(path: Path, *, runtime: str, precision: Precision = "fp32") -> OnnxRuntime | OpenVinoRuntime:
+    """What computes a model's file: ``onnxruntime`` or ``openvino``, which alone can be asked for bf16."""
+    return OnnxRuntime(path) if runtime == ONNXRUNTIME else OpenVinoRuntime(path, bf16=precision == BF16)
 
 
 def check_frames(runtime: Runtime, size: Mapping[str, int], *, stated_by: str) -> None:

@@ -43,7 +43,6 @@ from polypseg.inference.inputs import Inputs, Source, read_inputs
 from polypseg.inference.margin import Margin
 from polypseg.inference.operating_point import OperatingPoint
 from polypseg.inference.pipeline import in_background
-from polypseg.inference.regions import drop_regions
 from polypseg.inference.segmenter import MIN_AREA, Prediction, Segmenter, check_options, draw_overlay, find_lesions
 from polypseg.inference.video import (
     ENCODED_FORMATS,
@@ -525,12 +524,7 @@ class _Drawing:
     def _smoothed(self, prediction: Prediction, *, time: float | None) -> Prediction:
         assert self._smoother is not None
         probability = self._smoother(prediction.probability, time=time)
-        mask = drop_regions(
-            probability > self._point.threshold,
-            least=self._point.minimum_share * probability.size,
-            values=probability,
-            peak=self._point.minimum_peak,
-        )
+        mask = self._point.mask_of(probability)
         lesions = find_lesions(probability, mask=mask, min_area=self._min_area)
         # What is expected is of the frame's own mask; its average with the frames before is alike.
         return replace(prediction, probability=probability, mask=mask, lesions=lesions)
