@@ -295,7 +295,7 @@ def test_load_recipe_shows_how_an_override_must_look(override):
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("training.epoch=3", "Did you mean 'training.epochs'?"),
+        ("training.epoch=3", "Did you mean 'epochs'?"),
         ("sede=3", "Did you mean 'seed'?"),
         ("trainin.epochs=3", "no section 'trainin'"),
         ("seed.value=3", "no section 'seed'"),

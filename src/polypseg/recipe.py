@@ -7,7 +7,7 @@ import json
 import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -128,6 +128,11 @@ def _is_unset(value: object) -> bool:
     return value in (None, 0, "best")
 
 
+def _is_once(value: object) -> bool:
+    """As _is_unset, for a count whose ordinary value is 1."""
+    return value == 1
+
+
 class DataRecipe(RecipeSection):
     """What the model sees before augmentation."""
 
@@ -139,6 +144,8 @@ class DataRecipe(RecipeSection):
     """Sides in pixels of training batches, one drawn per batch; null trains at ``image_size`` only."""
     negatives: str | None = Field(default=None, exclude_if=_is_unset)
     """Pinned list of polyp-free frames whose part ``train`` is trained on with empty masks; null for none."""
+    negatives_per_epoch: int = Field(default=1, ge=1, le=100, exclude_if=_is_once)
+    """How often an epoch shows each polyp-free frame."""
 
 
 class AppearanceRecipe(RecipeSection):
@@ -213,7 +220,9 @@ class TrainingRecipe(RecipeSection):
 
     dice_weight: float = Field(ge=0, le=1000)
     bce_weight: float = Field(ge=0, le=1000)
-    """Loss = dice_weight * soft Dice + bce_weight * binary cross-entropy."""
+    """Loss = dice_weight * soft Dice + bce_weight * binary cross-entropy + alarm_weight * alarm loss."""
+    alarm_weight: float = Field(default=0, ge=0, le=1000, exclude_if=_is_unset)
+    """Of the cross-entropy of a polyp-free frame's worst hundredth of pixels: over all, a small alarm weighs little."""
     ema_decay: float = Field(ge=0, lt=1)
     """Decay per step of the averaged weights that are validated and kept; 0 for none, as in the reference."""
     keep: Literal["best", "last"] = Field(default="best", exclude_if=_is_unset)
@@ -371,7 +380,9 @@ def _problem(schema: type[BaseModel], detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         section = schema
         for part in detail["loc"][:-1]:
-            section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
+            annotation = section.model_fields[str(part)].annotation
+            kinds = (annotation, *get_args(annotation))  # a section that may be absent is a union with None
+            section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
         return str(unknown_name(f"key {key!r}: no such setting", str(detail["loc"][-1])[:_SHOWN], section.model_fields))
     if detail["type"] == "missing":
         return f"key {key!r} is missing"
@@ -389,8 +400,6 @@ def _apply(content: dict[str, Any], override: str) -> None:
         if not isinstance(target.get(section), dict):
             raise UsageError(f"--set {override!r}: the recipe has no section {section!r}")
         target = target[section]
-    if name not in target:
-        raise unknown_name("recipe key", key, [".".join([*sections, known]) for known in target])
     try:
         target[name] = parse_yaml(value)
     except ValueError as error:

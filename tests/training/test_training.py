@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from polypseg.files import LOCK, UNFINISHED, explain_write_errors, file_sha256
 from polypseg.provenance.origin import read_origin
 from polypseg.provenance.passport import Passport, find_collisions, make_manifest
 from polypseg.recipe import load_recipe
-from polypseg.training.finetune import build_model, continued_model, dice_of_polyps, finetune
+from polypseg.training.finetune import alarm_loss, build_model, continued_model, dice_of_polyps, finetune
 from polypseg.training.run_folder import check_processes, save_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -427,6 +428,36 @@ def test_an_empty_mask_gives_the_dice_loss_no_gradient():
     dice_of_polyps(logits, labels).backward()
     assert logits.grad[0].abs().sum() > 0 and logits.grad[1].abs().sum() == 0
     assert float(dice_of_polyps(logits, torch.zeros(2, 8, 8))) == 0
+
+
+def test_the_alarm_loss_sees_only_the_worst_pixels_of_polyp_free_images():
+    logits = torch.zeros(2, 10, 10)
+    logits[1, 4, 4] = 5
+    logits.requires_grad_(True)
+    labels = torch.zeros(2, 10, 10)
+    labels[0, 2:6, 2:6] = 1
+    loss = alarm_loss(logits, labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(5)) / 2)
+    assert logits.grad[0].abs().sum() == 0 and logits.grad[1].nonzero().tolist() == [[4, 4]]
+    assert float(alarm_loss(logits.detach(), torch.ones(2, 10, 10))) == 0
+
+
+def test_polyp_free_frames_can_be_shown_several_times_an_epoch(tmp_path, listed_negatives):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    steps = []
+    for times in (1, 2):
+        recipe = load_recipe(
+            "starter",
+            overrides=[*STARTER, f"data.negatives_per_epoch={times}", "training.alarm_weight=0.3", "training.epochs=1"],
+        )
+        run = tmp_path / str(times)
+        frames = open_negatives(listed_negatives)
+        network = build_model(zoo.get("RN-NA-NA"), recipe)
+        finetune(network, tiny_data(), recipe, accelerator, run_dir=run, negatives=frames)
+        steps.append(len((run / "losses.csv").read_text(encoding="utf-8").splitlines()))
+    assert steps[1] > steps[0]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")

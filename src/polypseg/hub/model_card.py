@@ -271,6 +271,8 @@ def _recipe_rows(recipe: Recipe | None) -> list[tuple[str, str]]:
     loss = f"{training.dice_weight:g} x soft Dice" + (
         f" + {training.bce_weight:g} x cross-entropy" if training.bce_weight else ""
     )
+    if training.alarm_weight:
+        loss += f" + {training.alarm_weight:g} x cross-entropy of the worst pixels of frames without polyp"
     return [
         ("recipe", f"`{recipe.name}`, seed {recipe.seed}"),
         ("epochs", str(training.epochs)),

@@ -284,10 +284,11 @@ class _Run:
             }
             | ({"negatives": negatives.content_id} if negatives else {}),
         }
-        self._build_loaders(train if empty is None else JoinedPairs([train, empty]), validation, workers=workers)
+        repeated = [] if empty is None else [empty] * recipe.data.negatives_per_epoch
+        self._build_loaders(JoinedPairs([train, *repeated]), validation, workers=workers)
         self._build_optimization(model)
 
-    def _build_loaders(self, train: CachedPairs | JoinedPairs, validation: CachedPairs, *, workers: int) -> None:
+    def _build_loaders(self, train: JoinedPairs, validation: CachedPairs, *, workers: int) -> None:
         recipe, accelerator = self.recipe, self.accelerator
         statistics: dict[str, Any] = {"mean": self.config.image_mean, "std": self.config.image_std}
         self.batches = GlobalBatches(
@@ -416,6 +417,8 @@ class _Run:
             loss = loss + recipe.bce_weight * F.binary_cross_entropy_with_logits(
                 output.logits[:, 1].float(), batch["labels"]
             )
+        if recipe.alarm_weight:
+            loss = loss + recipe.alarm_weight * alarm_loss(output.logits[:, 1], batch["labels"])
         value = float(self.accelerator.reduce(loss.detach(), reduction="mean"))
         if not torch.isfinite(torch.tensor(value)):
             checkpoint = newest_checkpoint(self.run_dir)
@@ -467,6 +470,19 @@ def dice_of_polyps(logits: Tensor, labels: Tensor) -> Tensor:
     if not shown.any():
         return logits.sum() * 0
     return soft_dice_loss(logits[shown], labels[shown]) * shown.float().mean()
+
+
+def alarm_loss(logits: Tensor, labels: Tensor, *, share: float = 0.01) -> Tensor:
+    """Cross-entropy of the worst ``share`` of pixels of images without polyp, averaged over all: (B, H, W) twice -> ().
+
+    Over all pixels a false alarm weighs as little as its area; an image with a polyp adds nothing.
+    """
+    empty = labels.amax((1, 2)) <= 0.5
+    if not empty.any():
+        return logits.sum() * 0
+    pixels = logits[empty].float().flatten(1)
+    worst = pixels.topk(max(1, round(share * pixels.shape[1])), dim=1, sorted=False).values
+    return F.softplus(worst).mean() * empty.float().mean()
 
 
 def _mark_finished(config: Path) -> None:
