@@ -13,6 +13,7 @@ import numpy as np
 from polypseg.errors import unknown_name
 from polypseg.evaluation.image_metrics import CALIBRATION_BINS, Floats, ImageMeasures, e_measure
 from polypseg.evaluation.metrics import mean_with_interval, score, standard_scores
+from polypseg.statistics.resampling import times_drawn
 from polypseg.statistics.scores import METRICS
 from polypseg.tables import Column, Table
 
@@ -93,13 +94,9 @@ def _mean_of_defined(values: Floats) -> dict[str, Any]:
 
 def _bootstrap(table: Floats, reduce: Any) -> tuple[Floats, Floats]:
     """Percentile interval of ``reduce(mean of the rows)``: rows are drawn with replacement, as weights."""
-    rng, n = np.random.default_rng(0), len(table)
-    step = max(1, 10**7 // n)
-    draws = [
-        reduce(rng.multinomial(n, np.full(n, 1 / n), size=min(step, _RESAMPLES - start)) / n @ table)
-        for start in range(0, _RESAMPLES, step)
-    ]
-    sample = np.concatenate(draws)
+    n = len(table)
+    blocks = times_drawn(n, resamples=_RESAMPLES, step=max(1, 10**7 // n), seed=0)
+    sample = np.concatenate([reduce(times / n @ table) for times in blocks])
     lost = np.isnan(sample).all(axis=0)
     low, high = np.nanpercentile(np.where(lost, 0, sample), [2.5, 97.5], axis=0)
     return np.where(lost, np.nan, low), np.where(lost, np.nan, high)

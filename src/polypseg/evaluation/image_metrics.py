@@ -152,6 +152,11 @@ class _Image:
         return np.abs(self.p - self.truth)
 
     @cached_property
+    def error_outside(self) -> Floats:
+        """(H, W): the error outside the mask, 0 inside it."""
+        return self.error * ~self.truth
+
+    @cached_property
     def contour(self) -> Bools:
         return _contour(self.truth)
 
@@ -199,9 +204,8 @@ class _Image:
         carried = error[box][nearest[0], nearest[1]]  # background takes the error of the nearest polyp pixel
         smooth = cv2.sepFilter2D(carried, cv2.CV_64F, _GAUSSIAN, _GAUSSIAN, borderType=cv2.BORDER_CONSTANT)
         inside = np.minimum(error[box], smooth)[truth[box]]
-        background = ~truth
-        weight = _distance_weights(truth.shape[0] ** 2 + truth.shape[1] ** 2)[self.squared_distance[background]]
-        outside = float(error[background] @ weight)
+        weight = _distance_weights(truth.shape[0] ** 2 + truth.shape[1] ** 2).take(self.squared_distance)
+        outside = float(np.vdot(self.error_outside, weight))
         hits = inside.size - inside.sum()
         recall, precision = 1 - inside.mean(), hits / (hits + outside + _EPS)
         return float(2 * recall * precision / (recall + precision + _EPS))
@@ -227,26 +231,23 @@ class _Image:
 
     def _calibration(self) -> tuple[Floats, tuple[float, float]]:
         """The two calibration fields of ImageMeasures."""
-        p, truth, error = self.p, self.truth, self.error
-        confidence = np.maximum(p, 1 - p).ravel()
-        level = np.minimum(((confidence - 0.5) * (2 * CALIBRATION_BINS)).astype(np.int64), CALIBRATION_BINS - 1)
-        place = level + CALIBRATION_BINS * truth.ravel()
-        right = np.bincount(place[(self.predicted == truth).ravel()], minlength=2 * CALIBRATION_BINS)
-        sums = (
-            np.bincount(place, minlength=2 * CALIBRATION_BINS),
-            np.bincount(place, weights=confidence, minlength=2 * CALIBRATION_BINS),
-            right,
-        )
-        table = np.stack(sums, axis=1).reshape(2, CALIBRATION_BINS, 3).astype(np.float64)
-        outside, inside = error[~truth], error[truth]
-        return table, (float(outside @ outside), float(inside @ inside))
+        confidence = np.maximum(self.p, 1 - self.p)
+        level = np.minimum(((confidence - 0.5) * (2 * CALIBRATION_BINS)).astype(np.uint8), CALIBRATION_BINS - 1)
+        right = self.predicted == self.truth
+        place = (level + np.uint8(CALIBRATION_BINS) * (self.truth + np.uint8(2) * right)).ravel().astype(np.intp)
+        shape = (2, 2, CALIBRATION_BINS)  # wrong or right, outside or inside, bin
+        pixels = np.bincount(place, minlength=4 * CALIBRATION_BINS).reshape(shape)
+        sums = np.bincount(place, weights=confidence.ravel(), minlength=4 * CALIBRATION_BINS).reshape(shape)
+        table = np.stack([pixels.sum(axis=0), sums.sum(axis=0), pixels[1]], axis=-1).astype(np.float64)
+        outside, inside = self.error_outside, self.error * self.truth
+        return table, (float(np.vdot(outside, outside)), float(np.vdot(inside, inside)))
 
 
 def threshold_counts(probability: NDArray[np.float32], truth: Bools) -> Counts:
     """(2, 256): pixels of the intersection and of the prediction at each of THRESHOLDS, from one histogram."""
-    level = (probability * np.float32(255) + np.float32(0.5)).astype(np.int64)
-    level -= THRESHOLDS[level] > probability  # the highest threshold that the pixel reaches
-    outside, inside = np.bincount((level + 256 * truth).ravel(), minlength=512).reshape(2, 256)
+    level = (probability * np.float32(255) + np.float32(0.5)).astype(np.uint8)
+    level -= cv2.LUT(level, THRESHOLDS) > probability  # the highest threshold that the pixel reaches
+    outside, inside = np.bincount((level + np.uint16(256) * truth).ravel(), minlength=512).reshape(2, 256)
     return np.stack([inside, outside + inside])[:, ::-1].cumsum(axis=1)[:, ::-1].copy()
 
 
@@ -284,17 +285,21 @@ def s_measure(p: Floats, truth: Bools) -> float:
         return float(1 - p.mean())
     if share == 1:
         return float(p.mean())
-    objects = share * _object_similarity(p[truth]) + (1 - share) * _object_similarity(1 - p[~truth])
-    return max(0.0, float(0.5 * objects + 0.5 * _region_similarity(p, truth)))
+    inside = truth.astype(np.float64)
+    objects = share * _object_similarity(p, inside) + (1 - share) * _object_similarity(1 - p, 1 - inside)
+    return max(0.0, float(0.5 * objects + 0.5 * _region_similarity(p, inside)))
 
 
-def _object_similarity(values: Floats) -> float:
-    mean = values.mean()
-    spread = values.std(ddof=1) if values.size > 1 else 0.0
+def _object_similarity(values: Floats, chosen: Floats) -> float:
+    """Of the values (H, W) where ``chosen`` is 1; it is 0 elsewhere."""
+    number = chosen.sum()
+    mean = np.vdot(values, chosen) / number
+    deviation = (values - mean) * chosen
+    spread = np.sqrt(np.vdot(deviation, deviation) / (number - 1)) if number > 1 else 0.0
     return float(2 * mean / (mean**2 + 1 + spread + _EPS))
 
 
-def _region_similarity(p: Floats, truth: Bools) -> float:
+def _region_similarity(p: Floats, truth: Floats) -> float:
     """Structural similarity of the four blocks around the polyp's centroid, weighted by their areas."""
     rows, columns = truth.sum(axis=1), truth.sum(axis=0)
     y, x = (int(np.round(np.arange(len(n)) @ n / n.sum())) + 1 for n in (rows, columns))
@@ -302,15 +307,25 @@ def _region_similarity(p: Floats, truth: Bools) -> float:
     return sum(_block_similarity(p[b], truth[b]) * truth[b].size / truth.size for b in blocks if truth[b].size)
 
 
-def _block_similarity(p: Floats, truth: Bools) -> float:
-    x, y = p.mean(), truth.mean()
-    dx, dy, freedom = p - x, truth - y, p.size - 1 + _EPS
-    spread = (np.vdot(dx, dx) + np.vdot(dy, dy)) / freedom
-    numerator = 4 * x * y * np.vdot(dx, dy) / freedom
+def _block_similarity(p: Floats, truth: Floats) -> float:
+    """From sums where the mask has both values, so that their rounding is far below the variance."""
+    x, y, freedom = p.mean(), truth.mean(), p.size - 1 + _EPS
+    if 0 < y < 1:
+        spread = (_dot(p, p) - p.size * x * x + p.size * y * (1 - y)) / freedom
+        covariance = (_dot(p, truth) - p.size * x * y) / freedom
+    else:
+        deviation = p - x
+        spread, covariance = _dot(deviation, deviation) / freedom, 0.0
+    numerator = 4 * x * y * covariance
     denominator = (x**2 + y**2) * spread
     if numerator == 0:
         return 1.0 if denominator == 0 else 0.0
     return float(numerator / (denominator + _EPS))
+
+
+def _dot(a: Floats, b: Floats) -> float:
+    """Sum of the products of two blocks (H, W), which need not lie together in memory."""
+    return float(np.einsum("ij,ij->", a, b))
 
 
 def _box(mask: Bools, *, margin: int) -> tuple[slice, slice]:
@@ -328,7 +343,8 @@ def _contour(mask: Bools) -> Bools:
 def _squared_distance_to(mask: Bools) -> NDArray[np.int64]:
     """Squared distance of each pixel to the nearest one of a mask that has some, exact up to 4096 pixels."""
     distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    return np.rint(distance.astype(np.float64) ** 2).astype(np.int64)  # they are whole; OpenCV's roots are not exact
+    squared = np.square(distance, dtype=np.float64)
+    return np.rint(squared, out=squared).astype(np.int64)  # they are whole; OpenCV's roots are not exact
 
 
 @lru_cache(maxsize=4)

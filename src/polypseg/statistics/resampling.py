@@ -5,16 +5,19 @@ With one seed the intervals speak of these trained networks on other images, not
 """
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from polypseg.statistics.scores import Floats, ScoreSet
 
 RESAMPLES = 5000
 _BLOCK = 10**7
 """Most numbers that are drawn at a time."""
+_KEPT = 4 * 10**6
+"""Most numbers of a draw that is kept for the next scores of the same clusters: 32 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +78,12 @@ def _draw_networks(scores: ScoreSet, resamples: int, seed: int) -> Floats | None
 
 
 def _draw(scores: ScoreSet, networks: Floats | None, *, resamples: int, seed: int, stream: int) -> Draws:
-    rng = np.random.default_rng([seed, stream])
     count = scores.cluster_count
     sums, sizes = scores.cluster_sums(), scores.cluster_sizes  # (M, S, C), (C,)
     step = max(1, _BLOCK // max(count, sums[..., 0].size))
-    blocks = []
-    for start in range(0, resamples, step):
-        size = min(step, resamples - start)
-        times: NDArray[np.float64] = rng.multinomial(count, np.full(count, 1 / count), size=size).astype(np.float64)
+    blocks: list[Floats] = []
+    for times in times_drawn(count, resamples=resamples, step=step, seed=(seed, stream)):
+        start, size = sum(map(len, blocks)), len(times)
         drawn = (times @ sums.reshape(-1, count).T) / (times @ sizes)[:, None]  # (b, M * S)
         by_network = drawn.reshape(size, len(scores.models), scores.seeds)
         shares = None if networks is None else networks[start : start + size]
@@ -93,6 +94,29 @@ def _draw(scores: ScoreSet, networks: Floats | None, *, resamples: int, seed: in
         values=np.concatenate(blocks),
         clusters=count,
     )
+
+
+def times_drawn(count: int, *, resamples: int, step: int, seed: int | tuple[int, ...]) -> Iterator[Floats]:
+    """(b, count), b <= step, over all resamples: how often each of ``count`` clusters is drawn in a resample.
+
+    The same for the same arguments; read only.
+    """
+    draw = _kept_draw if resamples <= step and resamples * count <= _KEPT else _draw_blocks
+    return iter(draw(count, resamples, step, seed))
+
+
+def _draw_blocks(count: int, resamples: int, step: int, seed: int | tuple[int, ...]) -> Iterator[Floats]:
+    rng, shares = np.random.default_rng(seed), np.full(count, 1 / count)
+    for start in range(0, resamples, step):
+        times = rng.multinomial(count, shares, size=min(step, resamples - start)).astype(np.float64)
+        times.flags.writeable = False
+        yield times
+
+
+@lru_cache(maxsize=2)
+def _kept_draw(count: int, resamples: int, step: int, seed: int | tuple[int, ...]) -> tuple[Floats, ...]:
+    """As _draw_blocks: the scores of a set are many, its clusters the same."""
+    return tuple(_draw_blocks(count, resamples, step, seed))
 
 
 def leave_one_out(scores: ScoreSet) -> Floats:
