@@ -2,20 +2,23 @@
 
 OMP_NUM_THREADS=1 python benchmarks/bench.py --output runs/bench
 
-``--page`` renders a page from a kept record instead of measuring.
+``--page`` renders a page from kept records (this one and growth.py's) instead of measuring.
 """
 
 import os
 import platform
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
 
+import ceilings
 import commands
 import embedding_distance
+import feed
+import growth
 import inference
 import measures
 import near_duplicates
@@ -31,6 +34,7 @@ BENCHMARKS = (
     commands.rows,
     inference.rows,
     measures.rows,
+    feed.rows,
     pretraining_feed.rows,
     near_duplicates.rows,
     embedding_distance.rows,
@@ -60,9 +64,14 @@ PAGE = """# How fast
 Each job, as this package does it, against the way before it: the reference study's, or what a user would otherwise
 write (eager float32 in PyTorch, Pillow, one image after the other). Both run in turn on one machine, one thread each;
 medians of {repeats} repeats. Ratios hold for this machine; `make bench` measures them on yours, in some minutes, and
-says so where it was not quiet enough.
+says so where it was not quiet enough. A way that is named after another library is that library, doing the same job.
 
 {table}
+## How it grows
+
+Small made-up frames, each job and size in a process of its own; `make bench-full` measures it anew:
+
+{growth}
 How long a frame takes in each runtime and precision, and what that costs in Dice: [what was trained here](results.md).
 """
 
@@ -79,27 +88,35 @@ def to_markdown(content: Mapping[str, Any]) -> str:
             lines.append(f"| {row['job']} | {row['way']} | {row['ratio']:.1f} | {' | '.join(cells)} |")
         else:
             lines.append(f"| {row['job']} | {row['way']} | repeats differ | | |")
+    lines += ["", f"What this machine does at best, on {_threads(content)}: {ceilings.told(content['ceilings'])}."]
     return "\n".join(lines) + "\n"
 
 
-def render_page(content: Mapping[str, Any]) -> str:
-    """A page from a record. Raises UsageError for one that may not be quoted."""
+def _threads(content: Mapping[str, Any]) -> str:
+    threads = content["ceilings"]["threads"]
+    return "one thread" if threads == 1 else f"{threads} threads"
+
+
+def render_page(content: Mapping[str, Any], grown: Sequence[dict[str, Any]]) -> str:
+    """A page from a record and the rows of ``growth.json``. Raises UsageError for a record that may not be quoted."""
     if content["reasons"]:
         raise UsageError(f"this record may not be quoted: {content['reasons'][0]}: measure again on a quiet machine")
-    return PAGE.format(repeats=len(content["rows"][0]["seconds"]), table=to_markdown(content))
+    repeats = len(content["rows"][0]["seconds"])
+    return PAGE.format(repeats=repeats, table=to_markdown(content), growth=growth.to_markdown(grown))
 
 
 def main(
     output: Annotated[Path, Option(help="Folder that receives bench.json and bench.md.")] = Path("runs/bench"),
     repeats: Annotated[int, Option(help="Repeats of each way, alternating.", min=2)] = 5,
     full: Annotated[bool, Option(help="Also the full-size architectures, which takes minutes more.")] = False,
-    page: Annotated[Path | None, Option(help="Measure nothing: render this page from bench.json in --output.")] = None,
+    page: Annotated[Path | None, Option(help="Measure nothing: render this page from the records in --output.")] = None,
 ) -> None:
     """Run all benchmarks and write their rows; on a busy machine the table says that it may not be quoted."""
     if page is not None:
-        print(write_text(page, render_page(read_json(output / "bench.json"))))
+        grown = read_json(output / "growth.json")["rows"]
+        print(write_text(page, render_page(read_json(output / "bench.json"), grown)))
         return
-    neighbors, rows = Neighbors(), list[Row]()
+    neighbors, rows, best = Neighbors(), list[Row](), ceilings.ceilings()
     for benchmark in (*BENCHMARKS, *(FULL if full else ())):
         found = list(benchmark(repeats=repeats))
         for row in found:
@@ -112,6 +129,7 @@ def main(
         "other_processes_cores": others,
         "quotable": not reasons,
         "reasons": reasons,
+        "ceilings": best,
         "rows": [row.content() for row in rows],
         "environment": environment_record(),
     }

@@ -1,17 +1,17 @@
-"""Images a second of the training feed, against the reference study's way (Pillow and tensors, image by image).
+"""The training feed against the reference study's way (Pillow and tensors, image by image) and albumentations.
 
-python benchmarks/feed.py --source ../shared/data/Kvasir-SEG
+OMP_NUM_THREADS=1 python benchmarks/feed.py --dataset kvasir_seg --source ../shared/data/Kvasir-SEG
 
-The two alternate within one run; the figures are medians over repeats, the last one is the ratio that may be quoted.
+The feed and albumentations start from frames that were decoded and resized once.
 """
 
-import statistics
-import time
+import importlib
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import cv2
-import numpy as np
 import torch
 import torchvision.transforms.functional as F
 from PIL import Image
@@ -20,10 +20,12 @@ from typer import Option
 
 from polypseg.cli.console import run_script
 from polypseg.data import PolypDataset, open_dataset
+from polypseg.data.polyps import SyntheticOptions
 from polypseg.recipe import load_recipe
 from polypseg.training.augmentation import PairedAugmentation
 from polypseg.training.loader import TrainingFeed, cache_pairs
 from polypseg.zoo import IMAGENET_MEAN, IMAGENET_STD
+from side_by_side import BASELINE, Neighbors, Row, show, side_by_side
 
 
 def reference_example(data: PolypDataset, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,33 +44,63 @@ def reference_example(data: PolypDataset, index: int) -> tuple[torch.Tensor, tor
     )
 
 
+def peer() -> Callable[..., object]:
+    """The reference's augmentation in its order, by albumentations."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing it asks the network for a newer version
+    albumentations = importlib.import_module("albumentations")
+    return albumentations.Compose(  # type: ignore[no-any-return]
+        [
+            albumentations.ColorJitter(brightness=0.4, contrast=0.5, saturation=0.25, hue=0.01, p=1),
+            albumentations.GaussianBlur(blur_limit=(25, 25), sigma_limit=(0.001, 2.0), p=1),
+            albumentations.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            albumentations.HorizontalFlip(p=0.5),
+            albumentations.VerticalFlip(p=0.5),
+            albumentations.Affine(
+                rotate=(-180, 180),
+                translate_percent=(-0.125, 0.125),
+                scale=(0.5, 1.5),
+                shear={"x": (-22.5, 22.5), "y": 0},
+                interpolation=cv2.INTER_NEAREST,
+                fill=-1.0,
+                p=1,
+            ),
+            albumentations.ToTensorV2(),
+        ]
+    )
+
+
+def rows(*, images: int = 16, repeats: int = 5, data: PolypDataset | None = None) -> list[Row]:
+    """Augmented pairs of a dataset's first images, drawn frames of 512x512 without one."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    data = data or open_dataset("synthetic_a", synthetic_options=SyntheticOptions(count=images, size=(512, 512)))
+    pairs = cache_pairs(data, data.ids[:images], image_size=224)
+    augmentation = load_recipe("finetune").augmentation
+    feed = TrainingFeed(pairs, PairedAugmentation(augmentation, mean=[*IMAGENET_MEAN], std=[*IMAGENET_STD]), seed=0)
+    transform = peer()
+
+    def read(index: int) -> dict[str, Any]:
+        image, mask = pairs.pair(index)
+        return {"image": image, "mask": mask}
+
+    ways: dict[str, Callable[[], object]] = {
+        BASELINE: lambda: [reference_example(data, index) for index in range(len(pairs))],
+        "the feed": lambda: [feed[0, index] for index in range(len(pairs))],
+        "albumentations": lambda: [transform(**read(index)) for index in range(len(pairs))],
+    }
+    return side_by_side(f"{len(pairs)} augmented images for fine-tuning", ways, repeats=repeats)
+
+
 def main(
-    dataset: Annotated[str, Option(help="Dataset of the table.")] = "kvasir_seg",
+    dataset: Annotated[str, Option(help="Dataset of the table.")] = "synthetic_a",
     source: Annotated[Path | None, Option(help="Folder or archive.")] = None,
     images: Annotated[int, Option(help="Images a repeat.")] = 64,
     repeats: Annotated[int, Option(help="Repeats, alternating.")] = 5,
 ) -> None:
-    """Images a second of the training feed, against the reference study's way."""
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    data, recipe = open_dataset(dataset, source=source), load_recipe("finetune")
-    pairs = cache_pairs(data, data.ids[:images], image_size=224)
-    statistics_ = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
-    feed = TrainingFeed(pairs, PairedAugmentation(recipe.augmentation, **statistics_), seed=0)
-    rates: dict[str, list[float]] = {"reference": [], "feed": []}
-    for repeat in range(repeats):
-        for name, rate in rates.items():
-            start = time.perf_counter()
-            for index in range(len(pairs)):
-                _ = reference_example(data, index) if name == "reference" else feed[repeat, index]
-            rate.append(len(pairs) / (time.perf_counter() - start))
-    medians = {name: statistics.median(rate) for name, rate in rates.items()}
-    spread = {name: f"{min(rate):.0f} to {max(rate):.0f}" for name, rate in rates.items()}
-    for name, median in medians.items():
-        print(f"{name:10} {median:7.0f} images/s, one thread ({spread[name]})")
-    print(
-        f"ratio      {medians['feed'] / medians['reference']:7.1f} (numpy {np.__version__}, OpenCV {cv2.__version__})"
-    )
+    """Time the training feed against the reference study's way."""
+    neighbors = Neighbors()
+    data = open_dataset(dataset, source=source)
+    print(show(rows(images=images, repeats=repeats, data=data), neighbors.cores()))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,17 @@ Dice (benchmarks/export_table.py says by how much).
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import cv2
 import numpy as np
+import segmentation_models_pytorch as smp
 import torch
 from PIL import Image
+from transformers import pipeline
 from typer import Option
 
 import polypseg
@@ -55,9 +57,15 @@ def eager(model: Any, processor: Any, frames: list[Image.Image]) -> list[np.ndar
 
 
 def forward_rows(
-    folder: Path, title: str, *, batch: int, ways: dict[str, tuple[str, Precision]], repeats: int
+    folder: Path,
+    title: str,
+    *,
+    batch: int,
+    ways: dict[str, tuple[str, Precision]],
+    repeats: int,
+    peers: Mapping[str, torch.nn.Module] | None = None,
 ) -> list[Row]:
-    """One forward pass of prepared frames: eager torch against runtimes (way -> runtime, precision)."""
+    """One forward pass of prepared frames: eager torch against runtimes (way -> runtime, precision) and peers."""
     model, processor = load_model(str(folder))
     size = processor.size["height"]
     pixels = np.random.default_rng(0).normal(size=(batch, 3, size, size)).astype(np.float32)
@@ -71,6 +79,8 @@ def forward_rows(
     for way, (runtime, precision) in ways.items():
         loaded = polypseg.load(folder, runtime=runtime, precision=precision).runtime
         timed[way] = partial(loaded.polyp_logits, pixels)
+    for way, network in (peers or {}).items():
+        timed[way] = torch.inference_mode()(partial(network.eval(), tensor))
     return side_by_side(f"forward pass of {title}, batch {batch}", timed, repeats=repeats)
 
 
@@ -100,7 +110,11 @@ def shipped_rows(*, frames: int, repeats: int) -> Iterator[Row]:
                 overlay = Image.composite(Image.blend(frame, shade, 0.3), frame, Image.fromarray(mask))
                 overlay.save(folder / "plain" / f"{path.stem}.jpg", quality=90)
 
-        timed: dict[str, Callable[[], object]] = {BASELINE: plain}
+        transformers_own = pipeline("image-segmentation", model=model, image_processor=processor)
+        timed: dict[str, Callable[[], object]] = {
+            BASELINE: plain,
+            "transformers' pipeline, masks alone": lambda: transformers_own([str(path) for path in inputs.iterdir()]),
+        }
         for way, (runtime, precision) in ways.items():
             segmenter = polypseg.load(runtime=runtime, precision=precision)
             timed[way] = partial(segment_files, segmenter, [str(inputs)], folder / way, overwrite=True)
@@ -135,8 +149,21 @@ def evaluation_rows(folder: Path, title: str, *, frames: int, repeats: int) -> l
             for runtime, precision in others
         },
         "every convention": lambda: scored(tuple(CONVENTIONS)),
+        **{
+            f"every convention, {runtime} {precision}": partial(
+                scored, tuple(CONVENTIONS), by=open_model(str(folder), runtime=runtime, precision=precision)
+            )
+            for runtime, precision in others[:1]
+        },
     }
     return side_by_side(f"evaluate {title} on {frames} frames", ways, repeats=repeats)
+
+
+def same_architecture(short: str) -> dict[str, torch.nn.Module]:
+    """Library -> its network of a row's architecture."""
+    if short != "RN-NA-NA":
+        return {}
+    return {"segmentation_models_pytorch": smp.DeepLabV3Plus("resnet50", encoder_weights=None)}
 
 
 def full_size_rows(*, repeats: int) -> Iterator[Row]:
@@ -153,8 +180,11 @@ def full_size_rows(*, repeats: int) -> Iterator[Row]:
                 "OpenVINO": ("openvino", "fp32"),
                 **ROUNDED,
             }
-            yield from forward_rows(folder, f"{short} at full size", batch=batch, ways=ways, repeats=repeats)
-            yield from evaluation_rows(folder, f"{short} at full size", frames=8, repeats=repeats)
+            title = f"{short} at full size"
+            yield from forward_rows(
+                folder, title, batch=batch, ways=ways, repeats=repeats, peers=same_architecture(short)
+            )
+            yield from evaluation_rows(folder, title, frames=8, repeats=repeats)
 
 
 def rows(*, frames: int = 12, repeats: int = 5) -> list[Row]:

@@ -17,6 +17,8 @@ from typing import Annotated
 import cv2
 import numpy as np
 import torch
+from lightly.transforms.byol_transform import BYOLTransform
+from lightly.transforms.mae_transform import MAETransform
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision import transforms as T
@@ -85,6 +87,18 @@ def normalized_reader(source: Path, settings: tuple[ViewSettings, ...]) -> Calla
     return lambda epoch, index: feed[epoch, index]["views"].permute(0, 3, 1, 2).float().sub(mean).div(std)
 
 
+def lightly_reader(source: Path, method: str) -> Callable[[int, int], object]:
+    """Read and transform a frame by lightly's own views: BYOL's, which are MoCo v3's, or the masked autoencoder's."""
+    frames = open_frames(source)
+    transform = BYOLTransform() if method == "moco_v3" else MAETransform()
+
+    def read(epoch: int, index: int) -> object:
+        with (source / frames.name(index)).open("rb") as file:
+            return transform(Image.open(file).convert("RGB"))
+
+    return read
+
+
 def measure(readers: dict[str, Callable[[int, int], object]], *, images: int, repeats: int) -> dict[str, list[float]]:
     """Images a second of each reader, alternating; a first round that fills the page cache is not counted."""
     rates: dict[str, list[float]] = {name: [] for name in readers}
@@ -106,7 +120,11 @@ def rows(*, images: int = 6, repeats: int = 5) -> list[Row]:
     count = len(open_frames(frames))
     for method, recipe in METHODS.items():
         settings = tuple(view.settings() for view in load_pretraining_recipe(recipe).views)
-        readers = {BASELINE: official_reader(frames, settings), "the feed": feed_reader(frames, settings)}
+        readers = {
+            BASELINE: official_reader(frames, settings),
+            "the feed": feed_reader(frames, settings),
+            "lightly": lightly_reader(frames, method),
+        }
         ways: dict[str, Callable[[], object]] = {
             name: lambda read=read: [read(epoch, epoch % count) for epoch in range(images)]  # type: ignore[misc]
             for name, read in readers.items()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from polypseg.errors import UsageError
+from polypseg.errors import PolypSegError, UsageError
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -27,6 +27,7 @@ def load(name: str):
         ("embedding_distance", {"clusters": 12}),
         ("measures", {"images": 1}),
         ("synthetic_frames", {"frames": 9}),
+        ("feed", {"images": 2}),
         ("pretraining_feed", {"images": 1}),
         pytest.param("training_step", {"batch": 2}, marks=pytest.mark.slow),
         pytest.param("inference", {"frames": 2}, marks=pytest.mark.slow),
@@ -55,6 +56,34 @@ def test_what_is_fast_is_done_several_times_in_a_repeat(monkeypatch):
     )
 
 
+GROWN = [{"job": "count", "n": 10, "seconds": 1.0, "peak_mb": 100.0, "exponent": None}]
+
+
+def test_growth_is_the_power_between_neighboring_sizes():
+    growth = load("growth")
+    rows = growth.with_exponents([{"n": n, "seconds": n**2 / 50} for n in (5, 10, 40)])
+    assert rows[0]["exponent"] is None and [row["exponent"] for row in rows[1:]] == pytest.approx([2, 2])
+
+
+@pytest.mark.slow
+def test_growth_is_measured_of_a_process_of_its_own():
+    growth = load("growth")
+    job = growth.Job(name="hold", sizes=(1,), prepare=lambda folder, n: ["-c", f"x = b'x' * ({n} * 10**8)"])
+    small, large = (growth.measured(job, n) for n in (1, 3))
+    assert large["peak_mb"] - small["peak_mb"] == pytest.approx(200e6 / 2**20, rel=0.1) and large["seconds"] > 0
+    failing = growth.Job(name="fail", sizes=(1,), prepare=lambda folder, n: ["-c", "raise SystemExit('no frames')"])
+    with pytest.raises(PolypSegError, match="fail, 1: no frames"):
+        growth.measured(failing, 1)
+
+
+def test_the_ceilings_are_those_of_this_machine(monkeypatch):
+    ceilings = load("ceilings")
+    monkeypatch.setattr(ceilings, "SIDE", 64)
+    monkeypatch.setattr(ceilings, "COPIED", 2**20)
+    found = ceilings.ceilings()
+    assert all(value > 0 for value in found.values()) and "GFLOP/s in fp32" in ceilings.told(found)
+
+
 def test_neither_a_busy_machine_nor_restless_repeats_may_be_quoted():
     tool = load("side_by_side")
     steady = tool.Row(job="a", way="b", seconds=(1.0, 1.1, 0.9), before=(2.0, 2.0, 2.1))
@@ -69,7 +98,8 @@ def test_neither_a_busy_machine_nor_restless_repeats_may_be_quoted():
 def test_the_page_shows_the_kept_record():
     docs = FOLDER.parent / "docs"
     record = json.loads((docs / "speed" / "bench.json").read_text())
-    assert (docs / "speed.md").read_text() == load("bench").render_page(record)
+    grown = json.loads((docs / "speed" / "growth.json").read_text())["rows"]
+    assert (docs / "speed.md").read_text() == load("bench").render_page(record, grown)
 
 
 @pytest.mark.parametrize("cores", [0.0, 1.5])
@@ -79,13 +109,17 @@ def test_bench_writes_a_table_or_why_there_is_none(tmp_path, monkeypatch, cores)
     restless = tool.Row(job="another", way="new", seconds=(1.0, 9.0), before=(3.0, 3.0))
     monkeypatch.setattr(bench, "BENCHMARKS", (lambda repeats: [row, row, row, restless],))
     monkeypatch.setattr(tool.Neighbors, "cores", lambda self: cores)
+    ceilings = {"threads": 1, "fp32_gflops": 100.0, "copy_gb_s": 10.0}
+    monkeypatch.setattr(load("ceilings"), "ceilings", lambda: ceilings)
     bench.main(output=tmp_path, repeats=2)
     content, table = json.loads((tmp_path / "bench.json").read_text()), (tmp_path / "bench.md").read_text()
     assert content["quotable"] == (cores == 0.0) and content["rows"][0]["ratio"] == 3
     assert ("| a job | new | 3.0 | 1 | 3 |" in table) == (cores == 0.0)
     assert ("Not to be quoted" in table) == (cores > 0.0)
     assert ("| another | new | repeats differ | | |" in table) == (cores == 0.0)
+    assert ("on one thread: matrix products at 100 GFLOP/s in fp32; copies at 10 GB/s." in table) == (cores == 0.0)
     page = tmp_path / "speed.md"
+    (tmp_path / "growth.json").write_text(json.dumps({"rows": GROWN}))
     if cores:
         with pytest.raises(UsageError, match="measure again"):
             bench.main(output=tmp_path, page=page)
