@@ -14,7 +14,7 @@ from polypseg.inference.gate import describe_place, learn_gate
 from polypseg.inference.operating_point import weights_digests
 from polypseg.inference.predictor import Steps
 from polypseg.inference.preparation import FrameProcessor
-from polypseg.inference.runtimes import resize_bilinear
+from polypseg.inference.runtimes import WHOLE, Box, resize_bilinear
 from polypseg.inference.segmenter import Segmenter
 
 SIDE = 48
@@ -50,8 +50,8 @@ class RedFinder:
         values = self.sharpness * (pixels[:, 0] - pixels[:, 1] - 0.4)
         return np.ascontiguousarray(-values if self.wrong else values, dtype=np.float32)
 
-    def resize(self, logits: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-        return resize_bilinear(logits, size)
+    def resize(self, logits: NDArray[np.float32], size: tuple[int, int], *, box: Box = WHOLE) -> NDArray[np.float32]:
+        return resize_bilinear(logits, size, box=box)
 
     def update_digest(self, update) -> None:
         update(f"{self}".encode())

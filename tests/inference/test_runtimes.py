@@ -17,12 +17,13 @@ from light_models import MEAN, SIZE, STD, network, write_light_model
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.inference import preparation, runtimes
 from polypseg.inference import replay as replay_module
+from polypseg.inference.operating_point import OperatingPoint
 from polypseg.inference.preparation import FrameProcessor
 from polypseg.inference.quality import UNKNOWN, read_quality
 from polypseg.inference.regions import measure_regions
 from polypseg.inference.replay import add_replay, replay
-from polypseg.inference.runtimes import OnnxRuntime, OpenVinoRuntime, resize_bilinear, sigmoid
-from polypseg.inference.segmenter import Segmenter, load
+from polypseg.inference.runtimes import OnnxRuntime, OpenVinoRuntime, box_above, resize_bilinear, sigmoid
+from polypseg.inference.segmenter import Segmenter, load, read_logits, read_part
 from polypseg.provenance import local
 from polypseg.provenance.checksums import write_manifest
 
@@ -157,6 +158,38 @@ def test_bilinear_resize_is_torchs(small, large):
     )[0, 0]
     # 5e-7 from torch's kernels of AVX2 and AVX-512, 5.5e-6 from those without fused multiply-add, which round places.
     np.testing.assert_allclose(resize_bilinear(values, large), theirs.numpy(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        OperatingPoint(),
+        OperatingPoint(threshold=0.6, temperature=0.967, minimum_peak=0.95),
+        OperatingPoint(threshold=0.3, minimum_share=0.01),
+    ],
+)
+def test_a_part_of_the_frame_gives_the_mask_and_lesions_of_the_whole(point):
+    rng, empty = np.random.default_rng(0), 0
+    for number in range(60):
+        small, size = tuple(rng.integers(4, 40, 2)), tuple(int(side) for side in rng.integers(3, 200, 2))
+        logits = rng.normal(-4 if number % 5 else -12, 2, small).astype(np.float32)
+        if number % 3 == 0:
+            logits = np.round(logits)  # some are the limit itself
+        whole = resize_bilinear(logits, size)
+        box = box_above(logits, size, limit=point.limit)
+        part = None
+        if box is not None:
+            np.testing.assert_array_equal(resize_bilinear(logits, size, box=box), whole[box])
+            part = read_part(whole[box], box=box, size=size, point=point, min_area=3)
+        if part is None:
+            empty += 1
+            assert whole.max() <= point.limit
+            continue
+        expected = read_logits(whole, point=point, min_area=3)
+        np.testing.assert_array_equal(part.mask, expected.mask)
+        np.testing.assert_array_equal(part.probability[box], expected.probability[box])
+        assert part.lesions == expected.lesions and part.probability.max() == expected.probability.max()
+    assert 0 < empty < 40
 
 
 def test_sigmoid_is_torchs_and_does_not_overflow():

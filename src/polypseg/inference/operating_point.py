@@ -62,22 +62,30 @@ class OperatingPoint:
         """Whether some regions above the threshold do not count."""
         return self.minimum_share > 0 or self.minimum_peak > self.threshold
 
-    def mask(self, logits: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Logits (H, W) at the frame's size -> the mask."""
-        peak = self._limit(self.minimum_peak) if self.minimum_peak else -math.inf
-        return self._cut(logits, above=self._limit(self.threshold), peak=peak)
+    @property
+    def limit(self) -> float:
+        """The logit that a pixel of the mask exceeds."""
+        return self._logit(self.threshold)
+
+    def mask(self, logits: NDArray[np.float32], *, frame_pixels: int | None = None) -> NDArray[np.bool_]:
+        """Logits (H, W) at the frame's size -> the mask.
+
+        ``frame_pixels``: of the whole frame, where these are a part of it that holds all above the limit.
+        """
+        peak = self._logit(self.minimum_peak) if self.minimum_peak else -math.inf
+        return self._cut(logits, above=self.limit, peak=peak, pixels=frame_pixels or logits.size)
 
     def mask_of(self, probability: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Tempered probabilities (H, W) -> the mask."""
-        return self._cut(probability, above=self.threshold, peak=self.minimum_peak)
+        return self._cut(probability, above=self.threshold, peak=self.minimum_peak, pixels=probability.size)
 
-    def _cut(self, values: NDArray[np.float32], *, above: float, peak: float) -> NDArray[np.bool_]:
+    def _cut(self, values: NDArray[np.float32], *, above: float, peak: float, pixels: int) -> NDArray[np.bool_]:
         mask: NDArray[np.bool_] = values > above
         if not self.drops_regions:
             return mask
-        return drop_regions(mask, least=self.minimum_share * mask.size, values=values, peak=peak)
+        return drop_regions(mask, least=self.minimum_share * pixels, values=values, peak=peak)
 
-    def _limit(self, probability: float) -> float:
+    def _logit(self, probability: float) -> float:
         """The logit of a tempered probability."""
         return self.temperature * math.log(probability / (1 - probability))
 

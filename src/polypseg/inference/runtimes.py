@@ -5,12 +5,13 @@ Only the chosen one is imported: ONNX Runtime and OpenVINO need neither torch no
 
 import importlib
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from polypseg.errors import PIP, PolypSegError, UsageError, first_line, unknown_
 from polypseg.files import cache_folder, file_sha256
 
 Logits = NDArray[np.float32]
+Box: TypeAlias = tuple[slice, slice]
+"""Rows and columns of a frame."""
+WHOLE: Box = (slice(None), slice(None))
 Precision = Literal["fp32", "fp16", "int8", "bf16"]
 AUTO, TORCH, ONNXRUNTIME, OPENVINO = "auto", "torch", "onnxruntime", "openvino"
 RUNTIMES = (TORCH, ONNXRUNTIME, OPENVINO)
@@ -59,8 +63,8 @@ class Runtime(Protocol):
         ``names``: what errors call the frames. Raises PolypSegError for outputs that are not finite.
         """
 
-    def resize(self, logits: Logits, size: tuple[int, int]) -> Logits:
-        """Logits (h, w) -> (H, W) of ``size``: bilinear, no antialias, corners not aligned."""
+    def resize(self, logits: Logits, size: tuple[int, int], *, box: Box = WHOLE) -> Logits:
+        """Logits (h, w) -> those in ``box`` of (H, W), of ``size``: bilinear, no antialias, corners not aligned."""
 
     def update_digest(self, update: Callable[[bytes], object]) -> None:
         """Feed what identifies the weights to a hash's ``update``."""
@@ -94,14 +98,14 @@ class TorchRuntime:
             found: Logits = polyp_logits(logits, model.config, model=self.title, images=names).cpu().numpy()
         return found
 
-    def resize(self, logits: Logits, size: tuple[int, int]) -> Logits:
+    def resize(self, logits: Logits, size: tuple[int, int], *, box: Box = WHOLE) -> Logits:
         """By torch itself, so that masks are those of the evaluation to the last bit."""
         import torch
 
         from polypseg.inference.model import resize_map
 
         resized: Logits = resize_map(torch.from_numpy(logits), size).numpy()
-        return resized
+        return resized[box]
 
     def update_digest(self, update: Callable[[bytes], object]) -> None:
         import torch
@@ -149,8 +153,8 @@ class _FileRuntime:
         found = one_logit(self.run(pixels), name=str(self.path))
         return _checked(found, model=str(self.path), names=names)
 
-    def resize(self, logits: Logits, size: tuple[int, int]) -> Logits:
-        return resize_bilinear(logits, size)
+    def resize(self, logits: Logits, size: tuple[int, int], *, box: Box = WHOLE) -> Logits:
+        return resize_bilinear(logits, size, box=box)
 
     def update_digest(self, update: Callable[[bytes], object]) -> None:
         update(f"{self.path.name} {file_sha256(self.path)}\n".encode())
@@ -399,20 +403,39 @@ def _checked(logits: Logits, *, model: str, names: Sequence[str]) -> Logits:
     return logits
 
 
-def resize_bilinear(values: Logits, size: tuple[int, int]) -> Logits:
-    """(h, w) -> (H, W) of ``size``: bilinear, no antialias, corners not aligned, as torch's to about 6e-6."""
-    rows = _interpolate(np.ascontiguousarray(values, dtype=np.float32), size[0])
-    return np.ascontiguousarray(_interpolate(np.ascontiguousarray(rows.T), size[1]).T)
+def resize_bilinear(values: Logits, size: tuple[int, int], *, box: Box = WHOLE) -> Logits:
+    """(h, w) -> (H, W) of ``size``: bilinear, no antialias, corners not aligned, as torch's to about 6e-6.
+
+    ``box``: the rows and columns of (H, W) that are wanted, the same to the last bit.
+    """
+    rows = _interpolate(np.ascontiguousarray(values, dtype=np.float32), size[0], part=box[0])
+    return np.ascontiguousarray(_interpolate(np.ascontiguousarray(rows.T), size[1], part=box[1]).T)
 
 
-def _interpolate(values: Logits, length: int) -> Logits:
-    """(n, m) -> (length, m), linear between neighboring rows; places are rounded to float32 where torch does it."""
+def box_above(values: Logits, size: tuple[int, int], *, limit: float) -> Box | None:
+    """Where ``resize_bilinear`` of values (h, w) may exceed ``limit``: a box of (H, W), None where it does nowhere.
+
+    A pixel lies between its four neighbors, so one of them exceeds the limit too, apart from rounding.
+    """
+    high = values > limit - 1e-3 * max(1.0, abs(limit))
+    box = []
+    for axis, length in enumerate(size):
+        places, scale = np.flatnonzero(high.any(axis=1 - axis)), length / values.shape[axis]
+        if not len(places):
+            return None
+        first, last = math.floor((places[0] - 0.5) * scale - 0.5), math.ceil((places[-1] + 1.5) * scale - 0.5)
+        box.append(slice(max(0, first), min(length, last + 1)))
+    return box[0], box[1]
+
+
+def _interpolate(values: Logits, length: int, *, part: slice) -> Logits:
+    """(n, m) -> ``part`` of (length, m), linear between neighboring rows; places are rounded as torch rounds them."""
     count = len(values)
     if count == length:
-        return values
+        return values[part]
     scale = np.float64(np.float32(count) / np.float32(length))
     # Of a fused multiply-add only the result is rounded.
-    places = np.maximum((scale * (np.arange(length) + 0.5) - 0.5).astype(np.float32), np.float32(0))
+    places = np.maximum((scale * (np.arange(length)[part] + 0.5) - 0.5).astype(np.float32), np.float32(0))
     lower = np.minimum(places.astype(np.int64), count - 1)
     weight = (places - lower).astype(np.float32)[:, None]
     result = values[np.minimum(lower + 1, count - 1)]

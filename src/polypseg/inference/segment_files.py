@@ -496,7 +496,14 @@ class _Drawing:
     def _read(self, frame: _Frame) -> Prediction | None:
         if frame.image is None or frame.pixels is None or frame.logits is None:
             return None
-        return self._segmenter.read(frame.image, frame.pixels, frame.logits, point=self._point, min_area=self._min_area)
+        return self._segmenter.read(
+            frame.image,
+            frame.pixels,
+            frame.logits,
+            point=self._point,
+            min_area=self._min_area,
+            everywhere=self._save_probability or self._smooth is not None,
+        )
 
     def _frame(self, frame: _Frame) -> _Frame:
         prediction = self._read(frame)

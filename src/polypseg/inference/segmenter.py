@@ -30,9 +30,11 @@ from polypseg.inference.runtimes import (
     ONNXRUNTIME,
     OPENVINO,
     TORCH,
+    Box,
     Precision,
     Runtime,
     TorchRuntime,
+    box_above,
     check_frames,
     check_names,
     choose_runtime,
@@ -248,15 +250,22 @@ class Segmenter:
         *,
         point: OperatingPoint | None = None,
         min_area: int = MIN_AREA,
+        everywhere: bool = True,
     ) -> Prediction:
         """The runtime's answer (h', w') to one prepared frame (3, h, w) -> its prediction, of the frame's size.
 
         What ``predict`` does after the model, for those who run the steps in threads of their own. ``point``: how
-        logits become masks, by default the segmenter's.
+        logits become masks, by default the segmenter's. Without ``everywhere`` the probability is 0 far from the mask,
+        if there is one, which saves most of the work.
         """
-        point = point or self.point()
-        resized = self.runtime.resize(logits, (frame.height, frame.width))
-        found = read_logits(resized, point=point, min_area=min_area)
+        point, size = point or self.point(), (frame.height, frame.width)
+        box = None if everywhere else box_above(logits, size, limit=point.limit)
+        found = None
+        if box is not None:
+            part = self.runtime.resize(logits, size, box=box)
+            found = read_part(part, box=box, size=size, point=point, min_area=min_area)
+        if found is None:
+            found = read_logits(self.runtime.resize(logits, size), point=point, min_area=min_area)
         if self.expectation is not None and point.is_default:
             of_frame = self.expectation.of_frame(logits, pixels, self.processor)
             found = replace(found, expected_dice=of_frame.expected_dice, flag=of_frame.flag)
@@ -378,19 +387,41 @@ def check_options(*, threshold: float, min_area: int) -> None:
 
 
 def read_logits(
-    logits: ArrayLike, *, threshold: float = 0.5, point: OperatingPoint | None = None, min_area: int = MIN_AREA
+    logits: ArrayLike,
+    *,
+    threshold: float = 0.5,
+    point: OperatingPoint | None = None,
+    min_area: int = MIN_AREA,
+    frame_pixels: int | None = None,
 ) -> Prediction:
     """Polyp logits (H, W) at the frame's size -> its prediction, by a threshold or a whole operating point.
 
     The threshold is applied to the logits: in float32 the probability of a tiny positive one rounds to 0.5.
+    ``frame_pixels``: of the frame, where the logits are a part of it.
     """
     values = np.asarray(logits, dtype=np.float32)
     point = point or OperatingPoint(threshold=threshold)
-    mask = point.mask(values)
+    mask = point.mask(values, frame_pixels=frame_pixels)
     probability = sigmoid(values if point.temperature == 1 else values / np.float32(point.temperature))
     return Prediction(
         probability=probability, mask=mask, lesions=find_lesions(probability, mask=mask, min_area=min_area)
     )
+
+
+def read_part(
+    logits: NDArray[np.float32], *, box: Box, size: tuple[int, int], point: OperatingPoint, min_area: int = MIN_AREA
+) -> Prediction | None:
+    """As read_logits, of the logits in the ``box`` of a frame of ``size`` that holds all above the point's limit.
+
+    None where there is none. The probability outside the box is left at 0.
+    """
+    if not (logits > point.limit).any():
+        return None
+    found = read_logits(logits, point=point, min_area=min_area, frame_pixels=size[0] * size[1])
+    probability, mask = np.zeros(size, np.float32), np.zeros(size, bool)
+    probability[box], mask[box] = found.probability, found.mask
+    lesions = (replace(lesion, x=lesion.x + box[1].start, y=lesion.y + box[0].start) for lesion in found.lesions)
+    return Prediction(probability=probability, mask=mask, lesions=tuple(lesions))
 
 
 def find_lesions(
@@ -482,9 +513,13 @@ def _thicken(edge: NDArray[np.bool_], reach: float) -> NDArray[np.bool_]:
     return thick[size : size + edge.shape[0], size : size + edge.shape[1]]
 
 
+_FADING = ImageFilter.Kernel((3, 3), [7, 28, 7, 28, 112, 28, 7, 28, 7])
+"""A Gaussian of 0.6 pixels, cut off where nothing is left of it."""
+
+
 def _soft(line: NDArray[np.bool_]) -> Image.Image:
     """A line as a picture of opacities: full inside, fading over the next pixel."""
     hard = Image.fromarray(line.astype(np.uint8) * 255)
-    soft = hard.filter(ImageFilter.GaussianBlur(0.6))
+    soft = hard.filter(_FADING)
     soft.paste(255, (0, 0), hard)
     return soft
