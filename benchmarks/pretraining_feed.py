@@ -28,6 +28,7 @@ from polypseg.cli.console import run_script
 from polypseg.data.corpus import open_frames
 from polypseg.data.shards import write_shards
 from polypseg.files import SAMPLE_FRAMES
+from polypseg.pretraining.decoded import keep_decoded
 from polypseg.pretraining.loader import FrameFeed
 from polypseg.pretraining.recipe import load_pretraining_recipe
 from polypseg.pretraining.views import ViewSettings
@@ -80,6 +81,13 @@ def feed_reader(source: Path, settings: tuple[ViewSettings, ...]) -> Callable[[i
     return lambda epoch, index: feed[epoch, index]
 
 
+def decoded_reader(source: Path, settings: tuple[ViewSettings, ...]) -> Callable[[int, int], object]:
+    """The feed with frames that were decoded once."""
+    frames = open_frames(source)
+    feed = FrameFeed(frames, settings, size=224, seed=0, decoded=keep_decoded(frames, gigabytes=10))
+    return lambda epoch, index: feed[epoch, index]
+
+
 def normalized_reader(source: Path, settings: tuple[ViewSettings, ...]) -> Callable[[int, int], object]:
     """The feed, with views normalized on the CPU."""
     feed = FrameFeed(open_frames(source), settings, size=224, seed=0)
@@ -123,6 +131,7 @@ def rows(*, images: int = 6, repeats: int = 5) -> list[Row]:
         readers = {
             BASELINE: official_reader(frames, settings),
             "the feed": feed_reader(frames, settings),
+            "the feed, frames decoded once": decoded_reader(frames, settings),
             "lightly": lightly_reader(frames, method),
         }
         ways: dict[str, Callable[[], object]] = {
@@ -151,6 +160,7 @@ def main(
                 "official": official_reader(source, settings),
                 "normalized": normalized_reader(source, settings),
                 "feed": feed_reader(source, settings),
+                "decoded once": decoded_reader(source, settings),
                 "from shards": feed_reader(Path(shards), settings),
             }
             rates = measure(readers, images=images, repeats=repeats)

@@ -123,13 +123,13 @@ RangeEnd = Annotated[float, Field(ge=-1000, le=1000)]  # the range itself is che
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_undo_yaml)]
 
 
-def _is_unset(value: object) -> bool:
+def is_unset(value: object) -> bool:
     """Settings that the reference lacks stay out of a recipe's record until they are used."""
     return value in (None, 0, "best")
 
 
 def _is_once(value: object) -> bool:
-    """As _is_unset, for a count whose ordinary value is 1."""
+    """As `is_unset`, for a count whose ordinary value is 1."""
     return value == 1
 
 
@@ -139,10 +139,10 @@ class DataRecipe(RecipeSection):
     image_size: int = Field(ge=32, le=LARGEST_SIDE)
     """Side in pixels to which image and mask are resized (bicubic, antialiased)."""
     batch_sizes: tuple[Annotated[int, Field(ge=32, le=LARGEST_SIDE)], ...] | None = Field(
-        default=None, exclude_if=_is_unset
+        default=None, exclude_if=is_unset
     )
     """Sides in pixels of training batches, one drawn per batch; null trains at ``image_size`` only."""
-    negatives: str | None = Field(default=None, exclude_if=_is_unset)
+    negatives: str | None = Field(default=None, exclude_if=is_unset)
     """Pinned list of polyp-free frames whose part ``train`` is trained on with empty masks; null for none."""
     negatives_per_epoch: int = Field(default=1, ge=1, le=100, exclude_if=_is_once)
     """How often an epoch shows each polyp-free frame."""
@@ -191,7 +191,7 @@ class AugmentationRecipe(RecipeSection):
     """Of the affine warp; the reference's is nearest."""
     fill: float = Field(ge=-1000, le=1000)
     """Value outside the warped image, in normalized units; the reference's is -1."""
-    appearance: AppearanceRecipe | None = Field(default=None, exclude_if=_is_unset)
+    appearance: AppearanceRecipe | None = Field(default=None, exclude_if=is_unset)
     """Changes of appearance, drawn before everything else; null for none."""
 
     @model_validator(mode="after")
@@ -221,13 +221,13 @@ class TrainingRecipe(RecipeSection):
     dice_weight: float = Field(ge=0, le=1000)
     bce_weight: float = Field(ge=0, le=1000)
     """Loss = dice_weight * soft Dice + bce_weight * binary cross-entropy + alarm_weight * alarm loss."""
-    alarm_weight: float = Field(default=0, ge=0, le=1000, exclude_if=_is_unset)
+    alarm_weight: float = Field(default=0, ge=0, le=1000, exclude_if=is_unset)
     """Of the cross-entropy of a polyp-free frame's worst hundredth of pixels: over all, a small alarm weighs little."""
     ema_decay: float = Field(ge=0, lt=1)
     """Decay per step of the averaged weights that are validated and kept; 0 for none, as in the reference."""
-    keep: Literal["best", "last"] = Field(default="best", exclude_if=_is_unset)
+    keep: Literal["best", "last"] = Field(default="best", exclude_if=is_unset)
     """Which weights become the model: those of the epoch with the best validation Dice, or the last epoch's."""
-    frozen_stages: int = Field(default=0, ge=0, le=16, exclude_if=_is_unset)
+    frozen_stages: int = Field(default=0, ge=0, le=16, exclude_if=is_unset)
     """Leading stages of an EfficientNet encoder, the stem first, that stay as they were loaded; 0 for none."""
     max_steps: int | None = Field(ge=1, le=LARGEST_STEPS)
     """Stop after so many optimizer steps; null for all epochs."""
@@ -270,7 +270,7 @@ class NamedRecipe(RecipeSection):
 class Recipe(NamedRecipe):
     """One experiment, apart from the model's row, the data and the place of the output."""
 
-    further_stage: bool = Field(default=False, exclude_if=_is_unset)
+    further_stage: bool = Field(default=False, exclude_if=is_unset)
     """Whether it is made to go on from a fine-tuned model (``--initial-model``): then its name tells that already."""
     seed: int = Field(ge=0, le=LARGEST_SEED)
     model: ModelRecipe

@@ -18,6 +18,7 @@ from polypseg.data.corpus import FrameStore, open_frames
 from polypseg.data.shards import write_shards
 from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.errors import PolypSegError
+from polypseg.pretraining.decoded import keep_decoded
 from polypseg.pretraining.loader import FrameFeed, UnreadableFrames, frame_loader
 from polypseg.pretraining.views import ViewSettings, make_views
 from polypseg.training.loader import GlobalBatches
@@ -339,3 +340,31 @@ def test_real_frames_are_all_readable(real_data):
         assert (batch["views"].float().std((2, 3, 4)) > 0).all()
         unreadable.update(batch["unreadable"])
     assert not unreadable.indices
+
+
+# -- decoded frames ----------------------------------------------------------------------------------------------------
+
+
+def test_decoded_frames_give_the_views_of_their_files(corpus):
+    decoded = keep_decoded(corpus, gigabytes=1)
+    large = 200  # so that no file is reduced while it is decoded
+    feed = FrameFeed(corpus, [FIRST, SECOND], size=large, seed=3, decoded=decoded)
+    plain = FrameFeed(corpus, [FIRST, SECOND], size=large, seed=3)
+    assert len(decoded) == len(corpus)
+    for index in range(len(corpus)):
+        assert_equal(feed[2, index], plain[2, index])
+
+
+def test_decoded_frames_keep_to_their_bound_and_are_made_once(corpus, monkeypatch):
+    first = np.asarray(Image.open(io.BytesIO(corpus.read(0))).convert("RGB"))
+    decoded = keep_decoded(corpus, gigabytes=2.5 * first.size / 1e9)
+    assert len(decoded) == 2 and decoded.frame(2) is None
+    np.testing.assert_array_equal(decoded.frame(0), first)
+    monkeypatch.setattr("polypseg.pretraining.decoded.decode_frame", None)
+    assert len(keep_decoded(corpus, gigabytes=2.5 * first.size / 1e9)) == 2
+
+
+def test_a_damaged_frame_is_left_to_the_feed(corpus):
+    damaged = Damaged(corpus, cut=[1])
+    feed = FrameFeed(damaged, [FIRST], size=SIDE, seed=3, decoded=keep_decoded(damaged, gigabytes=1))
+    assert feed[0, 1]["unreadable"] == 1 and feed[0, 0]["unreadable"] == -1

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from polypseg.data.corpus import FrameStore
 from polypseg.errors import PolypSegError
+from polypseg.pretraining.decoded import DecodedFrames
 from polypseg.pretraining.views import ViewSettings, is_jpeg, make_views
 from polypseg.training.loader import (
     Example,
@@ -45,9 +46,11 @@ class FrameFeed(Dataset[Example]):
         seed: int,
         tokens: int = 0,
         labels: NDArray[np.int64] | None = None,
+        decoded: DecodedFrames | None = None,
     ):
         self.frames, self.settings = frames, tuple(settings)
         self.size, self.seed, self.tokens, self.labels = size, seed, tokens, labels
+        self.decoded = decoded
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -80,6 +83,9 @@ class FrameFeed(Dataset[Example]):
         ) from last
 
     def _views(self, index: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+        pixels = None if self.decoded is None else self.decoded.frame(index)
+        if pixels is not None:
+            return make_views(pixels, name=f"frame {index}", settings=self.settings, size=self.size, rng=rng)
         data = self.frames.read(index)
         # Only other formats are decoded by name, and shards have to look a name up.
         name = f"frame {index}" if is_jpeg(data) else self.frames.name(index)

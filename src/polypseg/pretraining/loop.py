@@ -22,6 +22,7 @@ from polypseg.data.corpus import FrameStore
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.files import read_json, write_csv, write_json
 from polypseg.pretraining.barlow_twins import BarlowTwins
+from polypseg.pretraining.decoded import keep_decoded
 from polypseg.pretraining.encoders import build_encoder
 from polypseg.pretraining.loader import FrameFeed, UnreadableFrames, frame_loader
 from polypseg.pretraining.mae import MAE
@@ -84,6 +85,7 @@ def build_feed(method: nn.Module, frames: FrameStore, recipe: PretrainingRecipe)
     Raises UsageError when the frames are not of the recipe's classes.
     """
     labels = read_labels(frames, classes=method.head.out_features) if isinstance(method, Supervised) else None
+    kept = recipe.data.decoded_gigabytes
     return FrameFeed(
         frames,
         [view.settings() for view in recipe.views],
@@ -91,6 +93,7 @@ def build_feed(method: nn.Module, frames: FrameStore, recipe: PretrainingRecipe)
         seed=recipe.seed,
         tokens=getattr(method, "patches", 0),
         labels=labels,
+        decoded=keep_decoded(frames, gigabytes=kept) if kept else None,
     )
 
 

@@ -17,6 +17,7 @@ from polypseg.recipe import (
     Precision,
     RangeEnd,
     RecipeSection,
+    is_unset,
     read_recipe,
     validate_recipe,
 )
@@ -67,6 +68,11 @@ class PretrainingDataRecipe(RecipeSection):
     """Side of a view in pixels."""
     max_unreadable: float = Field(ge=0, lt=1)
     """Largest share of frames that may be unreadable before the run fails."""
+    decoded_gigabytes: float = Field(default=0, ge=0, le=100_000, exclude_if=is_unset)
+    """Keep so many gigabytes of decoded frames in the cache folder, read without decoding from then on; 0 for none.
+
+    They are not reduced while they are decoded, so views of very large JPEGs differ a little from those without it.
+    """
 
 
 class PretrainingTrainingRecipe(RecipeSection):

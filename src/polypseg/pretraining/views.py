@@ -111,9 +111,12 @@ def is_jpeg(data: bytes) -> bool:
 
 
 def _decode(
-    data: bytes, *, name: str, draw: Callable[[int, int], list[Box]], size: int
+    data: bytes | Image8, *, name: str, draw: Callable[[int, int], list[Box]], size: int
 ) -> tuple[Image.Image, list[Box], int]:
     """The RGB frame, reduced as far as its boxes allow; the boxes at full resolution; the reduction."""
+    if not isinstance(data, bytes):
+        image = Image.fromarray(data)
+        return image, draw(image.height, image.width), 1
     if not is_jpeg(data):
         image = decode_frame(data, name=name)
         return image, draw(image.height, image.width), 1
@@ -184,9 +187,11 @@ def augment(image: Image8, settings: ViewSettings, rng: np.random.Generator) -> 
 
 
 def make_views(
-    data: bytes, *, name: str, settings: Sequence[ViewSettings], size: int, rng: np.random.Generator
+    data: bytes | Image8, *, name: str, settings: Sequence[ViewSettings], size: int, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
     """One view for each of the settings, all from one decoding: (V, size, size, 3) uint8.
+
+    ``data``: an image file's bytes, or RGB pixels (H, W, 3).
 
     Raises PolypSegError naming the file when it cannot be decoded.
     """
