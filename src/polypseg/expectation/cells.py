@@ -16,7 +16,7 @@ from polypseg.data.polyps import PolypDataset, Record
 from polypseg.files import read_json, write_json
 from polypseg.inference.features import ALL, look_at
 from polypseg.inference.margin import COVERED
-from polypseg.inference.runtimes import Logits, Runtime
+from polypseg.inference.runtimes import WHOLE, Box, Logits, Runtime
 from polypseg.inference.segmenter import Segmenter
 
 VERSION = 1
@@ -147,9 +147,9 @@ class SwappedColors:
         """As the runtime's, of the swapped pixels."""
         return self.runtime.polyp_logits(np.ascontiguousarray(pixels[:, ::-1]), names=names)
 
-    def resize(self, logits: Logits, size: tuple[int, int]) -> Logits:
+    def resize(self, logits: Logits, size: tuple[int, int], *, box: Box = WHOLE) -> Logits:
         """As the runtime's."""
-        return self.runtime.resize(logits, size)
+        return self.runtime.resize(logits, size, box=box)
 
     def update_digest(self, update: Any) -> None:
         """The runtime's, marked."""

@@ -129,6 +129,13 @@ class ContinuationRecord(_Record):
     finetuned_on: str | None = None
 
 
+class AverageRecord(_Record):
+    """The weights of ``continued_from`` that were mixed into those of the run's end."""
+
+    share: float = Field(ge=0, le=1)
+    """Of the run's end; the rest is of the weights that it began with."""
+
+
 class AdaptationRecord(_Record):
     """The frames that weights were adapted to, and what that gained on frames left out."""
 
@@ -155,6 +162,7 @@ class WeightsOrigin(_Record):
     """``full`` or ``small``."""
     pretraining: PretrainingRecord | None = None
     continued_from: ContinuationRecord | None = None
+    averaged_with_start: AverageRecord | None = None
     converted_from: ConversionRecord | None = None
     adapted: AdaptationRecord | None = None
     recipe: str | None = None
@@ -212,6 +220,10 @@ class WeightsOrigin(_Record):
         before = {"sha256": sha256, "recipe": self.recipe, "finetuned_on": self.finetuned_on}
         start = {key: self.content[key] for key in kept if key in self.content}
         return self.of(start | {"continued_from": before})
+
+    def averaged(self, *, share: float, sha256: str) -> Self:
+        """After averaging with the weights that training went on from; ``sha256`` of the average."""
+        return self.updated(averaged_with_start={"share": share}, sha256=sha256)
 
     def adapted_to(
         self, *, method: str, labeled: bool, frames: int, groups: int, gain: float, bound: float, source: str
@@ -348,7 +360,9 @@ class WeightsOrigin(_Record):
             return f"Not trained for segmentation: {encoder} and a random decoder. Its masks mean nothing."
         recipe = f"recipe {self.recipe}" + (f" with {', '.join(self.recipe_changes)}" if self.recipe_changes else "")
         data = self.finetuned_on or "data that is not recorded"
-        return f"Fine-tuned on {data} (n = {self.n}) with {recipe}, from {encoder}."
+        mixed = self.averaged_with_start
+        average = f" Its weights are averaged: {mixed.share:.0%} the run's end, the rest its start." if mixed else ""
+        return f"Fine-tuned on {data} (n = {self.n}) with {recipe}, from {encoder}.{average}"
 
     # -- what it names ---------------------------------------------------------------------------------------------
 
@@ -450,6 +464,8 @@ def _training_reasons(origin: WeightsOrigin) -> Iterator[tuple[str, str]]:
     if origin.continued_from:
         stage = origin.bundled_recipe  # whose name says it already, where it is made for that
         yield "" if stage and stage.further_stage else "continued", "it went on from another fine-tuned model"
+    if origin.averaged_with_start:
+        yield "averaged", "its weights are averaged with those that its last run began with"
     if not origin.finished:
         yield "unfinished", "its training run did not end"
 
