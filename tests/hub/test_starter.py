@@ -59,7 +59,7 @@ def test_it_says_what_it_saw():
     assert listed["validation", "kvasir_seg"] == set(kvasir["validation"])
     assert listed["fine-tuning", "negatives"] == set(negatives["train"])
     origin = json.loads((STARTER_FOLDER / "config.json").read_text())["weights_origin"]
-    assert origin["recipe"] == "starter_finish" and origin["finished"] and origin["scale"] == "small"
+    assert origin["recipe"] == "starter_alarms" and origin["finished"] and origin["scale"] == "small"
 
 
 def test_its_results_are_of_the_shipped_file():

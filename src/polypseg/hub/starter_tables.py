@@ -18,6 +18,7 @@ from polypseg.tables import Column, Table, with_bounds
 
 STARTER_MARKS = ("<!-- starter -->", "<!-- /starter -->")
 RUNS_MARKS = ("<!-- runs -->", "<!-- /runs -->")
+AVERAGES_MARKS = ("<!-- averages -->", "<!-- /averages -->")
 SEARCH_MARKS = ("<!-- search -->", "<!-- /search -->")
 ROBUSTNESS_MARKS = ("<!-- robustness -->", "<!-- /robustness -->")
 SHIFT_MARKS = ("<!-- shift -->", "<!-- /shift -->")
@@ -123,6 +124,21 @@ def search_table(folder: Path) -> str:
     columns = [Column("changed", "changes"), _DICE_BY_EPOCH]
     told = ", ".join(f"`{change}`" for change in common)
     return f"All by the recipe `starter` with {told}:\n\n{Table(columns=columns, records=records).markdown()}"
+
+
+def averages_table(file: Path) -> str:
+    """What training_scripts/average_stages.py judged, as Markdown."""
+    dice, share = "{:.4f}".format, "{:.1%}".format
+    columns = [
+        Column("share of the fourth stage", "share", "{:g}".format),
+        Column("validation Dice", "clean", dice),
+        Column("shrunk", "shrunk", dice),
+        Column("corrupted", "corrupted", dice),
+        Column("mean", "score", dice),
+        Column("frames with a false alarm at 0.5", "alarms", share),
+        Column("at its own point", "alarms_at_point", share),
+    ]
+    return Table(columns=columns, records=read_json(file)).markdown()
 
 
 def robustness_table(file: Path) -> str:
@@ -258,6 +274,7 @@ def starter_texts(root: Path) -> list[tuple[Path, tuple[str, str], str]]:
     scores = starter_table(STARTER_FOLDER / RESULTS)
     texts = [(readme, STARTER_MARKS, scores), (results, STARTER_MARKS, scores), (results, RUNS_MARKS, runs_table(kept))]
     for marks, name, table in (
+        (AVERAGES_MARKS, "averages.json", averages_table),
         (ROBUSTNESS_MARKS, "robustness.json", robustness_table),
         (SHIFT_MARKS, "attribution.json", shift_table),
         (FLICKER_MARKS, "flicker.csv", flicker_table),
