@@ -44,7 +44,7 @@ RESULTS = PAGES / "results"
 
 def results_of(page: Path) -> Path:
     """Results are filed under a model's id; a page's name also says what the weights are not."""
-    return RESULTS / page.stem.removesuffix("-starter-finish")
+    return RESULTS / page.stem.removesuffix("-starter-alarms-averaged")
 
 
 STARTER = "tf_efficientnet_lite0_deeplabv3plus.supervised_imagenet1k"
