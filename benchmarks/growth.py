@@ -30,7 +30,7 @@ from polypseg.tables import Column, Table
 
 SIZE = (96, 128)
 """Height and width of the made-up frames."""
-FRAMES, MODELS = (300, 1000, 3000), (12, 48)
+FRAMES, MODELS = (250, 500, 1000), (12, 48)
 """Sizes of the jobs over frames, and over models."""
 DUPLICATES = "from near_duplicates import made_up, near_duplicates; near_duplicates(made_up({}))"
 COLUMNS = (
