@@ -42,6 +42,7 @@ def render_page(learned: Mapping[str, Any], point: Mapping[str, Any], *, measure
         bounds=[*_bounds(learned), *_adaptation_bounds(tested, ceilings), *_time_bounds(time)],
         time=time,
         draws=_draws(tested, ceilings),
+        with_ceilings=bool(ceilings),
         clips=sorted({draw["said"]["groups"] for draw in tested}),
         given=sorted({draw["given"] for draw in tested}),
         shipped=sum(draw["said"]["adapted"] for draw in tested),
@@ -204,7 +205,7 @@ def _draws(tested: Records, ceilings: Mapping[str, Mapping[str, Any]]) -> Rows:
                 f"{said['bound']:+.3f}",
                 "yes" if said["adapted"] else "no",
                 f"{draw['gain']:+.3f}",
-                "–" if ceiling is None else f"{_ceiling(ceiling):+.3f}",
+                *([] if not ceilings else ["–" if ceiling is None else f"{_ceiling(ceiling):+.3f}"]),
             )
         )
     return rows
