@@ -112,11 +112,10 @@ def is_jpeg(data: bytes) -> bool:
 
 def _decode(
     data: bytes | Image8, *, name: str, draw: Callable[[int, int], list[Box]], size: int
-) -> tuple[Image.Image, list[Box], int]:
+) -> tuple[Image.Image | Image8, list[Box], int]:
     """The RGB frame, reduced as far as its boxes allow; the boxes at full resolution; the reduction."""
     if not isinstance(data, bytes):
-        image = Image.fromarray(data)
-        return image, draw(image.height, image.width), 1
+        return data, draw(*data.shape[:2]), 1
     if not is_jpeg(data):
         image = decode_frame(data, name=name)
         return image, draw(image.height, image.width), 1
@@ -142,12 +141,15 @@ def _explain_unreadable(name: str) -> Iterator[None]:
         raise PolypSegError(f"{name} is truncated or not an image ({error}): download it again or remove it") from error
 
 
-def _crop(image: Image.Image, box: Box, *, reduction: int, size: int, interpolation: Interpolation) -> Image8:
+def _crop(image: Image.Image | Image8, box: Box, *, reduction: int, size: int, interpolation: Interpolation) -> Image8:
     """Cut the box out, then resize: what lies outside it must not leak in, so only its pixels are given to resize."""
     left, right = box.left / reduction, (box.left + box.width) / reduction
     top, bottom = box.top / reduction, (box.top + box.height) / reduction
     x, y = math.floor(left), math.floor(top)
-    pixels = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
+    if isinstance(image, Image.Image):
+        pixels = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
+    else:
+        pixels = Image.fromarray(image[y : math.ceil(bottom), x : math.ceil(right)])
     inside = (left - x, top - y, right - x, bottom - y)  # a box need not lie on the reduced grid
     return np.asarray(pixels.resize((size, size), INTERPOLATIONS[interpolation], box=inside))
 
