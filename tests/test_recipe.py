@@ -153,7 +153,7 @@ def test_load_recipe_suggests_the_key_that_was_meant(tmp_path):
     values = content()
     values["training"]["learning_rat"] = values["training"].pop("learning_rate")
     message = refusal(write(tmp_path, values))
-    assert "training.learning_rat" in message and "Did you mean 'learning_rate'?" in message
+    assert "training.learning_rat" in message and "Did you mean 'training.learning_rate'?" in message
 
 
 def test_load_recipe_names_every_problem_at_once(tmp_path):
@@ -295,7 +295,7 @@ def test_load_recipe_shows_how_an_override_must_look(override):
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("training.epoch=3", "Did you mean 'epochs'?"),
+        ("training.epoch=3", "Did you mean 'training.epochs'?"),
         ("sede=3", "Did you mean 'seed'?"),
         ("trainin.epochs=3", "no section 'trainin'"),
         ("seed.value=3", "no section 'seed'"),

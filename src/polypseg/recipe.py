@@ -383,7 +383,8 @@ def _problem(schema: type[BaseModel], detail: Any) -> str:
             annotation = section.model_fields[str(part)].annotation
             kinds = (annotation, *get_args(annotation))  # a section that may be absent is a union with None
             section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
-        return str(unknown_name(f"key {key!r}: no such setting", str(detail["loc"][-1])[:_SHOWN], section.model_fields))
+        inside = key.rpartition(".")[0]
+        return str(unknown_name("key", key, [f"{inside}.{name}" if inside else name for name in section.model_fields]))
     if detail["type"] == "missing":
         return f"key {key!r} is missing"
     return f"key {key!r}: {detail['msg']} (got {_SHORT.repr(detail['input'])})" if key else str(detail["msg"])
