@@ -63,28 +63,31 @@ def official_transform(view: ViewSettings) -> Callable[[Image.Image], Tensor]:
     )
 
 
-def official_reader(source: Path, settings: tuple[ViewSettings, ...]) -> Callable[[int, int], object]:
-    """Read, decode in full and transform a frame for each view, as ImageFolder and the official transforms do."""
-    frames, transforms = open_frames(source), [official_transform(view) for view in settings]
+def pillow_reader(source: Path, transform: Callable[[Image.Image], object]) -> Callable[[int, int], object]:
+    """Read, decode in full and transform a frame, as ImageFolder does."""
+    frames = open_frames(source)
 
     def read(epoch: int, index: int) -> object:
         with (source / frames.name(index)).open("rb") as file:
             image = Image.open(file).convert("RGB")
-        return [transform(image) for transform in transforms]
+        return transform(image)
 
     return read
 
 
-def feed_reader(source: Path, settings: tuple[ViewSettings, ...]) -> Callable[[int, int], object]:
-    """The feed as training uses it."""
-    feed = FrameFeed(open_frames(source), settings, size=224, seed=0)
-    return lambda epoch, index: feed[epoch, index]
+def official_reader(source: Path, settings: tuple[ViewSettings, ...]) -> Callable[[int, int], object]:
+    """A view of a frame for each of the official transforms."""
+    transforms = [official_transform(view) for view in settings]
+    return pillow_reader(source, lambda image: [transform(image) for transform in transforms])
 
 
-def decoded_reader(source: Path, settings: tuple[ViewSettings, ...]) -> Callable[[int, int], object]:
-    """The feed with frames that were decoded once."""
+def feed_reader(
+    source: Path, settings: tuple[ViewSettings, ...], *, gigabytes: float = 0
+) -> Callable[[int, int], object]:
+    """The feed as training uses it; ``gigabytes``: of frames that were decoded once."""
     frames = open_frames(source)
-    feed = FrameFeed(frames, settings, size=224, seed=0, decoded=keep_decoded(frames, gigabytes=10))
+    decoded = keep_decoded(frames, gigabytes=gigabytes) if gigabytes else None
+    feed = FrameFeed(frames, settings, size=224, seed=0, decoded=decoded)
     return lambda epoch, index: feed[epoch, index]
 
 
@@ -96,15 +99,8 @@ def normalized_reader(source: Path, settings: tuple[ViewSettings, ...]) -> Calla
 
 
 def lightly_reader(source: Path, method: str) -> Callable[[int, int], object]:
-    """Read and transform a frame by lightly's own views: BYOL's, which are MoCo v3's, or the masked autoencoder's."""
-    frames = open_frames(source)
-    transform = BYOLTransform() if method == "moco_v3" else MAETransform()
-
-    def read(epoch: int, index: int) -> object:
-        with (source / frames.name(index)).open("rb") as file:
-            return transform(Image.open(file).convert("RGB"))
-
-    return read
+    """A frame by lightly's own views: BYOL's, which are MoCo v3's, or the masked autoencoder's."""
+    return pillow_reader(source, BYOLTransform() if method == "moco_v3" else MAETransform())
 
 
 def measure(readers: dict[str, Callable[[int, int], object]], *, images: int, repeats: int) -> dict[str, list[float]]:
@@ -131,7 +127,7 @@ def rows(*, images: int = 6, repeats: int = 5) -> list[Row]:
         readers = {
             BASELINE: official_reader(frames, settings),
             "the feed": feed_reader(frames, settings),
-            "the feed, frames decoded once": decoded_reader(frames, settings),
+            "the feed, frames decoded once": feed_reader(frames, settings, gigabytes=10),
             "lightly": lightly_reader(frames, method),
         }
         ways: dict[str, Callable[[], object]] = {
@@ -160,7 +156,7 @@ def main(
                 "official": official_reader(source, settings),
                 "normalized": normalized_reader(source, settings),
                 "feed": feed_reader(source, settings),
-                "decoded once": decoded_reader(source, settings),
+                "decoded once": feed_reader(source, settings, gigabytes=10),
                 "from shards": feed_reader(Path(shards), settings),
             }
             rates = measure(readers, images=images, repeats=repeats)

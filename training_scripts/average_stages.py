@@ -3,7 +3,6 @@
 python training_scripts/average_stages.py runs/starter-finish/best runs/starter-alarms/best --output runs/averaged
 """
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -22,16 +21,11 @@ def main(
     data: Annotated[Path | None, Option(envvar="POLYPSEG_DATA", help="Folder of the datasets.")] = None,
 ) -> None:
     """Average two stages of one model's training, judged on validation frames."""
-    from polypseg.expectation.averages import SHARES, average_models, choose_share, judge
+    from polypseg.expectation.averages import average_models, choose_share, judge_shares
     from polypseg.files import write_json
 
     if share is None:
-        found = []
-        for tried in SHARES:
-            with tempfile.TemporaryDirectory() as name:
-                model = average_models(before, after, Path(name) / "model", share=tried)
-                found.append({"share": tried} | judge(model, data_dir=data))
-            typer.echo(", ".join(f"{key} {value:.4g}" for key, value in found[-1].items()))
+        found = judge_shares(before, after, data_dir=data, echo=typer.echo)
         if judged is not None:
             write_json(judged, found)
         share = choose_share(found)["share"]

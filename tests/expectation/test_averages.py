@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from polypseg.errors import UsageError
-from polypseg.expectation.averages import average_models, average_states, choose_share, shrink
+from polypseg.expectation import averages
+from polypseg.expectation.averages import SHARES, average_models, average_states, choose_share, judge_shares, shrink
 from polypseg.files import file_sha256
 from polypseg.provenance.origin import WeightsOrigin
 
@@ -65,6 +66,17 @@ def test_a_shrunk_frame_keeps_size_and_place_of_the_polyp():
     small, truth = shrink(frame, mask)
     assert small.size == (80, 60) and small.getpixel((40, 30)) == (200, 10, 10) and small.getpixel((5, 5)) == (0, 0, 0)
     assert truth.sum() == mask.sum() / 4 and truth[25:35, 35:45].all()
+
+
+def test_each_share_is_judged_by_its_own_average(stages, monkeypatch):
+    def judge(folder, *, data_dir):
+        return {"score": float(safetensors.torch.load_file(folder / "model.safetensors")["w"][0])}
+
+    monkeypatch.setattr(averages, "judge", judge)
+    told = []
+    found = judge_shares(*stages, data_dir=None, echo=told.append)
+    assert [(one["share"], one["score"]) for one in found] == [(share, share) for share in SHARES]
+    assert told[1] == "share 0.25, score 0.25"
 
 
 def test_the_share_with_the_best_score_is_taken_among_those_with_few_alarms():

@@ -7,7 +7,8 @@ validation frames shrunk to half and under the corruption kit.
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from torch import Tensor
 
 from polypseg.data.corruptions import CORRUPTIONS, corrupt
 from polypseg.errors import UsageError
+from polypseg.expectation.calibrate import Labeled, logits_of
 from polypseg.expectation.fit import VALIDATION, learn_point, open_model, open_sets
 from polypseg.files import atomic_path, file_sha256, read_json, write_json
 from polypseg.hub.onnx import export_runtime
+from polypseg.hub.pack import save_weights
+from polypseg.inference.features import dice
 from polypseg.inference.runtimes import WEIGHTS
 from polypseg.inference.segmenter import Segmenter
 from polypseg.provenance.local import CONFIG
@@ -47,9 +51,7 @@ def average_models(before: Path, after: Path, output: Path, *, share: float) -> 
     old, new = (safetensors.torch.load_file(folder / WEIGHTS) for folder in (before, after))
     with atomic_path(output) as temporary:
         shutil.copytree(after, temporary)
-        mixed = average_states(old, new, share=share)
-        safetensors.torch.save_file(mixed, temporary / WEIGHTS, metadata={"format": "pt"})
-        (temporary / WEIGHTS).chmod(0o644)  # safetensors gives a file to its owner only
+        save_weights(average_states(old, new, share=share), temporary)
         config = read_json(temporary / CONFIG)
         config[WEIGHTS_ORIGIN] = origin.averaged(share=share, sha256=file_sha256(temporary / WEIGHTS)).content
         write_json(temporary / CONFIG, config)
@@ -94,23 +96,34 @@ def judge(folder: Path, *, data_dir: Path | None) -> dict[str, Any]:
     clean, shrunk, corrupted = [], [], []
     for record_id in frames.ids:
         frame, truth = frames.dataset.pair(frames.dataset.by_id[record_id])
-        mask = truth.astype(bool)
-        clean.append(_dice(model, frame, mask))
-        shrunk.append(_dice(model, *shrink(frame, mask)))
+        one = Labeled(name=record_id, group=record_id, frame=frame, truth=truth.astype(bool))
+        small, small_truth = shrink(one.frame, one.truth)
+        clean.append(_dice(model, one))
+        shrunk.append(_dice(model, replace(one, frame=small, truth=small_truth)))
         for kind in CORRUPTIONS:
             changed = Image.fromarray(corrupt(np.asarray(frame), kind, severity=SEVERITY, key=record_id))
-            corrupted.append(_dice(model, changed, mask))
+            corrupted.append(_dice(model, replace(one, frame=changed)))
     kinds = {"clean": clean, "shrunk": shrunk, "corrupted": corrupted}
     means = {kind: float(np.mean(values)) for kind, values in kinds.items()}
     alarms = dict(zip(("alarms", "alarms_at_point"), map(float, point.alarms or (np.nan, np.nan)), strict=True))
     return means | alarms | {"score": float(np.mean(list(means.values()))), "n": len(clean)}
 
 
-def _dice(model: Segmenter, frame: Image.Image, truth: NDArray[np.bool_]) -> float:
-    logits = model.runtime.polyp_logits(model.prepare([frame]))[0]
-    found = model.runtime.resize(logits, truth.shape) > 0
-    areas = int(found.sum()) + int(truth.sum())
-    return 2 * int((found & truth).sum()) / areas if areas else 1.0
+def _dice(model: Segmenter, one: Labeled) -> float:
+    return dice(logits_of(model, one) > 0, one.truth)
+
+
+def judge_shares(
+    before: Path, after: Path, *, data_dir: Path | None, echo: Callable[[str], object]
+) -> list[dict[str, Any]]:
+    """What each of SHARES is worth: ``judge`` of the average, with its ``share``."""
+    found = []
+    for share in SHARES:
+        with tempfile.TemporaryDirectory() as name:
+            model = average_models(before, after, Path(name) / "model", share=share)
+            found.append({"share": share} | judge(model, data_dir=data_dir))
+        echo(", ".join(f"{key} {value:.4g}" for key, value in found[-1].items()))
+    return found
 
 
 def choose_share(judged: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -1,10 +1,12 @@
 """A finished run -> the folder that ships in the package: float16 weights, ONNX files, passport, checksums."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
+from torch import Tensor
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from polypseg.errors import PolypSegError, UsageError
@@ -57,8 +59,7 @@ def pack_model(source: Path, output: Path, *, calibration: str) -> Packed:
         config = read_json(temporary / CONFIG_NAME)
         config |= {"architectures": [type(model).__name__], "dtype": "float32"}  # in which it computes
         write_json(temporary / CONFIG_NAME, config)
-        safetensors.torch.save_file(half(model), temporary / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-        (temporary / SAFE_WEIGHTS_NAME).chmod(0o644)  # safetensors gives a file to its owner only
+        save_weights(half(model), temporary)
         size = (temporary / SAFE_WEIGHTS_NAME).stat().st_size
         if size > LARGEST:
             raise UsageError(f"the weights have {size} bytes, more than the {LARGEST} that the package carries")
@@ -71,6 +72,13 @@ def pack_model(source: Path, output: Path, *, calibration: str) -> Packed:
         ]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Packed(folder=output, parameters=parameters, size=size, files=tuple(files))
+
+
+def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the weights of a model folder, readable for everyone."""
+    path = folder / SAFE_WEIGHTS_NAME
+    safetensors.torch.save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors gives a file to its owner only
 
 
 def add_results(folder: Path, results: Path) -> tuple[str, ...]:
