@@ -23,7 +23,7 @@ from polypseg.modeling import PolypSegForSemanticSegmentation
 from polypseg.modeling.modeling_polypseg import SMALLEST_SIDE
 from polypseg.recipe import AugmentationRecipe
 from polypseg.training.augmentation import Normalization, PairedAugmentation
-from polypseg.training.fast_convolutions import interleaved_convolutions
+from polypseg.training.fast_layers import interleaved_convolutions
 from polypseg.training.finetune import dice_of_polyps
 from polypseg.training.loader import keep_opencv_to_one_thread, resize_pair, to_example
 

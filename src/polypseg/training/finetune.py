@@ -41,7 +41,7 @@ from polypseg.provenance.passport import (
 from polypseg.recipe import Recipe, ScheduleRecipe, changes_from_bundled
 from polypseg.training.augmentation import PairedAugmentation
 from polypseg.training.distributed import synchronize_batchnorm
-from polypseg.training.fast_convolutions import interleaved_convolutions
+from polypseg.training.fast_layers import attention_by_products, interleaved_convolutions
 from polypseg.training.loader import (
     CachedPairs,
     Example,
@@ -386,11 +386,12 @@ class _Run:
 
     @contextmanager
     def shown(self) -> "Iterator[tqdm[Any]]":
-        """A progress bar over all steps, with the convolutions that are faster on this device."""
+        """A progress bar over all steps, with the layers that are faster on this device."""
         on_cpu = self.accelerator.device.type == "cpu"
         with (
             step_bar(self.accelerator, total=self.total_steps, done=self.progress.step) as bar,
             interleaved_convolutions(self._bare_model(), enabled=on_cpu),
+            attention_by_products(self._bare_model(), enabled=on_cpu and self.accelerator.mixed_precision == "bf16"),
         ):
             yield bar
 

@@ -1,13 +1,15 @@
-"""Dilated depthwise convolutions in the fast form: equal outputs and gradients, and nothing else is touched."""
+"""Layers in their fast form: equal outputs and gradients, and nothing else is touched."""
 
 import copy
 
 import pytest
+import timm
 import torch
 from torch import nn
 
+from polypseg import zoo
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
-from polypseg.training.fast_convolutions import interleaved_convolutions
+from polypseg.training.fast_layers import attention_by_products, interleaved_convolutions
 
 
 @pytest.mark.parametrize("side", [(16, 16), (18, 14), (7, 9)])
@@ -48,3 +50,27 @@ def test_other_convolutions_are_left_alone():
     )
     with interleaved_convolutions(layers) as count:
         assert count == 0
+
+
+def test_attention_by_products_has_the_same_outputs_and_gradients():
+    torch.manual_seed(0)
+    plain = timm.layers.Attention(24, num_heads=3, qkv_bias=True).double()
+    inputs = torch.randn(2, 7, 24, dtype=torch.float64)
+    results = []
+    for fast in (False, True):
+        layer, x = copy.deepcopy(plain), inputs.clone().requires_grad_()
+        with attention_by_products(layer, enabled=fast) as count:
+            assert count == int(fast) and layer.fused_attn is not fast
+            y = layer(x)
+            y.square().sum().backward()
+        assert layer.fused_attn
+        results.append((y.detach(), x.grad, layer.qkv.weight.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_of_the_transformer_row_is_found():
+    with torch.device("meta"):
+        model = PolypSegForSemanticSegmentation(zoo.get("VT-NA-NA").config())
+    with attention_by_products(model) as count:
+        assert count == 12

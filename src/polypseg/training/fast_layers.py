@@ -1,9 +1,10 @@
-"""Dilated depthwise convolutions on CPU: the same sums, in a form for which oneDNN has fast kernels.
+"""Layers that train slowly on CPU: the same sums, in a form for which there are fast kernels.
 
-A convolution of dilation d acts on d x d interleaved grids that never mix. Taken apart (Shi et al. 2016's sub-pixel
-layout, backwards), each grid sees an ordinary convolution, whose backward pass is several times faster. A dilation of
-more than half the map's size leaves the center tap and narrow strips, which are added tap by tap: as grids they took
-two fifths of a bf16 step of ResNet50 at 224 px. The weights, their names and the results stay as they were.
+A dilated depthwise convolution of dilation d acts on d x d interleaved grids that never mix. Taken apart (Shi et al.
+2016's sub-pixel layout, backwards), each grid sees an ordinary convolution, whose backward pass is several times
+faster. A dilation of more than half the map's size leaves the center tap and narrow strips, which are added tap by tap:
+as grids they took two fifths of a bf16 step of ResNet50 at 224 px. Attention in bf16 has a fused backward pass on CPU
+that is three times slower than two matrix products. The weights, their names and the results stay as they were.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Attention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -107,6 +109,22 @@ def interleaved_convolutions(model: nn.Module, *, enabled: bool = True) -> Itera
     finally:
         for layer in found:
             layer.__class__ = nn.Conv2d
+
+
+@contextmanager
+def attention_by_products(model: nn.Module, *, enabled: bool = True) -> Iterator[int]:
+    """Run timm's attention as matrix products inside the block, not as one fused call; gives the number of layers.
+
+    A layer then keeps (B, heads, tokens, tokens) weights for its backward pass.
+    """
+    found = [layer for layer in model.modules() if enabled and isinstance(layer, Attention) and layer.fused_attn]
+    for layer in found:
+        layer.fused_attn = False
+    try:
+        yield len(found)
+    finally:
+        for layer in found:
+            layer.fused_attn = True
 
 
 def _fits(layer: nn.Module) -> bool:
