@@ -103,7 +103,7 @@ HUB_CALLERS = {
     "hub/dataset_card.py",  # pushes datasets
     "hub/push.py",
     "hub/space.py",  # models that an exported Space names
-    "inference/predictors.py",  # open_model: the door of `evaluate` and `shift`
+    "inference/model_folder.py",  # named_folder: the door of `evaluate` and `shift`
     "inference/segmenter.py",  # polypseg.load: the library's door
     "provenance/license.py",  # `polypseg license NAME`
     "weights/loading.py",  # timm weights without a network

@@ -61,3 +61,26 @@ print(type(AutoModelForSemanticSegmentation.from_pretrained({folder!r})).__name_
 @pytest.mark.parametrize("code", [FIRST, SECOND], ids=["polypseg-first", "transformers-first"])
 def test_auto_classes_know_the_models(folder, code):
     assert run(code.replace("{folder!r}", repr(str(folder)))).strip() == "PolypSegForSemanticSegmentation"
+
+
+def test_evaluating_predicted_files_imports_no_deep_learning(tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+from polypseg.cli.app import app
+from polypseg.data import SyntheticOptions, open_dataset
+data = open_dataset("synthetic_a", synthetic_options=SyntheticOptions(count=3, size=(40, 50)))
+from PIL import Image
+for kind in ("images", "masks", "predicted"):
+    (Path({str(tmp_path)!r}) / kind).mkdir()
+for record in data.records:
+    frame, mask = data.frame(record), Image.fromarray(255 * data.mask(record))
+    frame.save(f"{tmp_path}/images/{{record.id}}.png")
+    mask.save(f"{tmp_path}/masks/{{record.id}}.png")
+    mask.save(f"{tmp_path}/predicted/{{record.id}}.png")
+app(["evaluate", "--dataset", "folder", "--source", {str(tmp_path)!r}, "--predictions", "{tmp_path}/predicted",
+     "--output", "{tmp_path}/results"], standalone_mode=False)
+print("heavy:", *[name for name in ("torch", "transformers", "timm", "datasets", "pandas") if name in sys.modules])
+"""
+    printed = run(code)
+    assert "mDice 1.000" in printed and printed.splitlines()[-1] == "heavy:"

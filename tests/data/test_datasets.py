@@ -12,7 +12,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from polypseg.data import polyps
+from polypseg.data import builder, polyps
 from polypseg.data.polyps import SyntheticOptions, load_polyps, open_dataset
 from polypseg.data.splits import pinned_split
 from polypseg.data.synthetic import CAMERAS, synthesize_frame
@@ -393,14 +393,14 @@ def test_load_streams_equal_examples(tmp_path, own_cache, layout):
 def generated(monkeypatch):
     """The ids that were decoded anew, in order."""
     ids = []
-    original = polyps.PolypSegBuilder._generate_examples
+    original = builder.PolypSegBuilder._generate_examples
 
     def counted(self, **arguments):
         for key, example in original(self, **arguments):
             ids.append(key)
             yield key, example
 
-    monkeypatch.setattr(polyps.PolypSegBuilder, "_generate_examples", counted)
+    monkeypatch.setattr(builder.PolypSegBuilder, "_generate_examples", counted)
     return ids
 
 

@@ -34,8 +34,8 @@ from polypseg.expectation.margins import relative_needs
 from polypseg.hub.starter_tables import starter_table
 from polypseg.inference.margin import Margin, read_margin
 from polypseg.inference.operating_point import OperatingPoint, find_operating_point, read_operating_point
+from polypseg.inference.prediction_source import PointedPredictions
 from polypseg.inference.predictor import Steps
-from polypseg.inference.predictors import PointedPredictions
 from polypseg.inference.segment_files import segment_files
 from polypseg.inference.segmenter import Segmenter, load
 from receipt_factory import DrawnDataset, DrawnPredictions, small_origin

@@ -88,7 +88,7 @@ def adapt(
         raise UsageError("--limit is for frames without masks: with masks all frames are used")
     from polypseg.expectation.adapt import RECORD, adapt_files
     from polypseg.expectation.frames import LIMIT
-    from polypseg.inference.predictors import named_folder
+    from polypseg.inference.model_folder import named_folder
 
     found = adapt_files(named_folder(model), frames, masks, output, clip=clip, limit=limit or LIMIT)
     print("\n".join(found.lines()))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from polypseg.evaluation.evaluate import SuiteResult
     from polypseg.evaluation.receipt import Receipt
     from polypseg.evaluation.suite import Outcome, SuitePlan
-    from polypseg.inference.predictors import PredictionSource
+    from polypseg.inference.prediction_source import PredictionSource
     from polypseg.inference.runtimes import Precision
 
 _SHOWN = 20
@@ -162,13 +162,15 @@ def evaluate(
     )
     place = None if dataset is None else places(source, datasets=[dataset]).get(dataset)
     from polypseg.evaluation.suite import score_images
-    from polypseg.inference.predictors import model_folder, open_model
+    from polypseg.inference.model_folder import model_folder
 
     folder = model_folder(model, revision=revision, with_code=trust_remote_code)
 
     def opened() -> "PredictionSource":
         if predictions is not None:
             return _files(predictions, allow_missing=allow_missing, name=name)
+        from polypseg.inference.predictors import open_model
+
         chosen = open_model(
             str(model),
             folder=folder,
@@ -215,7 +217,7 @@ def _headline(receipt: "Receipt") -> str:
 def _at_point(source: "PredictionSource", file: Path | None, *, folder: Path | None) -> "PredictionSource":
     """The source itself, or cut at the operating point of a file."""
     from polypseg.inference.operating_point import find_operating_point
-    from polypseg.inference.predictors import PointedPredictions
+    from polypseg.inference.prediction_source import PointedPredictions
 
     if file is None:
         return source
@@ -327,8 +329,8 @@ def _alarms(outcome: "Outcome") -> str:
 
 
 def _files(predictions: Path, *, allow_missing: bool, name: str | None) -> "PredictionSource":
-    from polypseg.evaluation.evaluate import RenamedPredictions
     from polypseg.inference.prediction_files import FilePredictions
+    from polypseg.inference.prediction_source import RenamedPredictions
 
     files = FilePredictions(path=predictions, allow_missing=allow_missing)
     return files if name is None else RenamedPredictions(name=name, source=files)

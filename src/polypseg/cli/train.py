@@ -48,7 +48,7 @@ def finetune(
         raise UsageError(f"{entry.model_id} is a pretrained row: give its weights, or say --encoder-weights random")
     from polypseg.data import open_dataset
     from polypseg.evaluation.suite import open_negatives
-    from polypseg.inference.predictors import named_folder
+    from polypseg.inference.model_folder import named_folder
     from polypseg.training.finetune import build_model, continued_model
     from polypseg.training.finetune import finetune as train
     from polypseg.training.run_folder import check_processes, make_accelerator

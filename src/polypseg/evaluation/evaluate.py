@@ -1,7 +1,7 @@
 """Any source of predictions on any part of a dataset, measured once and scored by every convention by name."""
 
 from collections import deque
-from collections.abc import Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Collection, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,7 +32,7 @@ from polypseg.evaluation.receipt import (
 )
 from polypseg.files import atomic_path, environment_record, write_csv
 from polypseg.inference.operating_point import OPERATING_POINT_KEY
-from polypseg.inference.predictors import PredictionSource, Probability
+from polypseg.inference.prediction_source import PredictionSource, Probability
 from polypseg.provenance.origin import WEIGHTS_ORIGIN, WeightsOrigin
 from polypseg.provenance.passport import SeenCheck, SplitManifest, kept_manifest
 
@@ -148,22 +148,6 @@ class Measured:
 
 _WAITING = 16
 """Maps that wait to be measured."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RenamedPredictions:
-    """A source of predictions under another name."""
-
-    name: str
-    source: PredictionSource
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        return self.source.origin
-
-    def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
-        """As the source predicts."""
-        return self.source.predict(dataset, ids)
 
 
 def model_record(origin: WeightsOrigin) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from polypseg.evaluation.evaluate import SuiteResult, score_predictions
 from polypseg.evaluation.metrics import mean_with_interval
 from polypseg.evaluation.receipt import CONVENTION
 from polypseg.files import environment_record, write_csv, write_json
-from polypseg.inference.predictors import PredictionSource
+from polypseg.inference.prediction_source import PredictionSource
 from polypseg.plotting import add_note, save_figure
 from polypseg.provenance.origin import WEIGHTS_ORIGIN, WeightsOrigin
 from polypseg.provenance.passport import kept_manifest, name_partial

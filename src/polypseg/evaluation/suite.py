@@ -18,8 +18,9 @@ from polypseg.evaluation.conventions import CONVENTIONS
 from polypseg.evaluation.evaluate import Measured, SuiteResult, score_predictions
 from polypseg.evaluation.receipt import CONVENTION, read_receipt, receipt_path, refuse_other_weights
 from polypseg.files import sole_writer, write_csv, write_json
+from polypseg.inference.model_folder import model_folder
 from polypseg.inference.operating_point import OPERATING_POINT_KEY
-from polypseg.inference.predictors import PredictionSource, model_folder, open_model
+from polypseg.inference.prediction_source import PredictionSource
 from polypseg.provenance.origin import WeightsOrigin
 from polypseg.provenance.passport import Rule, SeenError, SplitManifest, check_seen, kept_manifest, name_partial
 
@@ -291,6 +292,8 @@ def evaluate(
     """
     if not isinstance(dataset, PolypDataset):
         dataset = open_dataset(dataset, source=None if source is None else Path(source))
+    from polypseg.inference.predictors import open_model
+
     folder = model_folder(str(model))
     manifest = name_partial(kept_manifest(dataset, split=split, part=part, limit=limit), dataset)
     manifest, seen = check_seen(folder, manifest, rule=rule)

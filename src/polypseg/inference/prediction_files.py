@@ -14,7 +14,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -23,7 +22,7 @@ from polypseg.data.polyps import PolypDataset
 from polypseg.data.sources import IMAGE_SUFFIXES, Source, open_source
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.files import atomic_path
-from polypseg.inference.predictors import Probability, probability_map
+from polypseg.inference.prediction_source import Probability
 
 _SUFFIXES = (*IMAGE_SUFFIXES, ".npy")
 _STEM = r"(?P<id>.+?)_(mask|pred|prediction|prob|probability)"
@@ -199,6 +198,10 @@ class FilePredictions:
         if probability.shape == shape:
             return probability
         _refuse_transposed(probability.shape, shape, name=str(self.path / name))
+        import torch
+
+        from polypseg.inference.predictors import probability_map
+
         return probability_map(torch.from_numpy(probability), shape, output="probability")
 
     def _as_probability(self, pixels: NDArray[Any], name: str) -> Probability:

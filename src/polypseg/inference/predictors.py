@@ -1,7 +1,4 @@
-"""Where predictions come from: a model, an ONNX file, a segmentation_models_pytorch model, or a folder of maps.
-
-Each source gives (id, probability) for the asked images, in order: float32 (H, W) in [0, 1] at the mask's own size.
-"""
+"""Models as sources of predictions: of transformers or segmentation_models_pytorch, or an ONNX file."""
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
@@ -9,11 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -32,7 +28,8 @@ from polypseg.inference.model import (
     resize_map,
     results_name,
 )
-from polypseg.inference.operating_point import OPERATING_POINT_KEY, OperatingPoint
+from polypseg.inference.model_folder import ONNX, named_folder
+from polypseg.inference.prediction_source import PredictionSource, Probability
 from polypseg.inference.preparation import PREPROCESSOR, FrameProcessor
 from polypseg.inference.runtimes import (
     AUTO,
@@ -48,30 +45,12 @@ from polypseg.inference.runtimes import (
     runtime_files,
 )
 from polypseg.modeling import PolypSegConfig
-from polypseg.provenance.checksums import LOADED, check_folder
-from polypseg.provenance.fetch import fetch
-from polypseg.provenance.local import CONFIG, local_folder
+from polypseg.provenance.checksums import check_folder
 from polypseg.provenance.origin import WEIGHTS_ORIGIN, WeightsOrigin
 
-Probability = NDArray[np.float32]
 Output = Literal["logits", "probability"]
-ONNX, OPENVINO_SUFFIX = ".onnx", ".xml"
+OPENVINO_SUFFIX = ".xml"
 _ABOVE_HALF = float(np.nextafter(np.float32(0.5), np.float32(1)))
-
-
-class PredictionSource(Protocol):
-    """Anything that predicts the polyps of a dataset's images."""
-
-    @property
-    def name(self) -> str:
-        """What the predictions are called in results: a file-name-safe word."""
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """Where the predictions come from, JSON-able."""
-
-    def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
-        """(id, probability (H, W) in [0, 1] at the mask's size) for each id, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,28 +186,6 @@ class OnnxPredictions:
         return processor
 
 
-@dataclass(frozen=True, kw_only=True)
-class PointedPredictions:
-    """A source whose maps exceed 0.5 where an operating point's masks are."""
-
-    source: PredictionSource
-    point: OperatingPoint
-
-    @property
-    def name(self) -> str:
-        """The source's: another operating point is no other model."""
-        return self.source.name
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        return self.source.origin | {OPERATING_POINT_KEY: self.point.content()}
-
-    def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
-        """As the source predicts, moved."""
-        for record_id, probability in self.source.predict(dataset, ids):
-            yield record_id, self.point.moved(probability)
-
-
 def open_smp(path: Path, *, name: str, image_size: int | None, output: Output = "logits") -> SmpPredictions:
     """A folder that ``save_pretrained`` of segmentation_models_pytorch wrote.
 
@@ -254,29 +211,6 @@ def is_smp_folder(path: Path) -> bool:
     """Whether a folder was written by ``save_pretrained`` of segmentation_models_pytorch."""
     config = path / "config.json"
     return config.is_file() and "_model_class" in read_json(config)
-
-
-def model_folder(model: str | None, *, revision: str | None = None, with_code: bool = False) -> Path | None:
-    """Where a model's files lie, a Hub model's once they are fetched; None for no model and an ONNX file by itself.
-
-    ``with_code``: of a Hub model its Python files too.
-    """
-    if model is None:
-        return None
-    if Path(model).suffix == ONNX:
-        return next((folder for folder in Path(model).resolve().parents[:2] if (folder / CONFIG).is_file()), None)
-    return named_folder(model, revision=revision, with_code=with_code)
-
-
-def named_folder(model: str, *, revision: str | None = None, with_code: bool = False) -> Path:
-    """The folder of a model by name: the shipped one, a folder, or a Hub model once it is fetched and verified.
-
-    Raises UsageError for a revision of a folder.
-    """
-    folder = local_folder(model)
-    if folder is not None and revision is not None:
-        raise UsageError(f"{model} is a folder: a revision belongs to a Hub id")
-    return folder or fetch(model, revision=revision, files=(*LOADED, "*.py") if with_code else LOADED)
 
 
 def open_model(

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from polypseg.data.polyps import PolypDataset, Record
 from polypseg.evaluation.metrics import pixel_counts, standard_scores
-from polypseg.inference.predictors import PredictionSource
+from polypseg.inference.prediction_source import PredictionSource
 from polypseg.shift.comparison import MeasuredSet
 from polypseg.shift.factors import FACTORS, SAMPLE, Factor, Look, Render
 from polypseg.shift.frame_statistics import measure_frame
