@@ -139,14 +139,17 @@ def sign_flip_p_values(cluster_sums: ArrayLike, *, patterns: int = SIGN_PATTERNS
     rng = np.random.default_rng(seed)
     reached = np.zeros(len(sums), dtype=np.int64)
     step = max(1, _BLOCK // count)
+    at_once = max(1, _BLOCK // (10 * min(step, total)))  # comparisons
     for start in range(0, total, step):
         size = min(step, total - start)
         if exact:
             bits = (np.arange(start, start + size)[:, None] >> np.arange(count)) & 1
         else:
             bits = rng.integers(0, 2, size=(size, count), dtype=np.int8)
-        totals = (2.0 * bits - 1.0) @ sums.T  # (b, P)
-        reached += (np.abs(totals) >= bound).sum(axis=0)
+        signs = 2.0 * bits - 1.0
+        for first in range(0, len(sums), at_once):
+            some = slice(first, first + at_once)
+            reached[some] += (np.abs(signs @ sums[some].T) >= bound[some]).sum(axis=0)
     return reached / total if exact else (reached + 1) / (total + 1)
 
 

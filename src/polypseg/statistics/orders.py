@@ -1,5 +1,7 @@
 """Orders of models by their means: agreement of two, and what they would be like if one true order held in both."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
@@ -8,17 +10,33 @@ from polypseg.statistics.comparisons import without_rounding
 from polypseg.statistics.resampling import Draws
 from polypseg.statistics.scores import Floats, Ints
 
+Signs = NDArray[np.int8]
+_BLOCK = 10**6
+"""Comparisons of two means that are held at once."""
 
-def order_signs(means: Floats) -> NDArray[np.int8]:
+
+def order_signs(means: Floats) -> Signs:
     """Means (B, M) -> (B, M, M): 1 where model i is above model j, -1 where below, 0 where tied."""
     return np.sign(without_rounding(means[:, :, None] - means[:, None, :])).astype(np.int8)
 
 
-def kendall_tau(one: NDArray[np.int8], other: NDArray[np.int8]) -> Floats:
-    """Kendall's tau-b (B,) of two orders given as signs (B, M, M); 0 where one of them ties all models."""
-    a, b = (signs.reshape(len(signs), -1).astype(np.float64) for signs in (one, other))
-    scale = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
-    return np.divide((a * b).sum(axis=1), scale, out=np.zeros(len(a)), where=scale > 0)
+def in_blocks(*means: Floats) -> Iterator[tuple[slice, tuple[Signs, ...]]]:
+    """Which rows of the means (B, M), and their ``order_signs``: together they would grow as B x M x M."""
+    draws, models = means[0].shape
+    step = max(1, _BLOCK // models**2)
+    for start in range(0, draws, step):
+        rows = slice(start, min(start + step, draws))
+        yield rows, tuple(order_signs(each[rows]) for each in means)
+
+
+def kendall_tau(one: Floats, other: Floats) -> Floats:
+    """Kendall's tau-b (B,) of the orders of means (B, M) and (B, M); 0 where one of them ties all models."""
+    taus = np.zeros(len(one))
+    for rows, signs in in_blocks(one, other):
+        a, b = (sign.reshape(len(sign), -1).astype(np.float64) for sign in signs)
+        scale = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
+        np.divide((a * b).sum(axis=1), scale, out=taus[rows], where=scale > 0)
+    return taus
 
 
 def same_order_taus(inside: Draws, outside: Draws) -> Floats:
@@ -33,14 +51,14 @@ def same_order_taus(inside: Draws, outside: Draws) -> Floats:
     mean tau of data with one strict order; it is too high, by up to 0.2, where groups of models are truly equal.
     """
     order = common_order(inside.estimates[None], outside.estimates[None], _noise(inside, outside))[0]
-    signs = []
+    drawn = []
     for draw, variance in zip((inside, outside), _noise(inside, outside), strict=True):
         means = draw.estimates - draw.estimates.mean()
         true_share = max(0.0, 1 - variance / max(float(means.var(ddof=1)), variance))
         supposed = np.empty_like(means)
         supposed[order] = -np.sort(-means) * np.sqrt(true_share)
-        signs.append(order_signs(supposed + draw.values - draw.estimates))
-    return kendall_tau(*signs)
+        drawn.append(supposed + draw.values - draw.estimates)
+    return kendall_tau(*drawn)
 
 
 def one_order_p_value(inside: Draws, outside: Draws) -> float:

@@ -5,7 +5,7 @@ plots, after the idea of Wiesenfarth et al., Scientific Reports 11, 2021). Share
 is; they are not p-values. Rank 1 is the greatest mean; tied models share their ranks evenly.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from polypseg.statistics.comparisons import compare_models, difference_interval, holm
 from polypseg.statistics.intervals import Interval, interval_of
-from polypseg.statistics.orders import kendall_tau, one_order_p_value, order_signs, same_order_taus
+from polypseg.statistics.orders import in_blocks, kendall_tau, one_order_p_value, same_order_taus
 from polypseg.statistics.resampling import RESAMPLES, Draws, draw_both
 from polypseg.statistics.scores import Floats, ScoreSet
 
@@ -142,62 +142,78 @@ def analyze_rank_change(
     if len(inside.models) < 2:
         raise ValueError("a ranking needs at least two models")
     draws = draw_both(inside, outside, resamples=resamples, seed=seed)
-    signs = tuple(order_signs(draw.values) for draw in draws)
-    observed = tuple(order_signs(draw.estimates[None]) for draw in draws)
-    taus, null = kendall_tau(*signs), same_order_taus(*draws)
-    flips = (1 - np.mean(signs[0].astype(np.float64) * signs[1], axis=0)) / 2
+    values = draws[0].values, draws[1].values
+    agreeing = sum((one * other).sum(axis=0, dtype=np.int64) for _, (one, other) in in_blocks(*values))
+    flips = (1 - agreeing / len(values[0])) / 2
     np.fill_diagonal(flips, 0)
-    rankings = [_ranking(sign, order) for sign, order in zip(signs, observed, strict=True)]
+    orders = [_Orders.of(draw.values) for draw in draws]
+    taus, null = kendall_tau(*values), same_order_taus(*draws)
     return RankChange(
         models=inside.models,
         titles=(inside.title, outside.title),
-        inside=rankings[0],
-        outside=rankings[1],
+        inside=_ranking(orders[0], draws[0]),
+        outside=_ranking(orders[1], draws[1]),
         flips=flips,
-        agreement=_agreement(signs, float(kendall_tau(*observed)[0]), taus, null, draws),
+        agreement=_agreement(orders, taus, null, draws),
         tau_draws=taus,
         same_order_draws=null,
         pairs=tuple(_pair_rows(inside, outside, draws, flips, resamples=resamples, seed=seed)),
     )
 
 
-def _ranking(signs: NDArray[np.int8], observed: NDArray[np.int8]) -> Ranking:
-    models = signs.shape[1]
-    best, tied = _best_ranks(signs)
-    places = np.arange(1, models + 1)
-    holds = (best[..., None] <= places) & (places < (best + tied)[..., None])  # (B, M, ranks)
-    lead, equal = _best_ranks(observed)
+@dataclass(frozen=True, kw_only=True)
+class _Orders:
+    """Where the models stand in B orders."""
+
+    best: NDArray[np.int64]
+    """(B, M) the better rank of each model."""
+    tied: NDArray[np.int64]
+    """(B, M) how many models, itself included, share it."""
+    above: Floats
+    """(M, M) share of orders in which model i is above model j, ties half."""
+
+    @classmethod
+    def of(cls, means: Floats) -> "_Orders":
+        """The orders of means (B, M)."""
+        best, tied = np.empty(means.shape, dtype=np.int64), np.empty(means.shape, dtype=np.int64)
+        total = np.zeros((means.shape[1],) * 2, dtype=np.int64)
+        for rows, (signs,) in in_blocks(means):
+            best[rows] = 1 + (signs < 0).sum(axis=2)
+            tied[rows] = (signs == 0).sum(axis=2)
+            total += signs.sum(axis=0, dtype=np.int64)
+        return cls(best=best, tied=tied, above=(1 + total / len(means)) / 2)
+
+    def holding(self, place: int) -> Floats:
+        """(B, M) whether a model holds a place, as a share where it is tied over several."""
+        return ((self.best <= place) & (place < self.best + self.tied)) / self.tied
+
+
+def _ranking(orders: _Orders, draws: Draws) -> Ranking:
+    observed = _Orders.of(draws.estimates[None])
+    places = range(1, len(draws.models) + 1)
     return Ranking(
-        ranks=(lead + (equal - 1) / 2)[0],
-        probability=(holds / tied[..., None]).mean(axis=0),
-        above=(1 + signs.mean(axis=0)) / 2,
+        ranks=(observed.best + (observed.tied - 1) / 2)[0],
+        probability=np.stack([orders.holding(place).mean(axis=0) for place in places], axis=1),
+        above=orders.above,
     )
 
 
-def _best_ranks(signs: NDArray[np.int8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(B, M) the better rank of each model and how many models, itself included, share it."""
-    return 1 + (signs < 0).sum(axis=2), (signs == 0).sum(axis=2)
-
-
-def _agreement(
-    signs: tuple[NDArray[np.int8], ...], tau: float, taus: Floats, null: Floats, draws: tuple[Draws, Draws]
-) -> Agreement:
-    shares = []
-    for sign in signs:
-        best, tied = _best_ranks(sign)
-        shares.append((best == 1) / tied)  # (B, M) each draw's first place
+def _agreement(orders: Sequence[_Orders], taus: Floats, null: Floats, draws: tuple[Draws, Draws]) -> Agreement:
+    first = [order.holding(1) for order in orders]
+    tau = float(kendall_tau(*(draw.estimates[None] for draw in draws))[0])
     winner = int(np.argmax(draws[0].estimates))
     freedom = None if min(draw.freedom for draw in draws) > 0 else 0
     expected = float(null.mean())
+    retest = [float(kendall_tau(draw.values, np.roll(draw.values, 1, axis=0)).mean()) for draw in draws]
     return Agreement(
         tau=interval_of(taus, tau, freedom=freedom),
         expected_tau=expected,
         noise_share=None if tau >= 1 - 1e-9 else min(1.0, (1 - expected) / (1 - tau)),
         p_one_order=one_order_p_value(*draws),
-        retest_inside=float(kendall_tau(signs[0], np.roll(signs[0], 1, axis=0)).mean()),
-        retest_outside=float(kendall_tau(signs[1], np.roll(signs[1], 1, axis=0)).mean()),
-        same_winner=float((shares[0] * shares[1]).sum(axis=1).mean()),
-        winner_stays=float(shares[1][:, winner].mean()),
+        retest_inside=retest[0],
+        retest_outside=retest[1],
+        same_winner=float((first[0] * first[1]).sum(axis=1).mean()),
+        winner_stays=float(first[1][:, winner].mean()),
     )
 
 
