@@ -370,17 +370,26 @@ def test_environment_record_holds_versions_platform_and_command(monkeypatch):
     assert json.loads(json.dumps(record)) == record
 
 
+@pytest.fixture
+def _asked_anew():
+    artifacts.git_revision.cache_clear()
+    yield
+    artifacts.git_revision.cache_clear()
+
+
 def test_environment_record_names_the_checkouts_commit():
     if not (REPOSITORY / ".git").exists():
         pytest.skip("the tests run outside a checkout")
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", environment_record()["git_revision"])
 
 
+@pytest.mark.usefixtures("_asked_anew")
 def test_environment_record_has_no_commit_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(artifacts, "__file__", str(tmp_path / "artifacts.py"))
     assert environment_record()["git_revision"] is None
 
 
+@pytest.mark.usefixtures("_asked_anew")
 def test_environment_record_has_no_commit_when_the_file_is_in_somebody_elses_repository(tmp_path, monkeypatch):
     if not (REPOSITORY / ".git").exists():
         pytest.skip("the tests run outside a checkout")
@@ -388,6 +397,7 @@ def test_environment_record_has_no_commit_when_the_file_is_in_somebody_elses_rep
     assert environment_record()["git_revision"] is None
 
 
+@pytest.mark.usefixtures("_asked_anew")
 def test_environment_record_works_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert environment_record()["git_revision"] is None

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -322,8 +323,12 @@ def read_json(path: Path) -> Any:
         raise PolypSegError(f"cannot read {path}: {error}. Delete it and run the command again.") from error
 
 
+@cache
 def git_revision() -> str | None:
-    """Commit of the checkout that this package runs from, with ``-dirty`` for local changes; None outside one."""
+    """Commit of the checkout that this package runs from, with ``-dirty`` for local changes; None outside one.
+
+    As it was when it was first asked: later changes are not in the process that runs.
+    """
     folder = Path(__file__).resolve().parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -337,20 +342,25 @@ def git_revision() -> str | None:
         return None
 
 
-def environment_record() -> dict[str, Any]:
-    """What must be known to repeat a run: versions, git revision, platform, threads, command and time (UTC)."""
+@cache
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
     from polypseg import __version__
 
     versions = {"polypseg": __version__}  # whichever distribution brought it
-    for name in PACKAGES:
+    for name in packages:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return versions
+
+
+def environment_record() -> dict[str, Any]:
+    """What must be known to repeat a run: versions, git revision, platform, threads, command and time (UTC)."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_revision": git_revision(),
-        "versions": versions,
+        "versions": dict(_versions(PACKAGES)),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),

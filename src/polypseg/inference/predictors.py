@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -37,6 +38,8 @@ from polypseg.inference.runtimes import (
     ONNXRUNTIME,
     OPENVINO,
     TORCH,
+    OnnxRuntime,
+    OpenVinoRuntime,
     Precision,
     check_names,
     choose_runtime,
@@ -142,7 +145,8 @@ class OnnxPredictions:
 
     def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
         """Raises UsageError without the runtime, and for a file that is not such a model."""
-        network = open_file(self.path, runtime=self.runtime, precision=self.precision)
+        keep_freed_memory()
+        network = self._network
         batch, channels, height, width = network.input_shape if len(network.input_shape) == 4 else (None,) * 4
         if channels != 3:
             raise UsageError(
@@ -160,6 +164,10 @@ class OnnxPredictions:
                 f"{self.path} takes batches of exactly {batch}: export it with a free batch size or with 1"
             )
         return _from_logits(forward, processor, dataset, ids, batch_size=size, output=self.output)
+
+    @cached_property
+    def _network(self) -> OnnxRuntime | OpenVinoRuntime:
+        return open_file(self.path, runtime=self.runtime, precision=self.precision)
 
     def _processor(self, height: int | None, width: int | None) -> Any:
         for folder in self.path.resolve().parents[:2]:  # a model folder, whose files lie in its onnx/

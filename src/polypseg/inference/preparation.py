@@ -148,7 +148,10 @@ class FrameProcessor:
         if self.do_resize:
             image = image.resize((self.size["width"], self.size["height"]), resample=Image.Resampling(self.resample))
         pixels = np.asarray(image)
-        return np.stack([values[pixels[..., channel]] for channel, values in enumerate(self._tables)])
+        prepared = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
+        for channel, values in enumerate(self._tables):
+            np.take(values, pixels[..., channel], out=prepared[channel], mode="clip")  # without a copy to check bounds
+        return prepared
 
     @cached_property
     def _tables(self) -> NDArray[np.float32]:
