@@ -9,6 +9,7 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ import inference
 import measures
 import near_duplicates
 import pretraining_feed
+import stages
 import synthetic_frames
 import training_step
 from polypseg.cli.console import run_script
@@ -67,6 +69,12 @@ medians of {repeats} repeats. Ratios hold for this machine; `make bench` measure
 says so where it was not quiet enough. A way that is named after another library is that library, doing the same job.
 
 {table}
+## Where the time of a frame goes
+
+The steps of a job one after the other, on one thread; the jobs themselves run them in threads of their own. The last
+column is how much of the machine's matrix products (above) a network reaches: what no other runtime could pass.
+
+{stages}
 ## How it grows
 
 Small made-up frames, each job and size in a process of its own; `make bench-full` measures it anew:
@@ -102,7 +110,8 @@ def render_page(content: Mapping[str, Any], grown: Sequence[dict[str, Any]]) -> 
     if content["reasons"]:
         raise UsageError(f"this record may not be quoted: {content['reasons'][0]}: measure again on a quiet machine")
     repeats = len(content["rows"][0]["seconds"])
-    return PAGE.format(repeats=repeats, table=to_markdown(content), growth=growth.to_markdown(grown))
+    told = stages.to_markdown(content["stages"], best=content["ceilings"])
+    return PAGE.format(repeats=repeats, table=to_markdown(content), stages=told, growth=growth.to_markdown(grown))
 
 
 def main(
@@ -122,6 +131,7 @@ def main(
         for row in found:
             print(f"{row.job}: {row.way} {row.ratio:.1f}", flush=True)
         rows += found
+    steps = [asdict(stage) for stage in stages.stages(repeats=repeats, full=full)]
     others = neighbors.cores()
     reasons = why_not_quotable(rows, others)
     content: dict[str, Any] = {
@@ -131,6 +141,7 @@ def main(
         "reasons": reasons,
         "ceilings": best,
         "rows": [row.content() for row in rows],
+        "stages": steps,
         "environment": environment_record(),
     }
     write_json(output / "bench.json", content)

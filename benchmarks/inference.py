@@ -9,6 +9,7 @@ Dice (benchmarks/export_table.py says by how much).
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +43,8 @@ from side_by_side import BASELINE, Neighbors, Row, show, side_by_side
 
 ROUNDED: dict[str, tuple[str, Precision]] = {"bf16": ("openvino", "bf16")} if has_bf16() else {}
 """Way -> runtime and precision, where this CPU has it."""
+EXACT: dict[str, tuple[str, Precision]] = {"ONNX Runtime": ("onnxruntime", "fp32"), "OpenVINO": ("openvino", "fp32")}
+"""The exact runtimes other than torch."""
 FULL_SIZE = {"RN-NA-NA": 1, "VT-NA-NA": 8}
 """Row of the table -> frames per forward pass."""
 
@@ -167,28 +170,29 @@ def same_architecture(short: str) -> dict[str, torch.nn.Module]:
     return {"segmentation_models_pytorch": smp.DeepLabV3Plus("resnet50", encoder_weights=None)}
 
 
+@contextmanager
+def exported(short: str) -> Iterator[Path]:
+    """A folder with a row of the table at full size, its weights random, and its files for the runtimes."""
+    model = build_model(zoo.get(short), load_recipe("finetune"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model.save_pretrained(folder)
+        build_image_processor(model.config).save_pretrained(folder)
+        export_runtime(folder)
+        yield folder
+
+
 def full_size_rows(*, repeats: int) -> Iterator[Row]:
     """Both full-size architectures with random weights, in the exact runtimes."""
     for short, batch in FULL_SIZE.items():
-        model = build_model(zoo.get(short), load_recipe("finetune"))
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            model.save_pretrained(folder)
-            build_image_processor(model.config).save_pretrained(folder)
-            export_runtime(folder)
-            ways: dict[str, tuple[str, Precision]] = {
-                "ONNX Runtime": ("onnxruntime", "fp32"),
-                "OpenVINO": ("openvino", "fp32"),
-                **ROUNDED,
-            }
-            title = f"{short} at full size"
-            yield from forward_rows(
-                folder, title, batch=batch, ways=ways, repeats=repeats, peers=same_architecture(short)
-            )
+        with exported(short) as folder:
+            title, peers = f"{short} at full size", same_architecture(short)
+            ways = {**EXACT, **ROUNDED}
+            yield from forward_rows(folder, title, batch=batch, ways=ways, repeats=repeats, peers=peers)
             yield from evaluation_rows(folder, title, frames=8, repeats=repeats)
 
 
-def rows(*, frames: int = 12, repeats: int = 5) -> list[Row]:
+def rows(*, frames: int = 36, repeats: int = 5) -> list[Row]:
     """The shipped model; ``full_size_rows`` has the full-size architectures."""
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
@@ -196,7 +200,7 @@ def rows(*, frames: int = 12, repeats: int = 5) -> list[Row]:
 
 
 def main(
-    frames: Annotated[int, Option(help="Frames of the rows over several.")] = 12,
+    frames: Annotated[int, Option(help="Frames of the rows over several.")] = 36,
     repeats: Annotated[int, Option(help="Repeats, alternating.")] = 5,
     full: Annotated[bool, Option(help="Also the full-size architectures (minutes).")] = False,
 ) -> None:

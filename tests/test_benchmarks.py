@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,15 @@ def test_what_is_fast_is_done_several_times_in_a_repeat(monkeypatch):
     assert (
         len(calls) == 1 + 20 + 20 and row.before == pytest.approx((0.01, 0.01)) and row.seconds[0] == pytest.approx(0.1)
     )
+
+
+def test_stages_are_those_of_each_job():
+    found = load("stages").stages(frames=1, repeats=1)
+    networks = [stage for stage in found if stage.stage == "network"]
+    assert {stage.job for stage in networks} == {"segment a frame", "evaluate a frame"}
+    assert all(stage.seconds > 0 for stage in found) and all(stage.gflop > 1 for stage in networks)
+    table = load("stages").to_markdown([asdict(s) for s in networks], best={"fp32_gflops": 1e-3})
+    assert "| 100% | " in table and "%" in table.splitlines()[2].split("|")[-2]
 
 
 GROWN = [{"job": "count", "n": 10, "seconds": 1.0, "peak_mb": 100.0, "exponent": None}]
@@ -111,6 +121,8 @@ def test_bench_writes_a_table_or_why_there_is_none(tmp_path, monkeypatch, cores)
     monkeypatch.setattr(tool.Neighbors, "cores", lambda self: cores)
     ceilings = {"threads": 1, "fp32_gflops": 100.0, "copy_gb_s": 10.0}
     monkeypatch.setattr(load("ceilings"), "ceilings", lambda: ceilings)
+    step = load("stages").Stage(job="a job", way="bf16", stage="network", seconds=0.02, gflop=1.0)
+    monkeypatch.setattr(load("stages"), "stages", lambda repeats, full: [step])
     bench.main(output=tmp_path, repeats=2)
     content, table = json.loads((tmp_path / "bench.json").read_text()), (tmp_path / "bench.md").read_text()
     assert content["quotable"] == (cores == 0.0) and content["rows"][0]["ratio"] == 3
@@ -126,3 +138,4 @@ def test_bench_writes_a_table_or_why_there_is_none(tmp_path, monkeypatch, cores)
     else:
         bench.main(output=tmp_path, page=page)
         assert table in page.read_text() and "medians of 2 repeats" in page.read_text()
+        assert "| a job | bf16 | network | 20 | 100% |  |" in page.read_text()

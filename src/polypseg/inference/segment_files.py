@@ -71,6 +71,8 @@ _OWN = (
     "masks", "overlays", "probabilities", "margins", "frames.csv", "lesions.csv", "videos.csv",
     "skipped.csv", RECORD,
 )  # fmt: skip
+OVERLAY_QUALITY = {"quality": 92, "subsampling": 0}
+"""As Pillow takes it; without subsampling, so that thin lines keep their color."""
 _ALARM_FRAMES = 10
 """Frames below which a video or folder is not judged as a whole."""
 _AHEAD = 4
@@ -547,9 +549,7 @@ class _Drawing:
             pictures[f"margins/{frame.name}.png"] = encode_png(grown.astype(np.uint8) * 255)
         if (frame.index is None or self._stills) and frame.image is not None:
             buffer = io.BytesIO()
-            draw_overlay(frame.image, prediction, caption=self._caption).save(
-                buffer, format="JPEG", quality=92, subsampling=0
-            )
+            draw_overlay(frame.image, prediction, caption=self._caption).save(buffer, format="JPEG", **OVERLAY_QUALITY)
             pictures[f"overlays/{frame.name}.jpg"] = buffer.getvalue()
         return pictures
 

@@ -95,8 +95,8 @@ def crop_views(
     ``draw`` receives height and width of the full frame and returns boxes in its pixels. Raises PolypSegError naming
     the file when it cannot be decoded.
     """
-    image, boxes, reduction = _decode(data, name=name, draw=draw, size=size)
-    return [_crop(image, box, reduction=reduction, size=size, interpolation=interpolation) for box in boxes]
+    image, boxes, reduction = decode_for(data, name=name, draw=draw, size=size)
+    return [resized_crop(image, box, reduction=reduction, size=size, interpolation=interpolation) for box in boxes]
 
 
 def greatest_reduction(boxes: Sequence[Box], *, size: int) -> int:
@@ -110,7 +110,7 @@ def is_jpeg(data: bytes) -> bool:
     return data.startswith(b"\xff\xd8\xff")
 
 
-def _decode(
+def decode_for(
     data: bytes | Image8, *, name: str, draw: Callable[[int, int], list[Box]], size: int
 ) -> tuple[Image.Image | Image8, list[Box], int]:
     """The RGB frame, reduced as far as its boxes allow; the boxes at full resolution; the reduction."""
@@ -141,7 +141,9 @@ def _explain_unreadable(name: str) -> Iterator[None]:
         raise PolypSegError(f"{name} is truncated or not an image ({error}): download it again or remove it") from error
 
 
-def _crop(image: Image.Image | Image8, box: Box, *, reduction: int, size: int, interpolation: Interpolation) -> Image8:
+def resized_crop(
+    image: Image.Image | Image8, box: Box, *, reduction: int, size: int, interpolation: Interpolation
+) -> Image8:
     """Cut the box out, then resize: what lies outside it must not leak in, so only its pixels are given to resize."""
     left, right = box.left / reduction, (box.left + box.width) / reduction
     top, bottom = box.top / reduction, (box.top + box.height) / reduction
@@ -201,9 +203,9 @@ def make_views(
     def draw(height: int, width: int) -> list[Box]:
         return [draw_box(rng, height=height, width=width, scale=view.crop_scale) for view in settings]
 
-    image, boxes, reduction = _decode(data, name=name, draw=draw, size=size)
+    image, boxes, reduction = decode_for(data, name=name, draw=draw, size=size)
     views = np.empty((len(settings), size, size, 3), dtype=np.uint8)
     for number, (view, box) in enumerate(zip(settings, boxes, strict=True)):
-        crop = _crop(image, box, reduction=reduction, size=size, interpolation=view.interpolation)
+        crop = resized_crop(image, box, reduction=reduction, size=size, interpolation=view.interpolation)
         views[number] = augment(crop, view, rng)
     return views
