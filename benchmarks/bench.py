@@ -80,6 +80,7 @@ column is how much of the machine's matrix products (above) a network reaches: w
 Small made-up frames, each job and size in a process of its own; `make bench-full` measures it anew:
 
 {growth}
+
 How long a frame takes in each runtime and precision, and what that costs in Dice: [what was trained here](results.md).
 """
 

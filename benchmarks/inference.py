@@ -31,7 +31,7 @@ from polypseg.evaluation.conventions import CONVENTIONS
 from polypseg.evaluation.evaluate import score_predictions
 from polypseg.files import SAMPLE_FRAMES
 from polypseg.hub.onnx import export_runtime
-from polypseg.inference.model import build_image_processor, load_model
+from polypseg.inference.model import build_image_processor, cpu_has_bf16, load_model
 from polypseg.inference.prediction_source import PredictionSource
 from polypseg.inference.predictors import open_model
 from polypseg.inference.runtimes import ONNX_FILES, Precision, has_bf16
@@ -43,6 +43,7 @@ from side_by_side import BASELINE, Neighbors, Row, show, side_by_side
 
 ROUNDED: dict[str, tuple[str, Precision]] = {"bf16": ("openvino", "bf16")} if has_bf16() else {}
 """Way -> runtime and precision, where this CPU has it."""
+ROUNDED_IN_TORCH: dict[str, tuple[str, Precision]] = {"bf16, torch": ("torch", "bf16")} if cpu_has_bf16() else {}
 EXACT: dict[str, tuple[str, Precision]] = {"ONNX Runtime": ("onnxruntime", "fp32"), "OpenVINO": ("openvino", "fp32")}
 """The exact runtimes other than torch."""
 FULL_SIZE = {"RN-NA-NA": 1, "VT-NA-NA": 8}
@@ -133,7 +134,7 @@ def evaluation_rows(folder: Path, title: str, *, frames: int, repeats: int) -> l
     model, processor = load_model(str(folder))
     asked: tuple[Precision, ...] = ("fp32", "int8")
     others = [("onnxruntime", precision) for precision in asked if (folder / ONNX_FILES[precision]).is_file()]
-    others += ROUNDED.values()
+    others += [*ROUNDED.values(), *ROUNDED_IN_TORCH.values()]
 
     def before() -> None:
         for record in data.records:
@@ -187,7 +188,7 @@ def full_size_rows(*, repeats: int) -> Iterator[Row]:
     for short, batch in FULL_SIZE.items():
         with exported(short) as folder:
             title, peers = f"{short} at full size", same_architecture(short)
-            ways = {**EXACT, **ROUNDED}
+            ways = {**EXACT, **ROUNDED, **ROUNDED_IN_TORCH}
             yield from forward_rows(folder, title, batch=batch, ways=ways, repeats=repeats, peers=peers)
             yield from evaluation_rows(folder, title, frames=8, repeats=repeats)
 

@@ -23,7 +23,7 @@ from typer import Option
 
 import ceilings
 import polypseg
-from inference import EXACT, FULL_SIZE, ROUNDED, exported
+from inference import EXACT, FULL_SIZE, ROUNDED, ROUNDED_IN_TORCH, exported
 from polypseg.cli.console import run_script
 from polypseg.data.corpus import open_frames
 from polypseg.data.images import decode_frame, encode_png
@@ -192,7 +192,7 @@ def view_stages(*, frames: int, repeats: int) -> Iterator[Stage]:
 
 def network_stages(*, repeats: int) -> Iterator[Stage]:
     """The full-size architectures with random weights in each runtime, at the batch size of ``inference``."""
-    runtimes = {"torch, eager": ("torch", "fp32"), **EXACT, **ROUNDED}
+    runtimes = {"torch, eager": ("torch", "fp32"), **EXACT, **ROUNDED, **ROUNDED_IN_TORCH}
     for short, batch in FULL_SIZE.items():
         with exported(short) as folder:
             gflop = network_gflop(folder)
@@ -226,7 +226,7 @@ def to_markdown(found: Sequence[Mapping[str, Any]], *, best: Mapping[str, Any]) 
         total[key] = total.get(key, 0.0) + stage["seconds"]
     for stage in found:
         share = stage["seconds"] / total[stage["job"], stage["way"]]
-        limit = best.get("bf16_gflops" if stage["way"] == "bf16" else "fp32_gflops")
+        limit = best.get("bf16_gflops" if "bf16" in stage["way"] else "fp32_gflops")
         reached = f"{stage['gflop'] / stage['seconds'] / limit:.0%}" if stage["gflop"] and limit else ""
         cells = (stage["job"], stage["way"], stage["stage"], f"{1e3 * stage['seconds']:.3g}", f"{share:.0%}", reached)
         lines.append(f"| {' | '.join(cells)} |")
