@@ -245,7 +245,7 @@ def test_a_folder_is_scored_by_the_runtime_and_in_the_precision_that_are_asked_f
     ("options", "match"),
     [
         ({"precision": "int8"}, "--format onnx --precision int8"),
-        ({"runtime": "torch", "precision": "bf16"}, "torch does not compute in bf16"),
+        ({"runtime": "torch", "precision": "int8"}, "torch computes in fp32 or bf16"),
         ({"runtime": "onnx"}, "unknown runtime 'onnx'"),
     ],
 )

@@ -15,6 +15,7 @@ from PIL import Image
 import polypseg
 from light_models import MEAN, SIZE, STD, network, write_light_model
 from polypseg.errors import PolypSegError, UsageError
+from polypseg.files import write_json
 from polypseg.inference import preparation, runtimes
 from polypseg.inference import replay as replay_module
 from polypseg.inference.operating_point import OperatingPoint
@@ -26,6 +27,7 @@ from polypseg.inference.runtimes import OnnxRuntime, OpenVinoRuntime, box_above,
 from polypseg.inference.segmenter import Segmenter, load, read_logits, read_part
 from polypseg.provenance import local
 from polypseg.provenance.checksums import write_manifest
+from tiny_models import write_tiny_model
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -289,7 +291,7 @@ def test_openvino_gives_the_same_masks(folder):
         np.testing.assert_allclose(a.probability, b.probability, atol=1e-4)
 
 
-def test_bf16_is_openvinos_only_on_request_and_another_model_by_its_fingerprint(folder):
+def test_bf16_of_openvino_is_another_model_by_its_fingerprint(folder):
     openvino = pytest.importorskip("openvino")
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         with pytest.raises(UsageError, match="no bf16 arithmetic"):
@@ -302,6 +304,46 @@ def test_bf16_is_openvinos_only_on_request_and_another_model_by_its_fingerprint(
     one, other = (segmenter.runtime.polyp_logits(pixels) for segmenter in (exact, rounded))
     scale = np.abs(one).max()
     assert 1e-5 * scale < np.abs(one - other).max() < 0.05 * scale  # rounded, to eight bits
+
+
+def test_bf16_of_torch_is_another_model_by_its_fingerprint_and_is_named_in_results(tmp_path):
+    from polypseg.inference.model import cpu_has_bf16
+    from polypseg.inference.predictors import open_model
+
+    folder = write_tiny_model(tmp_path / "m")
+    exact, rounded = (load(folder, runtime="torch", precision=precision) for precision in ("fp32", "bf16"))
+    assert rounded.runtime.description == exact.runtime.description.replace("float32", "bf16")
+    assert rounded.fingerprint() != exact.fingerprint()
+    side = exact.processor.size["height"]
+    pixels = np.random.default_rng(0).normal(size=(2, 3, side, side)).astype(np.float32)
+    if not cpu_has_bf16():
+        with pytest.raises(UsageError, match="no bf16 arithmetic"):
+            rounded.runtime.polyp_logits(pixels)
+        return
+    one, other = (segmenter.runtime.polyp_logits(pixels) for segmenter in (exact, rounded))
+    scale = np.abs(one).max()
+    assert 1e-5 * scale < np.abs(one - other).max() < 0.1 * scale
+    source = open_model(str(folder), runtime="torch", precision="bf16")
+    assert source.name.endswith(".torch.bf16") and source.origin["precision"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("encoder", "files", "installed", "chosen"),
+    [
+        ("resnet50", ("onnx/model.onnx", "model.safetensors"), ("torch", "openvino"), "openvino"),
+        ("vit_base_patch16_224", ("onnx/model.onnx", "model.safetensors"), ("torch", "openvino"), "torch"),
+        ("vit_base_patch16_224", ("onnx/model.onnx", "model.safetensors"), ("openvino",), "openvino"),
+        ("resnet50", ("model.safetensors",), ("torch", "openvino"), "torch"),
+        ("resnet50", ("onnx/model.onnx", "model.safetensors"), ("torch",), "torch"),
+    ],
+)
+def test_auto_takes_for_bf16_what_is_at_hand_and_faster(tmp_path, monkeypatch, encoder, files, installed, chosen):
+    monkeypatch.setattr(runtimes, "is_installed", lambda name: name in installed)
+    write_json(tmp_path / "config.json", {"encoder": encoder})
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert runtimes.choose_runtime(tmp_path, precision="bf16")[0] == chosen
 
 
 def test_auto_falls_back_to_what_is_installed(folder, monkeypatch):
@@ -318,7 +360,7 @@ def test_auto_falls_back_to_what_is_installed(folder, monkeypatch):
         ({"runtime": "onnx"}, "unknown runtime 'onnx'.*onnxruntime"),
         ({"precision": "int4"}, "unknown precision 'int4'"),
         ({"precision": "int8"}, "--format onnx --precision int8"),
-        ({"runtime": "torch", "precision": "fp16"}, "torch computes in fp32"),
+        ({"runtime": "torch", "precision": "fp16"}, "torch computes in fp32 or bf16"),
         ({"runtime": "onnxruntime", "precision": "bf16"}, "onnxruntime does not compute in bf16: ask openvino"),
         ({"revision": "main"}, "a revision belongs to a Hub id"),
     ],

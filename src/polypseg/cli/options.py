@@ -22,7 +22,7 @@ MaskValuesOption = Annotated[
 WideOption = Annotated[bool, Option("--wide", help="All columns, however narrow the screen is.")]
 PrecisionOption = Annotated[
     str,
-    Option(help="fp32, or what a file of the model (fp16, int8) or OpenVINO on this CPU (bf16) is asked to round to."),
+    Option(help="fp32, or what a file of the model (fp16, int8) or the arithmetic of this CPU (bf16) rounds to."),
 ]
 JsonOption = Annotated[bool, Option("--json", help="Print JSON, for programs.")]
 NamedMaskValues = Annotated[

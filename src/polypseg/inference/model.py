@@ -20,7 +20,7 @@ from polypseg.data.images import as_frame
 from polypseg.errors import UsageError, first_line
 from polypseg.files import file_sha256
 from polypseg.inference.preparation import NUMBERS, SIZES, check_settings
-from polypseg.inference.runtimes import refuse_non_finite
+from polypseg.inference.runtimes import BF16, Precision, refuse_non_finite
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.provenance.checksums import MANIFEST, read_manifest
 from polypseg.provenance.origin import UNKNOWN, WEIGHTS_ORIGIN, WeightsOrigin
@@ -208,6 +208,24 @@ def results_name(config: Any, name_or_path: str) -> str:
 def default_device() -> str:
     """``cuda`` where there is one, else ``cpu``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def computing_in(precision: Precision, *, device: torch.device | str) -> Iterator[None]:
+    """Round matrix products and convolutions to bf16 inside the block, for ``bf16``; nothing for ``fp32``.
+
+    Raises UsageError on a CPU without such arithmetic, where that would be some ten times slower than float32.
+    """
+    kind = torch.device(device).type
+    if precision == BF16 and kind == "cpu" and not cpu_has_bf16():
+        raise UsageError("this CPU has no bf16 arithmetic (AVX512_BF16 or AMX): ask for fp32 or int8")
+    with torch.autocast(kind, dtype=torch.bfloat16, enabled=precision == BF16):
+        yield
+
+
+def cpu_has_bf16() -> bool:
+    """Whether torch computes in bf16 on this CPU at its full speed."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def resize_map(values: Tensor, size: tuple[int, ...]) -> Tensor:

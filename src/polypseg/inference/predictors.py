@@ -21,6 +21,7 @@ from polypseg.files import file_sha256, read_json
 from polypseg.inference.memory import keep_freed_memory
 from polypseg.inference.model import (
     build_image_processor,
+    computing_in,
     current_origin,
     default_device,
     finite_images,
@@ -65,10 +66,13 @@ class ModelPredictions:
     processor: Any
     batch_size: int = 8
     device: torch.device | str = "cpu"
+    precision: Precision = "fp32"
+    """Or bf16, in which torch then rounds."""
 
     @property
     def origin(self) -> dict[str, Any]:
-        return {"source": "model", WEIGHTS_ORIGIN: WeightsOrigin.within(self.model.config).content}
+        found = {"source": "model", WEIGHTS_ORIGIN: WeightsOrigin.within(self.model.config).content}
+        return found | ({"precision": BF16} if self.precision == BF16 else {})
 
     def predict(self, dataset: PolypDataset, ids: Sequence[str]) -> Iterator[tuple[str, Probability]]:
         """Thresholded at 0.5 (strictly), these are predicted_mask's masks."""
@@ -77,7 +81,8 @@ class ModelPredictions:
         model = self.model.to(self.device).eval()
 
         def forward(pixels: Tensor, images: Sequence[str]) -> Tensor:
-            logits = model(pixel_values=pixels.to(self.device)).logits.float()
+            with computing_in(self.precision, device=self.device):
+                logits = model(pixel_values=pixels.to(self.device)).logits.float()
             return polyp_logits(logits, model.config, model=self.name, images=images).cpu()
 
         return _from_logits(forward, self.processor, dataset, ids, batch_size=self.batch_size)
@@ -281,12 +286,14 @@ def open_model(
     origin = WeightsOrigin.within(network.config)
     if not origin.content and (folder / SAFE_WEIGHTS_NAME).is_file():
         network.config.weights_origin = current_origin(origin, folder).content  # the digest at least
+    own_name = results_name(network.config, model)
     return ModelPredictions(
-        name=name or results_name(network.config, model),
+        name=name or (own_name if precision == "fp32" else f"{own_name}.{TORCH}.{precision}"),
         model=network,
         processor=processor,
         batch_size=batch_size,
         device=default_device(),
+        precision=precision,
     )
 
 

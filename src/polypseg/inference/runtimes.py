@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polypseg.errors import PIP, PolypSegError, UsageError, first_line, unknown_name
-from polypseg.files import cache_folder, file_sha256
+from polypseg.files import cache_folder, file_sha256, read_json
 
 Logits = NDArray[np.float32]
 Box: TypeAlias = tuple[slice, slice]
@@ -33,7 +33,7 @@ ONNX_FILES: dict[str, str] = {
 }
 """Precision -> file of a model folder, in the layout that transformers.js reads."""
 BF16 = "bf16"
-"""No file's precision: OpenVINO computes the fp32 file in it, where the CPU has such arithmetic."""
+"""No file's precision: OpenVINO or torch computes the fp32 weights in it, where the CPU has such arithmetic."""
 PRECISIONS = (*ONNX_FILES, BF16)
 OPENVINO_FILES: dict[str, str] = {
     "fp32": "openvino/openvino_model.xml",
@@ -78,22 +78,26 @@ class TorchRuntime:
     title: str = "the model"
     """What errors call the model."""
     name: str = TORCH
+    bf16: bool = False
+    """Whether matrix products and convolutions are rounded to it."""
 
     @property
     def description(self) -> str:
         import torch
 
         parameter = next(self.model.parameters())
-        return f"torch {torch.__version__} on {parameter.device.type}, {str(parameter.dtype).removeprefix('torch.')}"
+        kind = BF16 if self.bf16 else str(parameter.dtype).removeprefix("torch.")
+        return f"torch {torch.__version__} on {parameter.device.type}, {kind}"
 
     def polyp_logits(self, pixels: NDArray[np.float32], *, names: Sequence[str] = ()) -> Logits:
         import torch
 
-        from polypseg.inference.model import polyp_logits
+        from polypseg.inference.model import computing_in, polyp_logits
 
         model = self.model.eval()
-        with torch.inference_mode():
-            batch = torch.from_numpy(np.ascontiguousarray(pixels)).to(next(model.parameters()).device)
+        device = next(model.parameters()).device
+        with torch.inference_mode(), computing_in("bf16" if self.bf16 else "fp32", device=device):
+            batch = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
             logits = model(pixel_values=batch).logits.float()
             found: Logits = polyp_logits(logits, model.config, model=self.title, images=names).cpu().numpy()
         return found
@@ -110,6 +114,8 @@ class TorchRuntime:
     def update_digest(self, update: Callable[[bytes], object]) -> None:
         import torch
 
+        if self.bf16:
+            update(BF16.encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -290,20 +296,22 @@ def check_names(runtime: str, *, precision: str = "fp32") -> None:
         raise unknown_name("runtime", runtime, [AUTO, *RUNTIMES])
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
-    if precision == BF16 and runtime not in (AUTO, OPENVINO):
-        raise UsageError(f"{runtime} does not compute in {BF16}: ask openvino for it")
+    if precision == BF16 and runtime == ONNXRUNTIME:
+        raise UsageError(f"{runtime} does not compute in {BF16}: ask {OPENVINO} or {TORCH} for it")
 
 
 def choose_runtime(folder: Path, *, runtime: str = AUTO, precision: Precision = "fp32") -> tuple[str, Path]:
     """The runtime for a model folder and the file that it computes.
 
     ``auto``: the exact path that starts and runs fastest with what is installed and in the folder - ONNX Runtime on the
-    folder's fp32 ONNX file, OpenVINO on its own or that file, else torch; for bf16, OpenVINO. Raises UsageError for an
+    folder's fp32 ONNX file, OpenVINO on its own or that file, else torch; for bf16 OpenVINO, or torch for a vision
+    transformer, whose attention OpenVINO leaves in float32 (docs/speed.md has the times). Raises UsageError for an
     unknown name, a runtime that is not installed, or a file that the folder does not have.
     """
     check_names(runtime, precision=precision)
     if precision == BF16:
-        return choose_runtime(folder, runtime=OPENVINO)
+        in_torch = runtime == TORCH or (runtime == AUTO and _is_faster_in_torch(folder))
+        return choose_runtime(folder, runtime=TORCH if in_torch else OPENVINO)
     onnx = folder / ONNX_FILES[precision]
     own = folder / OPENVINO_FILES[precision]
     if runtime == AUTO:
@@ -316,7 +324,7 @@ def choose_runtime(folder: Path, *, runtime: str = AUTO, precision: Precision = 
         return _explain_nothing(folder, precision)
     if runtime == TORCH:
         if precision != "fp32":
-            raise UsageError(f"torch computes in fp32: ask another runtime for {precision}")
+            raise UsageError(f"torch computes in fp32 or {BF16}: ask another runtime for {precision}")
         return TORCH, folder / WEIGHTS
     path = own if runtime == OPENVINO and own.is_file() else onnx
     if not path.is_file():
@@ -325,6 +333,14 @@ def choose_runtime(folder: Path, *, runtime: str = AUTO, precision: Precision = 
             f"`polypseg export {folder} --format onnx --precision {precision}`"
         )
     return runtime, path
+
+
+def _is_faster_in_torch(folder: Path) -> bool:
+    """Whether torch computes a folder's weights in bf16, and OpenVINO cannot or is slower, as for a transformer."""
+    if not ((folder / WEIGHTS).is_file() and is_installed(TORCH)):
+        return False
+    files = any((folder / names["fp32"]).is_file() for names in (ONNX_FILES, OPENVINO_FILES))
+    return not (files and is_installed(OPENVINO)) or "vit" in str(read_json(folder / "config.json").get("encoder"))
 
 
 def _explain_nothing(folder: Path, precision: str) -> tuple[str, Path]:

@@ -322,8 +322,8 @@ def load(
     a model id of the table or the paper's short name. ``revision``: tag, branch or commit. ``runtime``: ``torch``,
     ``onnxruntime``, ``openvino``, or ``auto``, the fastest of them that computes the model exactly with what is
     installed and in the folder (``segmenter.runtime.description`` says which); of a Hub model ``auto`` takes torch
-    where it is installed. ``precision``: fp16 and int8 files, and bf16 (OpenVINO, on CPUs that have it), are used on
-    request only; docs/results.md says what each changes in Dice.
+    where it is installed. ``precision``: fp16 and int8 files, and bf16 (OpenVINO or torch, on CPUs that have it), are
+    used on request only; docs/results.md says what each changes in Dice.
     ``operating_point``: a file that ``polypseg calibrate`` wrote, or ``model`` for the model's own.
 
     Files are compared with the model's checksums; a damaged one is reported and fetched again. Works from the cache
@@ -358,7 +358,7 @@ def load(
         check_folder(folder)
         model, processor = load_model(str(folder))
         return Segmenter(
-            model=model,
+            runtime=TorchRuntime(model=model, title=str(id_or_path), bf16=precision == BF16),
             processor=processor,
             name=str(id_or_path),
             revision=commit,
