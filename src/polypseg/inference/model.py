@@ -210,6 +210,11 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def laid_out_for(precision: Precision, model: Any) -> Any:
+    """The same model with its channels last for bf16, which CPUs convolve twice as fast so; left alone for fp32."""
+    return model.to(memory_format=torch.channels_last) if precision == BF16 else model
+
+
 @contextmanager
 def computing_in(precision: Precision, *, device: torch.device | str) -> Iterator[None]:
     """Round matrix products and convolutions to bf16 inside the block, for ``bf16``; nothing for ``fp32``.

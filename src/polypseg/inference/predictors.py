@@ -25,6 +25,7 @@ from polypseg.inference.model import (
     current_origin,
     default_device,
     finite_images,
+    laid_out_for,
     load_model,
     polyp_logits,
     resize_map,
@@ -289,7 +290,7 @@ def open_model(
     own_name = results_name(network.config, model)
     return ModelPredictions(
         name=name or (own_name if precision == "fp32" else f"{own_name}.{TORCH}.{precision}"),
-        model=network,
+        model=laid_out_for(precision, network),
         processor=processor,
         batch_size=batch_size,
         device=default_device(),

@@ -353,10 +353,11 @@ def load(
     point = None if operating_point is None else find_operating_point(folder, operating_point)
     chosen, _ = choose_runtime(folder, runtime=runtime, precision=precision)
     if chosen == TORCH:
-        from polypseg.inference.model import load_model
+        from polypseg.inference.model import laid_out_for, load_model
 
         check_folder(folder)
         model, processor = load_model(str(folder))
+        model = laid_out_for(precision, model)
         return Segmenter(
             runtime=TorchRuntime(model=model, title=str(id_or_path), bf16=precision == BF16),
             processor=processor,
