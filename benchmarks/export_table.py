@@ -85,7 +85,11 @@ def main(
 
 def _present(folder: Path) -> list[tuple[str, str]]:
     """(runtime, precision) of every file that is there and every runtime that is installed."""
-    found = [(TORCH, "fp32")] if (folder / WEIGHTS).is_file() and is_installed(TORCH) else []
+    found = []
+    if (folder / WEIGHTS).is_file() and is_installed(TORCH):
+        from polypseg.inference.model import cpu_has_bf16
+
+        found = [(TORCH, "fp32"), *([(TORCH, BF16)] if cpu_has_bf16() else [])]
     for precision, file in ONNX_FILES.items():
         if (folder / file).is_file() and is_installed(ONNXRUNTIME):
             found.append((ONNXRUNTIME, precision))
