@@ -1,6 +1,7 @@
 """polypseg: polyp segmentation models whose behavior on other hospitals' data is known.
 
-``load`` gives a model that segments frames (``polypseg.load().predict([image])``), ``load_polyps`` a dataset,
+``load`` gives a model that segments frames (``polypseg.load().predict([image])``), ``BatchSegmenter`` the same for
+engines that spread an archive over workers, ``load_polyps`` a dataset,
 ``evaluate`` the scores of a model on one, ``ZOO`` the table of the twelve models; ``PolypSegConfig`` and
 ``PolypSegForSemanticSegmentation`` are the classes that transformers' Auto classes find after ``import polypseg``.
 Importing the package takes a blink: names are resolved when they are used, and torch is imported when a model is asked
@@ -16,6 +17,7 @@ from polypseg.errors import missing_package
 if TYPE_CHECKING:
     from polypseg.data import load_polyps
     from polypseg.evaluation.suite import evaluate
+    from polypseg.inference.batches import BatchSegmenter
     from polypseg.inference.segmenter import load
     from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation, soft_dice_loss
     from polypseg.zoo import ZOO
@@ -30,9 +32,11 @@ _HOMES = {
     "load_polyps": "polypseg.data",
     "evaluate": "polypseg.evaluation.suite",
     "load": "polypseg.inference.segmenter",
+    "BatchSegmenter": "polypseg.inference.batches",
 }
 __all__ = [
     "ZOO",
+    "BatchSegmenter",
     "PolypSegConfig",
     "PolypSegForSemanticSegmentation",
     "evaluate",
