@@ -66,7 +66,8 @@ def test_frames_come_in_every_form_that_engines_hand_over(folder, files, kind):
         "picture": [Image.open(file) for file in whole],
         "array": [np.asarray(Image.open(file)) for file in whole],
     }[kind]
-    columns = BatchSegmenter(model=str(folder), column="frame")({"frame": given})
+    columns = BatchSegmenter(model=str(folder), column="frame", keep=("path",))({"frame": given, "path": whole})
+    assert columns.pop("path") == whole
     check([dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)], whole, folder)
 
 

@@ -37,6 +37,8 @@ class BatchSegmenter:
 
     model: str = STARTER
     column: str = "image"
+    keep: tuple[str, ...] = ()
+    """Columns to hand through, for engines that keep none by themselves (Ray Data; ``datasets`` keeps all)."""
     runtime: str = AUTO
     precision: Precision = "fp32"
     threshold: float | None = None
@@ -60,11 +62,13 @@ class BatchSegmenter:
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """One row for each frame of ``batch[column]``, in order."""
-        if self.column not in batch:
-            raise UsageError(f"the batch has no column {self.column!r} but {', '.join(batch)}: name it with column=...")
+        for name in (self.column, *self.keep):
+            if name not in batch:
+                raise UsageError(f"the batch has no column {name!r} but {', '.join(batch)}: name one of these")
         segmenter = self._segmenter
         rows = [self._row(segmenter, value, number=number) for number, value in enumerate(batch[self.column])]
-        return {name: [row[name] for row in rows] for name in _EMPTY}
+        kept = {name: list(batch[name]) for name in self.keep}
+        return kept | {name: [row[name] for row in rows] for name in _EMPTY}
 
     def _row(self, segmenter: Segmenter, value: Any, *, number: int) -> dict[str, Any]:
         try:
