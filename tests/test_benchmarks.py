@@ -57,6 +57,7 @@ def test_what_is_fast_is_done_several_times_in_a_repeat(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_stages_are_those_of_each_job():
     found = load("stages").stages(frames=1, repeats=1)
     networks = [stage for stage in found if stage.stage == "network"]
