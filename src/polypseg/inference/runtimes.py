@@ -305,7 +305,8 @@ def choose_runtime(folder: Path, *, runtime: str = AUTO, precision: Precision = 
 
     ``auto``: the exact path that starts and runs fastest with what is installed and in the folder - ONNX Runtime on the
     folder's fp32 ONNX file, OpenVINO on its own or that file, else torch; for bf16 OpenVINO, or torch for a vision
-    transformer, which it computes faster (`make bench-full` times both). Raises UsageError for an unknown name, a runtime that is not installed, or a file that the folder does not have.
+    transformer, which it computes faster (`make bench-full` times both). Raises UsageError for an
+    unknown name, a runtime that is not installed, or a file that the folder does not have.
     """
     check_names(runtime, precision=precision)
     if precision == BF16:
