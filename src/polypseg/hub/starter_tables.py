@@ -12,6 +12,7 @@ from polypseg.evaluation.receipt_reading import cell_of, size_of
 from polypseg.files import read_json, write_text
 from polypseg.hub.card_facts import read_epochs, training_hours
 from polypseg.hub.export import RESULTS
+from polypseg.hub.precision_tables import precision_text
 from polypseg.provenance.local import STARTER_FOLDER
 from polypseg.recipe import Recipe, changes_from_bundled, load_recipe, read_recipe
 from polypseg.tables import Column, Table, with_bounds
@@ -24,6 +25,7 @@ ROBUSTNESS_MARKS = ("<!-- robustness -->", "<!-- /robustness -->")
 SHIFT_MARKS = ("<!-- shift -->", "<!-- /shift -->")
 FLICKER_MARKS = ("<!-- flicker -->", "<!-- /flicker -->")
 IN_TRAINING_MARKS = ("<!-- in training -->", "<!-- /in training -->")
+PRECISION_MARKS = ("<!-- precision -->", "<!-- /precision -->")
 EXPORTS_MARKS = ("<!-- exports -->", "<!-- /exports -->")
 """Between two marks of a page stands the text that these functions render."""
 _SCORES = tuple(
@@ -287,4 +289,6 @@ def starter_texts(root: Path) -> list[tuple[Path, tuple[str, str], str]]:
         texts.append((results, EXPORTS_MARKS, exports_table(kept)))
     if (root / "docs" / "full_size").is_dir():
         texts.append((results, IN_TRAINING_MARKS, in_training_table(root / "docs" / "full_size")))
+    if (root / "docs" / "precision").is_dir():
+        texts.append((results, PRECISION_MARKS, precision_text(root / "docs" / "precision")))
     return texts
