@@ -7,8 +7,8 @@ as grids they took two fifths of a bf16 step of ResNet50 at 224 px. Attention in
 that is three times slower than two matrix products. The weights, their names and the results stay as they were.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import product
 from types import EllipsisType
 from typing import Any, cast
@@ -98,33 +98,32 @@ def _sum_per_channel(values: Tensor) -> Tensor:
     return values.sum((0, 2, 3), dtype=wide).to(values.dtype)
 
 
-@contextmanager
-def interleaved_convolutions(model: nn.Module, *, enabled: bool = True) -> Iterator[int]:
+def interleaved_convolutions(model: nn.Module, *, enabled: bool = True) -> AbstractContextManager[int]:
     """Run the model's dilated depthwise convolutions in the fast form inside the block; gives their number."""
     found = [layer for layer in model.modules() if enabled and _fits(layer)]
-    for layer in found:
-        layer.__class__ = InterleavedConv2d
-    try:
-        yield len(found)
-    finally:
-        for layer in found:
-            layer.__class__ = nn.Conv2d
+    return _changed(found, "__class__", InterleavedConv2d)
 
 
-@contextmanager
-def attention_by_products(model: nn.Module, *, enabled: bool = True) -> Iterator[int]:
+def attention_by_products(model: nn.Module, *, enabled: bool = True) -> AbstractContextManager[int]:
     """Run timm's attention as matrix products inside the block, not as one fused call; gives the number of layers.
 
     A layer then keeps (B, heads, tokens, tokens) weights for its backward pass.
     """
     found = [layer for layer in model.modules() if enabled and isinstance(layer, Attention) and layer.fused_attn]
-    for layer in found:
-        layer.fused_attn = False
+    return _changed(found, "fused_attn", False)
+
+
+@contextmanager
+def _changed(layers: Sequence[nn.Module], name: str, value: object) -> Iterator[int]:
+    """Give an attribute of the layers this value inside the block, and their own back; gives their number."""
+    before = [getattr(layer, name) for layer in layers]
+    for layer in layers:
+        setattr(layer, name, value)
     try:
-        yield len(found)
+        yield len(layers)
     finally:
-        for layer in found:
-            layer.fused_attn = True
+        for layer, own in zip(layers, before, strict=True):
+            setattr(layer, name, own)
 
 
 def _fits(layer: nn.Module) -> bool:
