@@ -81,6 +81,11 @@ def test_a_worker_gets_no_loaded_model_and_refuses_another_model(folder, files):
         pickle.loads(sent)({"image": files[:1]})
 
 
+def test_a_file_that_is_not_there_is_a_row(folder, files, tmp_path):
+    found = BatchSegmenter(model=str(folder))({"image": [str(tmp_path / "none.jpg"), files[0]]})
+    assert "none.jpg" in found["problem"][0] and found["problem"][1] == ""
+
+
 def test_what_is_wrong_with_all_frames_stops_the_engine(folder):
     with pytest.raises(UsageError, match="no column 'image' but frame"):
         BatchSegmenter(model=str(folder))({"frame": []})

@@ -74,9 +74,9 @@ class BatchSegmenter:
         try:
             frame = _frame_of(value, name=f"frame {number} of a batch")
             found = segmenter.predict(frame, threshold=self.threshold, min_area=self.min_area)
-        except (PolypSegError, OSError) as error:
-            if isinstance(error, UsageError):
-                raise
+        except UsageError:
+            raise
+        except PolypSegError as error:
             return _EMPTY | {"problem": str(error)}
         return _row_of(found)
 
@@ -108,7 +108,10 @@ def _frame_of(value: Any, *, name: str) -> Image.Image:
     if isinstance(value, Mapping):
         value = value["path"] if value.get("bytes") is None else value["bytes"]
     if isinstance(value, str | Path):
-        return decode_frame(Path(value).read_bytes(), name=str(value))
+        try:
+            return as_frame(value)
+        except UsageError as error:  # one file of an archive that is not there: no fault of the others
+            raise PolypSegError(str(error)) from error
     if isinstance(value, bytes | bytearray | memoryview):
         return decode_frame(bytes(value), name=name)
     return as_frame(value, name=name)
