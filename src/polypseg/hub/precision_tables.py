@@ -66,7 +66,7 @@ def small_models(folder: Path) -> str:
     for title, by_precision in sorted(found.items(), reverse=True):
         seeds = [sorted(receipts) for receipts in by_precision.values()]
         if set(by_precision) != set(NAMES.values()) or any(one != other for one, other in pairwise(seeds)):
-            raise PolypSegError(f"{folder} needs both precisions of the same seeds on {title}: {by_precision.keys()}")
+            raise PolypSegError(f"{folder} needs both precisions of the same seeds on {title}, not {seeds}")
         scores = read_score_set({name: list(by_precision[name].values()) for name in ("bf16", "float32")})
         (compared,) = compare_models(scores)
         difference = compared.difference

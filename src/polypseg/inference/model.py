@@ -20,7 +20,7 @@ from polypseg.data.images import as_frame
 from polypseg.errors import UsageError, first_line
 from polypseg.files import file_sha256
 from polypseg.inference.preparation import NUMBERS, SIZES, check_settings
-from polypseg.inference.runtimes import BF16, Precision, refuse_non_finite
+from polypseg.inference.runtimes import BF16, NO_BF16, Precision, refuse_non_finite
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.provenance.checksums import MANIFEST, read_manifest
 from polypseg.provenance.origin import UNKNOWN, WEIGHTS_ORIGIN, WeightsOrigin
@@ -223,7 +223,7 @@ def computing_in(precision: Precision, *, device: torch.device | str) -> Iterato
     """
     kind = torch.device(device).type
     if precision == BF16 and kind == "cpu" and not cpu_has_bf16():
-        raise UsageError("this CPU has no bf16 arithmetic (AVX512_BF16 or AMX): ask for fp32 or int8")
+        raise UsageError(NO_BF16)
     with torch.autocast(kind, dtype=torch.bfloat16, enabled=precision == BF16):
         yield
 

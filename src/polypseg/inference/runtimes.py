@@ -34,6 +34,7 @@ ONNX_FILES: dict[str, str] = {
 """Precision -> file of a model folder, in the layout that transformers.js reads."""
 BF16 = "bf16"
 """No file's precision: OpenVINO or torch computes the fp32 weights in it, where the CPU has such arithmetic."""
+NO_BF16 = "this CPU has no bf16 arithmetic (AVX512_BF16 or AMX): ask for fp32 or int8"
 PRECISIONS = (*ONNX_FILES, BF16)
 OPENVINO_FILES: dict[str, str] = {
     "fp32": "openvino/openvino_model.xml",
@@ -214,7 +215,7 @@ class OpenVinoRuntime(_FileRuntime):
         if not path.is_file():
             raise UsageError(f"{path} does not exist: give an ONNX file or an OpenVINO model (.xml)")
         if bf16 and not has_bf16():
-            raise UsageError("this CPU has no bf16 arithmetic (AVX512_BF16 or AMX): ask for fp32 or int8")
+            raise UsageError(NO_BF16)
         options = {
             "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",  # without it, OpenVINO would round to bf16 unasked
             "PERFORMANCE_HINT": "LATENCY",
