@@ -179,11 +179,11 @@ def view_stages(*, frames: int, repeats: int) -> Iterator[Stage]:
             def draw(height: int, width: int) -> list[Any]:
                 return [draw_box(rng, height=height, width=width, scale=view.crop_scale) for view in settings]
 
-            image, boxes, reduction = clock.step("JPEG decoding", decode_for, data, name="frame", draw=draw, size=SIZE)
+            image, boxes = clock.step("JPEG decoding", decode_for, data, name="frame", draw=draw, size=SIZE)
             for view, box in zip(settings, boxes, strict=True):
                 crop = clock.step(
                     "cropping and resizing",
-                    resized_crop, image, box, reduction=reduction, size=SIZE, interpolation=view.interpolation,
+                    resized_crop, image, box, size=SIZE, interpolation=view.interpolation,
                 )  # fmt: skip
                 clock.step("colors, blur, flip", augment, crop, view, rng)
 

@@ -20,7 +20,7 @@ from polypseg.data.synthetic import CAMERAS, synthesize_frame
 from polypseg.errors import PolypSegError
 from polypseg.pretraining.decoded import keep_decoded
 from polypseg.pretraining.loader import FrameFeed, UnreadableFrames, frame_loader
-from polypseg.pretraining.views import ViewSettings, make_views
+from polypseg.pretraining.views import ViewSettings, decode_levels, make_views
 from polypseg.training.loader import GlobalBatches
 
 FIRST = ViewSettings(
@@ -345,11 +345,13 @@ def test_real_frames_are_all_readable(real_data):
 # -- decoded frames ----------------------------------------------------------------------------------------------------
 
 
-def test_decoded_frames_give_the_views_of_their_files(corpus):
+@pytest.mark.parametrize(
+    "size", [4, 12, 200]
+)  # of 72x80 pixels, which are reduced by up to 8, by up to 4, and not at all
+def test_decoded_frames_give_the_views_of_their_files(corpus, size):
     decoded = keep_decoded(corpus, gigabytes=1)
-    large = 200  # so that no file is reduced while it is decoded
-    feed = FrameFeed(corpus, [FIRST, SECOND], size=large, seed=3, decoded=decoded)
-    plain = FrameFeed(corpus, [FIRST, SECOND], size=large, seed=3)
+    feed = FrameFeed(corpus, [FIRST, SECOND], size=size, seed=3, decoded=decoded)
+    plain = FrameFeed(corpus, [FIRST, SECOND], size=size, seed=3)
     assert len(decoded) == len(corpus)
     for index in range(len(corpus)):
         assert_equal(feed[2, index], plain[2, index])
@@ -357,11 +359,13 @@ def test_decoded_frames_give_the_views_of_their_files(corpus):
 
 def test_decoded_frames_keep_to_their_bound_and_are_made_once(corpus, monkeypatch):
     first = np.asarray(Image.open(io.BytesIO(corpus.read(0))).convert("RGB"))
-    decoded = keep_decoded(corpus, gigabytes=2.5 * first.size / 1e9)
+    whole = sum(pixels.size for pixels in decode_levels(corpus.read(0), name="0").values())
+    assert first.size < whole < 1.4 * first.size
+    decoded = keep_decoded(corpus, gigabytes=2.5 * whole / 1e9)
     assert len(decoded) == 2 and decoded.frame(2) is None
-    np.testing.assert_array_equal(decoded.frame(0), first)
-    monkeypatch.setattr("polypseg.pretraining.decoded.decode_frame", None)
-    assert len(keep_decoded(corpus, gigabytes=2.5 * first.size / 1e9)) == 2
+    np.testing.assert_array_equal(decoded.frame(0)[1], first)
+    monkeypatch.setattr("polypseg.pretraining.decoded.decode_levels", None)
+    assert len(keep_decoded(corpus, gigabytes=2.5 * whole / 1e9)) == 2
 
 
 def test_a_damaged_frame_is_left_to_the_feed(corpus):

@@ -83,9 +83,9 @@ class FrameFeed(Dataset[Example]):
         ) from last
 
     def _views(self, index: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-        pixels = None if self.decoded is None else self.decoded.frame(index)
-        if pixels is not None:
-            return make_views(pixels, name=f"frame {index}", settings=self.settings, size=self.size, rng=rng)
+        levels = None if self.decoded is None else self.decoded.frame(index)
+        if levels is not None:
+            return make_views(levels, name=f"frame {index}", settings=self.settings, size=self.size, rng=rng)
         data = self.frames.read(index)
         # Only other formats are decoded by name, and shards have to look a name up.
         name = f"frame {index}" if is_jpeg(data) else self.frames.name(index)

@@ -71,8 +71,7 @@ class PretrainingDataRecipe(RecipeSection):
     decoded_gigabytes: float = Field(default=0, ge=0, le=100_000, exclude_if=is_unset)
     """Keep so many gigabytes of decoded frames in the cache folder, read without decoding from then on; 0 for none.
 
-    They are not reduced while they are decoded: views of very large JPEGs differ a little from those without, and take
-    longer.
+    Views are the same; a JPEG is kept at every reduction at which it would be decoded, a third more than its pixels.
     """
 
 

@@ -1,17 +1,19 @@
 """Random views of a frame for self-supervised pretraining, as the official code of each method draws them.
 
 A frame is decoded once for all its views, and no larger than they need: JPEG can be decoded at 1/2, 1/4 or 1/8 of its
-size for a fraction of the time. Boxes are drawn at full resolution first, so this changes no distribution.
+size for a fraction of the time. Boxes are drawn at full resolution first, then moved to whole pixels of the reduced
+frame, by less than a pixel of the view: this changes no distribution that can be told apart.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -20,7 +22,10 @@ from polypseg.errors import PolypSegError
 from polypseg.training.augmentation import Image8, color_jitter, gaussian_blur
 
 Interpolation = Literal["bilinear", "bicubic"]
-INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+REDUCTIONS = (1, 2, 4, 8)
+"""By which JPEG can be reduced while it is decoded."""
+Levels = Mapping[int, Image8]
+"""A decoded frame: reduction -> RGB pixels (H, W, 3). Reduction 1 is there, the others of REDUCTIONS may be."""
 SOLARIZE_THRESHOLD = 128
 _SOLARIZE = np.where(np.arange(256) < SOLARIZE_THRESHOLD, np.arange(256), 255 - np.arange(256)).astype(np.uint8)
 
@@ -50,12 +55,18 @@ class ViewSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Box:
-    """A crop in pixels of the full-resolution frame."""
+    """A crop in pixels of a frame."""
 
     top: int
     left: int
     height: int
     width: int
+
+    def reduced(self, reduction: int) -> "Box":
+        """The same in whole pixels of the reduced frame, its sides moved up and left to the next ones."""
+        top, left = self.top // reduction, self.left // reduction
+        bottom, right = (self.top + self.height) // reduction, (self.left + self.width) // reduction
+        return Box(top=top, left=left, height=bottom - top, width=right - left)
 
 
 def draw_box(
@@ -95,14 +106,14 @@ def crop_views(
     ``draw`` receives height and width of the full frame and returns boxes in its pixels. Raises PolypSegError naming
     the file when it cannot be decoded.
     """
-    image, boxes, reduction = decode_for(data, name=name, draw=draw, size=size)
-    return [resized_crop(image, box, reduction=reduction, size=size, interpolation=interpolation) for box in boxes]
+    image, boxes = decode_for(data, name=name, draw=draw, size=size)
+    return [resized_crop(image, box, size=size, interpolation=interpolation) for box in boxes]
 
 
 def greatest_reduction(boxes: Sequence[Box], *, size: int) -> int:
-    """The greatest of JPEG's reductions 1, 2, 4, 8 that leaves every box at least ``size`` pixels a side."""
+    """The greatest of REDUCTIONS that leaves every box at least ``size`` pixels a side."""
     smallest = min((min(box.height, box.width) for box in boxes), default=0)
-    return next((reduction for reduction in (8, 4, 2) if smallest >= reduction * size), 1)
+    return next((reduction for reduction in reversed(REDUCTIONS) if smallest >= reduction * size), 1)
 
 
 def is_jpeg(data: bytes) -> bool:
@@ -111,24 +122,47 @@ def is_jpeg(data: bytes) -> bool:
 
 
 def decode_for(
-    data: bytes | Image8, *, name: str, draw: Callable[[int, int], list[Box]], size: int
-) -> tuple[Image.Image | Image8, list[Box], int]:
-    """The RGB frame, reduced as far as its boxes allow; the boxes at full resolution; the reduction."""
+    data: bytes | Levels, *, name: str, draw: Callable[[int, int], list[Box]], size: int
+) -> tuple[Image.Image | Image8, list[Box]]:
+    """The RGB frame, reduced as far as its boxes allow, and the boxes in its pixels."""
     if not isinstance(data, bytes):
-        return data, draw(*data.shape[:2]), 1
+        boxes = draw(*data[1].shape[:2])
+        reduction = greatest_reduction(boxes, size=size)
+        reduction = reduction if reduction in data else 1
+        return data[reduction], [box.reduced(reduction) for box in boxes]
     if not is_jpeg(data):
         image = decode_frame(data, name=name)
-        return image, draw(image.height, image.width), 1
+        return image, draw(image.height, image.width)
     with _explain_unreadable(name):
         image = open_picture(data, name=name, load=False)
     boxes = draw(image.height, image.width)
     reduction = greatest_reduction(boxes, size=size)
     with _explain_unreadable(name):
-        reduced = (image.width // reduction, image.height // reduction)
-        if reduction > 1 and image.draft(None, reduced) is None:
-            reduction = 1  # Pillow cannot reduce this file
-        image.load()
-        return (image if image.mode == "RGB" else image.convert("RGB")), boxes, reduction
+        if not _load_reduced(image, reduction):
+            reduction = 1
+        return (image if image.mode == "RGB" else image.convert("RGB")), [box.reduced(reduction) for box in boxes]
+
+
+def decode_levels(data: bytes, *, name: str) -> Levels:
+    """An image file at every reduction, as ``decode_for`` would decode it. Raises PolypSegError naming the file."""
+    levels = {1: np.asarray(decode_frame(data, name=name))}
+    if not is_jpeg(data):
+        return levels
+    with _explain_unreadable(name):
+        for reduction in REDUCTIONS[1:]:
+            image = open_picture(data, name=name, load=False)
+            if not _load_reduced(image, reduction):
+                break
+            levels[reduction] = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return levels
+
+
+def _load_reduced(image: Image.Image, reduction: int) -> bool:
+    """Decode an opened JPEG; whether it is reduced as wanted, else it is decoded in full: not every file can be."""
+    reduced = (image.width // reduction, image.height // reduction)
+    possible = reduction == 1 or image.draft(None, reduced) is not None
+    image.load()
+    return possible
 
 
 @contextmanager
@@ -141,19 +175,19 @@ def _explain_unreadable(name: str) -> Iterator[None]:
         raise PolypSegError(f"{name} is truncated or not an image ({error}): download it again or remove it") from error
 
 
-def resized_crop(
-    image: Image.Image | Image8, box: Box, *, reduction: int, size: int, interpolation: Interpolation
-) -> Image8:
-    """Cut the box out, then resize: what lies outside it must not leak in, so only its pixels are given to resize."""
-    left, right = box.left / reduction, (box.left + box.width) / reduction
-    top, bottom = box.top / reduction, (box.top + box.height) / reduction
-    x, y = math.floor(left), math.floor(top)
+def resized_crop(image: Image.Image | Image8, box: Box, *, size: int, interpolation: Interpolation) -> Image8:
+    """Cut the box out, then resize: what lies outside it does not leak in. Within one gray level of Pillow's resize."""
+    right, bottom = box.left + box.width, box.top + box.height
     if isinstance(image, Image.Image):
-        pixels = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
+        pixels = np.array(image.crop((box.left, box.top, right, bottom)))
     else:
-        pixels = Image.fromarray(image[y : math.ceil(bottom), x : math.ceil(right)])
-    inside = (left - x, top - y, right - x, bottom - y)  # a box need not lie on the reduced grid
-    return np.asarray(pixels.resize((size, size), INTERPOLATIONS[interpolation], box=inside))
+        pixels = np.array(image[box.top : bottom, box.left : right])
+    if pixels.shape[:2] == (size, size):
+        return pixels
+    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(batch, size=(size, size), mode=interpolation, antialias=True)
+    found: Image8 = resized[0].permute(1, 2, 0).contiguous().numpy()
+    return found
 
 
 def grayscale(image: Image8) -> Image8:
@@ -191,11 +225,11 @@ def augment(image: Image8, settings: ViewSettings, rng: np.random.Generator) -> 
 
 
 def make_views(
-    data: bytes | Image8, *, name: str, settings: Sequence[ViewSettings], size: int, rng: np.random.Generator
+    data: bytes | Levels, *, name: str, settings: Sequence[ViewSettings], size: int, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
     """One view for each of the settings, all from one decoding: (V, size, size, 3) uint8.
 
-    ``data``: an image file's bytes, or RGB pixels (H, W, 3).
+    ``data``: an image file's bytes, or what ``decode_levels`` made of them, which gives the same views.
 
     Raises PolypSegError naming the file when it cannot be decoded.
     """
@@ -203,9 +237,9 @@ def make_views(
     def draw(height: int, width: int) -> list[Box]:
         return [draw_box(rng, height=height, width=width, scale=view.crop_scale) for view in settings]
 
-    image, boxes, reduction = decode_for(data, name=name, draw=draw, size=size)
+    image, boxes = decode_for(data, name=name, draw=draw, size=size)
     views = np.empty((len(settings), size, size, 3), dtype=np.uint8)
     for number, (view, box) in enumerate(zip(settings, boxes, strict=True)):
-        crop = resized_crop(image, box, reduction=reduction, size=size, interpolation=view.interpolation)
+        crop = resized_crop(image, box, size=size, interpolation=view.interpolation)
         views[number] = augment(crop, view, rng)
     return views
