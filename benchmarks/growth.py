@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from typer import Option
 
 from polypseg.cli.console import run_script
+from polypseg.data.catalog import OWN_FOLDER
 from polypseg.data.polyps import PolypDataset, SyntheticOptions, open_dataset
 from polypseg.errors import PolypSegError
 from polypseg.evaluation.evaluate import score_predictions
@@ -30,9 +31,39 @@ from polypseg.tables import Column, Table
 
 SIZE = (96, 128)
 """Height and width of the made-up frames."""
-FRAMES, MODELS = (250, 500, 1000), (12, 48)
+FRAMES, MODELS = (100, 1000, 10_000), (12, 100)
 """Sizes of the jobs over frames, and over models."""
-DUPLICATES = "from near_duplicates import made_up, near_duplicates; near_duplicates(made_up({}))"
+COMMAND = ("-m", "polypseg_command", "--quiet")
+LOAD = """
+import sys
+from pathlib import Path
+from polypseg.data.catalog import OWN_FOLDER
+from polypseg.data.polyps import open_dataset
+data = open_dataset(sys.argv[1], source=Path(sys.argv[2]))
+for record in data.records:
+    data.pair(record)
+"""
+DUPLICATES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from near_duplicates import made_up, near_duplicates
+near_duplicates(made_up(int(sys.argv[2])))
+"""
+GRID = """
+name: growth
+title: Rows of one start
+architectures:
+  - {{family: resnet50, encoder: resnet10t, decoder: deeplabv3plus}}
+  - {{family: vit_base, encoder: vit_tiny_patch16_224, decoder: dpt}}
+corpora: {{}}
+pretraining: []
+starts:
+  - {{method: none, corpus: none, families: [resnet50, vit_base]}}
+image_sizes: [96]
+seeds: {seeds}
+finetuning: {{recipe: finetune_tiny}}
+evaluation: {{conventions: [paper]}}
+"""
 COLUMNS = (
     Column(key="job", title="job", numeric=False),
     Column(key="n", title="n"),
@@ -56,9 +87,9 @@ class Job:
     """An empty folder and n -> arguments of Python."""
 
 
-def draw_set(folder: Path, count: int) -> Path:
+def draw_set(folder: Path, count: int, *, seed: int = 0) -> Path:
     """``count`` JPEG frames in images/ and their masks in masks/, a round polyp each."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     y, x = np.mgrid[: SIZE[0], : SIZE[1]]
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
@@ -72,23 +103,47 @@ def draw_set(folder: Path, count: int) -> Path:
     return folder
 
 
+def checking(folder: Path, count: int) -> list[str]:
+    """``data check`` of frames and masks."""
+    drawn = draw_set(folder / "set", count)
+    return [*COMMAND, "data", "check", OWN_FOLDER, str(drawn), "--output", str(folder / "report")]
+
+
+def loading(folder: Path, count: int) -> list[str]:
+    """Every frame with its mask, one after the other."""
+    return ["-c", LOAD, OWN_FOLDER, str(draw_set(folder / "set", count))]
+
+
 def segmenting(folder: Path, count: int) -> list[str]:
     """``segment`` of a folder of frames."""
     frames = draw_set(folder / "set", count) / "images"
-    return ["-m", "polypseg_command", "--quiet", "segment", str(frames), "--output", str(folder / "segmented")]
+    return [*COMMAND, "segment", str(frames), "--output", str(folder / "segmented")]
 
 
 def evaluating(folder: Path, count: int) -> list[str]:
     """``evaluate`` of somebody's masks, receipt included."""
     drawn = draw_set(folder / "set", count)
-    data = ["--dataset", "kvasir_seg", "--source", str(drawn), "--allow-partial"]  # its layout is the drawn one's
-    given = ["--predictions", str(drawn / "masks"), "--output", str(folder / "results")]
-    return ["-m", "polypseg_command", "--quiet", "evaluate", *data, *given]
+    data = ["--dataset", OWN_FOLDER, "--source", str(drawn)]
+    return [*COMMAND, "evaluate", *data, "--predictions", str(drawn / "masks"), "--output", str(folder / "results")]
+
+
+def comparing(folder: Path, count: int) -> list[str]:
+    """``shift measure`` of two sets, embedding included."""
+    sets = [str(draw_set(folder / side, count, seed=seed)) for seed, side in enumerate("ab")]
+    named = [text for side, drawn in zip("ab", sets, strict=True) for text in (f"--{side}", OWN_FOLDER)]
+    given = [text for drawn in sets for text in ("--source", drawn)]
+    return [*COMMAND, "shift", "measure", *named, *given, "--output", str(folder / "shift")]
 
 
 def searching(_: Path, count: int) -> list[str]:
-    """The search for near-duplicates, of ten times as many frames."""
-    return ["-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); {DUPLICATES.format(10 * count)}"]
+    """The search for near-duplicates."""
+    return ["-c", DUPLICATES, str(Path(__file__).parent), str(count)]
+
+
+def planning(folder: Path, count: int) -> list[str]:
+    """What is left of a grid of as many models, and what it costs."""
+    grid = write_text(folder / "grid.yaml", GRID.format(seeds=list(range(1, count // 2 + 1))))
+    return [*COMMAND, "study", "--grid", str(grid), "--output", str(folder / "study"), "--plan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +179,18 @@ def reporting(folder: Path, count: int) -> list[str]:
             score_predictions(NoisyMasks(seed=seed), data, conventions=("paper",)).write(folder / "results")
     inside, outside = (f"{data.spec.name}.full.full" for data in tests)
     named = ["--in-distribution", inside, "--out-of-distribution", outside, "--output", str(folder / "report.html")]
-    return ["-m", "polypseg_command", "--quiet", "report", str(folder / "results"), *named]
+    return [*COMMAND, "report", str(folder / "results"), *named]
 
 
 JOBS = (
+    Job(name="check a dataset", sizes=FRAMES, prepare=checking),
+    Job(name="load frames and masks", sizes=FRAMES, prepare=loading),
     Job(name="segment frames", sizes=FRAMES, prepare=segmenting),
     Job(name="evaluate masks of frames, every convention", sizes=FRAMES, prepare=evaluating),
-    Job(name="near-duplicates, of 10 n frames", sizes=FRAMES, prepare=searching),
+    Job(name="measure the shift between two sets of frames", sizes=FRAMES[:2], prepare=comparing),
+    Job(name="find near-duplicates", sizes=(*FRAMES[1:], 10 * FRAMES[-1]), prepare=searching),
     Job(name="report on models", sizes=MODELS, prepare=reporting),
+    Job(name="plan a grid of models", sizes=MODELS, prepare=planning),
 )
 
 
@@ -173,12 +232,14 @@ def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(
     output: Annotated[Path, Option(help="Folder that receives growth.json and growth.md.")] = Path("runs/bench"),
-    times: Annotated[int, Option(help="Each job over as many times more frames.", min=1)] = 1,
+    most: Annotated[int, Option(help="Leave out sizes beyond this one.", min=1)] = 10**6,
 ) -> None:
     """Measure how time and memory grow."""
     found = []
     for job in JOBS:
-        sizes = [size * times if job.sizes is FRAMES else size for size in job.sizes]
+        sizes = [size for size in job.sizes if size <= most]
+        if not sizes:
+            continue
         rows = [measured(job, size) for size in sizes]
         found += with_exponents(rows)
         print(to_markdown(found[-len(rows) :]), flush=True)

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,8 +90,8 @@ def forward_rows(
     return side_by_side(f"forward pass of {title}, batch {batch}", timed, repeats=repeats)
 
 
-def shipped_rows(*, frames: int, repeats: int) -> Iterator[Row]:
-    """The shipped model: forward pass, ``segment``, ``evaluate``."""
+def shipped_rows(*, frames: int, segmented: int, repeats: int) -> Iterator[Row]:
+    """The shipped model: forward pass, ``segment`` of ``segmented`` frames, ``evaluate`` of ``frames``."""
     ways: dict[str, tuple[str, Precision]] = {
         "exact": ("auto", "fp32"),
         "int8": ("onnxruntime", "int8"),
@@ -102,18 +103,21 @@ def shipped_rows(*, frames: int, repeats: int) -> Iterator[Row]:
         folder, samples = Path(name), sorted(SAMPLE_FRAMES.glob("*.jpg"))
         inputs = folder / "frames"
         inputs.mkdir()
-        for number in range(frames):
+        for number in range(segmented):
             (inputs / f"{number:03d}.jpg").write_bytes(samples[number % len(samples)].read_bytes())
 
+        numbers = count()
+
         def plain() -> None:
-            (folder / "plain").mkdir(exist_ok=True)
+            written = folder / f"plain-{next(numbers)}"  # as below: removing earlier results is no part of the job
+            written.mkdir()
             for path in sorted(inputs.iterdir()):
                 frame = Image.open(path).convert("RGB")
                 mask = eager(model, processor, [frame])[0] > 0.5
-                Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "plain" / f"{path.stem}.png")
+                Image.fromarray(mask.astype(np.uint8) * 255).save(written / f"{path.stem}.png")
                 shade = Image.new("RGB", frame.size, (0, 255, 0))
                 overlay = Image.composite(Image.blend(frame, shade, 0.3), frame, Image.fromarray(mask))
-                overlay.save(folder / "plain" / f"{path.stem}.jpg", quality=90)
+                overlay.save(written / f"{path.stem}.jpg", quality=90)
 
         transformers_own = pipeline("image-segmentation", model=model, image_processor=processor)
         timed: dict[str, Callable[[], object]] = {
@@ -122,8 +126,10 @@ def shipped_rows(*, frames: int, repeats: int) -> Iterator[Row]:
         }
         for way, (runtime, precision) in ways.items():
             segmenter = polypseg.load(runtime=runtime, precision=precision)
-            timed[way] = partial(segment_files, segmenter, [str(inputs)], folder / way, overwrite=True)
-        yield from side_by_side(f"segment {frames} frames, with overlays and tables", timed, repeats=repeats)
+            timed[way] = lambda by=segmenter, way=way: segment_files(  # type: ignore[misc]
+                by, [str(inputs)], folder / f"{way}-{next(numbers)}"
+            )
+        yield from side_by_side(f"segment {segmented} frames, with overlays and tables", timed, repeats=repeats)
     yield from evaluation_rows(STARTER_FOLDER, "the shipped model", frames=frames, repeats=repeats)
 
 
@@ -193,21 +199,22 @@ def full_size_rows(*, repeats: int) -> Iterator[Row]:
             yield from evaluation_rows(folder, title, frames=8, repeats=repeats)
 
 
-def rows(*, frames: int = 36, repeats: int = 5) -> list[Row]:
+def rows(*, frames: int = 36, segmented: int = 100, repeats: int = 5) -> list[Row]:
     """The shipped model; ``full_size_rows`` has the full-size architectures."""
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
-    return list(shipped_rows(frames=frames, repeats=repeats))
+    return list(shipped_rows(frames=frames, segmented=segmented, repeats=repeats))
 
 
 def main(
-    frames: Annotated[int, Option(help="Frames of the rows over several.")] = 36,
+    frames: Annotated[int, Option(help="Frames that are evaluated.")] = 36,
+    segmented: Annotated[int, Option(help="Frames that are segmented.")] = 100,
     repeats: Annotated[int, Option(help="Repeats, alternating.")] = 5,
     full: Annotated[bool, Option(help="Also the full-size architectures (minutes).")] = False,
 ) -> None:
     """Time masks of frames against the plain loop."""
     neighbors = Neighbors()
-    found = rows(frames=frames, repeats=repeats)
+    found = rows(frames=frames, segmented=segmented, repeats=repeats)
     if full:
         found += full_size_rows(repeats=repeats)
     print(show(found, neighbors.cores()))

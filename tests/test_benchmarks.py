@@ -31,7 +31,7 @@ def load(name: str):
         ("feed", {"images": 2}),
         ("pretraining_feed", {"images": 1}),
         pytest.param("training_step", {"batch": 2}, marks=pytest.mark.slow),
-        pytest.param("inference", {"frames": 2}, marks=pytest.mark.slow),
+        pytest.param("inference", {"frames": 2, "segmented": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_each_benchmark_times_its_ways_in_turn(name, size):

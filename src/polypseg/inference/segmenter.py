@@ -509,9 +509,12 @@ def _thicken(edge: NDArray[np.bool_], reach: float) -> NDArray[np.bool_]:
     y, x = np.mgrid[-size : size + 1, -size : size + 1]
     near = y**2 + x**2 <= reach**2
     rows, columns = np.nonzero(edge)
-    thick = np.zeros((edge.shape[0] + 2 * size, edge.shape[1] + 2 * size), dtype=bool)
-    thick[(rows[:, None] + y[near] + size).ravel(), (columns[:, None] + x[near] + size).ravel()] = True
-    return thick[size : size + edge.shape[0], size : size + edge.shape[1]]
+    height, stride = edge.shape[0] + 2 * size, edge.shape[1] + 2 * size
+    places = (rows + size) * stride + columns + size
+    thick = np.zeros(height * stride, dtype=bool)
+    for offset in y[near] * stride + x[near]:
+        thick[places + offset] = True
+    return thick.reshape(height, stride)[size : size + edge.shape[0], size : size + edge.shape[1]]
 
 
 _FADING = ImageFilter.Kernel((3, 3), [7, 28, 7, 28, 112, 28, 7, 28, 7])
