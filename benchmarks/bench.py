@@ -5,8 +5,6 @@ OMP_NUM_THREADS=1 python benchmarks/bench.py --output runs/bench
 ``--page`` renders a page from kept records (this one and growth.py's) instead of measuring.
 """
 
-import os
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,13 +21,14 @@ import growth
 import inference
 import measures
 import near_duplicates
+import on_gpu
 import pretraining_feed
 import stages
 import synthetic_frames
 import training_step
 from polypseg.cli.console import run_script
 from polypseg.errors import UsageError
-from polypseg.files import environment_record, read_json, write_json, write_text
+from polypseg.files import environment_record, processor_name, read_json, write_json, write_text
 from side_by_side import Neighbors, Row, why_not_quotable
 
 BENCHMARKS = (
@@ -43,22 +42,8 @@ BENCHMARKS = (
     synthetic_frames.rows,
     training_step.rows,
 )
-INSTRUCTIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX"}
-"""Flag of /proc/cpuinfo -> name."""
-FULL = (inference.full_size_rows,)
+FULL = (inference.full_size_rows, on_gpu.rows)
 """Those that take minutes more."""
-
-
-def processor() -> str:
-    """The processor's name, cores and instructions that decide ratios, as far as the system tells them."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    if "model name" not in facts:
-        return platform.processor() or platform.machine()
-    known = set(facts.get("flags", "").split())
-    told = [f"{os.cpu_count()} cores", *(title for flag, title in INSTRUCTIONS.items() if flag in known)]
-    return f"{facts['model name']} ({', '.join(told)})"
 
 
 PAGE = """# How fast
@@ -136,7 +121,7 @@ def main(
     others = neighbors.cores()
     reasons = why_not_quotable(rows, others)
     content: dict[str, Any] = {
-        "processor": processor(),
+        "processor": processor_name(),
         "other_processes_cores": others,
         "quotable": not reasons,
         "reasons": reasons,

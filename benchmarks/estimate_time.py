@@ -15,12 +15,11 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from bench import processor
 from commands import run
 from polypseg.cli.console import run_script
 from polypseg.data.sources import IMAGE_SUFFIXES
 from polypseg.errors import UsageError
-from polypseg.files import environment_record, file_sha256, write_json
+from polypseg.files import environment_record, file_sha256, processor_name, write_json
 from polypseg.inference.runtimes import WEIGHTS
 from polypseg.provenance.local import starter_folder
 
@@ -51,7 +50,7 @@ def main(
         "folder": frames.resolve().parent.name,
         "seconds": seconds,
         "median": statistics.median(seconds),
-        "processor": processor(),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "model": file_sha256(starter_folder() / WEIGHTS),
         "environment": environment_record(),

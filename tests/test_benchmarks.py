@@ -31,6 +31,11 @@ def load(name: str):
         ("feed", {"images": 2}),
         ("pretraining_feed", {"images": 1}),
         pytest.param("training_step", {"batch": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            "on_gpu",
+            {"batch": 2, "models": ("RN-NA-NA",), "ways": ("before", "bf16"), "device": "cpu"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param("inference", {"frames": 2, "segmented": 2}, marks=pytest.mark.slow),
     ],
 )

@@ -1,7 +1,8 @@
-"""Draw the per-image Dice distributions of one model's receipts, in and out of distribution.
+"""Draw the per-image Dice distributions of one model's receipts, in and out of distribution, and a run's course.
 
 python training_scripts/plot_results.py \
     --results model_cards/results/tf_efficientnet_lite0_deeplabv3plus.supervised_imagenet1k
+python training_scripts/plot_results.py --epochs docs/full_size/RN-NA-NA.100/epochs.csv
 """
 
 from pathlib import Path
@@ -11,25 +12,57 @@ from typer import Option
 
 from polypseg import plotting
 from polypseg.cli.console import run_script
+from polypseg.errors import UsageError
 from polypseg.evaluation.receipt_reading import no_results, read_results
+from polypseg.hub.card_facts import read_epochs
+from polypseg.hub.full_size_tables import CURVE
 
 
-def main(results: Annotated[Path, Option(help="Folder with one model's receipts.")]) -> None:
-    """Draw the per-image Dice distributions of one model's results."""
+def main(
+    results: Annotated[Path | None, Option(help="Folder with one model's receipts.")] = None,
+    epochs: Annotated[Path | None, Option(help="epochs.csv of a run; its learning curve is drawn beside it.")] = None,
+) -> None:
+    """Draw the per-image Dice distributions of one model's results, and a run's learning curve."""
+    if results is None and epochs is None:
+        raise UsageError("nothing to draw: give --results or --epochs")
+    if results is not None:
+        print(draw_distributions(results))
+    if epochs is not None:
+        print(draw_course(epochs))
+
+
+def draw_course(epochs: Path) -> Path:
+    """The learning curve of a run, named after the folder of its epochs.csv. Raises UsageError where there is none."""
+    rows = read_epochs(epochs)
+    if not rows:
+        raise UsageError(f"{epochs} holds no epochs: give the epochs.csv of a run")
+    loss, dice, rates = ([float(row[key]) for row in rows] for key in ("loss", "validation_dice", "learning_rate"))
+    return plotting.plot_learning_curve(
+        loss=loss,
+        dice=dice,
+        rates=rates,
+        title=epochs.parent.name,
+        note="Mean Dice of the validation part after each epoch; one run.",
+        path=epochs.parent / CURVE,
+    )
+
+
+def draw_distributions(results: Path) -> Path:
+    """Dice of every image on each test. Raises UsageError for a folder without receipts."""
     receipts = read_results(results)[::-1]
     if not receipts:
         raise no_results(results)
-    name = receipts[0].name
-    titles = [f"{r.dataset.title}, {r.dataset.split} {r.dataset.part}" for r in receipts]
-    means = [f"{receipt.mean_dice:.3f}" for receipt in receipts]
-    plotting.plot_dice_distributions(
+    name, origin = receipts[0].name, receipts[0].origin
+    kind = "full size" if origin.full_size else "small model"
+    means = " and ".join(f"{receipt.mean_dice:.3f}" for receipt in receipts)
+    of = "" if origin.full_size else " a small model, none of the twelve;"
+    return plotting.plot_dice_distributions(
         {name: [receipt.per_image("dice") for receipt in receipts]},
-        labels={name: "small model"},
-        titles=titles,
-        note=f"{name}: a small model, none of the twelve; one seed. Mean Dice {' and '.join(means)}.",
+        labels={name: kind},
+        titles=[f"{r.dataset.title}, {r.dataset.split} {r.dataset.part}" for r in receipts],
+        note=f"{name}:{of} one seed. Mean Dice {means}.",
         path=results / "dice_distributions.png",
     )
-    print(results / "dice_distributions.png")
 
 
 if __name__ == "__main__":

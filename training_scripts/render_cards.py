@@ -12,7 +12,7 @@ from polypseg.cli.console import run_script
 from polypseg.evaluation.conventions import conventions_markdown
 from polypseg.files import write_text
 from polypseg.hub.model_card import write_pages
-from polypseg.hub.starter_tables import put_between, starter_texts
+from polypseg.hub.page_texts import page_texts, put_between
 from polypseg.provenance.fetch import ORGANIZATION
 
 
@@ -26,7 +26,7 @@ def main(
     pages = write_pages(root / "model_cards", organization=organization)
     print(f"{len(pages)} files in {root / 'model_cards'}")
     print(write_text(root / "docs" / "metric_conventions.md", conventions_markdown()))
-    for page, marks, text in starter_texts(root):
+    for page, marks, text in page_texts(root):
         print(put_between(page, marks, text))
 
 

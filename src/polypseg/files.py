@@ -368,6 +368,22 @@ def environment_record() -> dict[str, Any]:
     }
 
 
+_INSTRUCTIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX"}
+"""Flag of /proc/cpuinfo -> name."""
+
+
+def processor_name() -> str:
+    """The processor's name, cores and instructions that decide speed, as far as the system tells them."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    known = set(facts.get("flags", "").split())
+    told = [f"{os.cpu_count()} cores", *(title for flag, title in _INSTRUCTIONS.items() if flag in known)]
+    return f"{facts['model name']} ({', '.join(told)})"
+
+
 def _without_place(word: str) -> str:
     """An argument without the private part of an absolute path: records travel to cards and reports."""
     path = Path(word)

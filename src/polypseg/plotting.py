@@ -73,6 +73,29 @@ def plot_dice_distributions(
     return save_figure(figure, path)
 
 
+def plot_learning_curve(
+    *, loss: Sequence[float], dice: Sequence[float], rates: Sequence[float], title: str, note: str, path: Path
+) -> Path:
+    """A run by epoch: training loss and mean validation Dice, with the learning rate on a logarithmic scale below."""
+    epochs = range(1, len(loss) + 1)
+    figure, (axis, below) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, height_ratios=(4, 1))
+    axis.plot(epochs, loss, color="0.5", lw=1, label="training loss")
+    axis.plot(epochs, dice, color=CNN_COLOR, lw=1.5, label="validation Dice")
+    best = int(np.argmax(dice))
+    axis.plot(best + 1, dice[best], "o", color="black", ms=5, label=f"best: {dice[best]:.3f} after epoch {best + 1}")
+    axis.set_ylim(0, 1)
+    axis.set_title(title)
+    axis.grid(alpha=0.3)
+    axis.legend(loc="center right", frameon=False)
+    below.step(epochs, rates, color="0.3", where="mid")
+    below.set_yscale("log")
+    below.set_ylabel("learning rate")
+    below.set_xlabel("epoch")
+    below.grid(alpha=0.3)
+    add_note(figure, note)
+    return save_figure(figure, path)
+
+
 def plot_rank_changes(
     ranks: dict[str, tuple[int, int]], *, labels: dict[str, str], titles: Sequence[str], note: str, path: Path
 ) -> Path:

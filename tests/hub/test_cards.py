@@ -25,7 +25,7 @@ from polypseg.evaluation.receipt import Receipt, digest_of
 from polypseg.evaluation.receipt_reading import read_results
 from polypseg.files import environment_record, write_json
 from polypseg.hub.card_checks import lint_card, load_card
-from polypseg.hub.card_facts import PICTURES, collect_facts, measured_facts, planned_facts
+from polypseg.hub.card_facts import PICTURES, collect_facts, measured_facts, planned_facts, training_hours
 from polypseg.hub.card_pictures import SEED, SIZE, write_card_pictures
 from polypseg.hub.dataset_card import load_references
 from polypseg.hub.markdown import all_plain, plain
@@ -454,6 +454,16 @@ def test_compute_of_a_run_is_what_its_record_says(tmp_path):
     (run / "best" / "config.json").write_text(json.dumps(config))
     text = section(render_card(collect_facts(run / "best", organization="x", run_dir=run)), "Compute")
     assert "3.0 h" in text and "Linux-x" in text and "computed in: bf16" in text and "carbon: not recorded" in text
+
+
+def test_an_interrupted_epoch_counts_at_the_median_speed():
+    recipe = measured_facts(RESULTS / STARTER, organization="x").recipe
+    speeds, images = [2.0, 0.0, 4.0, 6.0, 0.9], 10 * recipe.training.total_batch_size  # median of those measured: 3
+    epochs = [{"step": str(10 * n), "images_per_second": str(rate)} for n, rate in enumerate(speeds, start=1)]
+    assert training_hours(epochs, recipe) == pytest.approx(images * (1 / 2 + 1 / 3 + 1 / 4 + 1 / 6 + 1 / 0.9) / 3600)
+    epochs[-1]["images_per_second"] = "0.7"
+    assert training_hours(epochs, recipe) == pytest.approx(images * (1 / 2 + 1 / 3 + 1 / 4 + 1 / 6 + 1 / 3) / 3600)
+    assert training_hours(epochs[1:2], recipe) is None and training_hours([], recipe) is None
 
 
 # -- the lint ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from polypseg.evaluation.receipt_reading import write_quality
 from polypseg.files import SAMPLE_FRAMES, file_sha256
 from polypseg.hub.export import RESULTS
 from polypseg.hub.pack import LARGEST, add_results
-from polypseg.hub.starter_tables import starter_texts
+from polypseg.hub.page_texts import page_texts
 from polypseg.inference import quality
 from polypseg.inference.quality import UNKNOWN, read_quality
 from polypseg.provenance.checksums import check_folder
@@ -71,7 +71,7 @@ def test_its_results_are_of_the_shipped_file():
 
 
 def test_the_pages_show_its_receipts_and_what_was_measured_of_it():
-    texts = starter_texts(REPOSITORY)
+    texts = page_texts(REPOSITORY)
     assert {page.name for page, _, _ in texts} == {"README.md", "results.md"}
     for page, (begin, end), text in texts:
         shown = page.read_text().partition(begin)[2].partition(end)[0]

@@ -1,6 +1,7 @@
 """What a model's card says, collected: from the table, the weights' record, the run and the evaluation receipts."""
 
 import csv
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,8 @@ class ComputeFacts:
     hours: float | None = None
     """Of training without validation, from the images a second of every epoch."""
     platform: str | None = None
+    hardware: str | None = None
+    """Name of what one process computed on."""
     precision: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -209,6 +212,7 @@ def _compute_facts(run_dir: Path) -> ComputeFacts:
     return ComputeFacts(
         hours=training_hours(read_epochs(run_dir / "epochs.csv"), _run_recipe(run_dir)),
         platform=environment.get("platform"),
+        hardware=environment.get("hardware"),
         precision=environment.get("precision"),
         versions=environment.get("versions", {}),
     )
@@ -223,9 +227,21 @@ def read_epochs(path: Path) -> list[dict[str, str]]:
 
 
 def training_hours(epochs: Sequence[Mapping[str, str]], recipe: Recipe) -> float | None:
-    """Hours of training that the epochs' speeds add up to; None without epochs."""
-    seconds, before = 0.0, 0
+    """Hours of training that the epochs' speeds add up to; None without epochs.
+
+    An epoch at less than a quarter of the median speed was resumed or suspended: it counts at the median.
+    """
+    seconds, before, usual = 0.0, 0, training_speed(epochs)
+    if usual is None:
+        return None
     for row in epochs:
         images = (int(row["step"]) - before) * recipe.training.total_batch_size
-        seconds, before = seconds + images / float(row["images_per_second"]), int(row["step"])
-    return seconds / 3600 if epochs else None
+        rate = float(row["images_per_second"])
+        seconds, before = seconds + images / (rate if rate > usual / 4 else usual), int(row["step"])
+    return seconds / 3600
+
+
+def training_speed(epochs: Sequence[Mapping[str, str]]) -> float | None:
+    """Images a second in the median of the epochs; None where none was measured."""
+    rates = [rate for row in epochs if (rate := float(row["images_per_second"]))]
+    return statistics.median(rates) if rates else None

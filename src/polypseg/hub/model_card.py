@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from polypseg import __version__, zoo
 from polypseg.data.catalog import DATASETS, POPULATIONS, DatasetSpec, is_synthetic, may_be_public, population_of
 from polypseg.data.splits import DESCRIPTIONS, pinned_split
+from polypseg.errors import PolypSegError
 from polypseg.evaluation.receipt import CONVENTION, Receipt, Test
 from polypseg.evaluation.receipt_reading import LIMITS, cell_of, seen_words, size_of
 from polypseg.files import write_text
@@ -398,7 +399,7 @@ def _compute_lines(compute: ComputeFacts) -> list[str]:
     )
     return [
         f"Time of training: {hours}.",
-        f"Hardware: {NOT_RECORDED}; platform: {compute.platform or NOT_RECORDED}; computed in: "
+        f"Hardware: {compute.hardware or NOT_RECORDED}; platform: {compute.platform or NOT_RECORDED}; computed in: "
         f"{compute.precision or NOT_RECORDED}.",
         f"Energy and carbon: {NOT_RECORDED}.",
     ]
@@ -410,7 +411,8 @@ def _compute_lines(compute: ComputeFacts) -> list[str]:
 def render_pages(results: Path, *, organization: str) -> dict[str, str]:
     """File name -> text: a card for every row of the table and for every model with results, and their index."""
     rows, extra = (
-        [planned_facts(entry, organization=organization) for entry in table] for table in (zoo.ZOO, zoo.EXTRA)
+        [_facts_of_row(entry, results=results, organization=organization) for entry in table]
+        for table in (zoo.ZOO, zoo.EXTRA)
     )
     known = {facts.origin.model_id for facts in [*rows, *extra]}
     folders = sorted(path for path in results.iterdir() if path.is_dir() and path.name not in known)
@@ -424,6 +426,18 @@ def render_pages(results: Path, *, organization: str) -> dict[str, str]:
         disclaimer=DISCLAIMER,
     )
     return pages | {"README.md": index}
+
+
+def _facts_of_row(entry: ZooEntry, *, results: Path, organization: str) -> CardFacts:
+    """A row as it was measured, else as it is planned. Raises PolypSegError for results that may not bear its id."""
+    folder = results / entry.model_id
+    if not folder.is_dir():
+        return planned_facts(entry, organization=organization)
+    facts = measured_facts(folder, organization=organization)
+    if facts.origin.suffix:
+        what = "; ".join(facts.origin.shortcomings)
+        raise PolypSegError(f"{folder} bears the id of a row but holds results of another model: {what}")
+    return facts
 
 
 def _index_row(facts: CardFacts) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The tables on README and docs about the shipped model and full-size rows in training, from receipts and records."""
+"""The tables on README and docs about the shipped model, from receipts and records."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -6,29 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from polypseg.data.catalog import NEGATIVES, title_of
-from polypseg.errors import PolypSegError
 from polypseg.evaluation.receipt import Receipt, find_receipts
 from polypseg.evaluation.receipt_reading import cell_of, size_of
-from polypseg.files import read_json, write_text
+from polypseg.files import read_json
 from polypseg.hub.card_facts import read_epochs, training_hours
-from polypseg.hub.export import RESULTS
-from polypseg.hub.precision_tables import precision_text
-from polypseg.provenance.local import STARTER_FOLDER
 from polypseg.recipe import Recipe, changes_from_bundled, load_recipe, read_recipe
 from polypseg.tables import Column, Table, with_bounds
 
-STARTER_MARKS = ("<!-- starter -->", "<!-- /starter -->")
-RUNS_MARKS = ("<!-- runs -->", "<!-- /runs -->")
-AVERAGES_MARKS = ("<!-- averages -->", "<!-- /averages -->")
-SEARCH_MARKS = ("<!-- search -->", "<!-- /search -->")
-ROBUSTNESS_MARKS = ("<!-- robustness -->", "<!-- /robustness -->")
-SHIFT_MARKS = ("<!-- shift -->", "<!-- /shift -->")
-FLICKER_MARKS = ("<!-- flicker -->", "<!-- /flicker -->")
-IN_TRAINING_MARKS = ("<!-- in training -->", "<!-- /in training -->")
-PRECISION_MARKS = ("<!-- precision -->", "<!-- /precision -->")
-EXPORTS_MARKS = ("<!-- exports -->", "<!-- /exports -->")
-"""Between two marks of a page stands the text that these functions render."""
-_SCORES = tuple(
+SCORES = tuple(
     Column(title, key, cell_of)
     for title, key in (("mDice", "dice"), ("mIoU", "iou"), ("mPrecision", "precision"), ("mRecall", "recall"))
 )
@@ -44,7 +29,7 @@ def starter_table(results: Path) -> str:
     receipts = sorted(
         find_receipts(results).values(), key=lambda receipt: (receipt.dataset.name != "kvasir_seg", receipt.n)
     )
-    parts = [_scores_and_alarms([receipt for receipt in receipts if receipt.operating_point is None])]
+    parts = [scores_and_alarms([receipt for receipt in receipts if receipt.operating_point is None])]
     if pointed := [receipt for receipt in receipts if receipt.operating_point is not None]:
         point = pointed[0].operating_point or {}
         asked = f"regions that exceed {point['minimum_peak']:.2f} somewhere" if point.get("minimum_peak") else "regions"
@@ -54,11 +39,11 @@ def starter_table(results: Path) -> str:
             f"At its own operating point, chosen on validation frames (`--operating-point model`: probability above "
             f"{point['threshold']:.2f} at temperature {point['temperature']:.2f}, {asked}):"
         )
-        parts.append(_scores_and_alarms(pointed))
+        parts.append(scores_and_alarms(pointed))
     return "\n\n".join(parts)
 
 
-def _scores_and_alarms(receipts: Sequence[Receipt]) -> str:
+def scores_and_alarms(receipts: Sequence[Receipt]) -> str:
     """A row per test, then the false alarms."""
     records, alarms = [], []
     for receipt in receipts:
@@ -76,7 +61,7 @@ def _scores_and_alarms(receipts: Sequence[Receipt]) -> str:
     columns = [
         Column("tested on", "test"),
         Column("n", "size"),
-        *_SCORES,
+        *SCORES,
     ]
     return "\n".join([Table(columns=columns, records=records).markdown(), *(["", *alarms] if alarms else [])])
 
@@ -200,13 +185,6 @@ def shift_table(file: Path) -> str:
     return f"{title}\n\n{Table(columns=columns, records=found['factors']).markdown()}"
 
 
-def put_between(page: Path, marks: tuple[str, str], text: str) -> Path:
-    """Put a text between two marks of a page and return its path."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(marks[0])
-    after = rest.partition(marks[1])[2]
-    return write_text(page, f"{before}{marks[0]}\n{text}\n{marks[1]}{after}")
-
-
 def exports_table(folder: Path) -> str:
     """What benchmarks/export_table.py wrote to ``exports.MODEL.json`` of a folder as Markdown, a table per model."""
     columns = [
@@ -227,33 +205,6 @@ def exports_table(folder: Path) -> str:
     return "\n\n".join(tables)
 
 
-def in_training_table(folder: Path) -> str:
-    """Full-size rows that are not trained to their end as Markdown: a row per test of each ``ROW.EPOCHS`` of a folder.
-
-    Each holds the run's ``epochs.csv`` up to there and the receipts of its best model by validation.
-    """
-    records = []
-    for kept in sorted(folder.iterdir(), key=lambda path: (path.stem, int(path.suffix[1:]))):
-        epochs = read_epochs(kept / "epochs.csv")
-        dice = max(float(row["validation_dice"]) for row in epochs)
-        for receipt in sorted(find_receipts(kept).values(), key=lambda receipt: receipt.n):
-            origin = None if receipt.model is None else receipt.model.weights_origin
-            recipe = None if origin is None else origin.bundled_recipe
-            if recipe is None or origin is None or origin.finished:
-                raise PolypSegError(f"{receipt.path} is not of a row in training: remove it")
-            told = f"{kept.stem} after {len(epochs)} of {recipe.training.epochs} epochs"
-            records.append({"row": told, "validation": dice, "test": receipt.dataset.title, "size": size_of(receipt)})
-            records[-1] |= receipt.stated
-    columns = [
-        Column("unfinished", "row"),
-        Column("best validation Dice", "validation", "{:.3f}".format),
-        Column("tested on", "test"),
-        Column("n", "size"),
-        *_SCORES,
-    ]
-    return Table(columns=columns, records=records).markdown()
-
-
 def flicker_table(path: Path) -> str:
     """What benchmarks/flicker.py wrote, as Markdown."""
     with path.open(encoding="utf-8", newline="") as file:
@@ -268,27 +219,3 @@ def flicker_table(path: Path) -> str:
     ]
     of = f"{records[0]['frames']} frames of {records[0]['clips']} clips"
     return f"CVC-ClinicDB, {of}:\n\n{Table(columns=columns, records=records).markdown()}"
-
-
-def starter_texts(root: Path) -> list[tuple[Path, tuple[str, str], str]]:
-    """Page, marks and text of everything that README and docs/results.md of a clone say of the shipped model."""
-    readme, results, kept = root / "README.md", root / "docs" / "results.md", root / "docs" / "starter"
-    scores = starter_table(STARTER_FOLDER / RESULTS)
-    texts = [(readme, STARTER_MARKS, scores), (results, STARTER_MARKS, scores), (results, RUNS_MARKS, runs_table(kept))]
-    for marks, name, table in (
-        (AVERAGES_MARKS, "averages.json", averages_table),
-        (ROBUSTNESS_MARKS, "robustness.json", robustness_table),
-        (SHIFT_MARKS, "attribution.json", shift_table),
-        (FLICKER_MARKS, "flicker.csv", flicker_table),
-    ):
-        if (kept / name).is_file():
-            texts.append((results, marks, table(kept / name)))
-    if (kept / "search").is_dir():
-        texts.append((results, SEARCH_MARKS, search_table(kept / "search")))
-    if any(kept.glob("exports.*.json")):
-        texts.append((results, EXPORTS_MARKS, exports_table(kept)))
-    if (root / "docs" / "full_size").is_dir():
-        texts.append((results, IN_TRAINING_MARKS, in_training_table(root / "docs" / "full_size")))
-    if (root / "docs" / "precision").is_dir():
-        texts.append((results, PRECISION_MARKS, precision_text(root / "docs" / "precision")))
-    return texts

@@ -22,6 +22,7 @@ from polypseg.files import (
     atomic_path,
     environment_record,
     explain_write_errors,
+    processor_name,
     put_in_place,
     read_json,
     sole_writer,
@@ -156,7 +157,10 @@ def claim_run(run_dir: Path, record: Mapping[str, Any], accelerator: Accelerator
                 "as many (accelerate launch --num_processes), or choose another --output"
             )
     elif accelerator.is_main_process:
-        environment = environment_record() | {"precision": accelerator.mixed_precision}
+        environment = environment_record() | {
+            "precision": accelerator.mixed_precision,
+            "hardware": _hardware(accelerator),
+        }
         environment |= {"processes": accelerator.num_processes}
         write_json(path, {**record, "environment": environment})
     if accelerator.is_main_process:
@@ -164,6 +168,12 @@ def claim_run(run_dir: Path, record: Mapping[str, Any], accelerator: Accelerator
             shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
     return continues
+
+
+def _hardware(accelerator: Accelerator) -> str:
+    """What one process computes on, by name."""
+    device = accelerator.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
