@@ -41,7 +41,7 @@ def draw_course(epochs: Path) -> Path:
         loss=loss,
         dice=dice,
         rates=rates,
-        title=epochs.parent.name,
+        title=f"{epochs.parent.stem}, {len(rows)} epochs",
         note="Mean Dice of the validation part after each epoch; one run.",
         path=epochs.parent / CURVE,
     )

@@ -2,9 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from polypseg import zoo
 from polypseg.errors import PolypSegError
@@ -94,3 +98,18 @@ def test_each_stop_of_a_row_in_training_is_shown():
                 line for line in text.splitlines() if f"{dice.mean:.3f} [{dice.low:.3f}, {dice.high:.3f}]" in line
             ]
             assert f"{kept.stem} after {kept.suffix[1:]} of 200 epochs" in line
+
+
+def test_a_learning_curve_is_drawn_beside_its_epochs(tmp_path):
+    script = REPOSITORY / "training_scripts" / "plot_results.py"
+    epochs = tmp_path / "RN-NA-NA.50" / "epochs.csv"
+    epochs.parent.mkdir()
+    shutil.copy(KEPT / "RN-NA-NA.50" / "epochs.csv", epochs)
+    run = partial(subprocess.run, capture_output=True, text=True, check=False)
+    done = run([sys.executable, script, "--epochs", epochs])
+    assert done.returncode == 0, done.stderr
+    with Image.open(epochs.parent / CURVE) as picture:
+        assert picture.width > 600 and len(picture.convert("L").getcolors()) > 20
+    missing = run([sys.executable, script, "--epochs", tmp_path / "none.csv"])
+    assert missing.returncode == 2 and "none.csv holds no epochs" in missing.stderr
+    assert run([sys.executable, script]).returncode == 2
