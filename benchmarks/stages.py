@@ -34,7 +34,7 @@ from polypseg.files import SAMPLE_FRAMES
 from polypseg.inference.model import load_model
 from polypseg.inference.predictors import probability_map
 from polypseg.inference.runtimes import Precision
-from polypseg.inference.segment_files import OVERLAY_QUALITY
+from polypseg.inference.segment_steps import OVERLAY_QUALITY
 from polypseg.inference.segmenter import MIN_AREA, Segmenter, draw_overlay
 from polypseg.pretraining.recipe import load_pretraining_recipe
 from polypseg.pretraining.views import augment, decode_for, draw_box, resized_crop
@@ -132,7 +132,7 @@ def segment_stages(*, frames: int, repeats: int) -> Iterator[Stage]:
                 picture = clock.step("drawing", draw_overlay, image, found, caption=by.caption)
                 buffer = io.BytesIO()
                 clock.step("JPEG encoding", picture.save, buffer, format="JPEG", **OVERLAY_QUALITY)
-                mask = clock.step("PNG encoding", encode_png, found.mask.astype(np.uint8) * 255)
+                mask = clock.step("PNG encoding", encode_png, found.mask * np.uint8(255))
                 clock.step("writing", lambda: [target.write_bytes(part) for part in (mask, buffer.getvalue())])
 
             yield from timed(

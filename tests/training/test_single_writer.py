@@ -24,8 +24,8 @@ from polypseg.data.corpus import open_frames
 from polypseg.data.shards import write_shards
 from polypseg.errors import UsageError
 from polypseg.evaluation import suite
-from polypseg.files import LOCK, FolderInUseError, sole_writer, write_json
-from polypseg.inference import segment_files
+from polypseg.files import LOCK, FolderInUseError, processor_name, read_json, sole_writer, write_json
+from polypseg.inference import segment_files, segment_tables
 from polypseg.inference.operating_point import OperatingPoint
 from polypseg.pretraining import loop as pretraining_run
 from polypseg.recipe import load_recipe
@@ -180,7 +180,7 @@ class TestFirstWriter:
             told.append(attempt(tmp_path / "out"))
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(segment_files._Tables, "read", look)
+        monkeypatch.setattr(segment_tables.Tables, "read", look)
         with pytest.raises(KeyboardInterrupt):
             segment(tmp_path / "out", pairs / "images" / "a.png")
         assert "is being written by another process" in told[0] and str(os.getpid()) in told[0]
@@ -253,7 +253,7 @@ def test_a_lock_may_be_nested_and_leaves_nothing(tmp_path):
 
 def test_a_run_is_continued_by_as_many_processes_as_began_it(tmp_path):
     class Processes:
-        is_main_process, mixed_precision = True, "no"
+        is_main_process, mixed_precision, device = True, "no", torch.device("cpu")
 
         def __init__(self, number: int):
             self.num_processes = number
@@ -262,6 +262,7 @@ def test_a_run_is_continued_by_as_many_processes_as_began_it(tmp_path):
 
     one, two = (cast(Accelerator, Processes(number)) for number in (1, 2))
     assert claim_run(tmp_path, {"recipe": {}}, two, resume=True) is False
+    assert read_json(tmp_path / "run.json")["environment"]["hardware"] == processor_name()
     assert claim_run(tmp_path, {"recipe": {}}, one, resume=True) is True, "nothing is trained yet"
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     assert claim_run(tmp_path, {"recipe": {}}, two, resume=True) is True

@@ -117,12 +117,12 @@ class Prediction:
     @property
     def area(self) -> int:
         """Pixels of the mask."""
-        return int(self.mask.sum())
+        return int(np.count_nonzero(self.mask))
 
     @property
     def share(self) -> float:
         """Share of the frame that the mask covers, 0 to 1."""
-        return float(self.mask.mean())
+        return self.area / self.mask.size
 
 
 class Segmenter:
