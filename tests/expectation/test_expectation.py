@@ -64,8 +64,8 @@ def quick_measures(monkeypatch):
 
 def test_features_of_a_right_mask_say_that_it_is_sure_and_of_none_that_it_is_empty():
     segmenter = constructed()
-    right = look_at(segmenter, [draw_frame(1)[0]], views=True)[0].features
-    none = look_at(segmenter, [draw_frame(1, polyp=False)[0]], views=True)[0].features
+    right = look_at(segmenter, segmenter.prepare([draw_frame(1)[0]])[0], views=True).features
+    none = look_at(segmenter, segmenter.prepare([draw_frame(1, polyp=False)[0]])[0], views=True).features
     assert set(right) == set(ALL) == set(none)
     assert right["soft_dice"] > 0.95 and right["agree_flip"] == 1 and right["regions"] == 1 and right["contrast"] > 0.2
     assert none["soft_dice"] == none["size"] == none["entropy"] == 0 and none["agree_least"] == 1

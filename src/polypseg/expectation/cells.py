@@ -102,7 +102,7 @@ def _measure(segmenter: Segmenter, frames: FrameSet, record_id: str, kind: str, 
     frame, truth = frames.dataset.pair(record)
     if kind != CLEAN:
         frame = Image.fromarray(corrupt(np.asarray(frame), kind, severity=severity, key=record_id))
-    look = look_at(segmenter, [frame], views=True, names=[record_id])[0]
+    look = look_at(segmenter, segmenter.prepare([frame])[0], views=True, name=record_id)
     mask = segmenter.runtime.resize(look.logits, truth.shape) > 0
     return Row(
         id=record_id,

@@ -228,7 +228,7 @@ def _look(
         return FrameEstimate(name=name, group=group, expected_dice=None, flag=UNLIKE, polyp_share=0.0), None
     predictor = learned.three_passes
     own = set(predictor.features) - set(VIEW_FEATURES)
-    look = look_at(segmenter, [image], views=views, names=[name], features=own)[0]
+    look = look_at(segmenter, pixels, views=views, name=name, features=own)
     share = float((look.logits > 0).mean())
     value = float(predictor(np.array([[look.features[feature] for feature in predictor.features]]))[0])
     flag = EMPTY if share == 0 else learned.of_frame(look.logits, pixels, segmenter.processor).flag

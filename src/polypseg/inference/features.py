@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from polypseg.inference.regions import grow_mask, measure_regions
 from polypseg.inference.runtimes import resize_bilinear, sigmoid
@@ -73,29 +72,19 @@ class Look:
 
 
 def look_at(
-    segmenter: Any,
-    frames: Sequence[Image.Image],
-    *,
-    views: bool,
-    names: Sequence[str] = (),
-    features: Collection[str] = SINGLE,
-) -> list[Look]:
-    """RGB frames of any size -> what the segmenter says of each; ``views``: two more passes, for ``VIEW_FEATURES``.
+    segmenter: Any, pixels: Plane, *, views: bool, name: str = "the frame", features: Collection[str] = SINGLE
+) -> Look:
+    """A prepared frame (3, h, w) -> what the segmenter says of it; ``views``: two more passes, for ``VIEW_FEATURES``.
 
-    ``features``: those of the frame's own pass that are wanted; others may be there or not. Raises PolypSegError for
-    outputs that are not finite.
+    ``features``: those of the frame's own pass that are wanted; others may be there or not. ``name``: what errors call
+    the frame. Raises PolypSegError for outputs that are not finite.
     """
-    looks = []
-    for number, frame in enumerate(frames):
-        name = names[number] if number < len(names) else f"frame {number + 1}"
-        pixels = segmenter.prepare([frame])
-        colors = to_colors(pixels[0], segmenter.processor)
-        logits = segmenter.runtime.polyp_logits(pixels, names=[name])[0]
-        found = describe(logits, colors, features=features)
-        if views:
-            found |= agreement(segmenter, pixels[0], colors, logits, name=name)
-        looks.append(Look(logits=logits, features=found))
-    return looks
+    colors = to_colors(pixels, segmenter.processor)
+    logits = segmenter.runtime.polyp_logits(pixels[None], names=[name])[0]
+    found = describe(logits, colors, features=features)
+    if views:
+        found |= agreement(segmenter, pixels, colors, logits, name=name)
+    return Look(logits=logits, features=found)
 
 
 def to_colors(pixels: Plane, processor: Any) -> Plane:
