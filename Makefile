@@ -44,9 +44,10 @@ bench: $(INSTALLED)  ## each job against the way before it, side by side; result
 	@echo "== Timing each job against the way before it (results in runs/bench)"
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py --output runs/bench
 
-bench-full: $(INSTALLED)  ## the same with the full-size architectures and how jobs grow, minutes more
+bench-full: $(INSTALLED)  ## the same with full-size models, memory and how jobs grow: an hour
 	@echo "== Timing each job against the way before it, full-size models too (results in runs/bench)"
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py --full --output runs/bench
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peak_memory.py --output runs/bench
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/growth.py --output runs/bench
 
 faults: $(INSTALLED)  ## kills, full disks, hostile inputs; results in docs/reliability.md

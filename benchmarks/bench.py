@@ -2,7 +2,7 @@
 
 OMP_NUM_THREADS=1 python benchmarks/bench.py --output runs/bench
 
-``--page`` renders a page from kept records (this one and growth.py's) instead of measuring.
+``--page`` renders a page from kept records (this one, growth.py's and peak_memory.py's) instead of measuring.
 """
 
 import statistics
@@ -22,6 +22,7 @@ import inference
 import measures
 import near_duplicates
 import on_gpu
+import peak_memory
 import pretraining_feed
 import stages
 import synthetic_frames
@@ -60,6 +61,12 @@ The steps of a job one after the other, on one thread; the jobs themselves run t
 column is how much of the machine's matrix products (above) a network reaches: what no other runtime could pass.
 
 {stages}
+## What it holds in memory
+
+The most that a process of each job holds, with all that it imports, against that of the way before:
+
+{memory}
+
 ## How it grows
 
 Small made-up frames, each job and size in a process of its own; `make bench-full` measures it anew:
@@ -91,13 +98,22 @@ def _threads(content: Mapping[str, Any]) -> str:
     return "one thread" if threads == 1 else f"{threads} threads"
 
 
-def render_page(content: Mapping[str, Any], grown: Sequence[dict[str, Any]]) -> str:
-    """A page from a record and the rows of ``growth.json``. Raises UsageError for a record that may not be quoted."""
+def render_page(content: Mapping[str, Any], *, grown: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]]) -> str:
+    """A page from a record and the rows of ``growth.json`` and ``peak_memory.json``.
+
+    Raises UsageError for a record that may not be quoted.
+    """
     if content["reasons"]:
         raise UsageError(f"this record may not be quoted: {content['reasons'][0]}: measure again on a quiet machine")
     repeats = len(content["rows"][0]["seconds"])
     told = stages.to_markdown(content["stages"], best=content["ceilings"])
-    return PAGE.format(repeats=repeats, table=to_markdown(content), stages=told, growth=growth.to_markdown(grown))
+    return PAGE.format(
+        repeats=repeats,
+        table=to_markdown(content),
+        stages=told,
+        memory=peak_memory.to_markdown(held),
+        growth=growth.to_markdown(grown),
+    )
 
 
 def main(
@@ -108,8 +124,8 @@ def main(
 ) -> None:
     """Run all benchmarks and write their rows; on a busy machine the table says that it may not be quoted."""
     if page is not None:
-        grown = read_json(output / "growth.json")["rows"]
-        print(write_text(page, render_page(read_json(output / "bench.json"), grown)))
+        grown, held = (read_json(output / f"{name}.json")["rows"] for name in ("growth", "peak_memory"))
+        print(write_text(page, render_page(read_json(output / "bench.json"), grown=grown, held=held)))
         return
     neighbors, rows, best = Neighbors(), list[Row](), ceilings.ceilings()
     for benchmark in (*BENCHMARKS, *(FULL if full else ())):

@@ -87,17 +87,17 @@ class Job:
     """An empty folder and n -> arguments of Python."""
 
 
-def draw_set(folder: Path, count: int, *, seed: int = 0) -> Path:
+def draw_set(folder: Path, count: int, *, seed: int = 0, size: tuple[int, int] = SIZE) -> Path:
     """``count`` JPEG frames in images/ and their masks in masks/, a round polyp each."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[: SIZE[0], : SIZE[1]]
+    rng, least = np.random.default_rng(seed), min(size)
+    y, x = np.mgrid[: size[0], : size[1]]
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
     for index in range(count):
-        top, left, radius = rng.uniform(30, 66), rng.uniform(30, 98), rng.uniform(10, 28)
-        mask = np.hypot(y - top, x - left) < radius
+        top, left = (rng.uniform(0.3, 0.7) * side for side in size)
+        mask = np.hypot(y - top, x - left) < rng.uniform(0.1, 0.3) * least
         blobs = rng.integers(60, 200, size=(6, 8, 3), dtype=np.uint8)
-        frame = cv2.resize(blobs, SIZE[::-1], interpolation=cv2.INTER_CUBIC)
+        frame = cv2.resize(blobs, size[::-1], interpolation=cv2.INTER_CUBIC)
         cv2.imwrite(str(folder / "images" / f"{index:06d}.jpg"), np.where(mask[..., None], 255 - frame, frame))
         cv2.imwrite(str(folder / "masks" / f"{index:06d}.png"), mask.astype(np.uint8) * 255)
     return folder
@@ -204,15 +204,24 @@ sys.exit(done.returncode)
 """A small process between: a child's peak memory counts that of the process that starts it."""
 
 
-def measured(job: Job, count: int) -> dict[str, Any]:
-    """Seconds and most memory of the job's process. Raises PolypSegError with its words where it fails."""
+def run_alone(arguments: Sequence[str], *, of: str) -> tuple[float, float]:
+    """Python with these arguments, in a process of its own: its seconds and the most MB that it held.
+
+    ``of``: what is done, for errors. Raises PolypSegError with the words of one that fails.
+    """
     with tempfile.TemporaryDirectory() as name:
-        arguments = job.prepare(Path(name), count)
         launched = [sys.executable, "-c", LAUNCH, *arguments]
         done = subprocess.run(launched, capture_output=True, text=True, check=False, cwd=name)
     if done.returncode:
-        raise PolypSegError(f"{job.name}, {count}: {done.stderr[-2000:]}")
+        raise PolypSegError(f"{of}: {done.stderr[-2000:]}")
     seconds, peak = map(float, done.stdout.split())
+    return seconds, peak
+
+
+def measured(job: Job, count: int) -> dict[str, Any]:
+    """Seconds and most memory of the job's process. Raises PolypSegError with its words where it fails."""
+    with tempfile.TemporaryDirectory() as name:
+        seconds, peak = run_alone(job.prepare(Path(name), count), of=f"{job.name}, {count}")
     return {"job": job.name, "n": count, "seconds": seconds, "peak_mb": peak}
 
 

@@ -33,8 +33,8 @@ from polypseg.evaluation.evaluate import score_predictions
 from polypseg.files import SAMPLE_FRAMES
 from polypseg.hub.onnx import export_runtime
 from polypseg.inference.model import build_image_processor, cpu_has_bf16, load_model
+from polypseg.inference.open_model import open_model
 from polypseg.inference.prediction_source import PredictionSource
-from polypseg.inference.predictors import open_model
 from polypseg.inference.runtimes import ONNX_FILES, Precision, has_bf16
 from polypseg.inference.segment_files import segment_files
 from polypseg.provenance.local import STARTER_FOLDER

@@ -74,6 +74,8 @@ def test_stages_are_those_of_each_job():
 
 GROWN = [{"job": "count", "n": 10, "seconds": 1.0, "peak_mb": 100.0, "exponent": None}]
 
+HELD = [{"job": "segment", "way": "ours", "peak_mb": 100.0, "before_mb": 400.0, "ratio": 0.25}]
+
 
 def test_growth_is_the_power_between_neighboring_sizes():
     growth = load("growth")
@@ -90,6 +92,18 @@ def test_growth_is_measured_of_a_process_of_its_own():
     failing = growth.Job(name="fail", sizes=(1,), prepare=lambda folder, n: ["-c", "raise SystemExit('no frames')"])
     with pytest.raises(PolypSegError, match="fail, 1: no frames"):
         growth.measured(failing, 1)
+
+
+@pytest.mark.slow
+def test_the_most_memory_of_a_way_is_that_of_its_own_process():
+    memory = load("peak_memory")
+    hold = "x = b'x' * ({} * 10**8)"
+    job = memory.Job(
+        name="hold", ways=lambda _: {"before": ["-c", hold.format(3)], "now": ["-c", hold.format(1)]}
+    )  # fmt: skip
+    (row,) = memory.measured(job)
+    assert row["before_mb"] - row["peak_mb"] == pytest.approx(200e6 / 2**20, rel=0.1)
+    assert row["ratio"] == row["peak_mb"] / row["before_mb"] and row["way"] == "now"
 
 
 def test_the_ceilings_are_those_of_this_machine(monkeypatch):
@@ -114,8 +128,8 @@ def test_neither_a_busy_machine_nor_restless_repeats_may_be_quoted():
 def test_the_page_shows_the_kept_record():
     docs = FOLDER.parent / "docs"
     record = json.loads((docs / "speed" / "bench.json").read_text())
-    grown = json.loads((docs / "speed" / "growth.json").read_text())["rows"]
-    assert (docs / "speed.md").read_text() == load("bench").render_page(record, grown)
+    grown, held = (json.loads((docs / "speed" / f"{n}.json").read_text())["rows"] for n in ("growth", "peak_memory"))
+    assert (docs / "speed.md").read_text() == load("bench").render_page(record, grown=grown, held=held)
 
 
 @pytest.mark.parametrize("cores", [0.0, 1.5])
@@ -138,6 +152,7 @@ def test_bench_writes_a_table_or_why_there_is_none(tmp_path, monkeypatch, cores)
     assert ("on one thread: matrix products at 100 GFLOP/s in fp32; copies at 10 GB/s." in table) == (cores == 0.0)
     page = tmp_path / "speed.md"
     (tmp_path / "growth.json").write_text(json.dumps({"rows": GROWN}))
+    (tmp_path / "peak_memory.json").write_text(json.dumps({"rows": HELD}))
     if cores:
         with pytest.raises(UsageError, match="measure again"):
             bench.main(output=tmp_path, page=page)
@@ -145,3 +160,4 @@ def test_bench_writes_a_table_or_why_there_is_none(tmp_path, monkeypatch, cores)
         bench.main(output=tmp_path, page=page)
         assert table in page.read_text() and "medians of 2 repeats" in page.read_text()
         assert "| a job | bf16 | network | 20 | 100% |  |" in page.read_text()
+        assert "| segment | ours | 100 | 400 | 0.25 |" in page.read_text()

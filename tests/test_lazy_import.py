@@ -63,7 +63,8 @@ def test_auto_classes_know_the_models(folder, code):
     assert run(code.replace("{folder!r}", repr(str(folder)))).strip() == "PolypSegForSemanticSegmentation"
 
 
-def test_evaluating_predicted_files_imports_no_deep_learning(tmp_path):
+@pytest.mark.parametrize("tested", ["--predictions {folder}/predicted", "--model starter --runtime onnxruntime"])
+def test_evaluating_without_torch_imports_no_deep_learning(tested, tmp_path):
     code = f"""
 import sys
 from pathlib import Path
@@ -78,9 +79,10 @@ for record in data.records:
     frame.save(f"{tmp_path}/images/{{record.id}}.png")
     mask.save(f"{tmp_path}/masks/{{record.id}}.png")
     mask.save(f"{tmp_path}/predicted/{{record.id}}.png")
-app(["evaluate", "--dataset", "folder", "--source", {str(tmp_path)!r}, "--predictions", "{tmp_path}/predicted",
+app(["evaluate", "--dataset", "folder", "--source", {str(tmp_path)!r}, *{tested.format(folder=tmp_path).split()!r},
      "--output", "{tmp_path}/results"], standalone_mode=False)
 print("heavy:", *[name for name in ("torch", "transformers", "timm", "datasets", "pandas") if name in sys.modules])
 """
     printed = run(code)
-    assert "mDice 1.000" in printed and printed.splitlines()[-1] == "heavy:"
+    assert "mDice " in printed and printed.splitlines()[-1] == "heavy:"
+    assert ("mDice 1.000" in printed) == tested.startswith("--predictions")

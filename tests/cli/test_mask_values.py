@@ -73,7 +73,7 @@ def test_suite(coded, tmp_path, values, status):
 
 
 def test_evaluate_hands_the_values_to_the_suite_or_to_its_one_test(coded, tmp_path, monkeypatch):
-    monkeypatch.setattr("polypseg.inference.predictors.open_model", lambda *a, **k: LeftHalf())
+    monkeypatch.setattr("polypseg.inference.open_model.open_model", lambda *a, **k: LeftHalf())
     monkeypatch.setattr("polypseg.inference.model_folder.model_folder", lambda model, **k: None)
     common: dict[str, Any] = {"model": "m", "output": tmp_path, "convention": ["paper"]}
     evaluate(suite=True, only=["ours"], own=[f"ours={coded}"], mask_values=["ours=1"], **common)

@@ -21,14 +21,10 @@ from polypseg.data import SyntheticOptions, open_dataset
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.evaluate import score_predictions
 from polypseg.inference.model import build_image_processor, predicted_mask
+from polypseg.inference.onnx_predictions import OnnxPredictions
+from polypseg.inference.open_model import open_model
 from polypseg.inference.prediction_files import FilePredictions, read_map, save_predictions
-from polypseg.inference.predictors import (
-    ModelPredictions,
-    OnnxPredictions,
-    SmpPredictions,
-    open_model,
-    probability_map,
-)
+from polypseg.inference.predictors import ModelPredictions, SmpPredictions, probability_map
 from polypseg.statistics.scores import METRICS
 
 

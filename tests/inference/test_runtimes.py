@@ -308,7 +308,7 @@ def test_bf16_of_openvino_is_another_model_by_its_fingerprint(folder):
 
 def test_bf16_of_torch_is_another_model_by_its_fingerprint_and_is_named_in_results(tmp_path):
     from polypseg.inference.model import cpu_has_bf16
-    from polypseg.inference.predictors import open_model
+    from polypseg.inference.open_model import open_model
 
     folder = write_tiny_model(tmp_path / "m")
     exact, rounded = (load(folder, runtime="torch", precision=precision) for precision in ("fp32", "bf16"))

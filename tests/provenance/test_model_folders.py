@@ -17,8 +17,11 @@ import polypseg
 from polypseg.data.polyps import PolypDataset, open_dataset
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.evaluation.robustness import measure_robustness
-from polypseg.inference.model import fold_names, load_model, polyp_logits, predict_masks, resize_map, results_name
-from polypseg.inference.predictors import ModelPredictions, OnnxPredictions, SmpPredictions, open_model
+from polypseg.inference.model import fold_names, load_model, polyp_logits, predict_masks, resize_map
+from polypseg.inference.model_folder import results_name
+from polypseg.inference.onnx_predictions import OnnxPredictions
+from polypseg.inference.open_model import open_model
+from polypseg.inference.predictors import ModelPredictions, SmpPredictions
 from polypseg.inference.segment_files import segment_files
 from polypseg.inference.segmenter import Segmenter
 from tiny_models import write_tiny_model

@@ -117,12 +117,12 @@ def run_suite(output: Path) -> Any:
 
 
 def robustness(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polypseg.inference.predictors.open_model", lambda *a, **k: SimpleNamespace(name=output.name))
+    monkeypatch.setattr("polypseg.inference.open_model.open_model", lambda *a, **k: SimpleNamespace(name=output.name))
     use_commands.robustness(model="m", dataset="synthetic_a", output=output.parent)
 
 
 def attribute_shift(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polypseg.inference.predictors.open_model", lambda *a, **k: SimpleNamespace(name=output.name))
+    monkeypatch.setattr("polypseg.inference.open_model.open_model", lambda *a, **k: SimpleNamespace(name=output.name))
     shift_commands.attribute(model="m", a="synthetic_a", b="synthetic_b", output=output.parent)
 
 

@@ -90,7 +90,10 @@ def evaluate(
     allow_partial: Annotated[bool, Option("--allow-partial", help="Accept a part of a dataset, and say so.")] = False,
     save_masks: Annotated[bool, Option("--save-masks", help="Keep the predicted masks as 1-bit PNG files.")] = False,
     name: Annotated[str | None, Option(help="Name in the results; default: the recorded id or the folder's.")] = None,
-    batch_size: Annotated[int, Option(min=1, help="Images per forward pass of a transformers model.")] = 8,
+    batch_size: Annotated[
+        int | None,
+        Option(min=1, help="Images per forward pass. Default: 2 on a CPU, 8 on a GPU."),
+    ] = None,
     runtime: Annotated[
         str | None,
         Option(help="onnxruntime, openvino, auto or torch. Default: torch, which computes the weights themselves."),
@@ -169,7 +172,7 @@ def evaluate(
     def opened() -> "PredictionSource":
         if predictions is not None:
             return _files(predictions, allow_missing=allow_missing, name=name)
-        from polypseg.inference.predictors import open_model
+        from polypseg.inference.open_model import open_model
 
         chosen = open_model(
             str(model),

@@ -258,7 +258,7 @@ def robustness(
     from polypseg.evaluation.metrics import mean_with_interval
     from polypseg.evaluation.robustness import measure_robustness
     from polypseg.files import sole_writer
-    from polypseg.inference.predictors import open_model
+    from polypseg.inference.open_model import open_model
 
     predictor = open_model(model)
     with sole_writer(output / predictor.name):

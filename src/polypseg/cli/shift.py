@@ -79,7 +79,7 @@ def attribute(
 ) -> None:
     """Re-render each set toward the other, one factor at a time, and say what each factor costs the model."""
     from polypseg.files import sole_writer
-    from polypseg.inference.predictors import open_model
+    from polypseg.inference.open_model import open_model
     from polypseg.shift import attribute_shift
 
     values = named_mask_values(mask_values, names=("a", "b"))

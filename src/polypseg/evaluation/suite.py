@@ -292,7 +292,7 @@ def evaluate(
     """
     if not isinstance(dataset, PolypDataset):
         dataset = open_dataset(dataset, source=None if source is None else Path(source))
-    from polypseg.inference.predictors import open_model
+    from polypseg.inference.open_model import open_model
 
     folder = model_folder(str(model))
     manifest = name_partial(kept_manifest(dataset, split=split, part=part, limit=limit), dataset)

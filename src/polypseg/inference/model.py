@@ -1,6 +1,5 @@
 """Image processors and models by path or Hub id, as evaluation and prediction need them."""
 
-import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from polypseg.inference.preparation import NUMBERS, SIZES, check_settings
 from polypseg.inference.runtimes import BF16, NO_BF16, Precision, refuse_non_finite
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.provenance.checksums import MANIFEST, read_manifest
-from polypseg.provenance.origin import UNKNOWN, WEIGHTS_ORIGIN, WeightsOrigin
+from polypseg.provenance.origin import WEIGHTS_ORIGIN, WeightsOrigin
 
 LARGEST_CONFIG = 16 * 2**20
 """Bytes of a model's JSON file; the largest real ones have some hundred kilobytes."""
@@ -187,22 +186,6 @@ def _is_intact_export(folder: Path, *, weights: str) -> bool:
         return False
     manifest = read_manifest(folder / MANIFEST)
     return manifest.get(SAFE_WEIGHTS_NAME) == weights and manifest.get(CONFIG_NAME) == file_sha256(folder / CONFIG_NAME)
-
-
-def results_name(config: Any, name_or_path: str) -> str:
-    """What results call a model: the id of its record, else the last part of its name or path.
-
-    Raises UsageError for a recorded id that cannot name a folder.
-    """
-    try:
-        name = WeightsOrigin.within(config).model_id
-    except UsageError as error:
-        raise UsageError(f"{name_or_path} has a record that cannot name results: {error}") from error
-    if name == UNKNOWN:
-        return Path(name_or_path).name
-    if not re.fullmatch(r"\w[\w.+-]{0,199}", name):
-        raise UsageError(f"{name_or_path} records the id {name[:80]!r}, which cannot name results: correct it")
-    return name
 
 
 def default_device() -> str:

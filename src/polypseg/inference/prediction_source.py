@@ -5,7 +5,7 @@ Each source gives (id, probability) for the asked images, in order: float32 (H, 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,10 @@ from polypseg.data.polyps import PolypDataset
 from polypseg.inference.operating_point import OPERATING_POINT_KEY, OperatingPoint
 
 Probability = NDArray[np.float32]
+Output = Literal["logits", "probability"]
+"""What a model ends in."""
+ABOVE_HALF = np.nextafter(np.float32(0.5), np.float32(1))
+"""The probability of a positive logit that a sigmoid would round to 0.5."""
 
 
 class PredictionSource(Protocol):
