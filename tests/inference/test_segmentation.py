@@ -3,13 +3,24 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
+from scipy import ndimage
 
 from polypseg import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.data import SyntheticOptions, open_dataset
 from polypseg.errors import PolypSegError, UsageError
 from polypseg.inference.model import build_image_processor, predict_masks
-from polypseg.inference.segmenter import OUTLINE, Lesion, Prediction, Segmenter, draw_overlay, find_lesions, read_logits
+from polypseg.inference.segmenter import (
+    OUTLINE,
+    Lesion,
+    Prediction,
+    Segmenter,
+    _soft,
+    _thicken,
+    draw_overlay,
+    find_lesions,
+    read_logits,
+)
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +224,21 @@ def test_predict_refuses_what_is_no_frame_and_deep_images(segmenter, frames):
     deep = Image.fromarray(array[..., 0].astype(np.uint16) * 257)
     with pytest.raises(PolypSegError, match="more than 8 bits per channel"):
         segmenter.predict([deep])
+
+
+def test_lines_fade_as_by_pillows_kernel():
+    rng = np.random.default_rng(0)
+    for share in (0.001, 0.05, 0.5):
+        line = np.zeros((60, 70), dtype=bool)
+        line[2:-2, 2:-2] = rng.random((56, 66)) < share
+        hard = Image.fromarray(line.astype(np.uint8) * 255)
+        expected = hard.filter(ImageFilter.Kernel((3, 3), [7, 28, 7, 28, 112, 28, 7, 28, 7]))
+        expected.paste(255, (0, 0), hard)
+        np.testing.assert_array_equal(np.asarray(_soft(line)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("reach", [1, 2.5, 5.5])
+def test_a_thick_line_holds_all_pixels_within_its_reach(reach):
+    edge = np.random.default_rng(1).random((40, 50)) < 0.01
+    near = ndimage.distance_transform_edt(~edge) <= reach
+    np.testing.assert_array_equal(_thicken(edge, reach), near)

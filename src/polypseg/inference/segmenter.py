@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from polypseg.data.images import as_frame, encode_png
 from polypseg.errors import UsageError, missing_package
@@ -517,13 +517,17 @@ def _thicken(edge: NDArray[np.bool_], reach: float) -> NDArray[np.bool_]:
     return thick.reshape(height, stride)[size : size + edge.shape[0], size : size + edge.shape[1]]
 
 
-_FADING = ImageFilter.Kernel((3, 3), [7, 28, 7, 28, 112, 28, 7, 28, 7])
-"""A Gaussian of 0.6 pixels, cut off where nothing is left of it."""
+_SIDE, _CORNER, _WEIGHTS = 28, 7, 252
+"""A Gaussian of 0.6 pixels, cut off where nothing is left of it: a neighbor's weight, and all nine together."""
+_OPACITIES = np.floor(np.arange(_WEIGHTS + 1) / _WEIGHTS * 255 + 0.5).astype(np.uint8)
 
 
 def _soft(line: NDArray[np.bool_]) -> Image.Image:
     """A line as a picture of opacities: full inside, fading over the next pixel."""
-    hard = Image.fromarray(line.astype(np.uint8) * 255)
-    soft = hard.filter(_FADING)
-    soft.paste(255, (0, 0), hard)
-    return soft
+    middle = np.pad(line.view(np.uint8), 1)
+    beside = middle[:-2] + middle[2:]  # above and below, of each column
+    sides = beside[:, 1:-1] + middle[1:-1, :-2] + middle[1:-1, 2:]
+    corners = beside[:, :-2] + beside[:, 2:]
+    opacities = _OPACITIES[sides * np.uint8(_SIDE) + corners * np.uint8(_CORNER)]
+    opacities[line] = 255
+    return Image.fromarray(opacities)
