@@ -29,6 +29,7 @@ from polypseg.files import (
     write_json,
 )
 from polypseg.inference.inputs import Inputs, Source, read_inputs
+from polypseg.inference.memory import keep_freed_memory
 from polypseg.inference.operating_point import OperatingPoint
 from polypseg.inference.pipeline import in_background
 from polypseg.inference.segment_steps import (
@@ -214,6 +215,7 @@ def _segment(
         whole_videos=smooth is not None,
     )
     sources = tables.name_sources(found.sources)
+    keep_freed_memory()  # each frame asks for as much as the one before gave back
     skipped: list[tuple[str, str]] = []
     segmented, seen, flicker = 0, [], []
     kind = overlay_format(overlay_video) if any(source.is_video for source in sources) else "none"
