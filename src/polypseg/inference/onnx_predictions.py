@@ -71,7 +71,6 @@ class OnnxPredictions:
                 f"{self.path} takes an input of shape {list(network.input_shape)}: (B, 3, height, width) is needed"
             )
         processor = self.processor or self._processor(height, width)
-
         size = self.batch_size if batch is None else batch
         if size != 1 and batch is not None:
             raise UsageError(
