@@ -51,8 +51,9 @@ PAGE = """# How fast
 
 Each job, as this package does it, against the way before it: the reference study's, or what a user would otherwise
 write (eager float32 in PyTorch, Pillow, one image after the other). Both run in turn on one machine, a network on one
-thread each, the steps of `segment` and `evaluate` in threads of their own; medians of {repeats} repeats. Ratios hold for this machine; `make bench` measures them on yours, in some minutes, and
-says so where it was not quiet enough. A way that is named after another library is that library, doing the same job.
+thread each, the steps of `segment` and `evaluate` in threads of their own; medians of {repeats} repeats. Ratios hold
+for this machine; `make bench` measures them on yours, in some minutes, and says so where it was not quiet enough. A way
+that is named after another library is that library, doing the same job.
 
 {table}
 ## Where the time of a frame goes
