@@ -37,7 +37,6 @@ COMMAND = ("-m", "polypseg_command", "--quiet")
 LOAD = """
 import sys
 from pathlib import Path
-from polypseg.data.catalog import OWN_FOLDER
 from polypseg.data.polyps import open_dataset
 data = open_dataset(sys.argv[1], source=Path(sys.argv[2]))
 for record in data.records:

@@ -1,7 +1,6 @@
 """Frames of a dataset, prepared for a model in a thread of their own while it computes."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polypseg.data.polyps import PolypDataset
+from polypseg.inference.pipeline import in_background
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,5 @@ def prepared_frames(
         sizes = [(frame.height, frame.width) for frame in frames]
         return PreparedFrames(ids=chunk, pixels=np.ascontiguousarray(pixels, dtype=np.float32), sizes=sizes)
 
-    chunks = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]
-    with ThreadPoolExecutor(max_workers=1) as ahead:
-        pending = ahead.submit(prepare, chunks[0])
-        for following in [*chunks[1:], None]:
-            batch = pending.result()
-            if following is not None:
-                pending = ahead.submit(prepare, following)
-            yield batch
+    chunks = (ids[i : i + batch_size] for i in range(0, len(ids), batch_size))
+    return in_background(map(prepare, chunks), depth=1)
