@@ -27,10 +27,11 @@ def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]
     of False on both sides, so that runs end with their row."""
     height, width = mask.shape
     stride = width + 2
-    padded = np.zeros((height, stride), dtype=np.int8)
+    padded = np.zeros((height, stride), dtype=bool)
     padded[:, 1:-1] = mask
-    steps = np.diff(padded.ravel(), prepend=0)
-    return np.flatnonzero(steps == 1), np.flatnonzero(steps == -1), stride
+    flat = padded.ravel()
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    return changes[::2], changes[1::2], stride
 
 
 def drop_regions(
