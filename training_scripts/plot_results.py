@@ -3,6 +3,8 @@
 python training_scripts/plot_results.py \
     --results model_cards/results/tf_efficientnet_lite0_deeplabv3plus.supervised_imagenet1k
 python training_scripts/plot_results.py --epochs docs/full_size/RN-NA-NA.100/epochs.csv
+python training_scripts/plot_results.py --epochs model_cards/results/resnet50_deeplabv3plus.random/epochs.csv \
+    --curve-folder docs/full_size/RN-NA-NA
 """
 
 from pathlib import Path
@@ -12,7 +14,9 @@ from typer import Option
 
 from polypseg import plotting
 from polypseg.cli.console import run_script
+from polypseg.data.catalog import NEGATIVES
 from polypseg.errors import UsageError
+from polypseg.evaluation.receipt import Receipt
 from polypseg.evaluation.receipt_reading import no_results, read_results
 from polypseg.hub.card_facts import read_epochs
 from polypseg.hub.full_size_tables import CURVE
@@ -20,7 +24,8 @@ from polypseg.hub.full_size_tables import CURVE
 
 def main(
     results: Annotated[Path | None, Option(help="Folder with one model's receipts.")] = None,
-    epochs: Annotated[Path | None, Option(help="epochs.csv of a run; its learning curve is drawn beside it.")] = None,
+    epochs: Annotated[Path | None, Option(help="epochs.csv of a run, for its learning curve.")] = None,
+    curve_folder: Annotated[Path | None, Option(help="Where the curve goes; default: beside epochs.csv.")] = None,
 ) -> None:
     """Draw the per-image Dice distributions of one model's results, and a run's learning curve."""
     if results is None and epochs is None:
@@ -28,11 +33,11 @@ def main(
     if results is not None:
         print(draw_distributions(results))
     if epochs is not None:
-        print(draw_course(epochs))
+        print(draw_course(epochs, folder=curve_folder or epochs.parent))
 
 
-def draw_course(epochs: Path) -> Path:
-    """The learning curve of a run, named after the folder of its epochs.csv. Raises UsageError where there is none."""
+def draw_course(epochs: Path, *, folder: Path) -> Path:
+    """The learning curve of a run in ``folder``, by whose name it is called. Raises UsageError where there is none."""
     rows = read_epochs(epochs)
     if not rows:
         raise UsageError(f"{epochs} holds no epochs: give the epochs.csv of a run")
@@ -41,15 +46,15 @@ def draw_course(epochs: Path) -> Path:
         loss=loss,
         dice=dice,
         rates=rates,
-        title=f"{epochs.parent.stem}, {len(rows)} epochs",
+        title=f"{folder.stem}, {len(rows)} epochs",
         note="Mean Dice of the validation part after each epoch; one run.",
-        path=epochs.parent / CURVE,
+        path=folder / CURVE,
     )
 
 
 def draw_distributions(results: Path) -> Path:
-    """Dice of every image on each test. Raises UsageError for a folder without receipts."""
-    receipts = read_results(results)[::-1]
+    """Dice of every image on each test that has polyps. Raises UsageError for a folder without receipts."""
+    receipts = [receipt for receipt in read_results(results)[::-1] if receipt.dataset.name != NEGATIVES]
     if not receipts:
         raise no_results(results)
     name, origin = receipts[0].name, receipts[0].origin
@@ -59,10 +64,15 @@ def draw_distributions(results: Path) -> Path:
     return plotting.plot_dice_distributions(
         {name: [receipt.per_image("dice") for receipt in receipts]},
         labels={name: kind},
-        titles=[f"{r.dataset.title}, {r.dataset.split} {r.dataset.part}" for r in receipts],
+        titles=[_tested_on(receipt) for receipt in receipts],
         note=f"{name}:{of} one seed. Mean Dice {means}.",
         path=results / "dice_distributions.png",
     )
+
+
+def _tested_on(receipt: Receipt) -> str:
+    dataset = receipt.dataset
+    return dataset.title if dataset.split == "full" else f"{dataset.title}, {dataset.split} {dataset.part}"
 
 
 if __name__ == "__main__":

@@ -110,6 +110,10 @@ def test_a_learning_curve_is_drawn_beside_its_epochs(tmp_path):
     assert done.returncode == 0, done.stderr
     with Image.open(epochs.parent / CURVE) as picture:
         assert picture.width > 600 and len(picture.convert("L").getcolors()) > 20
+    elsewhere = tmp_path / "RN-NA-NA"
+    elsewhere.mkdir()
+    assert run([sys.executable, script, "--epochs", epochs, "--curve-folder", elsewhere]).returncode == 0
+    assert (elsewhere / CURVE).is_file()
     missing = run([sys.executable, script, "--epochs", tmp_path / "none.csv"])
     assert missing.returncode == 2 and "none.csv holds no epochs" in missing.stderr
     assert run([sys.executable, script]).returncode == 2

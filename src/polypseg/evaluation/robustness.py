@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from polypseg.data.corruptions import CORRUPTIONS, SEVERITIES
 from polypseg.data.polyps import PolypDataset, corrupt_dataset
@@ -125,10 +126,10 @@ def measure_robustness(
         return score_predictions(source, images, conventions=(CONVENTION,), manifest=manifest)
 
     clean = evaluate(dataset)
+    conditions = [(kind, severity) for kind in kinds or CORRUPTIONS for severity in severities]
     corrupted = {
         (kind, severity): _dice(evaluate(corrupt_dataset(dataset, kind, severity=severity)))
-        for kind in kinds or CORRUPTIONS
-        for severity in severities
+        for kind, severity in tqdm(conditions, desc=f"corrupting {dataset.spec.title}", unit="condition", disable=None)
     }
     return RobustnessResult(clean=clean, corrupted=corrupted)
 
