@@ -14,7 +14,6 @@ from typer import Option
 
 from polypseg import plotting
 from polypseg.cli.console import run_script
-from polypseg.data.catalog import NEGATIVES
 from polypseg.errors import UsageError
 from polypseg.evaluation.receipt import Receipt
 from polypseg.evaluation.receipt_reading import no_results, read_results
@@ -54,7 +53,7 @@ def draw_course(epochs: Path, *, folder: Path) -> Path:
 
 def draw_distributions(results: Path) -> Path:
     """Dice of every image on each test that has polyps. Raises UsageError for a folder without receipts."""
-    receipts = [receipt for receipt in read_results(results)[::-1] if receipt.dataset.name != NEGATIVES]
+    receipts = [receipt for receipt in read_results(results)[::-1] if not receipt.without_polyps]
     if not receipts:
         raise no_results(results)
     name, origin = receipts[0].name, receipts[0].origin

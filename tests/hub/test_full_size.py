@@ -69,6 +69,24 @@ def test_pages_of_models_show_a_finished_row_under_its_id(tmp_path):
     assert "Not one of the twelve" not in card
 
 
+def test_the_card_of_a_row_states_false_alarms_where_frames_show_no_polyp():
+    results = REPOSITORY / "model_cards" / "results"
+    receipts = find_receipts(results / ROW.model_id).values()
+    (alarms,) = [receipt.false_alarms for receipt in receipts if receipt.without_polyps]
+    card = render_pages(results, organization="someone")[f"{ROW.model_id}.md"]
+    rate = alarms.per_100_frames
+    said = f"False alarms on {alarms.frames} frames without polyps: {rate.mean:.1f} per 100 frames [{rate.low:.1f}, "
+    assert said in card and "in inflammatory bowel disease, or for frames without polyps" not in card
+    assert "| frames without polyps" not in card and "type: negatives" not in card  # no Dice of them, nor in metadata
+    assert "- frames without polyps, all images: of " not in card  # nor as failures
+    assert "- frames without polyps, all images: 0 of " in card  # of what the model saw
+
+
+def test_the_card_of_a_row_states_the_recipe_with_its_changes():
+    card = render_pages(REPOSITORY / "model_cards" / "results", organization="someone")[f"{ROW.model_id}.md"]
+    assert 'training.precision="bf16"' in card and "| precision asked for | bf16 |" in card
+
+
 def test_a_row_in_training_does_not_bear_its_id(tmp_path):
     kept, results = write_row(tmp_path, finished=False)
     with pytest.raises(PolypSegError, match="is not of a row trained to its end"):

@@ -526,10 +526,15 @@ class Receipt(_Record):
         return self.scores_by_cluster[CONVENTION]
 
     @property
+    def without_polyps(self) -> bool:
+        """Whether the test is of frames without polyp, where false alarms count and no overlap does."""
+        return self.dataset.name == NEGATIVES
+
+    @property
     def plain_dice(self) -> Score | None:
         """The mean Dice of masks at 0.5, which words about a model state; None for others and for polyp-free frames."""
-        without_polyps = self.dataset.name == NEGATIVES or CONVENTION not in self.scores_by_cluster
-        if self.operating_point is not None or without_polyps or self.stated["dice"].mean is None:
+        without_dice = self.without_polyps or CONVENTION not in self.scores_by_cluster
+        if self.operating_point is not None or without_dice or self.stated["dice"].mean is None:
             return None
         return self.stated["dice"]
 

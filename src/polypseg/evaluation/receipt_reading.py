@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from polypseg.errors import UsageError
-from polypseg.evaluation.receipt import CONVENTION, SUFFIX, Receipt, Score, find_receipts
+from polypseg.evaluation.receipt import CONVENTION, SUFFIX, FalseAlarms, Receipt, Score, find_receipts
 from polypseg.files import write_json
 from polypseg.inference.quality import FILE
 from polypseg.tables import with_bounds
@@ -50,6 +50,15 @@ def size_of(receipt: Receipt) -> str:
         return str(receipt.n)
     dice = receipt.stated["dice"]
     return f"{receipt.n} in {dice.clusters} clips (effective n {dice.effective_size:.0f})"
+
+
+def alarm_words(alarms: FalseAlarms) -> str:
+    """How often a region is marked on frames without polyp."""
+    rate = alarms.per_100_frames
+    return (
+        f"{rate.mean:.1f} per 100 frames [{rate.low:.1f}, {rate.high:.1f}], counting every region "
+        f"of at least {alarms.minimal_area_pixels} pixel(s)"
+    )
 
 
 def seen_words(receipt: Receipt) -> str:

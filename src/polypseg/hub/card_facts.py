@@ -81,6 +81,11 @@ class CardFacts:
     """Figures, relative to the card."""
 
     @property
+    def with_polyps(self) -> tuple[Receipt, ...]:
+        """The results on frames with polyps, of which overlaps are stated."""
+        return tuple(result for result in self.results if not result.without_polyps)
+
+    @property
     def repo_id(self) -> str:
         """Id of the repository on the Hub."""
         return f"{self.organization}/{self.origin.repo_name}"
@@ -162,7 +167,7 @@ def measured_facts(folder: Path, *, organization: str) -> CardFacts:
     origin = results[0].origin.updated(model_id=folder.name)
     if origin.recipe is None:
         raise UsageError(f"{results[0].path} does not say with which recipe its model was trained: evaluate again")
-    recipe = load_recipe(origin.recipe)
+    recipe = origin.bundled_recipe or load_recipe(origin.recipe)
     epochs = read_epochs(folder / "epochs.csv")
     if origin.finished is None:  # a receipt of before this was recorded
         origin = origin.updated(finished=len(epochs) == recipe.training.epochs)

@@ -15,7 +15,7 @@ from polypseg.data.catalog import DATASETS, POPULATIONS, DatasetSpec, is_synthet
 from polypseg.data.splits import DESCRIPTIONS, pinned_split
 from polypseg.errors import PolypSegError
 from polypseg.evaluation.receipt import CONVENTION, Receipt, Test
-from polypseg.evaluation.receipt_reading import LIMITS, cell_of, seen_words, size_of
+from polypseg.evaluation.receipt_reading import LIMITS, alarm_words, cell_of, seen_words, size_of
 from polypseg.files import write_text
 from polypseg.hub.card_facts import (
     PICTURES,
@@ -78,6 +78,7 @@ def render_card(facts: CardFacts) -> ModelCard:
         data=_data_facts(facts),
         recipe_rows=_recipe_rows(facts.recipe),
         tests=[_test_row(facts, test) for test in _tests(facts)],
+        alarms=_alarm_lines(facts),
         result_notes=[_result_notes(result) for result in facts.results],
         convention=CONVENTION,
         intervals=list(dict.fromkeys(result.bootstrap.by_cluster for result in facts.results)),
@@ -192,7 +193,7 @@ def _indexed_results(facts: CardFacts) -> list[EvalResult]:
             metric_name=f"{_METRIC_TITLES[name]} (mean over images, convention {CONVENTION})",
             metric_value=round(mean, 4),
         )
-        for result in facts.results
+        for result in facts.with_polyps
         if is_quotable(result)
         for name in METRICS
         if (mean := result.stated[name].mean) is not None
@@ -296,7 +297,7 @@ def _tests(facts: CardFacts) -> list[Test]:
     """The tests of the card's table: those that the study has, then the others that there are results of."""
     trained_on = facts.origin.finetuning_dataset
     expected = [] if trained_on and is_synthetic(trained_on) else list(EXPECTED_TESTS)
-    found = [result.test for result in facts.results]
+    found = [result.test for result in facts.with_polyps]
     return list(dict.fromkeys([*expected, *found]))
 
 
@@ -317,6 +318,15 @@ def _test_row(facts: CardFacts, test: Test) -> dict[str, Any]:
             for result in matching
         ],
     }
+
+
+def _alarm_lines(facts: CardFacts) -> list[str]:
+    """What is marked on frames without polyp, one line a test."""
+    return [
+        f"False alarms on {result.false_alarms.frames} {result.dataset.title}: {alarm_words(result.false_alarms)}."
+        for result in facts.results
+        if result.without_polyps and result.false_alarms is not None
+    ]
 
 
 def _seen_images(origin: WeightsOrigin, result: Receipt) -> int:
@@ -342,6 +352,7 @@ def _result_notes(result: Receipt) -> dict[str, Any]:
     dataset, environment, repeats = result.dataset, result.environment, result.clusters.repeats_merged
     return {
         "title": _title(result.test, dataset=dataset.title),
+        "with_polyps": not result.without_polyps,
         "n": result.n,
         "repeats": f"; {repeats} of the images repeat another pixel by pixel and count once" if repeats else "",
         "worst": [(name, f"{dice[name]:.3f}") for name in sorted(dice, key=lambda name: (dice[name], name))[:WORST]],

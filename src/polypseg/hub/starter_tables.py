@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polypseg.data.catalog import NEGATIVES, title_of
+from polypseg.data.catalog import title_of
 from polypseg.evaluation.receipt import Receipt, find_receipts
-from polypseg.evaluation.receipt_reading import cell_of, size_of
+from polypseg.evaluation.receipt_reading import alarm_words, cell_of, size_of
 from polypseg.files import read_json
 from polypseg.hub.card_facts import read_epochs, training_hours
 from polypseg.recipe import Recipe, changes_from_bundled, load_recipe, read_recipe
@@ -26,9 +26,7 @@ def starter_table(results: Path) -> str:
 
     A row per test at probability 0.5 and the false alarms; then the same at the model's own operating point.
     """
-    receipts = sorted(
-        find_receipts(results).values(), key=lambda receipt: (receipt.dataset.name != "kvasir_seg", receipt.n)
-    )
+    receipts = find_receipts(results).values()
     parts = [scores_and_alarms([receipt for receipt in receipts if receipt.operating_point is None])]
     if pointed := [receipt for receipt in receipts if receipt.operating_point is not None]:
         point = pointed[0].operating_point or {}
@@ -44,18 +42,14 @@ def starter_table(results: Path) -> str:
 
 
 def scores_and_alarms(receipts: Sequence[Receipt]) -> str:
-    """A row per test, then the false alarms."""
+    """A row per test, the one in distribution first, then the false alarms."""
     records, alarms = [], []
-    for receipt in receipts:
+    for receipt in sorted(receipts, key=lambda receipt: (receipt.dataset.name != "kvasir_seg", receipt.n)):
         dataset, alarm = receipt.dataset, receipt.false_alarms
         part = "" if dataset.split == "full" else f", {dataset.split} {dataset.part} part"
-        if dataset.name == NEGATIVES and alarm is not None:
-            rate = alarm.per_100_frames
-            alarms.append(
-                f"False alarms on {alarm.frames} polyp-free HyperKvasir frames that it has not seen: "
-                f"{rate.mean:.1f} per 100 frames [{rate.low:.1f}, {rate.high:.1f}], counting every region "
-                f"of at least {alarm.minimal_area_pixels} pixel(s)."
-            )
+        if receipt.without_polyps and alarm is not None:
+            of = f"{alarm.frames} polyp-free HyperKvasir frames that it has not seen"
+            alarms.append(f"False alarms on {of}: {alarm_words(alarm)}.")
             continue
         records.append({"test": f"{dataset.title}{part}", "size": size_of(receipt), **receipt.stated})
     columns = [
