@@ -35,7 +35,7 @@ from polypseg.inference.model import load_model
 from polypseg.inference.predictors import probability_map
 from polypseg.inference.runtimes import Precision
 from polypseg.inference.segment_steps import OVERLAY_QUALITY
-from polypseg.inference.segmenter import MIN_AREA, Segmenter, draw_overlay
+from polypseg.inference.segmenter import MIN_AREA, Segmenter, draw_onto
 from polypseg.pretraining.recipe import load_pretraining_recipe
 from polypseg.pretraining.views import augment, decode_for, draw_box, resized_crop
 from polypseg.provenance.local import STARTER_FOLDER
@@ -129,7 +129,7 @@ def segment_stages(*, frames: int, repeats: int) -> Iterator[Stage]:
                     "mask, lesions, expected Dice",
                     by.read, image, pixels[0], logits, point=point, min_area=MIN_AREA, everywhere=False,
                 )  # fmt: skip
-                picture = clock.step("drawing", draw_overlay, image, found, caption=by.caption)
+                picture = clock.step("drawing", draw_onto, image, found, caption=by.caption)
                 buffer = io.BytesIO()
                 clock.step("JPEG encoding", picture.save, buffer, format="JPEG", **OVERLAY_QUALITY)
                 mask = clock.step("PNG encoding", encode_png, found.mask * np.uint8(255))

@@ -15,7 +15,7 @@ import pytest
 import processes
 from polypseg.evaluation.conventions import conventions_markdown
 from polypseg.evaluation.receipt import check_receipt
-from polypseg.evaluation.receipt_reading import cell_of, read_results, size_of
+from polypseg.evaluation.receipt_reading import alarm_words, cell_of, read_results, size_of
 from polypseg.pretraining.export import render_index
 from polypseg.report import write_report
 from polypseg.report.wording import between, number
@@ -109,6 +109,9 @@ def test_scores_in_the_readme_are_those_of_the_receipts():
     receipts = read_results(RESULTS)
     assert len(receipts) >= 2
     for receipt in receipts:
+        if receipt.without_polyps:
+            assert receipt.false_alarms and f": {alarm_words(receipt.false_alarms)}." in text, receipt.name
+            continue
         cells = [cell_of(value) for value in receipt.stated.values()]
         assert f"| {size_of(receipt)} | {' | '.join(cells)} |" in text, receipt.name
 

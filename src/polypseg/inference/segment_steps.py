@@ -15,7 +15,7 @@ from polypseg.files import printable
 from polypseg.inference.inputs import Source
 from polypseg.inference.margin import Margin
 from polypseg.inference.operating_point import OperatingPoint
-from polypseg.inference.segmenter import Prediction, Segmenter, draw_overlay, find_lesions
+from polypseg.inference.segmenter import Prediction, Segmenter, draw_onto, draw_overlay, find_lesions
 from polypseg.inference.video import CausalSmoother, FlickerIndex
 
 OVERLAY_QUALITY = {"quality": 92, "subsampling": 0}
@@ -205,7 +205,8 @@ class Drawing:
             pictures[f"margins/{frame.name}.png"] = encode_png(grown * np.uint8(255))
         if (frame.index is None or self._stills) and frame.image is not None:
             buffer = io.BytesIO()
-            draw_overlay(frame.image, prediction, caption=self._caption).save(buffer, format="JPEG", **OVERLAY_QUALITY)
+            drawn = draw_onto(frame.image, prediction, caption=self._caption)  # it goes no further than this
+            drawn.save(buffer, format="JPEG", **OVERLAY_QUALITY)
             pictures[f"overlays/{frame.name}.jpg"] = buffer.getvalue()
         return pictures
 

@@ -451,10 +451,13 @@ def draw_overlay(frame: Image.Image, prediction: Prediction, *, caption: str = "
     ``caption``: small text at the foot, left out where the frame is too narrow for it.
     """
     drawn = frame.convert("RGB")
-    if drawn is frame:
-        drawn = frame.copy()
+    return draw_onto(frame.copy() if drawn is frame else drawn, prediction, caption=caption)
+
+
+def draw_onto(drawn: Image.Image, prediction: Prediction, *, caption: str = "") -> Image.Image:
+    """As draw_overlay, on the frame itself, which is RGB and returned: for those who need it no more."""
     mask = prediction.mask
-    width = max(2, round(min(frame.size) / 200))
+    width = max(2, round(min(drawn.size) / 200))
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return _with_caption(drawn, caption)
