@@ -2,7 +2,8 @@
 
 OMP_NUM_THREADS=1 python benchmarks/bench.py --output runs/bench
 
-``--page`` renders a page from kept records (this one, growth.py's and peak_memory.py's) instead of measuring.
+``--page`` renders a page from kept records (this one, growth.py's and peak_memory.py's) instead of measuring; those of
+earlier sittings, ``bench.REVISION.json``, give a column of their own.
 """
 
 import statistics
@@ -53,7 +54,8 @@ Each job, as this package does it, against the way before it: the reference stud
 write (eager float32 in PyTorch, Pillow, one image after the other). Both run in turn on one machine, a network on one
 thread each, the steps of `segment` and `evaluate` in threads of their own; medians of {repeats} repeats. Ratios hold
 for this machine; `make bench` measures them on yours, in some minutes, and says so where it was not quiet enough. A way
-that is named after another library is that library, doing the same job.
+that is named after another library is that library, doing the same job. What other sittings gave, of earlier revisions
+on machines of the same kind, stands beside it.
 
 {table}
 ## Where the time of a frame goes
@@ -78,20 +80,27 @@ How long a frame takes in each runtime and precision, and what that costs in Dic
 """
 
 
-def to_markdown(content: Mapping[str, Any]) -> str:
-    """The table of a record (``bench.json``); without ratios where the machine was not quiet."""
+def to_markdown(content: Mapping[str, Any], *, earlier: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The table of a record (``bench.json``), with the ratios of earlier ones; without any where the machine was not
+    quiet."""
     lines = [f"Measured on {content['processor']}; medians, in turn with the way before, whose time is 1.", ""]
     if content["reasons"]:
         return "\n".join(["**Not to be quoted:**", *(f"- {reason}" for reason in content["reasons"]), ""])
-    lines += ["| job | way | times as fast | seconds | before |", "|---|---|---|---|---|"]
+    titles = ["job", "way", "times as fast", *(["earlier"] if earlier else []), "seconds", "before"]
+    lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in content["rows"]:
-        if row["steady"]:
-            cells = (f"{statistics.median(row[key]):.3g}" for key in ("seconds", "before_seconds"))
-            lines.append(f"| {row['job']} | {row['way']} | {row['ratio']:.1f} | {' | '.join(cells)} |")
-        else:
-            lines.append(f"| {row['job']} | {row['way']} | repeats differ | | |")
+        seconds = [f"{statistics.median(row[key]):.3g}" for key in ("seconds", "before_seconds")]
+        then = [", ".join(filter(None, (_ratio_in(record, of=row) for record in earlier)))] if earlier else []
+        cells = [f"{row['ratio']:.1f}", *then, *seconds] if row["steady"] else ["repeats differ", *then, "", ""]
+        lines.append(f"| {row['job']} | {row['way']} | {' | '.join(cells)} |")
     lines += ["", f"What this machine does at best, on {_threads(content)}: {ceilings.told(content['ceilings'])}."]
     return "\n".join(lines) + "\n"
+
+
+def _ratio_in(record: Mapping[str, Any], *, of: Mapping[str, Any]) -> str:
+    """The ratio of the same job and way in another record; empty where it was not measured, or unsteadily."""
+    found = (row for row in record["rows"] if (row["job"], row["way"]) == (of["job"], of["way"]) and row["steady"])
+    return next((f"{row['ratio']:.1f}" for row in found), "")
 
 
 def _threads(content: Mapping[str, Any]) -> str:
@@ -99,8 +108,14 @@ def _threads(content: Mapping[str, Any]) -> str:
     return "one thread" if threads == 1 else f"{threads} threads"
 
 
-def render_page(content: Mapping[str, Any], *, grown: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]]) -> str:
-    """A page from a record and the rows of ``growth.json`` and ``peak_memory.json``.
+def render_page(
+    content: Mapping[str, Any],
+    *,
+    grown: Sequence[dict[str, Any]],
+    held: Sequence[dict[str, Any]],
+    earlier: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """A page from a record, the rows of ``growth.json`` and ``peak_memory.json``, and records of earlier sittings.
 
     Raises UsageError for a record that may not be quoted.
     """
@@ -110,11 +125,17 @@ def render_page(content: Mapping[str, Any], *, grown: Sequence[dict[str, Any]], 
     told = stages.to_markdown(content["stages"], best=content["ceilings"])
     return PAGE.format(
         repeats=repeats,
-        table=to_markdown(content),
+        table=to_markdown(content, earlier=earlier),
         stages=told,
         memory=peak_memory.to_markdown(held),
         growth=growth.to_markdown(grown),
     )
+
+
+def earlier_records(folder: Path) -> list[dict[str, Any]]:
+    """Records of earlier sittings, ``bench.REVISION.json``, the latest first."""
+    records = [read_json(path) for path in folder.glob("bench.*.json")]
+    return sorted(records, key=lambda record: record["environment"]["created"], reverse=True)
 
 
 def main(
@@ -126,7 +147,8 @@ def main(
     """Run all benchmarks and write their rows; on a busy machine the table says that it may not be quoted."""
     if page is not None:
         grown, held = (read_json(output / f"{name}.json")["rows"] for name in ("growth", "peak_memory"))
-        print(write_text(page, render_page(read_json(output / "bench.json"), grown=grown, held=held)))
+        record, earlier = read_json(output / "bench.json"), earlier_records(output)
+        print(write_text(page, render_page(record, grown=grown, held=held, earlier=earlier)))
         return
     neighbors, rows, best = Neighbors(), list[Row](), ceilings.ceilings()
     for benchmark in (*BENCHMARKS, *(FULL if full else ())):

@@ -129,7 +129,9 @@ def test_the_page_shows_the_kept_record():
     docs = FOLDER.parent / "docs"
     record = json.loads((docs / "speed" / "bench.json").read_text())
     grown, held = (json.loads((docs / "speed" / f"{n}.json").read_text())["rows"] for n in ("growth", "peak_memory"))
-    assert (docs / "speed.md").read_text() == load("bench").render_page(record, grown=grown, held=held)
+    bench = load("bench")
+    earlier = bench.earlier_records(docs / "speed")
+    assert (docs / "speed.md").read_text() == bench.render_page(record, grown=grown, held=held, earlier=earlier)
 
 
 @pytest.mark.parametrize("cores", [0.0, 1.5])
@@ -148,7 +150,7 @@ def test_bench_writes_a_table_or_why_there_is_none(tmp_path, monkeypatch, cores)
     assert content["quotable"] == (cores == 0.0) and content["rows"][0]["ratio"] == 3
     assert ("| a job | new | 3.0 | 1 | 3 |" in table) == (cores == 0.0)
     assert ("Not to be quoted" in table) == (cores > 0.0)
-    assert ("| another | new | repeats differ | | |" in table) == (cores == 0.0)
+    assert ("| another | new | repeats differ |  |  |" in table) == (cores == 0.0)
     assert ("on one thread: matrix products at 100 GFLOP/s in fp32; copies at 10 GB/s." in table) == (cores == 0.0)
     page = tmp_path / "speed.md"
     (tmp_path / "growth.json").write_text(json.dumps({"rows": GROWN}))
@@ -161,3 +163,8 @@ def test_bench_writes_a_table_or_why_there_is_none(tmp_path, monkeypatch, cores)
         assert table in page.read_text() and "medians of 2 repeats" in page.read_text()
         assert "| a job | bf16 | network | 20 | 100% |  |" in page.read_text()
         assert "| segment | ours | 100 | 400 | 0.25 |" in page.read_text()
+        before = content["rows"][0] | {"ratio": 2.5}
+        (tmp_path / "bench.0123abc.json").write_text(json.dumps(content | {"rows": [before]}))
+        bench.main(output=tmp_path, page=page)
+        assert "| a job | new | 3.0 | 2.5 | 1 | 3 |" in page.read_text()
+        assert "| another | new | repeats differ |  |  |  |" in page.read_text()
