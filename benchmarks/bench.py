@@ -9,6 +9,7 @@ earlier sittings, ``bench.REVISION.json``, give a column of their own.
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,7 @@ import training_step
 from polypseg.cli.console import run_script
 from polypseg.errors import UsageError
 from polypseg.files import environment_record, processor_name, read_json, write_json, write_text
+from polypseg.tables import Column, Table
 from side_by_side import Neighbors, Row, why_not_quotable
 
 BENCHMARKS = (
@@ -46,6 +48,8 @@ BENCHMARKS = (
 )
 FULL = (inference.full_size_rows, on_gpu.rows)
 """Those that take minutes more."""
+SECONDS = {"seconds": "seconds", "before": "before_seconds"}
+"""Title of a column -> the repeats that it is the median of."""
 
 
 PAGE = """# How fast
@@ -86,21 +90,27 @@ def to_markdown(content: Mapping[str, Any], *, earlier: Sequence[Mapping[str, An
     lines = [f"Measured on {content['processor']}; medians, in turn with the way before, whose time is 1.", ""]
     if content["reasons"]:
         return "\n".join(["**Not to be quoted:**", *(f"- {reason}" for reason in content["reasons"]), ""])
-    titles = ["job", "way", "times as fast", *(["earlier"] if earlier else []), "seconds", "before"]
-    lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for row in content["rows"]:
-        seconds = [f"{statistics.median(row[key]):.3g}" for key in ("seconds", "before_seconds")]
-        then = [", ".join(filter(None, (_ratio_in(record, of=row) for record in earlier)))] if earlier else []
-        cells = [f"{row['ratio']:.1f}", *then, *seconds] if row["steady"] else ["repeats differ", *then, "", ""]
-        lines.append(f"| {row['job']} | {row['way']} | {' | '.join(cells)} |")
-    lines += ["", f"What this machine does at best, on {_threads(content)}: {ceilings.told(content['ceilings'])}."]
+    columns = [
+        Column("job", "job"),
+        Column("way", "way"),
+        Column("times as fast", "", lambda row: f"{row['ratio']:.1f}" if row["steady"] else "repeats differ"),
+        *([Column("earlier", "", lambda row: _ratios_in(earlier, of=row))] if earlier else []),
+        *(Column(title, "", partial(_seconds, key=key)) for title, key in SECONDS.items()),
+    ]
+    lines += [Table(columns=columns, records=content["rows"]).markdown(), ""]
+    lines += [f"What this machine does at best, on {_threads(content)}: {ceilings.told(content['ceilings'])}."]
     return "\n".join(lines) + "\n"
 
 
-def _ratio_in(record: Mapping[str, Any], *, of: Mapping[str, Any]) -> str:
-    """The ratio of the same job and way in another record; empty where it was not measured, or unsteadily."""
-    found = (row for row in record["rows"] if (row["job"], row["way"]) == (of["job"], of["way"]) and row["steady"])
-    return next((f"{row['ratio']:.1f}" for row in found), "")
+def _seconds(row: Mapping[str, Any], *, key: str) -> str:
+    return f"{statistics.median(row[key]):.3g}" if row["steady"] else ""
+
+
+def _ratios_in(records: Sequence[Mapping[str, Any]], *, of: Mapping[str, Any]) -> str:
+    """The ratios of the same job and way in other records, but for those that are not steady."""
+    rows = (row for record in records for row in record["rows"])
+    found = (row for row in rows if (row["job"], row["way"]) == (of["job"], of["way"]) and row["steady"])
+    return ", ".join(f"{row['ratio']:.1f}" for row in found)
 
 
 def _threads(content: Mapping[str, Any]) -> str:
