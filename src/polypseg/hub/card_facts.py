@@ -167,7 +167,7 @@ def measured_facts(folder: Path, *, organization: str) -> CardFacts:
     origin = results[0].origin.updated(model_id=folder.name)
     if origin.recipe is None:
         raise UsageError(f"{results[0].path} does not say with which recipe its model was trained: evaluate again")
-    recipe = origin.bundled_recipe or load_recipe(origin.recipe)
+    recipe = load_recipe(origin.recipe, overrides=origin.recipe_changes)
     epochs = read_epochs(folder / "epochs.csv")
     if origin.finished is None:  # a receipt of before this was recorded
         origin = origin.updated(finished=len(epochs) == recipe.training.epochs)
