@@ -15,8 +15,7 @@ from typer import Option
 from polypseg import plotting
 from polypseg.cli.console import run_script
 from polypseg.errors import UsageError
-from polypseg.evaluation.receipt import Receipt
-from polypseg.evaluation.receipt_reading import no_results, read_results
+from polypseg.evaluation.receipt_reading import no_results, read_results, tested_on
 from polypseg.hub.card_facts import read_epochs
 from polypseg.hub.full_size_tables import CURVE
 
@@ -63,15 +62,10 @@ def draw_distributions(results: Path) -> Path:
     return plotting.plot_dice_distributions(
         {name: [receipt.per_image("dice") for receipt in receipts]},
         labels={name: kind},
-        titles=[_tested_on(receipt) for receipt in receipts],
+        titles=[tested_on(receipt) for receipt in receipts],
         note=f"{name}:{of} one seed. Mean Dice {means}.",
         path=results / "dice_distributions.png",
     )
-
-
-def _tested_on(receipt: Receipt) -> str:
-    dataset = receipt.dataset
-    return dataset.title if dataset.split == "full" else f"{dataset.title}, {dataset.split} {dataset.part}"
 
 
 if __name__ == "__main__":

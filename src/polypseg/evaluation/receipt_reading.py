@@ -44,6 +44,12 @@ def cell_of(value: Score) -> str:
     return with_bounds(value.mean, value.low, value.high)
 
 
+def tested_on(receipt: Receipt) -> str:
+    """The dataset, and which part of it where it is not tested as a whole."""
+    dataset = receipt.dataset
+    return dataset.title if dataset.split == "full" else f"{dataset.title}, {dataset.split} {dataset.part} part"
+
+
 def size_of(receipt: Receipt) -> str:
     """How many images a receipt is of, and what they weigh for the mean Dice where clips are known."""
     if not receipt.dataset.clips_known:

@@ -7,7 +7,7 @@ from typing import Any
 
 from polypseg.data.catalog import title_of
 from polypseg.evaluation.receipt import Receipt, find_receipts
-from polypseg.evaluation.receipt_reading import alarm_words, cell_of, size_of
+from polypseg.evaluation.receipt_reading import alarm_words, cell_of, size_of, tested_on
 from polypseg.files import read_json
 from polypseg.hub.card_facts import read_epochs, training_hours
 from polypseg.recipe import Recipe, changes_from_bundled, load_recipe, read_recipe
@@ -45,13 +45,12 @@ def scores_and_alarms(receipts: Sequence[Receipt]) -> str:
     """A row per test, the one in distribution first, then the false alarms."""
     records, alarms = [], []
     for receipt in sorted(receipts, key=lambda receipt: (receipt.dataset.name != "kvasir_seg", receipt.n)):
-        dataset, alarm = receipt.dataset, receipt.false_alarms
-        part = "" if dataset.split == "full" else f", {dataset.split} {dataset.part} part"
+        alarm = receipt.false_alarms
         if receipt.without_polyps and alarm is not None:
             of = f"{alarm.frames} polyp-free HyperKvasir frames that it has not seen"
             alarms.append(f"False alarms on {of}: {alarm_words(alarm)}.")
             continue
-        records.append({"test": f"{dataset.title}{part}", "size": size_of(receipt), **receipt.stated})
+        records.append({"test": tested_on(receipt), "size": size_of(receipt), **receipt.stated})
     columns = [
         Column("tested on", "test"),
         Column("n", "size"),
