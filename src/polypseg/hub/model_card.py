@@ -80,6 +80,7 @@ def render_card(facts: CardFacts) -> ModelCard:
         tests=[_test_row(facts, test) for test in _tests(facts)],
         alarms=_alarm_lines(facts),
         result_notes=[_result_notes(result) for result in facts.results],
+        failures=[_failures(result) for result in facts.with_polyps],
         convention=CONVENTION,
         intervals=list(dict.fromkeys(result.bootstrap.by_cluster for result in facts.results)),
         saw=_saw_lines(facts),
@@ -347,18 +348,11 @@ def _test_caveats(facts: CardFacts) -> list[tuple[str, str]]:
 
 
 def _result_notes(result: Receipt) -> dict[str, Any]:
-    """What the per-image scores of one receipt say about failures, and how the receipt was made."""
-    dice = dict(zip((image.id for image in result.images), result.per_image("dice").tolist(), strict=True))
+    """How one receipt was made, and what the model saw of its images."""
     dataset, environment, repeats = result.dataset, result.environment, result.clusters.repeats_merged
     return {
         "title": _title(result.test, dataset=dataset.title),
-        "with_polyps": not result.without_polyps,
-        "n": result.n,
         "repeats": f"; {repeats} of the images repeat another pixel by pixel and count once" if repeats else "",
-        "worst": [(name, f"{dice[name]:.3f}") for name in sorted(dice, key=lambda name: (dice[name], name))[:WORST]],
-        "missed": sum(image.true > 0 and image.intersection == 0 for image in result.images),
-        "below_half": sum(value < 0.5 for value in dice.values()),
-        "closed": dataset.name not in DATASETS or not may_be_public(DATASETS[dataset.name]),
         "saw": seen_words(result),
         "date": environment.created[:10],
         "revision": (environment.git_revision or NOT_RECORDED)[:12],
@@ -370,6 +364,20 @@ def _result_notes(result: Receipt) -> dict[str, Any]:
         "weights": (result.model_sha256 or NOT_RECORDED)[:12],
         "images": dataset.manifest[:12],
         "receipt": result.digest[:12],
+    }
+
+
+def _failures(result: Receipt) -> dict[str, Any]:
+    """What the per-image scores of one receipt, of frames with polyps, say about failures."""
+    dice = dict(zip((image.id for image in result.images), result.per_image("dice").tolist(), strict=True))
+    dataset = result.dataset
+    return {
+        "title": _title(result.test, dataset=dataset.title),
+        "n": result.n,
+        "worst": [(name, f"{dice[name]:.3f}") for name in sorted(dice, key=lambda name: (dice[name], name))[:WORST]],
+        "missed": sum(image.true > 0 and image.intersection == 0 for image in result.images),
+        "below_half": sum(value < 0.5 for value in dice.values()),
+        "closed": dataset.name not in DATASETS or not may_be_public(DATASETS[dataset.name]),
     }
 
 
