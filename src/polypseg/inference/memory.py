@@ -12,7 +12,8 @@ from functools import cache
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 """Of glibc's mallopt: free bytes at the heap's end that are given back, blocks that are mapped alone, arenas."""
-_LARGEST_INT = 2**31 - 1
+_NEVER = -1
+"""As a threshold to trim at. The largest int stops at 2 GiB, which one step of ViT-B frees."""
 
 
 @cache
@@ -22,7 +23,7 @@ def keep_freed_memory() -> bool:
     No result changes. The memory that the process holds stays at its peak, which fragments: some 20 % more for a
     training step.
     """
-    return _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: _LARGEST_INT})
+    return _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER})
 
 
 @cache
