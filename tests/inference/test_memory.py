@@ -32,6 +32,18 @@ def faults(way: str) -> tuple[str, int]:
     return kept, int(count)
 
 
+HEAP = """
+import ctypes
+from polypseg.inference.memory import keep_freed_memory
+keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+block = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(3 * 2**30)))  # no page of it is touched
+end = libc.sbrk(0)
+libc.free(block)
+print(block.value < end, libc.sbrk(0) == end)
+"""
+
 ARENAS = """
 import ctypes, sys
 from threading import Barrier, Thread
@@ -61,6 +73,12 @@ def test_blocks_that_are_freed_and_asked_for_again_are_seldom_mapped_anew():
     usual, (kept, count) = faults("usual"), faults("kept")
     assert usual[0] == "False" and kept == "True"
     assert count < usual[1] / 2
+
+
+@glibc
+def test_more_than_2_gib_that_are_freed_at_once_are_kept_too():
+    done = subprocess.run([sys.executable, "-c", HEAP], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"]
 
 
 @glibc
