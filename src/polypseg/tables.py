@@ -41,6 +41,11 @@ def with_bounds(value: float, low: float | None, high: float | None, *, sign: st
     return f"{value:{sign}.3f}{interval}"
 
 
+def bounds(low: float | None, high: float | None, how: str = ".4f") -> str:
+    """``0.8366 to 0.8991`` for a column of its own; empty where there is no interval. ``how``: a format of numbers."""
+    return "" if low is None or high is None else f"{low:{how}} to {high:{how}}"
+
+
 @dataclass(frozen=True)
 class Column:
     """A column: its heading, which value of a record it shows, and how."""

@@ -231,13 +231,13 @@ _DONE = {Seen.report: "They were tested all the same.", Seen.exclude: "They were
 
 
 def _print_scores(receipt: "Receipt", *, wide: bool) -> None:
-    from polypseg.tables import Column, Table
+    from polypseg.tables import Column, Table, bounds
 
     columns = [
         Column("convention", "convention"),
         Column("score", "score"),
         Column("mean", "mean", _mean),
-        Column("95 % interval over images", "", lambda row: _bounds(row["low"], row["high"])),
+        Column("95 % interval over images", "", lambda row: bounds(row["low"], row["high"])),
         Column("n", "n", optional=True),
     ]
     title = f"{receipt.name}: {receipt.dataset.title}, {receipt.dataset.split} {receipt.dataset.part}"
@@ -272,10 +272,6 @@ def _mean(value: float | None) -> str:
     return "not defined" if value is None else f"{value:.4f}"
 
 
-def _bounds(low: float | None, high: float | None) -> str:
-    return "" if low is None else f"{low:.4f} to {high:.4f}"
-
-
 def _evaluate_suite(
     chosen: "PredictionSource", plan: "SuitePlan", *, folder: Path | None, wide: bool, as_json: bool
 ) -> None:
@@ -295,7 +291,7 @@ def _evaluate_suite(
 
 
 def _print_suite(name: str, outcomes: "list[Outcome]", *, wide: bool) -> None:
-    from polypseg.tables import Column, Table
+    from polypseg.tables import Column, Table, bounds
 
     def of_tested(words: Callable[["Outcome"], str]) -> Callable[["Outcome"], str]:
         return lambda o: words(o) if o.status == "tested" else ""
@@ -305,7 +301,7 @@ def _print_suite(name: str, outcomes: "list[Outcome]", *, wide: bool) -> None:
         Column("n", "", of_tested(lambda o: str(o.n))),
         Column("clusters", "", of_tested(lambda o: str(o.clusters or "")), optional=True),
         Column("Dice", "", _suite_dice),
-        Column("95 % interval by cluster", "", of_tested(lambda o: _bounds(o.dice_low, o.dice_high))),
+        Column("95 % interval by cluster", "", of_tested(lambda o: bounds(o.dice_low, o.dice_high))),
         Column("false alarms per 100 frames", "", of_tested(_alarms)),
         Column(
             "seen", "", of_tested(lambda o: "unknown" if o.seen_images is None else str(o.seen_images)), optional=True

@@ -1,6 +1,6 @@
 """``polypseg shift``: how two datasets differ, and what each difference costs a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -150,7 +150,7 @@ def _separability(found: "SetComparison") -> str:
 
 
 def _print_comparison(found: "SetComparison") -> None:
-    from polypseg.tables import Column, Table
+    from polypseg.tables import Column, Table, bounds
 
     columns = [
         Column("measure", "measure"),
@@ -158,16 +158,10 @@ def _print_comparison(found: "SetComparison") -> None:
             Column(title, key, "{:.4g}".format)
             for title, key in (("a", "mean_a"), ("b", "mean_b"), ("b - a", "difference"))
         ),
-        Column("95 % interval", "", lambda row: _bounds(row, "difference", ".4g")),
+        Column("95 % interval", "", lambda row: bounds(row["difference_low"], row["difference_high"], ".4g")),
         Column("effect (d)", "effect", "{:+.2f}".format),
     ]
     print_table(Table(columns=columns, records=found.measures, title=_title(found)))
-
-
-def _bounds(row: Mapping[str, Any], key: str, how: str) -> str:
-    """An interval in words; empty where there is none."""
-    low, high = row[f"{key}_low"], row[f"{key}_high"]
-    return "" if low is None else f"{low:{how}} to {high:{how}}"
 
 
 def _share(value: float | None) -> str:
@@ -175,7 +169,7 @@ def _share(value: float | None) -> str:
 
 
 def _print_attribution(found: "Attribution") -> None:
-    from polypseg.tables import Column, Table
+    from polypseg.tables import Column, Table, bounds
 
     (inside, outside), drop = found.titles, found.drop
     title = (
@@ -185,7 +179,7 @@ def _print_attribution(found: "Attribution") -> None:
     columns = [
         Column("factor", "factor"),
         Column("costs in mean Dice", "cost", "{:+.3f}".format),
-        Column("95 % interval", "", lambda row: _bounds(row, "cost", "+.3f")),
+        Column("95 % interval", "", lambda row: bounds(row["cost_low"], row["cost_high"], "+.3f")),
         Column("p (Holm)", "p_holm", "{:.3f}".format),
         Column("share of the drop", "share_of_drop", _share),
         Column("of its shift covered", "covered", _share),
