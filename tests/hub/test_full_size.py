@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 from functools import partial
@@ -13,8 +14,10 @@ from PIL import Image
 from polypseg import zoo
 from polypseg.errors import PolypSegError
 from polypseg.evaluation.receipt import digest_of, find_receipts
+from polypseg.hub.card_facts import read_epochs
 from polypseg.hub.full_size_tables import ATTRIBUTION, CURVE, ROBUSTNESS, finished_text, in_training_text
 from polypseg.hub.model_card import render_pages
+from polypseg.recipe import load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
@@ -101,6 +104,18 @@ def test_a_finished_row_is_not_shown_as_one_in_training(tmp_path):
     shutil.copytree(results / ROW.model_id, kept)
     with pytest.raises(PolypSegError, match="is not of a row in training"):
         in_training_text(kept.parent)
+
+
+def test_a_row_in_training_says_how_fast_and_on_what_where_its_record_is_kept(tmp_path):
+    kept = tmp_path / "RN-NA-NA.50"
+    shutil.copytree(KEPT / kept.name, kept)
+    assert "images/s" not in in_training_text(tmp_path)
+    recipe = load_recipe("finetune").model_dump(mode="json")
+    (kept / "run.json").write_text(json.dumps({"recipe": recipe, "environment": {"hardware": "some CPU"}}))
+    rates = [rate for row in read_epochs(kept / "epochs.csv") if (rate := float(row["images_per_second"]))]
+    said = f"{statistics.median(rates):.1f} images/s in their median."
+    (line,) = [line for line in in_training_text(tmp_path).splitlines() if said in line]
+    assert line.startswith("RN-NA-NA on some CPU: 50 epochs in ")
 
 
 def test_where_no_row_is_finished_the_page_says_so(tmp_path):

@@ -119,7 +119,7 @@ def collect_facts(
         revision=revision or f"v{__version__}",
         recipe=_run_recipe(run) if run else origin.bundled_recipe,
         results=_read_results(folder / "results", origin),
-        compute=_compute_facts(run) if run else ComputeFacts(),
+        compute=compute_facts(run) if run else ComputeFacts(),
         passport=Passport.load(folder) if (folder / PASSPORT).is_file() else None,
         widget_pictures=tuple(name for name in PICTURES if (folder / name).is_file()),
         examples=EXAMPLES if (folder / EXAMPLES).is_file() else None,
@@ -212,7 +212,8 @@ def _run_recipe(run_dir: Path) -> Recipe:
     return parse_recipe(read_json(run_dir / "run.json")["recipe"], source=str(run_dir / "run.json"))
 
 
-def _compute_facts(run_dir: Path) -> ComputeFacts:
+def compute_facts(run_dir: Path) -> ComputeFacts:
+    """What a folder's ``run.json`` and ``epochs.csv`` say of the run's cost."""
     environment = read_json(run_dir / "run.json").get("environment", {})
     return ComputeFacts(
         hours=training_hours(read_epochs(run_dir / "epochs.csv"), _run_recipe(run_dir)),

@@ -3,7 +3,7 @@
 A folder holds ``ROW.EPOCHS/``, the ``epochs.csv`` of a run up to there and the receipts of its best model by
 validation, and for a finished row ``ROW/``, what ``polypseg robustness`` and ``polypseg shift attribute`` wrote of it;
 its receipts and its ``epochs.csv`` lie with the other models' results, under its id. Either may hold its curve, as
-training_scripts/plot_results.py draws it.
+training_scripts/plot_results.py draws it; ``ROW.EPOCHS/`` may hold the run's ``run.json``, for what it was computed on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from polypseg.errors import PolypSegError
 from polypseg.evaluation.receipt import Receipt, find_receipts, read_score_set
 from polypseg.evaluation.receipt_reading import read_results, size_of
 from polypseg.files import read_json
-from polypseg.hub.card_facts import read_epochs, training_hours, training_speed
+from polypseg.hub.card_facts import compute_facts, read_epochs, training_hours, training_speed
 from polypseg.hub.starter_tables import SCORES, robustness_table, scores_and_alarms, shift_table
 from polypseg.recipe import Recipe
 from polypseg.statistics.generalization import generalization_gaps
@@ -27,8 +27,9 @@ INSIDE, OUTSIDE = "kvasir_seg", "cvc_clinicdb"
 
 
 def in_training_text(folder: Path) -> str:
-    """Rows that are not trained to their end as Markdown: a line for each test of each ``ROW.EPOCHS``, then curves."""
-    records, curves = [], []
+    """Rows not trained to their end as Markdown: a line for each test of each ``ROW.EPOCHS``, speeds, then curves."""
+    records: list[dict[str, Any]] = []
+    courses: list[str] = []
     for kept in sorted(folder.glob("*.*"), key=lambda path: (path.stem, int(path.suffix[1:]))):
         epochs = read_epochs(kept / "epochs.csv")
         dice = max(float(row["validation_dice"]) for row in epochs)
@@ -37,7 +38,7 @@ def in_training_text(folder: Path) -> str:
             told = f"{kept.stem} after {len(epochs)} of {recipe.training.epochs} epochs"
             records.append({"row": told, "validation": dice, "test": receipt.dataset.title, "size": size_of(receipt)})
             records[-1] |= receipt.stated
-        curves += _curve(kept)
+        courses += [*_speed(kept, epochs), *_curve(kept)]
     columns = [
         Column("unfinished", "row"),
         Column("best validation Dice", "validation", "{:.3f}".format),
@@ -45,7 +46,18 @@ def in_training_text(folder: Path) -> str:
         Column("n", "size"),
         *SCORES,
     ]
-    return "\n\n".join([Table(columns=columns, records=records).markdown(), *curves])
+    return "\n\n".join([Table(columns=columns, records=records).markdown(), *courses])
+
+
+def _speed(kept: Path, epochs: Sequence[Mapping[str, str]]) -> list[str]:
+    """How fast a run was, on what, if its record is kept."""
+    if not (kept / "run.json").is_file():
+        return []
+    cost = compute_facts(kept)
+    return [
+        f"{kept.stem} on {cost.hardware}: {len(epochs)} epochs in {cost.hours:.1f} hours of training without "
+        f"validation, {training_speed(epochs):.1f} images/s in their median."
+    ]
 
 
 def _curve(kept: Path) -> list[str]:
