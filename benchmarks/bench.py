@@ -3,7 +3,7 @@
 OMP_NUM_THREADS=1 python benchmarks/bench.py --output runs/bench
 
 ``--page`` renders a page from kept records (this one, growth.py's and peak_memory.py's) instead of measuring; those of
-earlier sittings, ``bench.REVISION.json``, give a column of their own.
+other sittings, ``bench.REVISION.json``, give a column for each kind of machine.
 """
 
 import statistics
@@ -59,7 +59,7 @@ write (eager float32 in PyTorch, Pillow, one image after the other). Both run in
 thread each, the steps of `segment` and `evaluate` in threads of their own; medians of {repeats} repeats. Ratios hold
 for this machine; `make bench` measures them on yours, in some minutes, and says so where it was not quiet enough. A way
 that is named after another library is that library, doing the same job. What other sittings gave, of earlier revisions
-on machines of the same kind, stands beside it.
+or on another kind of machine, stands beside it.
 
 {table}
 ## Where the time of a frame goes
@@ -84,21 +84,26 @@ How long a frame takes in each runtime and precision, and what that costs in Dic
 """
 
 
-def to_markdown(content: Mapping[str, Any], *, earlier: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The table of a record (``bench.json``), with the ratios of earlier ones; without any where the machine was not
-    quiet."""
+def to_markdown(content: Mapping[str, Any], *, others: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The table of a record (``bench.json``), with the ratios of others; none if it was not quiet."""
     lines = [f"Measured on {content['processor']}; medians, in turn with the way before, whose time is 1.", ""]
     if content["reasons"]:
         return "\n".join(["**Not to be quoted:**", *(f"- {reason}" for reason in content["reasons"]), ""])
+    by_machine: dict[str, list[Mapping[str, Any]]] = {}
+    for record in others:
+        title = "earlier" if record["processor"] == content["processor"] else f"on {record['processor']}"
+        by_machine.setdefault(title, []).append(record)
     columns = [
         Column("job", "job"),
         Column("way", "way"),
         Column("times as fast", "", lambda row: f"{row['ratio']:.1f}" if row["steady"] else "repeats differ"),
-        *([Column("earlier", "", lambda row: _ratios_in(earlier, of=row))] if earlier else []),
+        *(Column(title, "", partial(_ratios_in, records)) for title, records in by_machine.items()),
         *(Column(title, "", partial(_seconds, key=key)) for title, key in SECONDS.items()),
     ]
     lines += [Table(columns=columns, records=content["rows"]).markdown(), ""]
     lines += [f"What this machine does at best, on {_threads(content)}: {ceilings.told(content['ceilings'])}."]
+    elsewhere = {record["processor"]: record for record in others if record["processor"] != content["processor"]}
+    lines += [f"{name}: {ceilings.told(record['ceilings'])}." for name, record in elsewhere.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -106,11 +111,11 @@ def _seconds(row: Mapping[str, Any], *, key: str) -> str:
     return f"{statistics.median(row[key]):.3g}" if row["steady"] else ""
 
 
-def _ratios_in(records: Sequence[Mapping[str, Any]], *, of: Mapping[str, Any]) -> str:
-    """The ratios of the same job and way in other records, but for those that are not steady."""
-    rows = (row for record in records for row in record["rows"])
-    found = (row for row in rows if (row["job"], row["way"]) == (of["job"], of["way"]) and row["steady"])
-    return ", ".join(f"{row['ratio']:.1f}" for row in found)
+def _ratios_in(records: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str:
+    """The ratios of the row's job and way in other records, but for those that are not steady."""
+    rows = (other for record in records for other in record["rows"])
+    found = (other for other in rows if (other["job"], other["way"]) == (row["job"], row["way"]) and other["steady"])
+    return ", ".join(f"{other['ratio']:.1f}" for other in found)
 
 
 def _threads(content: Mapping[str, Any]) -> str:
@@ -123,9 +128,9 @@ def render_page(
     *,
     grown: Sequence[dict[str, Any]],
     held: Sequence[dict[str, Any]],
-    earlier: Sequence[Mapping[str, Any]] = (),
+    others: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """A page from a record, the rows of ``growth.json`` and ``peak_memory.json``, and records of earlier sittings.
+    """A page from a record, the rows of ``growth.json`` and ``peak_memory.json``, and records of other sittings.
 
     Raises UsageError for a record that may not be quoted.
     """
@@ -135,15 +140,15 @@ def render_page(
     told = stages.to_markdown(content["stages"], best=content["ceilings"])
     return PAGE.format(
         repeats=repeats,
-        table=to_markdown(content, earlier=earlier),
+        table=to_markdown(content, others=others),
         stages=told,
         memory=peak_memory.to_markdown(held),
         growth=growth.to_markdown(grown),
     )
 
 
-def earlier_records(folder: Path) -> list[dict[str, Any]]:
-    """Records of earlier sittings, ``bench.REVISION.json``, the latest first."""
+def other_records(folder: Path) -> list[dict[str, Any]]:
+    """Records of other sittings, ``bench.REVISION.json``, the latest first."""
     records = [read_json(path) for path in folder.glob("bench.*.json")]
     return sorted(records, key=lambda record: record["environment"]["created"], reverse=True)
 
@@ -157,8 +162,8 @@ def main(
     """Run all benchmarks and write their rows; on a busy machine the table says that it may not be quoted."""
     if page is not None:
         grown, held = (read_json(output / f"{name}.json")["rows"] for name in ("growth", "peak_memory"))
-        record, earlier = read_json(output / "bench.json"), earlier_records(output)
-        print(write_text(page, render_page(record, grown=grown, held=held, earlier=earlier)))
+        record, others = read_json(output / "bench.json"), other_records(output)
+        print(write_text(page, render_page(record, grown=grown, held=held, others=others)))
         return
     neighbors, rows, best = Neighbors(), list[Row](), ceilings.ceilings()
     for benchmark in (*BENCHMARKS, *(FULL if full else ())):
@@ -167,11 +172,11 @@ def main(
             print(f"{row.job}: {row.way} {row.ratio:.1f}", flush=True)
         rows += found
     steps = [asdict(stage) for stage in stages.stages(repeats=repeats, full=full)]
-    others = neighbors.cores()
-    reasons = why_not_quotable(rows, others)
+    busy = neighbors.cores()
+    reasons = why_not_quotable(rows, busy)
     content: dict[str, Any] = {
         "processor": processor_name(),
-        "other_processes_cores": others,
+        "other_processes_cores": busy,
         "quotable": not reasons,
         "reasons": reasons,
         "ceilings": best,

@@ -130,8 +130,20 @@ def test_the_page_shows_the_kept_record():
     record = json.loads((docs / "speed" / "bench.json").read_text())
     grown, held = (json.loads((docs / "speed" / f"{n}.json").read_text())["rows"] for n in ("growth", "peak_memory"))
     bench = load("bench")
-    earlier = bench.earlier_records(docs / "speed")
-    assert (docs / "speed.md").read_text() == bench.render_page(record, grown=grown, held=held, earlier=earlier)
+    others = bench.other_records(docs / "speed")
+    assert (docs / "speed.md").read_text() == bench.render_page(record, grown=grown, held=held, others=others)
+
+
+def test_other_sittings_have_a_column_for_each_kind_of_machine():
+    bench = load("bench")
+    row = {"job": "a", "way": "b", "ratio": 2.0, "steady": True, "seconds": [1.0], "before_seconds": [2.0]}
+    best = {"threads": 1, "fp32_gflops": 100.0, "bf16_gflops": 200.0, "copy_gb_s": 10.0}
+    here = {"processor": "this CPU", "reasons": [], "rows": [row], "ceilings": best}
+    there = here | {"processor": "that CPU", "rows": [row | {"ratio": 3.0}], "ceilings": best | {"fp32_gflops": 55.0}}
+    text = bench.to_markdown(here, others=[here | {"rows": [row | {"ratio": 1.0}]}, there])
+    assert "| job | way | times as fast | earlier | on that CPU | seconds | before |" in text
+    assert "| a | b | 2.0 | 1.0 | 3.0 | 1 | 2 |" in text
+    assert "that CPU: matrix products at 55 GFLOP/s in fp32" in text
 
 
 @pytest.mark.parametrize("cores", [0.0, 1.5])
