@@ -90,7 +90,7 @@ def to_markdown(content: Mapping[str, Any], *, others: Sequence[Mapping[str, Any
     if content["reasons"]:
         return "\n".join(["**Not to be quoted:**", *(f"- {reason}" for reason in content["reasons"]), ""])
     by_machine: dict[str, list[Mapping[str, Any]]] = {}
-    for record in others:
+    for record in sorted(others, key=lambda record: record["processor"] != content["processor"]):
         title = "earlier" if record["processor"] == content["processor"] else f"on {record['processor']}"
         by_machine.setdefault(title, []).append(record)
     columns = [

@@ -140,7 +140,7 @@ def test_other_sittings_have_a_column_for_each_kind_of_machine():
     best = {"threads": 1, "fp32_gflops": 100.0, "bf16_gflops": 200.0, "copy_gb_s": 10.0}
     here = {"processor": "this CPU", "reasons": [], "rows": [row], "ceilings": best}
     there = here | {"processor": "that CPU", "rows": [row | {"ratio": 3.0}], "ceilings": best | {"fp32_gflops": 55.0}}
-    text = bench.to_markdown(here, others=[here | {"rows": [row | {"ratio": 1.0}]}, there])
+    text = bench.to_markdown(here, others=[there, here | {"rows": [row | {"ratio": 1.0}]}])
     assert "| job | way | times as fast | earlier | on that CPU | seconds | before |" in text
     assert "| a | b | 2.0 | 1.0 | 3.0 | 1 | 2 |" in text
     assert "that CPU: matrix products at 55 GFLOP/s in fp32" in text

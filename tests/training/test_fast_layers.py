@@ -9,7 +9,8 @@ from torch import nn
 
 from polypseg import zoo
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
-from polypseg.training.fast_layers import attention_by_products, interleaved_convolutions
+from polypseg.modeling.decoder_dpt import Fusion
+from polypseg.training.fast_layers import attention_by_products, early_projections, interleaved_convolutions
 
 
 @pytest.mark.parametrize("side", [(16, 16), (18, 14), (7, 9)])
@@ -69,8 +70,28 @@ def test_attention_by_products_has_the_same_outputs_and_gradients():
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_attention_of_the_transformer_row_is_found():
+@pytest.mark.parametrize("size", [(10, 14), (9, 13)])  # twice the map's, and what an odd side leaves of it
+def test_early_projections_have_the_same_outputs_and_gradients(size):
+    torch.manual_seed(0)
+    plain = Fusion(6, has_coarser=True).double()
+    level, coarser = torch.randn(2, 2, 6, 5, 7, dtype=torch.float64)
+    results = []
+    for fast in (False, True):
+        layer, x = copy.deepcopy(plain), level.clone().requires_grad_()
+        with early_projections(layer, enabled=fast) as count:
+            assert count == int(fast)
+            y = layer(x, coarser, size)
+            y.square().sum().backward()
+        assert type(layer) is Fusion
+        results.append((y.detach(), x.grad, layer.project.weight.grad, layer.project.bias.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_layers_of_the_transformer_row_are_found():
     with torch.device("meta"):
         model = PolypSegForSemanticSegmentation(zoo.get("VT-NA-NA").config())
     with attention_by_products(model) as count:
         assert count == 12
+    with early_projections(model) as count:
+        assert count == 4

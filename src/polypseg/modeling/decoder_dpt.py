@@ -28,10 +28,7 @@ class ResidualConvUnit(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Add the level to the coarser path, refine, project, upsample: (B, C, h, w) -> (B, C, *size).
-
-    The paper projects last. The two commute, as interpolation's weights sum to 1, and a quarter of the cells is left.
-    """
+    """Add the level to the coarser path, refine, upsample, project: (B, C, h, w) -> (B, C, *size)."""
 
     def __init__(self, channels: int, *, has_coarser: bool):
         super().__init__()
@@ -43,7 +40,8 @@ class Fusion(nn.Module):
         x = self.skip(level)
         if coarser is not None:
             x = x + coarser
-        return F.interpolate(self.project(self.refine(x)), size=size, mode="bilinear", align_corners=True)
+        x = F.interpolate(self.refine(x), size=size, mode="bilinear", align_corners=True)
+        return self.project(x)
 
 
 def reassemble_tokens(width: int, channels: int) -> nn.ModuleList:

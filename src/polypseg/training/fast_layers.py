@@ -4,7 +4,8 @@ A dilated depthwise convolution of dilation d acts on d x d interleaved grids th
 2016's sub-pixel layout, backwards), each grid sees an ordinary convolution, whose backward pass is several times
 faster. A dilation of more than half the map's size leaves the center tap and narrow strips, which are added tap by tap:
 as grids they took two fifths of a bf16 step of ResNet50 at 224 px. Attention in bf16 has a fused backward pass on CPU
-that is three times slower than two matrix products. The weights, their names and the results stay as they were.
+that is three times slower than two matrix products. A 1x1 convolution commutes with interpolation: done
+first, it meets a quarter of the cells. The weights, their names and, to rounding, the results stay as they were.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from polypseg.modeling.decoder_dpt import Fusion
 
 
 class InterleavedConv2d(nn.Conv2d):
@@ -98,6 +101,17 @@ def _sum_per_channel(values: Tensor) -> Tensor:
     return values.sum((0, 2, 3), dtype=wide).to(values.dtype)
 
 
+class EarlyProjection(Fusion):
+    """A fusion block of DPT that projects before it upsamples."""
+
+    def forward(self, level: Tensor, coarser: Tensor | None, size: tuple[int, int]) -> Tensor:
+        """As the block's own."""
+        x = self.skip(level)
+        if coarser is not None:
+            x = x + coarser
+        return F.interpolate(self.project(self.refine(x)), size=size, mode="bilinear", align_corners=True)
+
+
 def interleaved_convolutions(model: nn.Module, *, enabled: bool = True) -> AbstractContextManager[int]:
     """Run the model's dilated depthwise convolutions in the fast form inside the block; gives their number."""
     found = [layer for layer in model.modules() if enabled and _fits(layer)]
@@ -111,6 +125,12 @@ def attention_by_products(model: nn.Module, *, enabled: bool = True) -> Abstract
     """
     found = [layer for layer in model.modules() if enabled and isinstance(layer, Attention) and layer.fused_attn]
     return _changed(found, "fused_attn", False)
+
+
+def early_projections(model: nn.Module, *, enabled: bool = True) -> AbstractContextManager[int]:
+    """Let DPT's fusion blocks project before they upsample inside the block; gives their number."""
+    found = [layer for layer in model.modules() if enabled and type(layer) is Fusion]
+    return _changed(found, "__class__", EarlyProjection)
 
 
 @contextmanager
