@@ -89,21 +89,21 @@ def to_markdown(content: Mapping[str, Any], *, others: Sequence[Mapping[str, Any
     lines = [f"Measured on {content['processor']}; medians, in turn with the way before, whose time is 1.", ""]
     if content["reasons"]:
         return "\n".join(["**Not to be quoted:**", *(f"- {reason}" for reason in content["reasons"]), ""])
-    by_machine: dict[str, list[Mapping[str, Any]]] = {}
-    for record in sorted(others, key=lambda record: record["processor"] != content["processor"]):
-        title = "earlier" if record["processor"] == content["processor"] else f"on {record['processor']}"
-        by_machine.setdefault(title, []).append(record)
+    elsewhere: dict[str, list[Mapping[str, Any]]] = {}
+    for record in others:
+        elsewhere.setdefault(record["processor"], []).append(record)
+    here = elsewhere.pop(content["processor"], [])
     columns = [
         Column("job", "job"),
         Column("way", "way"),
         Column("times as fast", "", lambda row: f"{row['ratio']:.1f}" if row["steady"] else "repeats differ"),
-        *(Column(title, "", partial(_ratios_in, records)) for title, records in by_machine.items()),
+        *([Column("earlier", "", partial(_ratios_in, here))] if here else []),
+        *(Column(f"on {name}", "", partial(_ratios_in, records)) for name, records in elsewhere.items()),
         *(Column(title, "", partial(_seconds, key=key)) for title, key in SECONDS.items()),
     ]
     lines += [Table(columns=columns, records=content["rows"]).markdown(), ""]
     lines += [f"What this machine does at best, on {_threads(content)}: {ceilings.told(content['ceilings'])}."]
-    elsewhere = {record["processor"]: record for record in others if record["processor"] != content["processor"]}
-    lines += [f"{name}: {ceilings.told(record['ceilings'])}." for name, record in elsewhere.items()]
+    lines += [f"{name}: {ceilings.told(latest['ceilings'])}." for name, (latest, *_) in elsewhere.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -40,8 +40,11 @@ class Fusion(nn.Module):
         x = self.skip(level)
         if coarser is not None:
             x = x + coarser
-        x = F.interpolate(self.refine(x), size=size, mode="bilinear", align_corners=True)
-        return self.project(x)
+        return self.enlarge(self.refine(x), size)
+
+    def enlarge(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Upsample, then project: (B, C, h, w) -> (B, C, *size)."""
+        return self.project(F.interpolate(x, size=size, mode="bilinear", align_corners=True))
 
 
 def reassemble_tokens(width: int, channels: int) -> nn.ModuleList:

@@ -104,12 +104,9 @@ def _sum_per_channel(values: Tensor) -> Tensor:
 class EarlyProjection(Fusion):
     """A fusion block of DPT that projects before it upsamples."""
 
-    def forward(self, level: Tensor, coarser: Tensor | None, size: tuple[int, int]) -> Tensor:
-        """As the block's own."""
-        x = self.skip(level)
-        if coarser is not None:
-            x = x + coarser
-        return F.interpolate(self.project(self.refine(x)), size=size, mode="bilinear", align_corners=True)
+    def enlarge(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Project, then upsample: (B, C, h, w) -> (B, C, *size)."""
+        return F.interpolate(self.project(x), size=size, mode="bilinear", align_corners=True)
 
 
 def interleaved_convolutions(model: nn.Module, *, enabled: bool = True) -> AbstractContextManager[int]:
