@@ -17,7 +17,7 @@ from polypseg import zoo
 from polypseg.cli.console import run_script
 from polypseg.inference.memory import keep_freed_memory
 from polypseg.recipe import load_recipe
-from polypseg.training.fast_layers import attention_by_products, early_projections, interleaved_convolutions
+from polypseg.training.fast_layers import fast_layers
 from polypseg.training.finetune import build_model
 from polypseg.training.run_folder import usable_precision
 from side_by_side import BASELINE, Neighbors, Row, show, side_by_side
@@ -37,11 +37,7 @@ def stepping(model_id: str, *, batch: int, ours: bool) -> Callable[[], object]:
     lower = ours and usable_precision("bf16", device="cpu") == "bf16"
 
     def step() -> None:
-        with (
-            interleaved_convolutions(model, enabled=ours),
-            early_projections(model, enabled=ours),
-            attention_by_products(model, enabled=lower),
-        ):
+        with fast_layers(model, bf16=lower, enabled=ours):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=lower):
                 loss = model(pixel_values=pixels, labels=labels).loss
             loss.backward()

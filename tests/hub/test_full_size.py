@@ -113,7 +113,7 @@ def test_a_row_in_training_says_how_fast_and_on_what_where_its_record_is_kept(tm
     recipe = load_recipe("finetune").model_dump(mode="json")
     (kept / "run.json").write_text(json.dumps({"recipe": recipe, "environment": {"hardware": "some CPU"}}))
     rates = [rate for row in read_epochs(kept / "epochs.csv") if (rate := float(row["images_per_second"]))]
-    said = f"{statistics.median(rates):.1f} images/s in their median."
+    said = f"{statistics.median(rates):.1f} images/s in the median of the epochs."
     (line,) = [line for line in in_training_text(tmp_path).splitlines() if said in line]
     assert line.startswith("RN-NA-NA on some CPU: 50 epochs in ")
 

@@ -10,7 +10,14 @@ from torch import nn
 from polypseg import zoo
 from polypseg.modeling import PolypSegConfig, PolypSegForSemanticSegmentation
 from polypseg.modeling.decoder_dpt import Fusion
-from polypseg.training.fast_layers import attention_by_products, early_projections, interleaved_convolutions
+from polypseg.training.fast_layers import (
+    EarlyProjection,
+    InterleavedConv2d,
+    attention_by_products,
+    early_projections,
+    fast_layers,
+    interleaved_convolutions,
+)
 
 
 @pytest.mark.parametrize("side", [(16, 16), (18, 14), (7, 9)])
@@ -95,3 +102,19 @@ def test_layers_of_the_transformer_row_are_found():
         assert count == 12
     with early_projections(model) as count:
         assert count == 4
+
+
+@pytest.mark.parametrize(("bf16", "enabled"), [(True, True), (False, True), (True, False)])
+def test_all_fast_forms_serve_at_once_and_are_taken_back(bf16, enabled):
+    layers = nn.ModuleList(
+        [
+            nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4, bias=False),
+            Fusion(6, has_coarser=True),
+            timm.layers.Attention(24, num_heads=3),
+        ]
+    )
+    convolution, fusion, attention = layers
+    with fast_layers(layers, bf16=bf16, enabled=enabled):
+        assert (type(convolution) is InterleavedConv2d) == (type(fusion) is EarlyProjection) == enabled
+        assert attention.fused_attn is not (bf16 and enabled)
+    assert type(convolution) is nn.Conv2d and type(fusion) is Fusion and attention.fused_attn

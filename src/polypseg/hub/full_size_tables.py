@@ -54,10 +54,7 @@ def _speed(kept: Path, epochs: Sequence[Mapping[str, str]]) -> list[str]:
     if not (kept / "run.json").is_file():
         return []
     cost = compute_facts(kept)
-    return [
-        f"{kept.stem} on {cost.hardware}: {len(epochs)} epochs in {cost.hours:.1f} hours of training without "
-        f"validation, {training_speed(epochs):.1f} images/s in their median."
-    ]
+    return [f"{kept.stem} on {cost.hardware}: {len(epochs)} epochs {_cost_words(epochs, hours=cost.hours)}."]
 
 
 def _curve(kept: Path) -> list[str]:
@@ -103,11 +100,18 @@ def _run_words(epochs: Sequence[Mapping[str, str]], *, recipe: Recipe) -> str:
     """Length, speed and validation of a run in a sentence."""
     dice = [float(row["validation_dice"]) for row in epochs]
     best = max(range(len(dice)), key=dice.__getitem__)
+    cost = _cost_words(epochs, hours=training_hours(epochs, recipe))
     return (
-        f"{len(epochs)} epochs by the recipe `{recipe.name}` in {training_hours(epochs, recipe):.1f} hours of training "
-        f"without validation, {training_speed(epochs):.1f} images/s in the median of the epochs; "
+        f"{len(epochs)} epochs by the recipe `{recipe.name}` {cost}; "
         f"validation Dice {dice[best]:.3f} after epoch {best + 1}, whose weights are kept, {dice[-1]:.3f} in the end."
     )
+
+
+def _cost_words(epochs: Sequence[Mapping[str, str]], *, hours: float | None) -> str:
+    """How long a run took, and how fast it was."""
+    assert hours is not None, "of a run with epochs"
+    speed = f"{training_speed(epochs):.1f} images/s in the median of the epochs"
+    return f"in {hours:.1f} hours of training without validation, {speed}"
 
 
 def _contrast(receipts: Mapping[str, Sequence[Receipt]], small: Sequence[Mapping[str, Any]]) -> str:

@@ -23,7 +23,7 @@ from polypseg.modeling import PolypSegForSemanticSegmentation
 from polypseg.modeling.modeling_polypseg import SMALLEST_SIDE
 from polypseg.recipe import AugmentationRecipe
 from polypseg.training.augmentation import Normalization, PairedAugmentation
-from polypseg.training.fast_layers import interleaved_convolutions
+from polypseg.training.fast_layers import fast_layers
 from polypseg.training.finetune import dice_of_polyps
 from polypseg.training.loader import keep_opencv_to_one_thread, resize_pair, to_example
 
@@ -183,7 +183,7 @@ def tune(model: PolypSegForSemanticSegmentation, pairs: Pairs, plan: TuningPlan,
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=plan.learning_rate, weight_decay=0.0)
     on_cpu = next(model.parameters()).device.type == "cpu"
-    with interleaved_convolutions(model, enabled=on_cpu):
+    with fast_layers(model, bf16=False, enabled=on_cpu):
         for step in range(plan.steps):
             for group in optimizer.param_groups:
                 group["lr"] = plan.learning_rate * (1 - step / plan.steps)

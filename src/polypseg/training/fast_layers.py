@@ -109,6 +109,20 @@ class EarlyProjection(Fusion):
         return F.interpolate(self.project(x), size=size, mode="bilinear", align_corners=True)
 
 
+@contextmanager
+def fast_layers(model: nn.Module, *, bf16: bool, enabled: bool = True) -> Iterator[None]:
+    """Train a model on CPU with every layer in its fast form inside the block; attention only where ``bf16`` slows it.
+
+    ``enabled``: False leaves the model as it is, as on a GPU.
+    """
+    with (
+        interleaved_convolutions(model, enabled=enabled),
+        early_projections(model, enabled=enabled),
+        attention_by_products(model, enabled=enabled and bf16),
+    ):
+        yield
+
+
 def interleaved_convolutions(model: nn.Module, *, enabled: bool = True) -> AbstractContextManager[int]:
     """Run the model's dilated depthwise convolutions in the fast form inside the block; gives their number."""
     found = [layer for layer in model.modules() if enabled and _fits(layer)]

@@ -41,7 +41,7 @@ from polypseg.provenance.passport import (
 from polypseg.recipe import Recipe, ScheduleRecipe, changes_from_bundled
 from polypseg.training.augmentation import PairedAugmentation
 from polypseg.training.distributed import synchronize_batchnorm
-from polypseg.training.fast_layers import attention_by_products, early_projections, interleaved_convolutions
+from polypseg.training.fast_layers import fast_layers
 from polypseg.training.loader import (
     CachedPairs,
     Example,
@@ -390,9 +390,7 @@ class _Run:
         on_cpu = self.accelerator.device.type == "cpu"
         with (
             step_bar(self.accelerator, total=self.total_steps, done=self.progress.step) as bar,
-            interleaved_convolutions(self._bare_model(), enabled=on_cpu),
-            early_projections(self._bare_model(), enabled=on_cpu),
-            attention_by_products(self._bare_model(), enabled=on_cpu and self.accelerator.mixed_precision == "bf16"),
+            fast_layers(self._bare_model(), bf16=self.accelerator.mixed_precision == "bf16", enabled=on_cpu),
         ):
             yield bar
 
