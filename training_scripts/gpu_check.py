@@ -31,15 +31,14 @@ def pack(
 def run(
     packed: Annotated[Path, Argument(help="The folder that `pack` wrote.")],
     output: Annotated[Path, Option(help="Folder of results; a second call continues the rows.")] = Path("gpu-results"),
-    step: Annotated[list[str] | None, Option(help="devices, rows or pretraining; repeatable. Default: all.")] = None,
+    step: Annotated[list[gpu_check.Step] | None, Option(help="What to do; repeatable. Default: all.")] = None,
     small: Annotated[bool, Option("--small", help="Two steps of everything, for a machine without GPU.")] = False,
     workers: Annotated[int, Option(min=0, help="Worker processes that augment.")] = 0,
 ) -> None:
     """Train both rows, find pretraining's largest batches, compare the GPU with the CPU; write what was measured."""
-    steps = step or gpu_check.STEPS
     effort = gpu_check.SMALL if small else gpu_check.FULL
-    path = gpu_check.check(packed, output, steps=steps, effort=effort, workers=workers)
-    print(f"{gpu_check.gpu_name()}: {path}; predictions in {output / 'predictions'}")
+    path = gpu_check.check(packed, output, steps=step or list(gpu_check.Step), effort=effort, workers=workers)
+    print(f"{gpu_check.gpu_name()}: {path}")
 
 
 if __name__ == "__main__":

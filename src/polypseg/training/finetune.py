@@ -179,11 +179,13 @@ def finetune(
     negatives: PolypDataset | None = None,
     resume: bool = False,
     workers: int = 0,
+    checkpoint_epochs: int = 1,
 ) -> Progress:
     """Train on the ``train`` part, select on ``validation``; leave the model in ``run_dir/best``.
 
     ``negatives``: the polyp-free frames of a recipe that asks for them, whose pinned ``train`` part is trained on with
-    empty masks. With ``resume`` continues from the newest checkpoint, if there is one. Raises UsageError when
+    empty masks. With ``resume`` continues from the newest checkpoint, if there is one; there is one after every
+    ``checkpoint_epochs`` epochs, and at the end. Raises UsageError when
     ``run_dir`` holds another run, another process writes there or the recipe's negatives are absent, PolypSegError for
     a non-finite loss (the last checkpoint stays) or validation, InterruptedRunError after a SIGINT or SIGTERM.
     """
@@ -221,7 +223,9 @@ def finetune(
                 mean = progress.epochs[-1]["loss"]
                 bar.write(f"epoch {progress.epoch:3d}  loss {mean:.4f}  validation Dice {dice:.4f}")
                 run.write_tables()  # before the checkpoint: a finished run has its tables
-                run.save_checkpoint()
+                at_end = progress.epoch >= training.epochs or progress.step >= run.total_steps
+                if at_end or progress.epoch % checkpoint_epochs == 0:
+                    run.save_checkpoint()
             run.finish()
     return progress
 
