@@ -1,6 +1,7 @@
 """Rows at full size: what the pages say of those that are trained to their end, and never of those that are not."""
 
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -113,9 +114,11 @@ def test_a_row_in_training_says_how_fast_and_on_what_where_its_record_is_kept(tm
     recipe = load_recipe("finetune").model_dump(mode="json")
     (kept / "run.json").write_text(json.dumps({"recipe": recipe, "environment": {"hardware": "some CPU"}}))
     rates = [rate for row in read_epochs(kept / "epochs.csv") if (rate := float(row["images_per_second"]))]
-    said = f"{statistics.median(rates):.1f} images/s in the median of the epochs."
+    said = f"{statistics.median(rates):.1f} images/s in the median of the epochs; 150 remain, at this speed "
     (line,) = [line for line in in_training_text(tmp_path).splitlines() if said in line]
     assert line.startswith("RN-NA-NA on some CPU: 50 epochs in ")
+    spent, left = (float(hours) for hours in re.findall(r"([\d.]+) hours", line))
+    assert left == pytest.approx(3 * spent, abs=0.7)  # both are rounded
 
 
 def test_where_no_row_is_finished_the_page_says_so(tmp_path):

@@ -117,7 +117,7 @@ def collect_facts(
         stage="published",
         organization=organization or default_organization(),
         revision=revision or f"v{__version__}",
-        recipe=_run_recipe(run) if run else origin.bundled_recipe,
+        recipe=run_recipe(run) if run else origin.bundled_recipe,
         results=_read_results(folder / "results", origin),
         compute=compute_facts(run) if run else ComputeFacts(),
         passport=Passport.load(folder) if (folder / PASSPORT).is_file() else None,
@@ -208,7 +208,8 @@ def _read_results(folder: Path, origin: WeightsOrigin) -> tuple[Receipt, ...]:
     return results
 
 
-def _run_recipe(run_dir: Path) -> Recipe:
+def run_recipe(run_dir: Path) -> Recipe:
+    """The recipe that a folder's ``run.json`` records."""
     return parse_recipe(read_json(run_dir / "run.json")["recipe"], source=str(run_dir / "run.json"))
 
 
@@ -216,7 +217,7 @@ def compute_facts(run_dir: Path) -> ComputeFacts:
     """What a folder's ``run.json`` and ``epochs.csv`` say of the run's cost."""
     environment = read_json(run_dir / "run.json").get("environment", {})
     return ComputeFacts(
-        hours=training_hours(read_epochs(run_dir / "epochs.csv"), _run_recipe(run_dir)),
+        hours=training_hours(read_epochs(run_dir / "epochs.csv"), run_recipe(run_dir)),
         platform=environment.get("platform"),
         hardware=environment.get("hardware"),
         precision=environment.get("precision"),

@@ -15,7 +15,7 @@ from polypseg.errors import PolypSegError
 from polypseg.evaluation.receipt import Receipt, find_receipts, read_score_set
 from polypseg.evaluation.receipt_reading import read_results, size_of
 from polypseg.files import read_json
-from polypseg.hub.card_facts import compute_facts, read_epochs, training_hours, training_speed
+from polypseg.hub.card_facts import compute_facts, read_epochs, run_recipe, training_hours, training_speed
 from polypseg.hub.starter_tables import SCORES, robustness_table, scores_and_alarms, shift_table
 from polypseg.recipe import Recipe
 from polypseg.statistics.generalization import generalization_gaps
@@ -50,11 +50,13 @@ def in_training_text(folder: Path) -> str:
 
 
 def _speed(kept: Path, epochs: Sequence[Mapping[str, str]]) -> list[str]:
-    """How fast a run was, on what, if its record is kept."""
+    """How fast a run was, on what, and how long the rest of it would take, if its record is kept."""
     if not (kept / "run.json").is_file():
         return []
-    cost = compute_facts(kept)
-    return [f"{kept.stem} on {cost.hardware}: {len(epochs)} epochs {_cost_words(epochs, hours=cost.hours)}."]
+    recipe, hardware = run_recipe(kept), compute_facts(kept).hardware
+    left = recipe.training.epochs - len(epochs)
+    rest = f"{left} remain, at this speed {_hours(epochs, recipe) / len(epochs) * left:.0f} hours more"
+    return [f"{kept.stem} on {hardware}: {len(epochs)} epochs {_cost_words(epochs, recipe)}; {rest}."]
 
 
 def _curve(kept: Path) -> list[str]:
@@ -100,18 +102,22 @@ def _run_words(epochs: Sequence[Mapping[str, str]], *, recipe: Recipe) -> str:
     """Length, speed and validation of a run in a sentence."""
     dice = [float(row["validation_dice"]) for row in epochs]
     best = max(range(len(dice)), key=dice.__getitem__)
-    cost = _cost_words(epochs, hours=training_hours(epochs, recipe))
     return (
-        f"{len(epochs)} epochs by the recipe `{recipe.name}` {cost}; "
+        f"{len(epochs)} epochs by the recipe `{recipe.name}` {_cost_words(epochs, recipe)}; "
         f"validation Dice {dice[best]:.3f} after epoch {best + 1}, whose weights are kept, {dice[-1]:.3f} in the end."
     )
 
 
-def _cost_words(epochs: Sequence[Mapping[str, str]], *, hours: float | None) -> str:
+def _cost_words(epochs: Sequence[Mapping[str, str]], recipe: Recipe) -> str:
     """How long a run took, and how fast it was."""
-    assert hours is not None, "of a run with epochs"
     speed = f"{training_speed(epochs):.1f} images/s in the median of the epochs"
-    return f"in {hours:.1f} hours of training without validation, {speed}"
+    return f"in {_hours(epochs, recipe):.1f} hours of training without validation, {speed}"
+
+
+def _hours(epochs: Sequence[Mapping[str, str]], recipe: Recipe) -> float:
+    hours = training_hours(epochs, recipe)
+    assert hours is not None, "of a run with epochs"
+    return hours
 
 
 def _contrast(receipts: Mapping[str, Sequence[Receipt]], small: Sequence[Mapping[str, Any]]) -> str:
