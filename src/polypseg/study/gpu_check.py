@@ -52,7 +52,7 @@ RECIPES = (
 SMALLEST_BATCH = 2
 """Of pretraining: of one image nothing can be contrasted."""
 CHECKPOINT_EPOCHS = 10
-"""A ViT-B's checkpoint is 1.2 GB: after every epoch of a second it would take longer than the epoch."""
+"""A ViT-B's checkpoint is 1.2 GB: after every epoch, of seconds on a GPU, it would cost much of the time."""
 
 
 class Step(StrEnum):
