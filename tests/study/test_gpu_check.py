@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from polypseg.cli.app import app as polypseg
 from polypseg.data import SyntheticOptions, open_dataset
+from polypseg.data.catalog import get_spec
 from polypseg.data.splits import pinned_split
 from polypseg.evaluation.receipt import check_receipt
 from polypseg.study import gpu_check
@@ -50,14 +51,12 @@ def packed(tmp_path_factory):
         "kvasir_seg": [*PARTS["train"][:8], *PARTS["validation"][:3], *PARTS["test"][:3]],
         "cvc_clinicdb": [str(number) for number in range(1, 4)],
     }
-    for name, (images, masks) in {
-        "kvasir_seg": ("images", "masks"),
-        "cvc_clinicdb": ("Original", "Ground Truth"),
-    }.items():
+    for name, numbers in ids.items():
+        spec = get_spec(name)
         with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
-            for record_id, record in zip(ids[name], own.records, strict=False):
-                archive.writestr(f"{images}/{record_id}.png", own.source.read(record.image))
-                archive.writestr(f"{masks}/{record_id}.png", own.source.read(record.mask))
+            for record_id, record in zip(numbers, own.records, strict=False):
+                archive.writestr(f"{spec.image_folder}/{record_id}.png", own.source.read(record.image))
+                archive.writestr(f"{spec.mask_folder}/{record_id}.png", own.source.read(record.mask))
     return folder
 
 
@@ -67,29 +66,28 @@ def predictions_of(output):
 
 def test_a_row_is_trained_predicts_both_tests_and_is_continued(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "ROWS", ("RN-NA-NA",))
-    saved = []
-    monkeypatch.setattr(
-        training._Run, "save_checkpoint", lambda self, own=training._Run.save_checkpoint: (saved.append(1), own(self))
-    )
+    saved, save = [], training._Run.save_checkpoint
+    monkeypatch.setattr(training._Run, "save_checkpoint", lambda run: (saved.append(run.progress.epoch), save(run)))
     for _ in range(2):  # a finished row only predicts again
         path = gpu_check.check(packed, tmp_path, steps=[gpu_check.Step.ROWS], effort=TINY)
         (row,) = json.loads(path.read_text())["rows"]
         assert row["finished"] and not row["interrupted"]
         assert (row["epochs"], row["steps"], len(row["images_per_second"])) == (12, 24, 12)
-    assert len(saved) == 2  # after ten epochs, and at the end
+    assert saved == [10, 12]
     assert predictions_of(tmp_path) == {"kvasir_seg": PARTS["test"][0], "cvc_clinicdb": "1"}
 
 
 def test_a_row_that_is_stopped_predicts_by_its_best_model_and_goes_on(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "ROWS", ("RN-NA-NA", "VT-NA-NA"))
     asked = iter([False] * 6 + [True])
-    monkeypatch.setattr("polypseg.training.run_folder.StopFlag.anywhere", lambda self, accelerator: next(asked))
+    monkeypatch.setattr("polypseg.training.run_folder.StopFlag.anywhere", lambda self, accelerator: next(asked, False))
     with pytest.raises(InterruptedRunError, match="RN-NA-NA was stopped after 3 epochs: the same call goes on"):
         gpu_check.check(packed, tmp_path, steps=[gpu_check.Step.ROWS], effort=TINY)
     (row,) = json.loads((tmp_path / "gpu_check.json").read_text())["rows"]
     assert row["interrupted"] and not row["finished"] and row["epochs"] == 3
     assert set(predictions_of(tmp_path)) == {"kvasir_seg", "cvc_clinicdb"}
     assert newest_checkpoint(tmp_path / "runs" / "RN-NA-NA").name == "step-00000007"
+    assert gpu_check.train_row("RN-NA-NA", packed, tmp_path, effort=TINY)["finished"]
 
 
 def test_without_a_model_there_is_nothing_to_predict_by(packed, tmp_path, monkeypatch):

@@ -26,10 +26,12 @@ from polypseg.data.catalog import get_spec
 from polypseg.data.corpus import FrameStore, open_frames
 from polypseg.data.images import encode_png
 from polypseg.data.polyps import PolypDataset, open_dataset
+from polypseg.data.sources import identity
 from polypseg.errors import PolypSegError
 from polypseg.files import atomic_path, environment_record, read_json, write_json
 from polypseg.hub.card_facts import read_epochs
 from polypseg.inference.model import default_device, load_model
+from polypseg.inference.prediction_files import save_predictions
 from polypseg.inference.predictors import ModelPredictions
 from polypseg.pretraining.loop import build_method, peak_memory, pretrain
 from polypseg.pretraining.recipe import load_pretraining_recipe
@@ -145,7 +147,7 @@ def train_row(row: str, packed: Path, output: Path, *, effort: Effort = FULL, wo
             checkpoint_epochs=CHECKPOINT_EPOCHS,
         )
     except InterruptedRunError:
-        if not (run_dir / "best").is_dir():
+        if not (run_dir / "epochs.csv").is_file():
             raise
         interrupted = True
     seconds = time.perf_counter() - started
@@ -155,10 +157,8 @@ def train_row(row: str, packed: Path, output: Path, *, effort: Effort = FULL, wo
     for name, (split, part) in TESTS.items():
         dataset = open_packed(packed, name)
         ids = dataset.part(split, part)[0]
-        for record_id, probability in source.predict(dataset, ids[: effort.predictions]):
-            path = output / "predictions" / row / name / f"{record_id}.png"
-            with atomic_path(path) as temporary:
-                temporary.write_bytes(encode_png((probability * 255).round().astype(np.uint8)))
+        predictions = source.predict(dataset, ids[: effort.predictions])
+        save_predictions(predictions, output / "predictions" / row / name)
     return {
         "row": row,
         "epochs": len(epochs),
@@ -231,7 +231,7 @@ def _frames(packed: Path, batch: int) -> FrameStore:
     """The frames of the packed Kvasir-SEG, without its masks, often enough to fill two batches."""
     frames = open_frames(packed / "kvasir_seg.zip", corpus_folder=get_spec("kvasir_seg").image_folder)
     times = -(-2 * batch // len(frames))
-    return _Repeated(frames, times, path=frames.path, content_id=f"{frames.content_id}, {times} times")
+    return _Repeated(frames, times, path=frames.path, content_id=identity([frames.content_id, str(times)]))
 
 
 def compare_devices(packed: Path, *, effort: Effort = FULL) -> list[dict[str, Any]]:

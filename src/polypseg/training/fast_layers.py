@@ -4,8 +4,8 @@ A dilated depthwise convolution of dilation d acts on d x d interleaved grids th
 2016's sub-pixel layout, backwards), each grid sees an ordinary convolution, whose backward pass is several times
 faster. A dilation of more than half the map's size leaves the center tap and narrow strips, which are added tap by tap:
 as grids they took two fifths of a bf16 step of ResNet50 at 224 px. Attention in bf16 has a fused backward pass on CPU
-that is three times slower than two matrix products. A 1x1 convolution commutes with interpolation: done
-first, it meets a quarter of the cells. The weights, their names and, to rounding, the results stay as they were.
+that is three times slower than two matrix products. A 1x1 convolution commutes with interpolation: done first, it
+meets a quarter of the cells. The weights, their names and, to rounding, the results stay as they were.
 """
 
 from collections.abc import Iterator, Sequence

@@ -185,9 +185,9 @@ def finetune(
 
     ``negatives``: the polyp-free frames of a recipe that asks for them, whose pinned ``train`` part is trained on with
     empty masks. With ``resume`` continues from the newest checkpoint, if there is one; there is one after every
-    ``checkpoint_epochs`` epochs, and at the end. Raises UsageError when
-    ``run_dir`` holds another run, another process writes there or the recipe's negatives are absent, PolypSegError for
-    a non-finite loss (the last checkpoint stays) or validation, InterruptedRunError after a SIGINT or SIGTERM.
+    ``checkpoint_epochs`` epochs, and at the end. Raises UsageError when ``run_dir`` holds another run, another process
+    writes there or the recipe's negatives are absent, PolypSegError for a non-finite loss (the last checkpoint stays)
+    or validation, InterruptedRunError after a SIGINT or SIGTERM.
     """
     with sole_run(run_dir, accelerator):
         run = _Run(
@@ -223,8 +223,7 @@ def finetune(
                 mean = progress.epochs[-1]["loss"]
                 bar.write(f"epoch {progress.epoch:3d}  loss {mean:.4f}  validation Dice {dice:.4f}")
                 run.write_tables()  # before the checkpoint: a finished run has its tables
-                at_end = progress.epoch >= training.epochs or progress.step >= run.total_steps
-                if at_end or progress.epoch % checkpoint_epochs == 0:
+                if progress.step >= run.total_steps or progress.epoch % checkpoint_epochs == 0:
                     run.save_checkpoint()
             run.finish()
     return progress
